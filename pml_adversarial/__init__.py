@@ -1,0 +1,31 @@
+"""Adversarial deep metric learning: makes any loss and miner of pytorch-metric-learning adversarially aware.
+
+Two lines in a working script::
+
+    from pml_adversarial import AdversarialLoss
+    loss_func = AdversarialLoss(loss_func, model)
+"""
+
+from .batch import Adversarial, Batch
+from .errors import AdversarialError, AttackError, CaptureError, InputError, PlanError, PluginError
+from .hookspecs import hookimpl
+from .losses import AdversarialLoss
+from .miners import AdversarialMiner
+from .plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adversarial",
+    "AdversarialError",
+    "AdversarialLoss",
+    "AdversarialMiner",
+    "AttackError",
+    "Batch",
+    "CaptureError",
+    "InputError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "hookimpl",
+]

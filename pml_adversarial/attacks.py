@@ -1,0 +1,111 @@
+"""The only door to torchattacks: attacks are built, given their strength, run, and held to their contract.
+
+An attack is a *factory*, called with the objective (a classifier-like module) and returning a callable
+``(inputs, labels) -> inputs``; every torchattacks class fits, with ``functools.partial`` for its options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+from torchattacks.attack import Attack as TorchAttack
+
+from .errors import AttackError
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+AttackFactory = Callable[..., Attack]
+
+SEED_PAPER = partial(torchattacks.PGD, eps=0.01, alpha=0.004, steps=5, random_start=True)
+"""l-inf PGD as in arXiv 2102.07265: eps 0.01, 5 steps of alpha = 2 eps / steps, random start."""
+
+_SCALED = ("eps", "alpha")
+_OUTSIDE = 1e-5
+
+
+def budget(factory: AttackFactory) -> dict[str, float]:
+    """The factory's ``eps`` and ``alpha``, as far as it has them as numbers."""
+    parameters = inspect.signature(factory).parameters
+    found = {name: parameters[name].default for name in _SCALED if name in parameters}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def check_warmup(factory: AttackFactory) -> None:
+    """Refuses to warm up an attack that has no ``eps`` to start from 0.
+
+    Raises:
+        AttackError: the factory takes no ``eps`` with a number as its default.
+    """
+    if "eps" not in budget(factory):
+        raise AttackError(
+            f"warmup was asked of {factory}, which has no eps that could grow from 0; expected a factory with an "
+            "eps keyword, such as partial(torchattacks.PGD, eps=8/255). Pass warmup=0 for this attack."
+        )
+
+
+def build(factory: AttackFactory, objective: nn.Module, strength: float = 1.0) -> Attack:
+    """The attack on ``objective``, with eps and alpha scaled by ``strength``; `unchanged` where eps is 0.
+
+    Raises:
+        AttackError: the factory returns something that cannot be called.
+    """
+    full = budget(factory)
+    if full.get("eps", 1.0) * strength == 0:
+        return unchanged
+    scaled = {name: value * strength for name, value in full.items()} if strength < 1 else {}
+    attack = factory(objective, **scaled)
+    if not callable(attack):
+        raise AttackError(
+            f"The attack factory {factory} returned {type(attack).__name__}; expected a callable "
+            "(inputs, labels) -> inputs."
+        )
+    if isinstance(attack, TorchAttack) and isinstance(getattr(attack, "seed", None), int):
+        attack.seed = int(torch.randint(2**31, ()))  # else it restarts from the same noise in every step
+    return attack
+
+
+def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
+    """The attack of strength 0: it returns its inputs, on purpose."""
+    return inputs
+
+
+def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Runs an attack and holds it to its contract.
+
+    Args:
+        attack: ``(inputs, labels) -> inputs``.
+        inputs: ``(M, ...)`` in [0, 1].
+        labels: ``(M,)``.
+
+    Returns:
+        ``(M, ...)`` in [0, 1], detached.
+
+    Raises:
+        AttackError: another type or shape came back, or values that are not finite, outside [0, 1], or all
+            as they were.
+    """
+    perturbed: Any = attack(inputs, labels)
+    if attack is unchanged:
+        return inputs
+    name = type(attack).__name__
+    if not isinstance(perturbed, Tensor) or perturbed.shape != inputs.shape:
+        found = tuple(perturbed.shape) if isinstance(perturbed, Tensor) else type(perturbed).__name__
+        raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
+    perturbed = perturbed.detach().to(inputs)
+    low, high = torch.aminmax(perturbed)
+    low, high, changed = torch.stack([low, high, (perturbed != inputs).any().to(low)]).tolist()
+    if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
+        found = f"values from {low:.3g} to {high:.3g}" if low == low else "NaN"
+        raise AttackError(f"{name} returned {found}; expected finite values in [0, 1].")
+    if not changed:
+        raise AttackError(
+            f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "
+            "gradients may all be zero (try random_start=True), its budget may be 0 steps, or it takes the rows for "
+            "misclassified already (use an attack that maximises a loss, such as PGD)."
+        )
+    return perturbed.clamp(0, 1)

@@ -1,0 +1,262 @@
+"""The package as its own first plugin: the method of arXiv 2102.07265, its answers to all five questions.
+
+The chosen members of the mined tuples are copied and perturbed with the rest of the batch held fixed. The
+attack raises an unhinged distance score, since a satisfied hinge has no gradient. The wrapped loss is then
+taken on the tuples readdressed to the copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance, LpDistance
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor, nn
+
+from . import attacks
+from .attacks import Attack, AttackFactory
+from .batch import Adversarial, Batch, IndicesTuple
+from .errors import PlanError
+from .hookspecs import hookimpl
+from .objective import Objective, Score
+from .plan import (
+    ROLES,
+    Plan,
+    keep_tuples,
+    parse_roles,
+    plan_roles,
+    plan_rows,
+    plan_tuples,
+    replace_rows,
+    shift_partners,
+)
+
+logger = logging.getLogger("pml_adversarial")
+
+
+class FixedContext:
+    """Perturbs roles within a fixed batch context.
+
+    Args:
+        attack: a factory, see `attacks`.
+        perturb: "anchor", "positive", "negative", several of them, or "all".
+        tuples_per_anchor: keep so many tuples per anchor, each with its own copies; None: keep all, with one
+            copy per row and role.
+        clean_weight: weight of the unperturbed loss.
+        in_place: replace rows wherever they stand, whatever the loss could tell apart.
+    """
+
+    def __init__(
+        self,
+        attack: AttackFactory = attacks.SEED_PAPER,
+        perturb: str | Iterable[str] = "positive",
+        tuples_per_anchor: int | None = None,
+        clean_weight: float = 0.0,
+        in_place: bool = False,
+    ) -> None:
+        self.attack = attack
+        self.roles = parse_roles(perturb)
+        if tuples_per_anchor is not None and tuples_per_anchor < 1:
+            raise PlanError(
+                f"tuples_per_anchor={tuples_per_anchor}; expected a whole number from 1 on, or None to keep all tuples."
+            )
+        self.tuples_per_anchor = tuples_per_anchor
+        self.clean_weight = clean_weight
+        self.in_place = in_place or (self.roles == ROLES and tuples_per_anchor is None)
+        self._addressing: dict[tuple[bool, bool], str] = {}
+
+    @hookimpl(trylast=True)
+    def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
+        tuples = own_tuples(wrapped, batch)
+        if tuples is None:
+            return replace_rows(_attackable(batch), len(batch), None).split(batch.num_queries)
+        if self.tuples_per_anchor is not None:
+            tuples = keep_tuples(tuples, self.tuples_per_anchor)
+        self._check_inputs_known(tuples, batch)
+        return self._candidates(wrapped, batch, tuples)
+
+    @hookimpl(trylast=True)
+    def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
+        return DistanceScore(distance_of(wrapped), batch.context, partners_of(plan, wrapped, batch))
+
+    @hookimpl(trylast=True)
+    def pml_adversarial_attack(self, objective: Objective, batch: Batch) -> Attack:
+        return attacks.build(self.attack, objective, batch.strength)
+
+    @hookimpl(trylast=True)
+    def pml_adversarial_training_loss(
+        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
+    ) -> Tensor:
+        loss: Tensor = plan.evaluate(wrapped, batch.embeddings, adversarial.embeddings, batch.labels)
+        return loss + self.clean_weight * clean_loss(wrapped, batch) if self.clean_weight else loss
+
+    @hookimpl(trylast=True)
+    def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
+        change = (adversarial.inputs - batch.inputs[plan.rows]).flatten(1).float()
+        shift = (adversarial.embeddings - batch.embeddings[plan.rows]).detach().float()
+        return {
+            "strength": batch.strength,
+            "num_perturbed": len(plan),
+            "perturbation_linf": change.abs().max(),
+            "perturbation_l2": change.norm(dim=1).mean(),
+            "embedding_shift": shift.norm(dim=1).mean(),
+            "share_score_rose": (adversarial.score_after > adversarial.score_before).float().mean(),
+            "share_zero_gradient": adversarial.zero_gradient.float().mean(),
+            "attack_seconds": adversarial.seconds,
+        }
+
+    def _candidates(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> Plan:
+        """The finest plan that the wrapped loss evaluates to its own value when nothing is perturbed.
+
+        Copies are appended and tuples readdressed (seed paper); a loss that averages over rows gets copies as
+        reference embeddings, so that the number of rows stays; a loss that cannot tell tuples apart
+        gets rows replaced. Which one fits is found out once, on random embeddings, from the loss itself.
+        """
+        kept = tuples if self._explicit(wrapped, batch) else batch.indices_tuple
+        in_place = plan_rows(tuples, self.roles, len(batch))
+        in_place = Plan(in_place.rows, in_place.layout, kept).split(batch.num_queries)
+        if self.in_place or not len(in_place):
+            return in_place
+        appended = (plan_tuples if self.tuples_per_anchor else plan_roles)(tuples, self.roles, len(batch))
+        plans: dict[str, Plan | None] = {
+            "reference": appended.by_reference(len(batch), batch.num_queries),
+            "in place": in_place,
+        }
+        if batch.num_queries == len(batch):
+            plans = {"appended": appended, **plans}
+        if self.tuples_per_anchor and len(appended.rows) > len(in_place.rows):
+            del plans["in place"]  # a row cannot be replaced by several copies
+        return self._choose(wrapped, batch, plans, kept)
+
+    def _choose(
+        self, wrapped: nn.Module, batch: Batch, plans: Mapping[str, Plan | None], kept: IndicesTuple | None
+    ) -> Plan:
+        situation = (batch.indices_tuple is None, batch.num_queries < len(batch))
+        known = plans.get(self._addressing.get(situation, ""))
+        if known is not None:
+            return known
+        untouched = _untouched(batch, kept)
+        for name, plan in plans.items():
+            if plan is not None and _same_value(wrapped, batch, untouched, plan):
+                self._addressing[situation] = name
+                logger.debug("%s: copies are %s", type(wrapped).__name__, name)
+                return plan
+        raise PlanError(
+            f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so tuples_per_anchor="
+            f"{self.tuples_per_anchor} with {self.roles} would train another loss. Use tuples_per_anchor=None or 1, or perturb='positive'."
+        )
+
+    def _explicit(self, wrapped: nn.Module, batch: Batch) -> bool:
+        chosen_here = self.tuples_per_anchor is not None or _triplets_per_anchor(wrapped) is not None
+        return batch.indices_tuple is not None or chosen_here
+
+    def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
+        known = len(batch.inputs)
+        if (
+            known < len(batch)
+            and len(played := plan_rows(tuples, self.roles, len(batch)))
+            and int(played.rows.max()) >= known
+        ):
+            raise PlanError(
+                f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with gradient; "
+                "only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched model."
+            )
+
+
+class DistanceScore:
+    """Mean distance of each copy from its fixed partners of one label, minus that from the others.
+
+    Args:
+        distance: PML's distance; a similarity counts with the opposite sign.
+        context: ``(N, D)`` clean embeddings, fixed.
+        partners: ``(M, N)`` weights, see `Plan.partners`.
+    """
+
+    def __init__(self, distance: BaseDistance, context: Tensor, partners: Tensor) -> None:
+        self.distance, self.context = distance, context
+        self.weights = -partners if distance.is_inverted else partners
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """``(M, D) -> (M,)``"""
+        distances: Tensor = self.distance(embeddings, self.context)
+        return (self.weights * distances).sum(1)
+
+
+def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
+    """The caller's tuples, or the loss's own pairs or triplets, over the rows of the batch; None without labels."""
+    if batch.indices_tuple is not None or batch.labels is None:
+        return batch.indices_tuple
+    labels, ref_labels = batch.labels[: batch.num_queries], batch.labels[batch.num_queries :]
+    reference = ref_labels if len(ref_labels) else None
+    limit = _triplets_per_anchor(wrapped)
+    if limit is None:
+        tuples = lmu.get_all_pairs_indices(labels, reference)
+    else:
+        tuples = lmu.convert_to_triplets(None, labels, reference, t_per_anchor=limit)
+    return tuples if reference is None else shift_partners(tuples, batch.num_queries)
+
+
+def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> Tensor:
+    """``(M, N)`` weights of each copy's fixed partners; without tuples a copy is led away from its own row."""
+    tuples = plan.indices_tuple
+    if tuples is None:
+        tuples = own_tuples(wrapped, batch)
+        if tuples is None:
+            return nn.functional.one_hot(plan.rows, len(batch)).to(batch.context.dtype)
+        if plan.ref_layout is not None:
+            tuples = shift_partners(tuples, -batch.num_queries)
+    return plan.partners(tuples, len(batch))
+
+
+def distance_of(wrapped: nn.Module) -> BaseDistance:
+    """The distance that the loss or miner uses; Euclidean on the unit sphere where it has none."""
+    return next((m for m in wrapped.modules() if isinstance(m, BaseDistance)), None) or LpDistance()
+
+
+def clean_loss(wrapped: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """The wrapped loss on the unperturbed batch, with gradient, as the caller would have had it."""
+    loss: Tensor = _untouched(batch, batch.indices_tuple).evaluate(
+        wrapped, batch.embeddings, batch.embeddings[:0], batch.labels
+    )
+    return loss
+
+
+def _untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
+    nobody = torch.empty(0, dtype=torch.long, device=batch.embeddings.device)
+    return replace_rows(nobody, len(batch), tuples).split(batch.num_queries)
+
+
+def _attackable(batch: Batch) -> Tensor:
+    return torch.arange(len(batch.inputs), device=batch.embeddings.device)
+
+
+def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:
+    found = (getattr(module, "triplets_per_anchor", None) for module in wrapped.modules())
+    return next((value for value in found if value is not None), None)
+
+
+def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -> bool:
+    """Whether the loss gives one value for both plans while nothing is perturbed.
+
+    Asked of copies of the loss, in double precision on the CPU, where an index out of range is an exception
+    and not the end of the process.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = batch.embeddings.shape
+    embeddings = torch.randn(size, generator=generator, dtype=torch.float64) / size[1] ** 0.5
+    labels = None if batch.labels is None else batch.labels.cpu()
+    values = []
+    for candidate in (untouched, plan):
+        candidate = candidate.to("cpu")
+        try:
+            loss = copy.deepcopy(wrapped).cpu().double()
+            value = candidate.evaluate(loss, embeddings, embeddings[candidate.rows], labels)
+        except Exception as error:  # whatever a loss raises at arguments it does not take
+            logger.debug("%s refuses a plan: %r", type(wrapped).__name__, error)
+            return False
+        values.append(torch.as_tensor(value, dtype=torch.float64))
+    return bool(torch.isclose(values[0], values[1], rtol=1e-9, atol=0))

@@ -1,0 +1,99 @@
+"""How an attack leaves no trace: modules, gradients and random number generators come back as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+_GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
+
+
+@contextmanager
+def isolated(*modules: nn.Module) -> Iterator[None]:
+    """Within it, modules are in eval mode with frozen parameters; after it they are as found.
+
+    What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
+    graph that saved them can still be walked backward), attributes, each parameter's ``.grad`` and
+    ``requires_grad``. Gradient is enabled inside.
+    """
+    submodules = list({id(m): m for module in modules for m in module.modules()}.values())
+    parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
+    states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
+    gradients = [(p, p.requires_grad, p.grad) for p in parameters]
+    try:
+        for module, _, buffers in states:
+            module.training = False
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.detach().clone()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, state, buffers in states:
+            vars(module).clear()
+            vars(module).update(state)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for parameter, requires_grad, gradient in gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+@contextmanager
+def random_stream(seed: int, step: int) -> Iterator[None]:
+    """Within it, all global generators draw from a stream of their own; after it they are as found.
+
+    The stream is a function of ``seed`` and ``step`` alone, so it moves on from step to step and a resumed
+    run repeats an unbroken one. torch (CPU and the accelerator), numpy and ``random`` are covered, since
+    attacks draw from all three.
+    """
+    mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(_accelerators()))
+        stack.callback(numpy.random.set_state, numpy_state)
+        stack.callback(random.setstate, python_state)
+        torch.manual_seed(mixed)
+        numpy.random.seed(mixed % 2**32)
+        random.seed(mixed)
+        yield
+
+
+def depends_on_mode(*modules: nn.Module) -> bool:
+    """Whether any submodule is in train mode and runs code that asks for the mode.
+
+    BatchNorm and Dropout do, a convolution does not. Asked from the code of the class, so that modules that
+    users write are covered; scripted modules, whose code cannot be read, count as dependent.
+    """
+    return any(m.training and _reads_training(type(m)) for module in modules for m in module.modules())
+
+
+@cache
+def _reads_training(kind: Any) -> bool:
+    if issubclass(kind, torch.jit.ScriptModule):
+        return True
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    functions = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
+    return any("training" in names for f in functions for names in _attribute_names(f.__code__))
+
+
+def _attribute_names(code: CodeType) -> Iterator[tuple[str, ...]]:
+    yield code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _attribute_names(constant)
+
+
+def _accelerators() -> list[int]:
+    initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return list(range(torch.cuda.device_count())) if initialised else []

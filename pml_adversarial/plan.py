@@ -1,0 +1,248 @@
+"""Who is perturbed: which batch rows get adversarial copies, and where the copies stand.
+
+A batch row is not a tuple member: one row is the anchor of some tuples and the negative of others. To
+perturb a *role*, the row gets a copy, and only the tuples in which it plays the role are readdressed to
+that copy. Copies are numbered after the ``N`` clean rows: copy ``m`` has the address ``N + m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import IndicesTuple
+from .errors import PlanError
+
+ROLES = ("anchor", "positive", "negative")
+_MEMBERS = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
+
+SharesCopy = Callable[[str, Tensor], Tensor]
+"""Role and members ``(T,)`` -> keys ``(T,)``; members with equal keys are one copy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which rows are perturbed and where their copies stand.
+
+    Attributes:
+        rows: ``(M,)`` batch rows to perturb; a row may stand twice (one copy per role or tuple).
+        layout: ``(K,)`` addresses of the rows that the loss evaluates.
+        indices_tuple: tuples over the evaluated rows, or None to let the loss choose.
+        ref_layout: addresses of the reference rows, or None if the loss compares the rows with themselves.
+
+    Example:
+        >>> triplets = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> plan = plan_roles(triplets, ["positive"], num_rows=3)
+        >>> plan.rows, plan.indices_tuple[1]  # row 1 as a positive is copy 0, address 3
+        (tensor([1]), tensor([3]))
+    """
+
+    rows: Tensor
+    layout: Tensor
+    indices_tuple: IndicesTuple | None
+    ref_layout: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def evaluate(self, loss: Callable[..., Any], clean: Tensor, adversarial: Tensor, labels: Tensor | None) -> Any:
+        """Calls ``loss`` (PML's signature) on the evaluated rows.
+
+        Args:
+            loss: called with embeddings, labels, tuples and, where the plan has one, the reference.
+            clean: ``(N, D)`` embeddings of the batch.
+            adversarial: ``(M, D)`` embeddings of the copies.
+            labels: ``(N,)`` or None.
+        """
+        pool = torch.cat([clean, adversarial])
+        pool_labels = None if labels is None else torch.cat([labels, labels[self.rows]])
+
+        def seen(layout: Tensor) -> tuple[Tensor, Tensor | None]:
+            return pool[layout], None if pool_labels is None else pool_labels[layout]
+
+        arguments = [*seen(self.layout), self.indices_tuple]
+        if self.ref_layout is not None:
+            arguments += seen(self.ref_layout)
+        return loss(*arguments)
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        tuples = None if self.indices_tuple is None else tuple(member.to(device) for member in self.indices_tuple)
+        ref_layout = None if self.ref_layout is None else self.ref_layout.to(device)
+        return Plan(self.rows.to(device), self.layout.to(device), tuples, ref_layout)
+
+    def split(self, num_queries: int) -> Plan:
+        """The same plan for a batch whose rows from ``num_queries`` on are the reference.
+
+        Positives and negatives are counted from the start of the reference, as PML does it.
+        """
+        if self.ref_layout is not None or num_queries == len(self.layout):
+            return self
+        return replace(
+            self,
+            layout=self.layout[:num_queries],
+            ref_layout=self.layout[num_queries:],
+            indices_tuple=None if self.indices_tuple is None else shift_partners(self.indices_tuple, -num_queries),
+        )
+
+    def by_reference(self, num_rows: int, num_queries: int) -> Plan | None:
+        """Anchors take their row's place among the queries; copies of the other roles join the reference.
+
+        The number of queries stays what it was, which matters to losses that average over rows. None where
+        an anchor has several copies, so that none of them can take its place.
+        """
+        if self.indices_tuple is None:
+            return None
+        names = _MEMBERS[len(self.indices_tuple)]
+        anchors = torch.cat([m for m, name in zip(self.indices_tuple, names, strict=True) if name == "anchor"])
+        copies = anchors[anchors >= num_rows].unique()
+        replaced = self.rows[copies - num_rows]
+        if len(replaced.unique()) < len(replaced):
+            return None
+        layout = torch.arange(num_queries, device=self.layout.device)
+        layout[replaced] = copies
+        pool_rows = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        start = num_queries if num_queries < num_rows else 0
+        members = tuple(
+            pool_rows[m] if name == "anchor" else m - start for m, name in zip(self.indices_tuple, names, strict=True)
+        )
+        ref_layout = torch.arange(start, len(pool_rows), device=self.layout.device)
+        return Plan(self.rows, layout, members, ref_layout)
+
+    def partners(self, indices_tuple: IndicesTuple, num_rows: int) -> Tensor:
+        """Which clean rows pull and push each copy, as one matrix instead of a list of tuples.
+
+        Args:
+            indices_tuple: tuples over the evaluated rows.
+            num_rows: ``N``, the rows of the context.
+
+        Returns:
+            ``(M, N)``: weights of the clean partners of each copy, positive for rows of the tuple that
+            share its label, negative for those that do not; each kind sums to one in absolute value, or
+            to zero where there is none.
+        """
+        pool_rows = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        reference = self.layout if self.ref_layout is None else self.ref_layout
+        addresses = [
+            (self.layout if name == "anchor" else reference)[member]
+            for member, name in zip(indices_tuple, _MEMBERS[len(indices_tuple)], strict=True)
+        ]
+        anchor, positive, other_anchor, negative = (
+            addresses if len(addresses) == 4 else (*addresses[:2], addresses[0], addresses[2])
+        )
+        same = _count_partners(anchor, positive, pool_rows, num_rows, len(self))
+        different = _count_partners(other_anchor, negative, pool_rows, num_rows, len(self))
+        return _unit_rows(same) - _unit_rows(different)
+
+
+def parse_roles(perturb: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several role names, or "all", as a tuple of roles in a fixed order.
+
+    Raises:
+        PlanError: a name is not a role.
+    """
+    names = {perturb} if isinstance(perturb, str) else set(perturb)
+    unknown = names - {*ROLES, "all"}
+    if unknown or not names:
+        raise PlanError(
+            f"perturb={perturb!r}: found {sorted(map(str, unknown)) or 'no role'}, expected one or several of "
+            f"{', '.join(map(repr, ROLES))}, or 'all'."
+        )
+    return ROLES if "all" in names else tuple(role for role in ROLES if role in names)
+
+
+def plan_rows(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
+    """Every row that plays one of the roles is replaced by its copy wherever it stands."""
+    rows = torch.cat(_played(indices_tuple, roles)).unique()
+    return replace_rows(rows, num_rows, indices_tuple)
+
+
+def replace_rows(rows: Tensor, num_rows: int, indices_tuple: IndicesTuple | None) -> Plan:
+    """The given rows (no row twice) are replaced by their copies wherever they stand."""
+    layout = torch.arange(num_rows, device=rows.device)
+    layout[rows] = torch.arange(num_rows, num_rows + len(rows), device=rows.device)
+    return Plan(rows, layout, indices_tuple)
+
+
+def plan_roles(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
+    """One copy per row and role; the tuples in which the row plays the role are readdressed to it."""
+    return _readdress(indices_tuple, roles, num_rows, lambda role, members: members)
+
+
+def plan_tuples(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
+    """One copy per tuple and role. The n-th positive and negative pair of an anchor share its n-th copy."""
+
+    def own_copy(role: str, members: Tensor) -> Tensor:
+        order = torch.arange(len(members), device=members.device)
+        if role != "anchor" or len(indices_tuple) == 3:
+            return order
+        rank = torch.cat([rank_in_group(indices_tuple[0]), rank_in_group(indices_tuple[2])])
+        return members * (len(members) + 1) + rank
+
+    return _readdress(indices_tuple, roles, num_rows, own_copy)
+
+
+def keep_tuples(indices_tuple: IndicesTuple, tuples_per_anchor: int) -> IndicesTuple:
+    """At most ``tuples_per_anchor`` tuples of each anchor (of pairs: of each kind), chosen at random."""
+    kept: list[Tensor] = []
+    for members in (indices_tuple,) if len(indices_tuple) == 3 else (indices_tuple[:2], indices_tuple[2:]):
+        shuffled = torch.randperm(len(members[0]), device=members[0].device)
+        chosen = shuffled[rank_in_group(members[0][shuffled]) < tuples_per_anchor].sort().values
+        kept += [member[chosen] for member in members]
+    return tuple(kept)
+
+
+def rank_in_group(values: Tensor) -> Tensor:
+    """How many equal values stand before each value: ``[7, 3, 7, 7] -> [0, 0, 1, 2]``."""
+    order = torch.argsort(values, stable=True)
+    grouped = values[order]
+    position = torch.arange(len(values), device=values.device)
+    starts = torch.ones_like(values, dtype=torch.bool)
+    starts[1:] = grouped[1:] != grouped[:-1]
+    first = torch.where(starts, position, 0).cummax(0).values if len(values) else position
+    return torch.empty_like(position).scatter_(0, order, position - first)
+
+
+def _played(indices_tuple: IndicesTuple, roles: Iterable[str]) -> list[Tensor]:
+    wanted = set(roles)
+    names = _MEMBERS[len(indices_tuple)]
+    return [member for member, name in zip(indices_tuple, names, strict=True) if name in wanted]
+
+
+def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int, shares_copy: SharesCopy) -> Plan:
+    names = _MEMBERS[len(indices_tuple)]
+    members, rows, total = list(indices_tuple), [], num_rows
+    for role in roles:
+        positions = [i for i, name in enumerate(names) if name == role]
+        played = torch.cat([indices_tuple[i] for i in positions])
+        keys, copy = shares_copy(role, played).unique(return_inverse=True)
+        rows.append(torch.zeros_like(keys).scatter_(0, copy, played))
+        addresses = (copy + total).split([len(indices_tuple[i]) for i in positions])
+        for i, address in zip(positions, addresses, strict=True):
+            members[i] = address
+        total += len(keys)
+    layout = torch.arange(total, device=members[0].device)
+    return Plan(torch.cat(rows), layout, tuple(members))
+
+
+def _count_partners(left: Tensor, right: Tensor, pool_rows: Tensor, num_rows: int, num_copies: int) -> Tensor:
+    counts = torch.zeros(num_copies, num_rows, device=left.device)
+    if num_copies:
+        for copy, partner in ((left, right), (right, left)):
+            is_copy = (copy >= num_rows).to(counts.dtype)
+            counts.index_put_(((copy - num_rows).clamp(min=0), pool_rows[partner]), is_copy, accumulate=True)
+    return counts
+
+
+def _unit_rows(counts: Tensor) -> Tensor:
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def shift_partners(indices_tuple: IndicesTuple, by: int) -> IndicesTuple:
+    """Positives and negatives moved by ``by`` rows: between PML's count of a reference and the batch's."""
+    names = _MEMBERS[len(indices_tuple)]
+    return tuple(m if name == "anchor" else m + by for m, name in zip(indices_tuple, names, strict=True))

@@ -1,0 +1,55 @@
+"""What a step did, as attributes that PML's HookContainer and record-keeper find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor
+
+STANDARD = (
+    "strength",
+    "num_perturbed",
+    "perturbation_linf",
+    "perturbation_l2",
+    "embedding_shift",
+    "share_score_rose",
+    "share_zero_gradient",
+    "attack_seconds",
+)
+"""The records of every step; 0 until the first, and for a step in which nobody was perturbed."""
+
+OF_LOSSES = ("loss_before", "loss_after")
+"""What a loss records besides."""
+
+
+def declare(module: ModuleWithRecords, names: Iterable[str]) -> None:
+    """Makes the names recordable, at 0; record-keeper wants each series from the first step on."""
+    module.add_to_recordable_attributes(list_of_names=list(names), is_stat=False)
+
+
+def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> None:
+    """Sets the answers of all record hooks as attributes of ``module``, in Python numbers.
+
+    Where several plugins give one name, the one asked first wins. All tensors are read in one transfer.
+    """
+    values: dict[str, Any] = {}
+    for answer in answers:
+        for name, value in answer.items():
+            values.setdefault(name, value)
+    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
+    if tensors:
+        values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+    declare(module, values)
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def clear(module: ModuleWithRecords, strength: float) -> None:
+    """Records a step in which nobody was perturbed."""
+    for name in (*STANDARD, *OF_LOSSES):
+        if hasattr(module, name):
+            setattr(module, name, 0)
+    module.strength = strength
