@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -65,7 +65,7 @@ class InputCapture:
     def __init__(self, model: Models | None = None) -> None:
         self.modules: tuple[nn.Module, ...] = ()
         self._taps: list[_Tap] = []
-        self._release = weakref.finalize(self, lambda: None)
+        self._release: Callable[[], Any]
         self._start(() if model is None else chain_of(model))
 
     def watch(self, model: Models) -> None:

@@ -71,6 +71,7 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
+        """The chosen roles of the tuples, as finely as the wrapped loss can tell them apart."""
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
             return replace_rows(_attackable(batch), len(batch), None).split(batch.num_queries)
@@ -81,21 +82,25 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
+        """Distance from the fixed members of the tuples that share a label, minus that from the others."""
         return DistanceScore(distance_of(wrapped), batch.context, partners_of(plan, wrapped, batch))
 
     @hookimpl(trylast=True)
     def pml_adversarial_attack(self, objective: Objective, batch: Batch) -> Attack:
+        """The attack that was asked for, at the strength of the step."""
         return attacks.build(self.attack, objective, batch.strength)
 
     @hookimpl(trylast=True)
     def pml_adversarial_training_loss(
         self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Tensor:
+        """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one."""
         loss: Tensor = plan.evaluate(wrapped, batch.embeddings, adversarial.embeddings, batch.labels)
         return loss + self.clean_weight * clean_loss(wrapped, batch) if self.clean_weight else loss
 
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
+        """How far inputs, embeddings and scores moved."""
         change = (adversarial.inputs - batch.inputs[plan.rows]).flatten(1).float()
         shift = (adversarial.embeddings - batch.embeddings[plan.rows]).detach().float()
         return {
@@ -122,10 +127,8 @@ class FixedContext:
         if self.in_place or not len(in_place):
             return in_place
         appended = (plan_tuples if self.tuples_per_anchor else plan_roles)(tuples, self.roles, len(batch))
-        plans: dict[str, Plan | None] = {
-            "reference": appended.by_reference(len(batch), batch.num_queries),
-            "in place": in_place,
-        }
+        by_reference = appended.by_reference(len(batch), batch.num_queries)
+        plans: dict[str, Plan | None] = {"reference": by_reference, "in place": in_place}
         if batch.num_queries == len(batch):
             plans = {"appended": appended, **plans}
         if self.tuples_per_anchor and len(appended.rows) > len(in_place.rows):
@@ -146,8 +149,9 @@ class FixedContext:
                 logger.debug("%s: copies are %s", type(wrapped).__name__, name)
                 return plan
         raise PlanError(
-            f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so tuples_per_anchor="
-            f"{self.tuples_per_anchor} with {self.roles} would train another loss. Use tuples_per_anchor=None or 1, or perturb='positive'."
+            f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
+            f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
+            "tuples_per_anchor=None or 1, or perturb='positive'."
         )
 
     def _explicit(self, wrapped: nn.Module, batch: Batch) -> bool:
@@ -162,8 +166,9 @@ class FixedContext:
             and int(played.rows.max()) >= known
         ):
             raise PlanError(
-                f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with gradient; "
-                "only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched model."
+                f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with "
+                "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
+                "model."
             )
 
 
@@ -181,7 +186,7 @@ class DistanceScore:
         self.weights = -partners if distance.is_inverted else partners
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """``(M, D) -> (M,)``"""
+        """Scores of the embeddings, ``(M, D) -> (M,)``."""
         distances: Tensor = self.distance(embeddings, self.context)
         return (self.weights * distances).sum(1)
 

@@ -41,8 +41,9 @@ class HookSpecs:
 
     @hookspec(firstresult=True)
     def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack | None:
-        """How is it raised? A callable ``(inputs, labels) -> inputs`` that maximises the cross-entropy of the objective.
+        """How is it raised?
 
+        A callable ``(inputs, labels) -> inputs`` that maximises the cross-entropy of the objective.
         ``batch.strength`` is the share of the budget to be spent.
         """
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -58,13 +58,13 @@ def random_stream(seed: int, step: int) -> Iterator[None]:
     attacks draw from all three.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_accelerators()))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
         torch.manual_seed(mixed)
-        numpy.random.seed(mixed % 2**32)
+        numpy.random.seed(mixed % 2**32)  # noqa: NPY002
         random.seed(mixed)
         yield
 
@@ -75,7 +75,7 @@ def depends_on_mode(*modules: nn.Module) -> bool:
     BatchNorm and Dropout do, a convolution does not. Asked from the code of the class, so that modules that
     users write are covered; scripted modules, whose code cannot be read, count as dependent.
     """
-    return any(m.training and _reads_training(type(m)) for module in modules for m in module.modules())
+    return any(m.training and _reads_training(cast(Hashable, type(m))) for module in modules for m in module.modules())
 
 
 @cache
