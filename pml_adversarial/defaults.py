@@ -82,8 +82,8 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
-        """Distance from the fixed members of the tuples that share a label, minus that from the others."""
-        return DistanceScore(distance_of(wrapped), batch.context, partners_of(plan, wrapped, batch))
+        """Furthest fixed member of its tuples that shares its label, minus the nearest that does not."""
+        return ViolationScore(distance_of(wrapped), batch.context, *partners_of(plan, wrapped, batch))
 
     @hookimpl(trylast=True)
     def pml_adversarial_attack(self, objective: Objective, batch: Batch) -> Attack:
@@ -172,23 +172,31 @@ class FixedContext:
             )
 
 
-class DistanceScore:
-    """Mean distance of each copy from its fixed partners of one label, minus that from the others.
+class ViolationScore:
+    """How badly each copy stands among its fixed partners: furthest of its own label minus nearest of the others.
+
+    Unhinged, so that it has a gradient where the loss is satisfied. The two partners are chosen anew in every
+    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265.
 
     Args:
         distance: PML's distance; a similarity counts with the opposite sign.
         context: ``(N, D)`` clean embeddings, fixed.
-        partners: ``(M, N)`` weights, see `Plan.partners`.
+        same: ``(M, N)`` bool, partners of the copy's own label, see `Plan.partners`.
+        different: ``(M, N)`` bool, partners of other labels.
     """
 
-    def __init__(self, distance: BaseDistance, context: Tensor, partners: Tensor) -> None:
+    def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
         self.distance, self.context = distance, context
-        self.weights = -partners if distance.is_inverted else partners
+        self.not_same, self.not_different = ~same, ~different
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Scores of the embeddings, ``(M, D) -> (M,)``."""
+        """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
         distances: Tensor = self.distance(embeddings, self.context)
-        return (self.weights * distances).sum(1)
+        if self.distance.is_inverted:
+            distances = -distances
+        furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
+        nearest = distances.masked_fill(self.not_different, torch.inf).amin(1)
+        return _or_zero(furthest, self.not_same.all(1)) - _or_zero(nearest, self.not_different.all(1))
 
 
 def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
@@ -205,13 +213,17 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
     return tuples if reference is None else shift_partners(tuples, batch.num_queries)
 
 
-def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> Tensor:
-    """``(M, N)`` weights of each copy's fixed partners; without tuples a copy is led away from its own row."""
+def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """``(M, N)`` masks of each copy's fixed partners of its own and of other labels.
+
+    Without tuples a copy's only partner is its own row, from which it is led away.
+    """
     tuples = plan.indices_tuple
     if tuples is None:
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
-            return nn.functional.one_hot(plan.rows, len(batch)).to(batch.context.dtype)
+            own_row = nn.functional.one_hot(plan.rows, len(batch)).bool()
+            return own_row, torch.zeros_like(own_row)
         if plan.ref_layout is not None:
             tuples = shift_partners(tuples, -batch.num_queries)
     return plan.partners(tuples, len(batch))
@@ -237,6 +249,10 @@ def _untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
 
 def _attackable(batch: Batch) -> Tensor:
     return torch.arange(len(batch.inputs), device=batch.embeddings.device)
+
+
+def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
+    return torch.where(missing, torch.zeros_like(values), values)
 
 
 def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:

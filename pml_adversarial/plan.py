@@ -113,17 +113,16 @@ class Plan:
         ref_layout = torch.arange(start, len(pool_rows), device=self.layout.device)
         return Plan(self.rows, layout, members, ref_layout)
 
-    def partners(self, indices_tuple: IndicesTuple, num_rows: int) -> Tensor:
-        """Which clean rows pull and push each copy, as one matrix instead of a list of tuples.
+    def partners(self, indices_tuple: IndicesTuple, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Which clean rows stand with each copy in a tuple, as two masks instead of a list of tuples.
 
         Args:
             indices_tuple: tuples over the evaluated rows.
             num_rows: ``N``, the rows of the context.
 
         Returns:
-            ``(M, N)``: weights of the clean partners of each copy, positive for rows of the tuple that
-            share its label, negative for those that do not; each kind sums to one in absolute value, or
-            to zero where there is none.
+            Two bool masks ``(M, N)``: the rows that share a positive pair with the copy (it is one's anchor or
+            positive), and those that share a negative pair.
         """
         pool_rows = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
         reference = self.layout if self.ref_layout is None else self.ref_layout
@@ -131,12 +130,18 @@ class Plan:
             (self.layout if name == "anchor" else reference)[member]
             for member, name in zip(indices_tuple, _MEMBERS[len(indices_tuple)], strict=True)
         ]
-        anchor, positive, other_anchor, negative = (
-            addresses if len(addresses) == 4 else (*addresses[:2], addresses[0], addresses[2])
+        anchor, positive, *other_anchor, negative = addresses
+        return (
+            self._share_a_pair(anchor, positive, pool_rows, num_rows),
+            self._share_a_pair(other_anchor[0] if other_anchor else anchor, negative, pool_rows, num_rows),
         )
-        same = _count_partners(anchor, positive, pool_rows, num_rows, len(self))
-        different = _count_partners(other_anchor, negative, pool_rows, num_rows, len(self))
-        return _unit_rows(same) - _unit_rows(different)
+
+    def _share_a_pair(self, left: Tensor, right: Tensor, pool_rows: Tensor, num_rows: int) -> Tensor:
+        mask = torch.zeros(len(self) + 1, num_rows, dtype=torch.bool, device=left.device)  # last row: no copies
+        for member, partner in ((left, right), (right, left)):
+            copy = torch.where(member >= num_rows, member - num_rows, len(self))
+            mask[copy, pool_rows[partner]] = True
+        return mask[:-1]
 
 
 def parse_roles(perturb: str | Iterable[str]) -> tuple[str, ...]:
@@ -227,19 +232,6 @@ def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int,
         total += len(keys)
     layout = torch.arange(total, device=members[0].device)
     return Plan(torch.cat(rows), layout, tuple(members))
-
-
-def _count_partners(left: Tensor, right: Tensor, pool_rows: Tensor, num_rows: int, num_copies: int) -> Tensor:
-    counts = torch.zeros(num_copies, num_rows, device=left.device)
-    if num_copies:
-        for copy, partner in ((left, right), (right, left)):
-            is_copy = (copy >= num_rows).to(counts.dtype)
-            counts.index_put_(((copy - num_rows).clamp(min=0), pool_rows[partner]), is_copy, accumulate=True)
-    return counts
-
-
-def _unit_rows(counts: Tensor) -> Tensor:
-    return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def shift_partners(indices_tuple: IndicesTuple, by: int) -> IndicesTuple:

@@ -1,0 +1,129 @@
+"""Which attacks a query meets, and what is left of R@1 after the worst of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .. import attacks
+from ..isolation import isolated, random_stream
+from ..objective import Objective, Score
+from .retrieval import Gallery, chunks, embed_all
+
+QueryAttack = Callable[[Gallery, Tensor, Tensor], Score]
+"""Gallery, clean query embeddings ``(Q, D)`` and own items ``(Q,)`` -> the score that the attack raises."""
+
+
+def toward_nearest_wrong(gallery: Gallery, clean: Tensor, own: Tensor) -> Score:
+    """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
+    return lambda queries: gallery.margin(queries, own)
+
+
+def embedding_shift(gallery: Gallery, clean: Tensor, own: Tensor) -> Score:
+    """Away from the query's own clean embedding, whatever the gallery holds."""
+    origin = normalize(clean)
+    return lambda queries: (normalize(queries) - origin).square().sum(1)
+
+
+QUERY_ATTACKS: dict[str, QueryAttack] = {"margin": toward_nearest_wrong, "shift": embedding_shift}
+"""The attacks of `robust_recall`, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class RobustRecall:
+    """R@1 of attacked queries at one eps, in [0, 1]; a query that is wrong when clean counts as broken.
+
+    Attributes:
+        eps: l-inf radius, in pixels of [0, 1].
+        by_attack: R@1 under each attack, over all its restarts.
+        worst_case: R@1 under the worst attack of each single query.
+        adversarial: ``(Q, C, H, W)`` an adversarial query where one was found, else the clean query.
+    """
+
+    eps: float
+    by_attack: Mapping[str, float]
+    worst_case: float
+    adversarial: Tensor
+
+
+def robust_recall(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: Iterable[float],
+    steps: int = 40,
+    restarts: int = 3,
+    seed: int = 0,
+    chunk: int = 512,
+    progress: Callable[[], object] | None = None,
+) -> list[RobustRecall]:
+    """Attacks every image as a query against all others (leave one out), each attack from several random starts.
+
+    PGD of ``steps`` steps of 2.5 eps / steps. Only queries that still stand are attacked again; what broke a
+    query at one eps is within every larger one, so it stays broken there.
+
+    Args:
+        model: images -> embeddings; it is attacked in eval mode and comes back as it was.
+        images: ``(Q, C, H, W)`` in [0, 1], at once the queries and the clean gallery.
+        labels: ``(Q,)``; every label needs at least two images.
+        eps: l-inf radii.
+        steps: gradient steps of one run.
+        restarts: runs from different random starts.
+        seed: of the random starts.
+        chunk: queries that are attacked together.
+        progress: called after every run, `num_runs` times.
+
+    Returns:
+        One result per eps, in ascending order.
+    """
+    results = []
+    with isolated(model):
+        clean = embed_all(model, images, chunk)
+        gallery = Gallery(clean, labels)
+        everyone = torch.arange(len(images), device=images.device)
+        standing = dict.fromkeys(QUERY_ATTACKS, _stands(gallery, clean, everyone))
+        adversarial = images.clone()
+        for radius in sorted(eps):
+            for name, attack in QUERY_ATTACKS.items():
+                for restart in range(restarts):
+                    for rows in chunks(len(images), chunk):
+                        own = everyone[rows][standing[name][rows]]
+                        if len(own):
+                            with random_stream(seed, restart * len(images) + rows.start):
+                                score = attack(gallery, clean[own], own)
+                                found = _pgd(model, score, images[own], clean[own], radius, steps)
+                            broken = ~_stands(gallery, embed_all(model, found, chunk), own)
+                            standing[name] = standing[name].index_fill(0, own[broken], False)
+                            adversarial[own[broken]] = found[broken]
+                        if progress is not None:
+                            progress()
+            results.append(_result(radius, standing, adversarial.clone()))
+    return results
+
+
+def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512) -> int:
+    """How often `robust_recall` reports progress."""
+    return num_eps * len(QUERY_ATTACKS) * restarts * len(list(chunks(num_images, chunk)))
+
+
+def _result(eps: float, standing: Mapping[str, Tensor], adversarial: Tensor) -> RobustRecall:
+    survived = torch.stack(list(standing.values())).all(0)
+    by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
+    return RobustRecall(eps, by_attack, survived.float().mean().item(), adversarial)
+
+
+def _pgd(embed: nn.Module, score: Score, images: Tensor, clean: Tensor, eps: float, steps: int) -> Tensor:
+    objective = Objective(embed, score, clean, [embed])
+    attack = torchattacks.PGD(objective, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
+    return attacks.run(attack, images, objective.labels)
+
+
+def _stands(gallery: Gallery, queries: Tensor, own: Tensor) -> Tensor:
+    with torch.no_grad():
+        return gallery.margin(queries, own) < 0

@@ -1,0 +1,321 @@
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from pml_adversarial import Plan, PlanError
+from pml_adversarial.plan import (
+    ROLES,
+    keep_tuples,
+    parse_roles,
+    plan_roles,
+    plan_rows,
+    plan_tuples,
+    rank_in_group,
+    replace_rows,
+    shift_partners,
+)
+
+N = 9
+SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("positive", "negative"), ("anchor", "negative"), ROLES]
+NAMES = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
+KINDS = ["triplets", "pairs", "no triplets", "no pairs", "no positive pairs"]
+
+
+def random_tuples(kind, rows=N, seed=0):
+    draw = random.Random(seed)
+
+    def members(how_many, count):
+        drawn = [draw.choices(range(rows), k=count) for _ in range(how_many)]
+        return tuple(torch.tensor(member, dtype=torch.long) for member in drawn)
+
+    return {
+        "triplets": lambda: members(3, 40),
+        "pairs": lambda: (*members(2, 25), *members(2, 31)),
+        "no triplets": lambda: members(3, 0),
+        "no pairs": lambda: members(4, 0),
+        "no positive pairs": lambda: (*members(2, 0), *members(2, 12)),
+    }[kind]()
+
+
+def named(tuples):
+    return list(zip(NAMES[len(tuples)], [member.tolist() for member in tuples], strict=True))
+
+
+def pool_rows(plan, num_rows=N):
+    return [*range(num_rows), *plan.rows.tolist()]
+
+
+def resolved(plan):
+    """The addresses in cat([clean, adversarial]) that PML reads for every member."""
+    reference = plan.layout if plan.ref_layout is None else plan.ref_layout
+    return [
+        [(plan.layout if name == "anchor" else reference)[i].item() for i in member]
+        for name, member in named(plan.indices_tuple)
+    ]
+
+
+def check_copies(plan, tuples, roles, keys):
+    """Members with one key are one copy, others are different copies; who plays no chosen role stays."""
+    key_of_copy = {}
+    for (name, rows), after, their_keys in zip(named(tuples), resolved(plan), keys, strict=True):
+        if name not in roles:
+            assert after == rows
+            continue
+        for row, address, key in zip(rows, after, their_keys, strict=True):
+            assert address >= N
+            assert pool_rows(plan)[address] == row
+            assert key_of_copy.setdefault(address, (name, key)) == (name, key)
+    assert len(set(key_of_copy.values())) == len(key_of_copy)
+    assert sorted(key_of_copy) == list(range(N, N + len(plan)))
+    assert plan.layout.tolist() == list(range(N + len(plan)))
+
+
+def keys_per_tuple(tuples):
+    """Positives and negatives are one copy per tuple; of pairs, an anchor's n-th ones share its n-th copy."""
+    keys = []
+    for i, (name, rows) in enumerate(named(tuples)):
+        if name == "anchor" and len(tuples) == 4:
+            keys.append([(row, rows[:position].count(row)) for position, row in enumerate(rows)])
+        else:
+            keys.append([(i, position) for position in range(len(rows))])
+    return keys
+
+
+@pytest.mark.parametrize("roles", SOME_ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+class TestPlans:
+    def test_rows_are_replaced_wherever_they_stand(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_rows(tuples, roles, N)
+        played = sorted({row for name, rows in named(tuples) if name in roles for row in rows})
+        assert plan.rows.tolist() == played
+        expected = [N + played.index(row) if row in played else row for row in range(N)]
+        assert plan.layout.tolist() == expected
+        assert [rows for _, rows in named(plan.indices_tuple)] == [rows for _, rows in named(tuples)]
+        assert plan.ref_layout is None
+
+    def test_one_copy_per_row_and_role(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_roles(tuples, roles, N)
+        check_copies(plan, tuples, roles, keys=[rows for _, rows in named(tuples)])
+
+    def test_one_copy_per_tuple_and_role(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_tuples(tuples, roles, N)
+        check_copies(plan, tuples, roles, keys=keys_per_tuple(tuples))
+
+    @pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+    def test_partners_are_the_clean_members_of_its_tuples(self, kind, roles, make):
+        plan = make(random_tuples(kind), roles, N)
+        found = plan.partners(plan.indices_tuple, N)
+        torch.testing.assert_close(found, partners_by_loop(plan), rtol=0, atol=1e-6)
+
+
+def partners_by_loop(plan):
+    def unit(counts):
+        total = sum(counts.values())
+        return {row: count / total for row, count in counts.items()}
+
+    pairs = resolved(plan)
+    positive, negative = pairs[:2], pairs[2:] if len(pairs) == 4 else [pairs[0], pairs[2]]
+    rows = pool_rows(plan)
+    weights = torch.zeros(len(plan), N)
+    for copy in range(len(plan)):
+        for sign, (left, right) in ((1, positive), (-1, negative)):
+            counts = Counter()
+            for a, b in zip(left, right, strict=True):
+                counts.update([rows[b]] if a == N + copy else [])
+                counts.update([rows[a]] if b == N + copy else [])
+            for row, weight in unit(counts).items():
+                weights[copy, row] += sign * weight
+    return weights
+
+
+def test_partners_of_a_split_plan_are_those_of_the_unsplit_one():
+    tuples = by_queries(random_tuples("triplets"), 4)
+    plan = plan_rows(tuples, ROLES, N)
+    split = plan.split(4)
+    assert split.ref_layout is not None
+    torch.testing.assert_close(split.partners(split.indices_tuple, N), plan.partners(tuples, N), rtol=0, atol=0)
+
+
+def by_queries(tuples, num_queries, rows=N):
+    """Anchors among the first rows, the other members among the rest."""
+    names = NAMES[len(tuples)]
+    return tuple(
+        m % num_queries if name == "anchor" else num_queries + m % (rows - num_queries)
+        for m, name in zip(tuples, names, strict=True)
+    )
+
+
+class TestSplit:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_addresses_the_same_rows(self, kind):
+        plan = plan_rows(by_queries(random_tuples(kind), 4), ("anchor", "positive"), N)
+        split = plan.split(4)
+        assert resolved(split) == resolved(plan)
+        assert torch.cat([split.layout, split.ref_layout]).tolist() == plan.layout.tolist()
+        assert len(split.layout) == 4
+
+    def test_without_reference_is_the_plan_itself(self):
+        plan = plan_rows(random_tuples("pairs"), ROLES, N)
+        assert plan.split(N) is plan
+
+    def test_of_a_split_plan_is_the_plan_itself(self):
+        split = plan_rows(by_queries(random_tuples("pairs"), 4), ROLES, N).split(4)
+        assert split.split(4) is split
+
+    def test_without_tuples(self):
+        split = replace_rows(torch.tensor([1, 6]), N, None).split(5)
+        assert split.indices_tuple is None
+        assert split.layout.tolist() == [0, 9, 2, 3, 4]
+        assert split.ref_layout.tolist() == [5, 10, 7, 8]
+
+
+class TestByReference:
+    @pytest.mark.parametrize("num_queries", [4, N])
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_addresses_the_same_rows(self, kind, roles, num_queries):
+        tuples = random_tuples(kind)
+        tuples = by_queries(tuples, num_queries) if num_queries < N else tuples
+        plan = plan_roles(tuples, roles, N)
+        other = plan.by_reference(N, num_queries)
+        assert resolved(other) == resolved(plan)
+        assert [pool_rows(other)[address] for address in other.layout] == list(range(num_queries))
+        assert other.rows.tolist() == plan.rows.tolist()
+
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_partners_are_the_same(self, kind):
+        tuples = by_queries(random_tuples(kind), 4)
+        plan = plan_roles(tuples, ROLES, N)
+        other = plan.by_reference(N, 4)
+        torch.testing.assert_close(
+            other.partners(other.indices_tuple, N), plan.partners(plan.indices_tuple, N), rtol=0, atol=0
+        )
+
+    def test_is_none_where_an_anchor_has_several_copies(self):
+        tuples = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 3])
+        assert plan_tuples(tuples, ("anchor",), N).by_reference(N, N) is None
+        assert plan_tuples(tuples, ("positive",), N).by_reference(N, N) is not None
+
+    def test_is_none_without_tuples(self):
+        assert replace_rows(torch.tensor([0]), N, None).by_reference(N, N) is None
+
+
+class TestEvaluate:
+    clean = torch.arange(5.0).reshape(-1, 1)
+    adversarial = torch.tensor([[10.0], [13.0]])
+    labels = torch.tensor([7, 8, 9, 7, 8])
+    rows = torch.tensor([0, 3])
+
+    @staticmethod
+    def seen(plan, *tensors):
+        arguments = []
+        result = plan.evaluate(lambda *given: arguments.extend(given) or "value", *tensors)
+        assert result == "value"
+        return [a if a is None or isinstance(a, tuple) else a.flatten().tolist() for a in arguments]
+
+    def test_appended(self):
+        tuples = tuple(torch.tensor([i]) for i in (5, 6, 1))
+        plan = Plan(self.rows, torch.arange(7), tuples)
+        assert self.seen(plan, self.clean, self.adversarial, self.labels) == [
+            [0, 1, 2, 3, 4, 10, 13],
+            [7, 8, 9, 7, 8, 7, 7],
+            tuples,
+        ]
+
+    def test_in_place(self):
+        plan = Plan(self.rows, torch.tensor([5, 1, 2, 6, 4]), None)
+        assert self.seen(plan, self.clean, self.adversarial, self.labels) == [[10, 1, 2, 13, 4], [7, 8, 9, 7, 8], None]
+
+    def test_with_reference(self):
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2, 6, 4]))
+        found = self.seen(plan, self.clean, self.adversarial, self.labels)
+        assert found == [[10, 1], [7, 8], None, [2, 13, 4], [9, 7, 8]]
+
+    def test_without_labels(self):
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2]))
+        assert self.seen(plan, self.clean, self.adversarial, None) == [[10, 1], None, None, [2], None]
+
+    def test_gradient_reaches_clean_and_adversarial_rows(self):
+        clean, adversarial = self.clean.clone().requires_grad_(), self.adversarial.clone().requires_grad_()
+        plan = Plan(self.rows, torch.tensor([5, 1, 5]), None)
+        plan.evaluate(lambda embeddings, *_: embeddings.sum(), clean, adversarial, None).backward()
+        assert clean.grad.flatten().tolist() == [0, 1, 0, 0, 0]
+        assert adversarial.grad.flatten().tolist() == [2, 0]
+
+
+class TestKeepTuples:
+    @pytest.mark.parametrize("k", [1, 2, 100])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_keeps_so_many_per_anchor_and_kind(self, kind, k):
+        tuples = random_tuples(kind)
+        kept = keep_tuples(tuples, k)
+        assert len(kept) == len(tuples)
+        halves = [slice(0, 3)] if len(tuples) == 3 else [slice(0, 2), slice(2, 4)]
+        for half in halves:
+            before = list(zip(*(member.tolist() for member in tuples[half]), strict=True))
+            after = list(zip(*(member.tolist() for member in kept[half]), strict=True))
+            assert not Counter(after) - Counter(before)
+            wanted = {anchor: min(k, count) for anchor, count in Counter(t[0] for t in before).items()}
+            assert Counter(t[0] for t in after) == wanted
+
+    def test_chooses_at_random(self):
+        tuples = torch.zeros(4, dtype=torch.long), torch.arange(4), torch.arange(4)
+        chosen = {keep_tuples(tuples, 1)[1].item() for _ in range(100)}
+        assert chosen == {0, 1, 2, 3}
+
+    def test_keeps_the_order(self):
+        tuples = torch.zeros(50, dtype=torch.long), torch.arange(50), torch.arange(50)
+        kept = keep_tuples(tuples, 20)[1].tolist()
+        assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("values", [[], [4], [7, 3, 7, 7], [1, 1, 1], random.Random(0).choices(range(5), k=200)])
+def test_rank_in_group_counts_equal_values_before(values):
+    expected = [values[:i].count(value) for i, value in enumerate(values)]
+    assert rank_in_group(torch.tensor(values, dtype=torch.long)).tolist() == expected
+
+
+def test_shift_partners_leaves_anchors():
+    triplets = tuple(torch.tensor([i]) for i in (1, 2, 3))
+    pairs = (*triplets, torch.tensor([4]))
+    assert [m.item() for m in shift_partners(triplets, 10)] == [1, 12, 13]
+    assert [m.item() for m in shift_partners(pairs, -1)] == [1, 1, 3, 3]
+
+
+def test_to_another_device_moves_every_tensor():
+    split = plan_rows(by_queries(random_tuples("pairs"), 4), ROLES, N).split(4).to("meta")
+    tensors = [split.rows, split.layout, split.ref_layout, *split.indices_tuple]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert replace_rows(torch.tensor([0]), N, None).to("meta").indices_tuple is None
+
+
+class TestParseRoles:
+    @pytest.mark.parametrize(
+        ("perturb", "roles"),
+        [
+            ("anchor", ("anchor",)),
+            (["negative"], ("negative",)),
+            (("negative", "anchor"), ("anchor", "negative")),
+            ({"positive", "negative", "anchor"}, ROLES),
+            (["positive", "positive"], ("positive",)),
+            ("all", ROLES),
+            (["anchor", "all"], ROLES),
+            ((role for role in ("positive", "anchor")), ("anchor", "positive")),
+        ],
+    )
+    def test_gives_roles_in_a_fixed_order(self, perturb, roles):
+        assert parse_roles(perturb) == roles
+
+    @pytest.mark.parametrize(
+        ("perturb", "found"),
+        [("positives", "positives"), (["anchor", "query"], "query"), ([], "no role"), ("", "''"), ([3], "'3'")],
+    )
+    def test_refuses_what_is_no_role(self, perturb, found):
+        with pytest.raises(PlanError, match=found) as caught:
+            parse_roles(perturb)
+        assert "'anchor', 'positive', 'negative'" in str(caught.value)
