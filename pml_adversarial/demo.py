@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
+from .errors import InputError
 from .evaluation import Gallery, RobustRecall, robust_recall
 from .evaluation.retrieval import embed_all
 from .evaluation.suites import QUERY_ATTACKS, num_runs
@@ -138,6 +139,11 @@ def train(
         torch.manual_seed(seed)
         model = small_network().to(device)
     batches = list(_batches(settings, len(data.train_images), seed))
+    if not batches:
+        raise InputError(
+            f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
+            "full batch."
+        )
     loss_func = wrap(loss.to(device), model, len(batches))
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)
     for rows in bar(batches):

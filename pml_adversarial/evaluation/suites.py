@@ -42,13 +42,15 @@ class RobustRecall:
         eps: l-inf radius, in pixels of [0, 1].
         by_attack: R@1 under each attack, over all its restarts.
         worst_case: R@1 under the worst attack of each single query.
-        adversarial: ``(Q, C, H, W)`` an adversarial query where one was found, else the clean query.
+        broken: ``(Q,)`` bool, queries whose nearest item is wrong, clean or under some attack.
+        attacked: ``(Q, C, H, W)`` what broke the query, or the last that it survived.
     """
 
     eps: float
     by_attack: Mapping[str, float]
     worst_case: float
-    adversarial: Tensor
+    broken: Tensor
+    attacked: Tensor
 
 
 def robust_recall(
@@ -87,8 +89,9 @@ def robust_recall(
         clean = embed_all(model, images, chunk)
         gallery = Gallery(clean, labels)
         everyone = torch.arange(len(images), device=images.device)
-        standing = dict.fromkeys(QUERY_ATTACKS, _stands(gallery, clean, everyone))
-        adversarial = images.clone()
+        right = _stands(gallery, clean, everyone)
+        standing = dict.fromkeys(QUERY_ATTACKS, right)
+        broken, attacked = ~right, images.clone()
         for radius in sorted(eps):
             for name, attack in QUERY_ATTACKS.items():
                 for restart in range(restarts):
@@ -98,12 +101,13 @@ def robust_recall(
                             with random_stream(seed, restart * len(images) + rows.start):
                                 score = attack(gallery, clean[own], own)
                                 found = _pgd(model, score, images[own], clean[own], radius, steps)
-                            broken = ~_stands(gallery, embed_all(model, found, chunk), own)
-                            standing[name] = standing[name].index_fill(0, own[broken], False)
-                            adversarial[own[broken]] = found[broken]
+                            fell = ~_stands(gallery, embed_all(model, found, chunk), own)
+                            standing[name] = standing[name].index_fill(0, own[fell], False)
+                            attacked[own] = torch.where(_like(~broken[own], found), found, attacked[own])
+                            broken[own[fell]] = True
                         if progress is not None:
                             progress()
-            results.append(_result(radius, standing, adversarial.clone()))
+            results.append(_result(radius, standing, broken.clone(), attacked.clone()))
     return results
 
 
@@ -112,16 +116,19 @@ def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512)
     return num_eps * len(QUERY_ATTACKS) * restarts * len(list(chunks(num_images, chunk)))
 
 
-def _result(eps: float, standing: Mapping[str, Tensor], adversarial: Tensor) -> RobustRecall:
-    survived = torch.stack(list(standing.values())).all(0)
+def _result(eps: float, standing: Mapping[str, Tensor], broken: Tensor, attacked: Tensor) -> RobustRecall:
     by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
-    return RobustRecall(eps, by_attack, survived.float().mean().item(), adversarial)
+    return RobustRecall(eps, by_attack, (~broken).float().mean().item(), broken, attacked)
 
 
 def _pgd(embed: nn.Module, score: Score, images: Tensor, clean: Tensor, eps: float, steps: int) -> Tensor:
     objective = Objective(embed, score, clean, [embed])
     attack = torchattacks.PGD(objective, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
     return attacks.run(attack, images, objective.labels)
+
+
+def _like(mask: Tensor, images: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def _stands(gallery: Gallery, queries: Tensor, own: Tensor) -> Tensor:
