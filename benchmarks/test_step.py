@@ -4,6 +4,8 @@ Both sides embed the batch, attack every row in k steps with frozen parameters, 
 the loss and go backward. "library" is `AdversarialLoss`, "bare" the same passes written by hand for one fixed
 case, with no checks, no records and no isolation. "bare" spares what need not be done: when every row is
 perturbed, the loss does not depend on the clean embeddings, so its backward pass leaves the clean batch out.
+"bare_through_clean" goes backward through the clean batch too, as any implementation has to do when clean rows
+enter the loss. The optimiser's step is on neither side.
 
     python -m pytest benchmarks --no-cov -p no:cacheprovider
 
@@ -59,7 +61,7 @@ def small_cnn() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with random weights, 128 outputs and BatchNorm frozen in eval mode."""
+    """A ResNet-18 of torchvision with random weights, 128 outputs and BatchNorm frozen in eval mode."""
     models = pytest.importorskip("torchvision.models")
     trunk = models.resnet18(weights=None, num_classes=128)
     for module in trunk.modules():
@@ -125,14 +127,16 @@ class Bench:
 
     def _attack_by_hand(self, context: Tensor) -> Tensor:
         same = self.labels.unsqueeze(1) == self.labels
-        weights = same / same.sum(1, keepdim=True) - (~same) / (~same).sum(1, keepdim=True)
+        wrong_or_itself = ~same | torch.eye(len(same), dtype=torch.bool, device=DEVICE)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         perturbed = (self.images + torch.empty_like(self.images).uniform_(-EPS, EPS)).clamp(0, 1)
         for _ in range(STEPS):
             perturbed.requires_grad_(True)
-            score = (weights * torch.cdist(self.model(perturbed), context)).sum()
-            (gradient,) = torch.autograd.grad(score, perturbed)
+            distances = torch.cdist(self.model(perturbed), context)
+            furthest = distances.masked_fill(wrong_or_itself, -torch.inf).amax(1)
+            nearest = distances.masked_fill(same, torch.inf).amin(1)
+            (gradient,) = torch.autograd.grad((furthest - nearest).sum(), perturbed)
             moved = perturbed.detach() + ALPHA * gradient.sign()
             perturbed = (self.images + (moved - self.images).clamp(-EPS, EPS)).clamp(0, 1)
         for parameter in self.model.parameters():
@@ -142,7 +146,7 @@ class Bench:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """One CPU thread: what a busy machine gives without waiting."""
+    """One CPU thread, so that other processes on the machine disturb the two sides as little as possible."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -18,10 +18,10 @@ Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 
 
 class Call(NamedTuple):
-    """One forward pass: the module, what went in, and the version of what came out."""
+    """One forward pass: the module, what went in (None: what came out), and the version of what came out."""
 
     module: nn.Module
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] | None
     version: int
 
 
@@ -38,7 +38,9 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.calls is None or self.paused or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return
-        self.calls[output] = Call(module, (*args, *kwargs.values()), output._version)
+        arguments = (*args, *kwargs.values())
+        passed_through = any(argument is output for argument in arguments)  # kept, the key would keep itself alive
+        self.calls[output] = Call(module, None if passed_through else arguments, output._version)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert_tap, ()
@@ -102,12 +104,8 @@ class InputCapture:
             return False
         return True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputCapture:
-        # A copy made together with its model watches the copied model, a copy made alone the same one.
-        return InputCapture([memo.get(id(m), m) for m in self.modules] or None)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, ()  # a pickle holds no model: it finds its chain anew
+        return InputCapture, ()  # copies and pickles hold no model: they find their chain anew
 
     def _start(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
@@ -118,25 +116,24 @@ class InputCapture:
                 for module, tap in zip(modules, self._taps, strict=True)
             ]
         else:
-            handles = [register_module_forward_hook(_outermost(self._taps[0]))]
+            handles = [register_module_forward_hook(_outermost(self._taps[0]), with_kwargs=True)]
         self._release = weakref.finalize(self, _remove, handles)
 
     def _bind(self, embeddings: Tensor) -> None:
         """Keeps the chain of outermost modules that led to the embeddings."""
         calls = _calls(self._taps[0])
         chain: list[nn.Module] = []
-        steps: list[tuple[Tensor, Call]] = []
         tensor: Any = embeddings
         while isinstance(tensor, Tensor) and tensor in calls:
-            call = calls[tensor]
-            chain.insert(0, call.module)
-            steps.insert(0, (tensor, call))
-            tensor = _only_tensor(call)
+            chain.insert(0, calls[tensor].module)
+            tensor = _only_tensor(calls[tensor], tensor)
         if not chain:
             raise CaptureError(_unknown("a module that ran with gradient since this wrapper was made"))
         self.watch(chain)
-        for tap, (output, call) in zip(self._taps, steps, strict=True):
-            _calls(tap)[output] = call
+        for module, tap in zip(self.modules, self._taps, strict=True):
+            for output, call in calls.items():
+                if call.module is module:
+                    _calls(tap)[output] = call
 
     def _input_of(self, tap: _Tap, output: Tensor) -> Tensor:
         calls = _calls(tap)
@@ -149,7 +146,7 @@ class InputCapture:
                 "expected the tensor as the module returned it. Use an operation that makes a new tensor "
                 "inside the model, or put the in-place module into the model that is watched."
             )
-        return _only_tensor(call)
+        return _only_tensor(call, output)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -191,21 +188,21 @@ def chain_of(model: Models) -> tuple[nn.Module, ...]:
 def _outermost(tap: _Tap) -> Any:
     """Of nested modules that return one tensor, the outermost finishes last and its call stays."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not any(argument is output for argument in args):
-            tap(module, args, {}, output)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not any(argument is output for argument in (*args, *kwargs.values())):
+            tap(module, args, kwargs, output)
 
     return hook
 
 
-def _only_tensor(call: Call) -> Tensor:
-    if len(call.arguments) != 1 or not isinstance(call.arguments[0], Tensor):
-        found = [type(argument).__name__ for argument in call.arguments]
+def _only_tensor(call: Call, output: Tensor) -> Tensor:
+    arguments = (output,) if call.arguments is None else call.arguments
+    if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
         raise CaptureError(
-            f"{type(call.module).__name__} was called with {found}; expected one tensor of inputs. "
-            "Wrap the model in a module whose forward takes the images alone."
+            f"{type(call.module).__name__} was called with {[type(argument).__name__ for argument in arguments]}; "
+            "expected one tensor of inputs. Wrap the model in a module whose forward takes the images alone."
         )
-    return call.arguments[0]
+    return arguments[0]
 
 
 def _calls(tap: _Tap) -> WeakTensorKeyDictionary:

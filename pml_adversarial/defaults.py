@@ -127,32 +127,25 @@ class FixedContext:
         if self.in_place or not len(in_place):
             return in_place
         appended = (plan_tuples if self.tuples_per_anchor else plan_roles)(tuples, self.roles, len(batch))
-        by_reference = appended.by_reference(len(batch), batch.num_queries)
-        plans: dict[str, Plan | None] = {"reference": by_reference, "in place": in_place}
+        untouched = _untouched(batch, kept)
+        plans: dict[str, Plan | None] = {"reference": appended.by_reference(len(batch), batch.num_queries)}
         if batch.num_queries == len(batch):
             plans = {"appended": appended, **plans}
-        if self.tuples_per_anchor and len(appended.rows) > len(in_place.rows):
-            del plans["in place"]  # a row cannot be replaced by several copies
-        return self._choose(wrapped, batch, plans, kept)
-
-    def _choose(
-        self, wrapped: nn.Module, batch: Batch, plans: Mapping[str, Plan | None], kept: IndicesTuple | None
-    ) -> Plan:
         situation = (batch.indices_tuple is None, batch.num_queries < len(batch))
-        known = plans.get(self._addressing.get(situation, ""))
-        if known is not None:
-            return known
-        untouched = _untouched(batch, kept)
-        for name, plan in plans.items():
-            if plan is not None and _same_value(wrapped, batch, untouched, plan):
-                self._addressing[situation] = name
-                logger.debug("%s: copies are %s", type(wrapped).__name__, name)
-                return plan
-        raise PlanError(
-            f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
-            f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
-            "tuples_per_anchor=None or 1, or perturb='positive'."
-        )
+        if situation not in self._addressing:
+            fitting = (
+                n for n, plan in plans.items() if plan is not None and _same_value(wrapped, batch, untouched, plan)
+            )
+            self._addressing[situation] = next(fitting, "in place")
+            logger.debug("%s: copies are %s", type(wrapped).__name__, self._addressing[situation])
+        plan = plans.get(self._addressing[situation])
+        if plan is None and self.tuples_per_anchor and len(appended) > len(in_place):
+            raise PlanError(
+                f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
+                f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
+                "tuples_per_anchor=None or 1, or perturb='positive'."
+            )
+        return in_place if plan is None else plan
 
     def _explicit(self, wrapped: nn.Module, batch: Batch) -> bool:
         chosen_here = self.tuples_per_anchor is not None or _triplets_per_anchor(wrapped) is not None
@@ -263,21 +256,25 @@ def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:
 def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -> bool:
     """Whether the loss gives one value for both plans while nothing is perturbed.
 
-    Asked of copies of the loss, in double precision on the CPU, where an index out of range is an exception
-    and not the end of the process.
+    The plan gets a bystander, since a loss that looks at rows that its tuples do not name would look at rows and
+    their copies at once. Asked of copies of the loss, in double precision on the CPU, where an index out of
+    range is an exception and not the end of the process.
     """
+    plan = plan.with_bystander(len(batch)).to("cpu")
     generator = torch.Generator().manual_seed(0)
-    size = batch.embeddings.shape
-    embeddings = torch.randn(size, generator=generator, dtype=torch.float64) / size[1] ** 0.5
+    shape = (len(batch) + 1, batch.embeddings.shape[1])
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+    clean, bystander = drawn[:-1], drawn[-1:]
     labels = None if batch.labels is None else batch.labels.cpu()
-    values = []
-    for candidate in (untouched, plan):
-        candidate = candidate.to("cpu")
-        try:
-            loss = copy.deepcopy(wrapped).cpu().double()
-            value = candidate.evaluate(loss, embeddings, embeddings[candidate.rows], labels)
-        except Exception as error:  # whatever a loss raises at arguments it does not take
-            logger.debug("%s refuses a plan: %r", type(wrapped).__name__, error)
-            return False
-        values.append(torch.as_tensor(value, dtype=torch.float64))
-    return bool(torch.isclose(values[0], values[1], rtol=1e-9, atol=0))
+
+    def value(of: Plan, copies: Tensor) -> Tensor:
+        loss = copy.deepcopy(wrapped).cpu().double()
+        return torch.as_tensor(of.evaluate(loss, clean, copies, labels), dtype=torch.float64)
+
+    try:
+        expected = value(untouched.to("cpu"), clean[:0])
+        found = value(plan, torch.cat([clean[plan.rows[:-1]], bystander]))
+    except Exception as error:  # whatever a loss raises at arguments that it does not take
+        logger.debug("%s refuses a plan: %r", type(wrapped).__name__, error)
+        return False
+    return bool(torch.isclose(expected, found, rtol=1e-9, atol=0))

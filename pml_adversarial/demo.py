@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
+import pytorch_metric_learning
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import __version__
 from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .errors import InputError
@@ -138,12 +141,12 @@ def train(
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = small_network().to(device)
-    batches = list(_batches(settings, len(data.train_images), seed))
-    if not batches:
+    if settings.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
             "full batch."
         )
+    batches = list(_batches(settings, len(data.train_images), seed))
     loss_func = wrap(loss.to(device), model, len(batches))
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)
     for rows in bar(batches):
@@ -190,11 +193,6 @@ def summary(settings: Settings, measured: list[Measured], described: Mapping[str
         measured: its results.
         described: further settings, such as the names of loss and attack.
     """
-    import pytorch_metric_learning
-    import torchattacks
-
-    from . import __version__
-
     return {
         "schema": 1,
         "settings": {**asdict(settings), **described},
@@ -207,7 +205,7 @@ def summary(settings: Settings, measured: list[Measured], described: Mapping[str
             "pml_adversarial": __version__,
             "torch": torch.__version__,
             "pytorch_metric_learning": pytorch_metric_learning.__version__,
-            "torchattacks": getattr(torchattacks, "__version__", "unknown"),
+            "torchattacks": version("torchattacks"),
         },
         "models": {kind: _mean([m for m in measured if m.kind == kind]) for kind in MODELS},
         "runs": [_one(m) for m in measured],

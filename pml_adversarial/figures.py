@@ -100,8 +100,8 @@ def choose_queries(labels: Tensor, broken: Sequence[bool], count: int) -> list[i
 
 def _show(axes: Axes, image: Tensor, colour: str, title: str) -> None:
     axes.set_axis_on()
-    pixels = image.detach().cpu()
-    axes.imshow(pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+    pixels = image.detach().permute(1, 2, 0).squeeze(2).cpu().numpy()
+    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=6.5, color=colour, pad=2)
     for spine in axes.spines.values():

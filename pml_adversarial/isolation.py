@@ -82,9 +82,10 @@ def depends_on_mode(*modules: nn.Module) -> bool:
 def _reads_training(kind: Any) -> bool:
     if issubclass(kind, torch.jit.ScriptModule):
         return True
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    functions = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
-    return any("training" in names for f in functions for names in _attribute_names(f.__code__))
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    members = [getattr(member, "fget", member) for base in bases for member in vars(base).values()]
+    codes = [member.__code__ for member in members if isinstance(member, FunctionType)]
+    return any("training" in names for code in codes for names in _attribute_names(code))
 
 
 def _attribute_names(code: CodeType) -> Iterator[tuple[str, ...]]:

@@ -40,6 +40,7 @@ class Objective(nn.Module):
             self.clean_score = self._rows(score(clean), len(clean)).float()
         self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self._watched_gradient = False
+        self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     @property
     def zero_gradient(self) -> Tensor:
@@ -84,9 +85,10 @@ class Objective(nn.Module):
 
 def _logits(score: Tensor) -> Tensor:
     # The cross-entropy, softplus(other), is made to be a sigmoid of the score with tails of 1 / |score|. The
-    # two clamped branches meet at 0 with their slope; abs() would have none there, where attacks start.
-    below = 0.5 / (1 - score.clamp(max=0))
-    above = 1 - 0.5 / (1 + score.clamp(min=0))
-    cross_entropy = _HIGHEST * torch.where(score > 0, above, below)
+    # two branches meet at 0 with their slope; abs() and clamp() would have none there, where attacks start.
+    positive, zero = score > 0, torch.zeros_like(score)
+    below = 0.5 / (1 - torch.where(positive, zero, score))
+    above = 1 - 0.5 / (1 + torch.where(positive, score, zero))
+    cross_entropy = _HIGHEST * torch.where(positive, above, below)
     other = torch.log(torch.expm1(cross_entropy))
-    return torch.stack([torch.zeros_like(other), other], dim=1)
+    return torch.stack([zero, other], dim=1)

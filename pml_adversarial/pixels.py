@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ class PixelSpace:
     def __init__(self, normalization: Normalization | None = None) -> None:
         self.normalization = normalization
         if normalization is not None:
-            self._check_normalization(*normalization)
+            self._check(normalization)
 
     def to_pixels(self, inputs: Tensor) -> Tensor:
         """The model's inputs as pixels, checked.
@@ -79,8 +80,13 @@ class PixelSpace:
         )
 
     @staticmethod
-    def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
-        if len(mean) != len(std) or not all(s > 0 for s in std):
+    def _check(normalization: Normalization) -> None:
+        try:
+            mean, std = normalization
+            usable = len(mean) == len(std) > 0 and all(math.isfinite(m) for m in mean) and all(s > 0 for s in std)
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
             raise InputError(
-                f"normalization=({mean}, {std}); expected (mean, std) of equal length, one value per channel, std > 0."
+                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above 0."
             )

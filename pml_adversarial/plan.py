@@ -58,6 +58,8 @@ class Plan:
             adversarial: ``(M, D)`` embeddings of the copies.
             labels: ``(N,)`` or None.
         """
+        if self.ref_layout is None and len(self.layout) == len(self.rows) == len(clean):
+            clean = clean.detach()  # every row is replaced: spares a backward pass that would carry zeros
         pool = torch.cat([clean, adversarial])
         pool_labels = None if labels is None else torch.cat([labels, labels[self.rows]])
 
@@ -112,6 +114,14 @@ class Plan:
         )
         ref_layout = torch.arange(start, len(pool_rows), device=self.layout.device)
         return Plan(self.rows, layout, members, ref_layout)
+
+    def with_bystander(self, num_rows: int) -> Plan:
+        """The same plan with one more copy, of row 0, that is evaluated but that no tuple names."""
+        rows = torch.cat([self.rows, self.rows.new_zeros(1)])
+        bystander = self.layout.new_tensor([num_rows + len(self)])
+        if self.ref_layout is None:
+            return Plan(rows, torch.cat([self.layout, bystander]), self.indices_tuple)
+        return Plan(rows, self.layout, self.indices_tuple, torch.cat([self.ref_layout, bystander]))
 
     def partners(self, indices_tuple: IndicesTuple, num_rows: int) -> tuple[Tensor, Tensor]:
         """Which clean rows stand with each copy in a tuple, as two masks instead of a list of tuples.

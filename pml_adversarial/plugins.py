@@ -37,6 +37,8 @@ def make_manager(plugins: Iterable[Any]) -> pluggy.PluginManager:
     for plugin in reversed(list(plugins)):  # pluggy asks the last registered first
         try:
             manager.register(plugin)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"{error} Hooks are {', '.join(_hooks())}.") from error
         except ValueError as error:
             raise PluginError(f"{plugin!r} is among the plugins twice; name each once.") from error
         if not manager.get_hookcallers(plugin):

@@ -39,7 +39,7 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     for answer in answers:
         for name, value in answer.items():
             values.setdefault(name, value)
-    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = {name: value.detach().double().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
     if tensors:
         values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
     declare(module, values)

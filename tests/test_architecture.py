@@ -15,7 +15,8 @@ FLOORS = [
     ["adversary"],
     ["defenses", "evaluation"],
     ["losses", "miners", "datasets", "testers"],
-    ["__init__", "demo", "figures"],
+    ["__init__"],
+    ["demo", "figures"],
     ["cli"],
     ["__main__"],
 ]

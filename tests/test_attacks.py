@@ -119,19 +119,13 @@ class TestDoor:
         assert (scene.score_of(found) > scene.score_of(scene.inputs)).all()
 
     @pytest.mark.parametrize(
-        ("factory", "queries"),
-        [
-            (partial(torchattacks.APGD, eps=EPS, steps=8), 8),
-            (partial(torchattacks.Square, eps=EPS, n_queries=60), 60),
-        ],
+        "factory",
+        [partial(torchattacks.APGD, eps=EPS, steps=8), partial(torchattacks.Square, eps=EPS, n_queries=60)],
         ids=["APGD", "Square"],
     )
-    def test_attacks_gated_on_success_spend_their_budget_on_every_row(self, scene, factory, queries):
-        found = scene.attacked(factory)
-        assert (scene.score_of(found) > scene.score_of(scene.inputs)).all()
-        assert (found - scene.inputs).abs().max() <= EPS + 1e-6
-        assert len(scene.asked) >= queries
-        assert set(scene.asked) == {len(scene.inputs)}
+    def test_attacks_that_return_misclassified_rows_only_are_never_silent(self, scene, factory):
+        with pytest.raises(AttackError, match="changed none of 6 inputs"):
+            scene.attacked(factory)
 
     def test_a_scalar_score_moves_all_rows(self, scene):
         per_row = scene.score

@@ -379,12 +379,12 @@ class TestCopies:
         assert model[1].weight.grad is None
         assert capture.modules == (model,)
 
-    def test_a_capture_copied_alone_watches_the_same_model(self, capture, model, images):
+    def test_a_capture_copied_alone_finds_the_same_model(self, capture, model, images):
         capture.inputs_of(model(images))
         copied = copy.deepcopy(capture)
         embeddings = model(images)
-        assert copied.modules == (model,)
         assert copied.inputs_of(embeddings).equal(images)
+        assert copied.modules == (model,)
         assert capture.inputs_of(embeddings).equal(images)
 
     def test_a_capture_copied_with_its_model_watches_the_copy(self, model, images):

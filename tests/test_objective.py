@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchattacks
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -173,3 +174,11 @@ class TestModule:
         objective = Objective(layer, lambda e: e.sum(1), torch.zeros(4, 3), [layer])
         objective.eval()
         assert not layer.training
+
+
+class TestMode:
+    def test_torchattacks_leaves_eval_mode_alone(self, model, images):
+        model.eval()
+        objective = Objective(model, lambda embeddings: embeddings.sum(1), model(images).detach(), [model])
+        torchattacks.PGD(objective, steps=1)(images, objective.labels)
+        assert not any(module.training for module in model.modules())

@@ -107,30 +107,35 @@ class TestPlans:
         check_copies(plan, tuples, roles, keys=keys_per_tuple(tuples))
 
     @pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
-    def test_partners_are_the_clean_members_of_its_tuples(self, kind, roles, make):
+    def test_partners_share_a_tuple_with_the_copy(self, kind, roles, make):
         plan = make(random_tuples(kind), roles, N)
         found = plan.partners(plan.indices_tuple, N)
-        torch.testing.assert_close(found, partners_by_loop(plan), rtol=0, atol=1e-6)
+        for mask, expected in zip(found, partners_by_loop(plan), strict=True):
+            assert mask.dtype == torch.bool
+            assert mask.shape == (len(plan), N)
+            assert [set(row.nonzero().flatten().tolist()) for row in mask] == expected
 
 
 def partners_by_loop(plan):
-    def unit(counts):
-        total = sum(counts.values())
-        return {row: count / total for row, count in counts.items()}
+    """For each copy the clean rows that share a positive pair with it, and those that share a negative pair."""
+    members, rows = resolved(plan), pool_rows(plan)
+    kinds = []
+    for left, right in (members[:2], members[2:] if len(members) == 4 else [members[0], members[2]]):
+        of_copy = [set() for _ in range(len(plan))]
+        for a, b in zip(left, right, strict=True):
+            if a >= N:
+                of_copy[a - N].add(rows[b])
+            if b >= N:
+                of_copy[b - N].add(rows[a])
+        kinds.append(of_copy)
+    return kinds
 
-    pairs = resolved(plan)
-    positive, negative = pairs[:2], pairs[2:] if len(pairs) == 4 else [pairs[0], pairs[2]]
-    rows = pool_rows(plan)
-    weights = torch.zeros(len(plan), N)
-    for copy in range(len(plan)):
-        for sign, (left, right) in ((1, positive), (-1, negative)):
-            counts = Counter()
-            for a, b in zip(left, right, strict=True):
-                counts.update([rows[b]] if a == N + copy else [])
-                counts.update([rows[a]] if b == N + copy else [])
-            for row, weight in unit(counts).items():
-                weights[copy, row] += sign * weight
-    return weights
+
+def test_partners_of_tuples_other_than_the_plans_own():
+    plan = replace_rows(torch.tensor([1, 4]), N, None)
+    same, different = plan.partners(tuple(torch.tensor([i]) for i in (1, 4, 6)), N)
+    assert [row.nonzero().flatten().tolist() for row in same] == [[4], [1]]
+    assert [row.nonzero().flatten().tolist() for row in different] == [[6], []]
 
 
 def test_partners_of_a_split_plan_are_those_of_the_unsplit_one():
@@ -138,7 +143,7 @@ def test_partners_of_a_split_plan_are_those_of_the_unsplit_one():
     plan = plan_rows(tuples, ROLES, N)
     split = plan.split(4)
     assert split.ref_layout is not None
-    torch.testing.assert_close(split.partners(split.indices_tuple, N), plan.partners(tuples, N), rtol=0, atol=0)
+    assert all(map(torch.equal, split.partners(split.indices_tuple, N), plan.partners(tuples, N)))
 
 
 def by_queries(tuples, num_queries, rows=N):
@@ -186,15 +191,16 @@ class TestByReference:
         assert resolved(other) == resolved(plan)
         assert [pool_rows(other)[address] for address in other.layout] == list(range(num_queries))
         assert other.rows.tolist() == plan.rows.tolist()
+        first_reference = num_queries if num_queries < N else 0
+        assert other.ref_layout.tolist() == list(range(first_reference, N + len(plan)))
 
     @pytest.mark.parametrize("kind", ["triplets", "pairs"])
     def test_partners_are_the_same(self, kind):
         tuples = by_queries(random_tuples(kind), 4)
         plan = plan_roles(tuples, ROLES, N)
         other = plan.by_reference(N, 4)
-        torch.testing.assert_close(
-            other.partners(other.indices_tuple, N), plan.partners(plan.indices_tuple, N), rtol=0, atol=0
-        )
+        found = other.partners(other.indices_tuple, N)
+        assert all(map(torch.equal, found, plan.partners(plan.indices_tuple, N)))
 
     def test_is_none_where_an_anchor_has_several_copies(self):
         tuples = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 3])

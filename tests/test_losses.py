@@ -1,0 +1,635 @@
+"""AdversarialLoss against plain loops, hand-written attacks and hand-built batches; nothing here reuses its code."""
+
+import copy
+import pickle
+import random
+from functools import partial
+
+import numpy
+import pytest
+import torch
+import torchattacks
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import nn
+from torch.nn.functional import normalize
+
+from pml_adversarial import (
+    AdversarialLoss,
+    AttackError,
+    CaptureError,
+    InputError,
+    PlanError,
+    PluginError,
+    hookimpl,
+)
+
+EPS, ALPHA, STEPS = 0.05, 0.02, 3
+PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS)
+STILL = partial(PGD, random_start=False)
+NO_BUDGET = partial(PGD, eps=0.0)
+ROLES = ["anchor", "positive", "negative", "all", ("positive", "negative"), ("anchor", "positive", "negative")]
+LOSSES = {
+    "triplet": partial(losses.TripletMarginLoss, margin=0.2),
+    "triplet with swap": partial(losses.TripletMarginLoss, swap=True),
+    "triplet, cosine": lambda: losses.TripletMarginLoss(distance=CosineSimilarity()),
+    "contrastive": losses.ContrastiveLoss,
+    "multi-similarity": losses.MultiSimilarityLoss,
+    "lifted structure": losses.LiftedStructureLoss,
+    "n-pairs": losses.NPairsLoss,
+    "NT-Xent": losses.NTXentLoss,
+    "proxy anchor": lambda: losses.ProxyAnchorLoss(4, 4),
+    "cross-batch memory": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64),
+    "SmoothAP": losses.SmoothAPLoss,
+    "ArcFace": lambda: losses.ArcFaceLoss(4, 4),
+}
+
+
+class Spy:
+    """Keeps what the last step did."""
+
+    @hookimpl
+    def pml_adversarial_record(self, batch, plan, adversarial):
+        self.batch, self.plan, self.adversarial = batch, plan, adversarial
+
+
+def counting(model):
+    """Rows, gradient and mode of every forward pass, kept outside the model."""
+    passes = []
+    model.register_forward_pre_hook(
+        lambda module, args: passes.append((len(args[0]), torch.is_grad_enabled(), module.training))
+    )
+    return passes
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def tuples_of(kind, labels, embeddings):
+    return None if kind == "none" else getattr(miners, kind)()(embeddings, labels)
+
+
+class TestIsTheWrappedLoss:
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("kind", ["none", "BatchHardMiner", "MultiSimilarityMiner"])
+    def test_in_eval_mode(self, name, kind, model, images, labels):
+        wrapped = LOSSES[name]()
+        embeddings = model(images)
+        mined = tuples_of(kind, labels, embeddings)
+        expected = copy.deepcopy(wrapped)(embeddings, labels, mined)
+        assert torch.equal(AdversarialLoss(wrapped, model).eval()(embeddings, labels, mined), expected)
+
+    @pytest.mark.parametrize("perturb", ROLES, ids=str)
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("kind", ["none", "BatchHardMiner", "MultiSimilarityMiner"])
+    def test_with_its_gradients_when_eps_is_0(self, name, kind, perturb, model, images, labels):
+        wrapped = LOSSES[name]()
+        embeddings = model(images)
+        mined = tuples_of(kind, labels, embeddings)
+        plain = copy.deepcopy(wrapped)(embeddings, labels, mined)
+        expected = gradients(model, plain)
+        loss = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb=perturb)(model(images), labels, mined)
+        torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-4, atol=1e-6)
+
+    def test_with_batchnorm_and_dropout_when_eps_is_0(self, moody_model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), moody_model, attack=NO_BUDGET)
+        embeddings = moody_model(images)
+        assert torch.equal(loss_func(embeddings, labels), losses.TripletMarginLoss()(embeddings, labels))
+
+    def test_on_the_tuples_that_it_keeps(self, model, images, labels):
+        spy = Spy()
+        loss_func = AdversarialLoss(
+            losses.ContrastiveLoss(), model, attack=NO_BUDGET, tuples_per_anchor=1, plugins=[spy]
+        )
+        embeddings = model(images)
+        loss = loss_func(embeddings, labels, triplets := miners.TripletMarginMiner(margin=2)(embeddings, labels))
+        assert len(triplets[0]) > 8
+        kept = [torch.cat([torch.arange(8), spy.plan.rows])[member] for member in spy.plan.indices_tuple]
+        assert sorted(kept[0].tolist()) == list(range(8))
+        assert {*zip(*(m.tolist() for m in kept), strict=True)} <= {*zip(*(m.tolist() for m in triplets), strict=True)}
+        torch.testing.assert_close(loss, losses.ContrastiveLoss()(embeddings, labels, tuple(kept)))
+
+    @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative", "all"])
+    def test_with_a_reference_of_the_same_model_when_eps_is_0(self, perturb, model, images, labels):
+        wrapped = losses.MultiSimilarityLoss()
+        loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb=perturb)
+        embeddings, reference = model(images), model(images.flip(3))
+        loss = loss_func(embeddings, labels, ref_emb=reference, ref_labels=labels.clone())
+        torch.testing.assert_close(loss, wrapped(embeddings, labels, ref_emb=reference, ref_labels=labels.clone()))
+
+
+def score_by_loop(embedding, partners, context):
+    """Furthest partner of the row's own label minus nearest of the others; distances of unit-norm embeddings."""
+    distances = {j: (normalize(embedding, dim=0) - normalize(context[j], dim=0)).norm() for _, j in partners}
+    own = [distances[j] for same, j in partners if same]
+    other = [distances[j] for same, j in partners if not same]
+    return (max(own) if own else 0) - (min(other) if other else 0)
+
+
+def partners_by_loop(triplets, role, row):
+    partners = []
+    for a, p, n in zip(*(member.tolist() for member in triplets), strict=True):
+        if role == "anchor" and a == row:
+            partners += [(True, p), (False, n)]
+        if role == "positive" and p == row:
+            partners.append((True, a))
+        if role == "negative" and n == row:
+            partners.append((False, a))
+    return partners
+
+
+class TestFixedContext:
+    @pytest.mark.parametrize("role", ["anchor", "positive", "negative"])
+    def test_each_member_is_perturbed_as_if_it_were_alone(self, role, model, images, labels):
+        spy = Spy()
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=STILL, perturb=role, plugins=[spy])
+        embeddings = model(images)
+        triplets = miners.TripletMarginMiner(margin=2)(embeddings, labels)
+        loss_func(embeddings, labels, triplets)
+        context = embeddings.detach()
+        member = triplets[["anchor", "positive", "negative"].index(role)]
+        assert spy.plan.rows.tolist() == sorted(set(member.tolist()))
+        for copied, row in enumerate(spy.plan.rows.tolist()):
+            partners = partners_by_loop(triplets, role, row)
+            clean = images[row : row + 1]
+            moved = clean.clone()
+            for _ in range(STEPS):
+                moved.requires_grad_()
+                (gradient,) = torch.autograd.grad(score_by_loop(model(moved)[0], partners, context), moved)
+                moved = moved.detach() + ALPHA * gradient.sign()
+                moved = (clean + (moved - clean).clamp(-EPS, EPS)).clamp(0, 1)
+            torch.testing.assert_close(spy.adversarial.inputs[copied], moved[0], rtol=0, atol=1e-6)
+
+    def test_moving_one_copy_moves_no_other_score(self, model, images, labels):
+        class Grab(Spy):
+            @hookimpl(wrapper=True)
+            def pml_adversarial_score(self, batch, plan):
+                self.score = yield
+                return self.score
+
+        grab = Grab()
+        AdversarialLoss(losses.ContrastiveLoss(), model, perturb=("anchor", "positive"), plugins=[grab])(
+            model(images), labels
+        )
+        copies = grab.adversarial.embeddings.detach()
+        before = grab.score(copies)
+        moved = copies.clone()
+        moved[3] += 1
+        changed = grab.score(moved) != before
+        assert changed.nonzero().tolist() == [[3]]
+
+    @pytest.mark.parametrize("kind", ["TripletMarginMiner", "none"])
+    def test_loss_is_that_of_the_copies_in_their_roles(self, kind, model, images, labels):
+        spy, margin = Spy(), 0.2
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(margin), model, attack=PGD, plugins=[spy])
+        embeddings = model(images)
+        mined = tuples_of(kind, labels, embeddings)
+        loss = loss_func(embeddings, labels, mined)
+        copies = dict(zip(spy.plan.rows.tolist(), normalize(model(spy.adversarial.inputs)), strict=True))
+        unit = normalize(embeddings)
+        everyone = range(8)
+        triplets = (
+            [
+                (a, p, n)
+                for a in everyone
+                for p in everyone
+                for n in everyone
+                if a != p and labels[a] == labels[p] and labels[a] != labels[n]
+            ]
+            if mined is None
+            else zip(*(m.tolist() for m in mined), strict=True)
+        )
+        violations = [
+            ((unit[a] - copies[p]).norm() - (unit[a] - unit[n]).norm() + margin).clamp(min=0) for a, p, n in triplets
+        ]
+        active = [violation for violation in violations if violation > 0]
+        torch.testing.assert_close(loss, torch.stack(active).mean(), rtol=1e-5, atol=1e-6)
+
+    def test_gradient_is_that_of_the_re_evaluation_alone(self, model, images, labels):
+        spy = Spy()
+        triplets = torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4]), torch.tensor([2, 7, 0])
+        loss = AdversarialLoss(losses.TripletMarginLoss(2.0), model, attack=PGD, plugins=[spy])(
+            model(images), labels, triplets
+        )
+        found = gradients(model, loss)
+        rows = torch.cat([images, spy.adversarial.inputs])  # positives 1, 3, 4 are rows 8, 9, 10
+        unit = normalize(model(rows))
+        by_hand = torch.stack(
+            [
+                (unit[a] - unit[p]).norm() - (unit[a] - unit[n]).norm() + 2
+                for a, p, n in [(0, 8, 2), (2, 9, 7), (5, 10, 0)]
+            ]
+        ).mean()
+        torch.testing.assert_close(loss, by_hand)
+        torch.testing.assert_close(found, gradients(model, by_hand), rtol=1e-4, atol=1e-6)
+
+    def test_every_role_has_its_own_copy(self, model, images, labels):
+        spy = Spy()
+        triplets = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2, 2])
+        AdversarialLoss(losses.TripletMarginLoss(), model, perturb=("anchor", "positive", "negative"), plugins=[spy])(
+            model(images), labels, triplets
+        )
+        assert [sorted(set(member.tolist())) for member in spy.plan.indices_tuple] == [[0, 1], [0, 1], [2]]
+        spied = AdversarialLoss(
+            losses.TripletMarginLoss(),
+            model,
+            perturb=("anchor", "positive"),
+            tuples_per_anchor=1,
+            plugins=[spy],
+        )
+        spied(model(images), labels, triplets)
+        assert [member.tolist() for member in spy.plan.indices_tuple] == [[8, 9], [10, 11], [2, 2]]
+        assert spy.plan.rows.tolist() == [0, 1, 1, 0]
+
+
+class TestCost:
+    def spent(self, images, labels, *extra, frozen=False, **options):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
+        model[2].train(not frozen)
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
+        embeddings = model(images)
+        passes = counting(model)
+        loss_func(embeddings, labels)
+        return passes, loss_func.num_perturbed
+
+    @pytest.mark.parametrize("perturb", ["positive", "all", ("anchor", "negative")])
+    def test_steps_and_one_passes_on_the_perturbed_rows(self, perturb, images, labels):
+        passes, rows = self.spent(images, labels, perturb=perturb)
+        assert passes == [(rows, True, False)] * STEPS + [(rows, True, True)]
+
+    @pytest.mark.parametrize("extra", [nn.BatchNorm1d(16), nn.Dropout(0.1)], ids=["BatchNorm", "Dropout"])
+    def test_one_more_without_gradient_where_the_mode_matters(self, extra, images, labels):
+        passes, rows = self.spent(images, labels, extra, perturb=("positive", "negative"))
+        assert rows == 16
+        assert passes == [(8, False, False)] + [(rows, True, False)] * STEPS + [(rows, True, True)]
+
+    def test_none_more_where_batchnorm_is_frozen(self, images, labels):
+        passes, _ = self.spent(images, labels, nn.BatchNorm1d(16), frozen=True)
+        assert len(passes) == STEPS + 1
+
+    def test_nothing_at_eps_0(self, images, labels):
+        passes, _ = self.spent(images, labels, attack=NO_BUDGET)
+        assert passes == []
+
+
+def everything_of(*modules):
+    state = {}
+    for m, module in enumerate(modules):
+        for name, child in module.named_modules():
+            state[m, name, "training"] = child.training
+            for key, value in vars(child).items():
+                if isinstance(value, int | float | str | bool):
+                    state[m, name, key] = value
+        for name, buffer in module.named_buffers():
+            state[m, name] = (id(buffer), buffer.clone())
+        for name, p in module.named_parameters():
+            state[m, name] = (
+                p.requires_grad,
+                id(p.grad),
+                p.detach().clone(),
+                None if p.grad is None else p.grad.clone(),
+            )
+    return state
+
+
+def rng_states():
+    return [torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()]  # noqa: NPY002
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, tuple):
+            for a, b in zip(value, right[key], strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, key
+        else:
+            assert value == right[key], key
+
+
+class Raising:
+    def __init__(self, objective):
+        self.objective = objective
+
+    def __call__(self, inputs, labels):
+        self.objective.train()
+        self.objective(inputs.requires_grad_()).sum().backward()
+        torch.manual_seed(99)
+        raise RuntimeError("halfway")
+
+
+class TestLeavesNoTrace:
+    def setup(self, moody_model, images, labels):
+        moody_model[1].eval()
+        moody_model[1].weight.requires_grad_(False)
+        wrapped = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64)
+        wrapped(moody_model(images), labels).backward()
+        return wrapped
+
+    def test_of_an_attack_that_raises(self, moody_model, images, labels):
+        wrapped = self.setup(moody_model, images, labels)
+        loss_func = AdversarialLoss(wrapped, moody_model, attack=Raising, perturb="all")
+        embeddings = moody_model(images)
+        before, rng = everything_of(moody_model, wrapped), rng_states()
+        with pytest.raises(RuntimeError, match="halfway"):
+            loss_func(embeddings, labels)
+        assert_same(everything_of(moody_model, wrapped), before)
+        assert rng_states() == rng
+        embeddings.sum().backward()  # the graph still stands
+
+    def test_of_an_attack_in_the_model(self, moody_model, images, labels):
+        wrapped = self.setup(moody_model, images, labels)
+        moody_model.eval()
+        loss_func = AdversarialLoss(wrapped, moody_model, attack=PGD, perturb="all")
+        embeddings = moody_model(images)
+        before, rng = everything_of(moody_model), rng_states()
+        loss = loss_func(embeddings, labels)
+        assert_same(everything_of(moody_model), before)
+        assert rng_states() == rng
+        loss.backward()
+
+    def test_in_the_queue_of_a_cross_batch_memory(self, model, images, labels):
+        wrapped = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64)
+        loss_func = AdversarialLoss(wrapped, model, attack=PGD)
+        for step in range(1, 4):
+            loss_func(model(images), labels)
+            assert wrapped.queue_idx == 8 * step
+
+    def test_in_proxies(self, model, images, labels):
+        wrapped = losses.ProxyAnchorLoss(4, 4)
+        loss_func = AdversarialLoss(wrapped, model, attack=PGD)
+        before = wrapped.proxies.detach().clone()
+        loss = loss_func(model(images), labels)
+        assert torch.equal(wrapped.proxies, before)
+        assert wrapped.proxies.grad is None
+        loss.backward()
+        assert wrapped.proxies.grad.abs().sum() > 0
+        assert [id(p) for p in loss_func.parameters()] == [id(wrapped.proxies)]
+
+
+class TestRandomStream:
+    def noise(self, loss_func, spy, model, images, labels):
+        loss_func(model(images), labels)
+        return spy.adversarial.inputs - images[spy.plan.rows]
+
+    def test_moves_on_and_repeats(self, model, images, labels):
+        def run(seed):
+            spy = Spy()
+            only_noise = partial(torchattacks.PGD, eps=EPS, alpha=0.0, steps=1)
+            loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=only_noise, plugins=[spy], seed=seed)
+            return [self.noise(loss_func, spy, model, images, labels) for _ in range(3)]
+
+        first, again, other = run(1), run(1), run(2)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[1], first[2])
+        assert not torch.equal(first[0], other[0])
+
+
+class TestCopiesAndStates:
+    def test_deepcopy(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
+        loss_func(model(images), labels)
+        copied = copy.deepcopy(loss_func)
+        embeddings = model(images)
+        assert torch.equal(copied(embeddings, labels), loss_func(embeddings, labels))
+
+    def test_deepcopy_with_the_model(self, model, images, labels):
+        pair = copy.deepcopy({"loss": AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD), "model": model})
+        pair["loss"](pair["model"](images), labels).backward()
+        assert all(p.grad is not None for p in pair["model"].parameters())
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_pickle(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
+        loss_func(model(images), labels)
+        written = pickle.dumps(loss_func)
+        assert len(written) < 20_000  # without the model
+        embeddings = model(images)
+        loaded = pickle.loads(written)
+        expected = loss_func(embeddings, labels)
+        with pytest.raises(CaptureError):
+            loaded(embeddings, labels)  # these embeddings are older than the loaded loss
+        assert torch.equal(loaded(model(images), labels), expected)
+
+    def test_state_dict_goes_on_where_it_was(self, model, images, labels, tmp_path):
+        def make():
+            return AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD, warmup=4, seed=5)
+
+        torch.manual_seed(0)
+        first = make()
+        for _ in range(3):
+            first(model(images), labels)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second = make()
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        embeddings = model(images)
+        assert torch.equal(first(embeddings, labels), second(embeddings, labels))
+        assert (first.strength, second.strength) == (0.75, 0.75)
+
+    def test_the_model_is_no_submodule(self, model):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        assert list(loss_func.parameters()) == []
+        assert loss_func.loss in list(loss_func.children())
+
+
+class TestWarmup:
+    def test_grows_linearly_from_0(self, model, images, labels):
+        noise = partial(torchattacks.PGD, eps=0.08, alpha=0.08, steps=2)
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=noise, warmup=4)
+        found = []
+        for _ in range(6):
+            loss_func(model(images), labels)
+            found.append((loss_func.strength, loss_func.perturbation_linf))
+        assert [strength for strength, _ in found] == [0, 0.25, 0.5, 0.75, 1, 1]
+        assert [linf for _, linf in found] == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.08], abs=1e-6)
+
+    def test_does_not_count_in_eval_mode(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, warmup=4).eval()
+        loss_func(model(images), labels)
+        assert loss_func.adversary.step == 0
+
+
+class TestOptions:
+    def test_clean_weight(self, model, images, labels):
+        plain = losses.TripletMarginLoss()
+        loss_funcs = [AdversarialLoss(plain, model, attack=STILL, clean_weight=weight) for weight in (0, 0.5)]
+        embeddings = model(images)
+        values = [loss_func(embeddings, labels) for loss_func in loss_funcs]
+        torch.testing.assert_close(values[1], values[0] + 0.5 * plain(embeddings, labels))
+
+    def test_normalization_attacks_the_pixels(self, model, images, labels):
+        mean, std = [0.4], [0.25]
+
+        class Normalized(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, pixels):
+                return self.model((pixels - 0.4) / 0.25)
+
+        spies = Spy(), Spy()
+        whole = Normalized()
+        on_pixels = AdversarialLoss(losses.TripletMarginLoss(), whole, attack=PGD, plugins=[spies[0]], seed=1)
+        on_normalized = AdversarialLoss(
+            losses.TripletMarginLoss(), model, attack=PGD, plugins=[spies[1]], seed=1, normalization=(mean, std)
+        )
+        values = on_pixels(whole(images), labels), on_normalized(model((images - 0.4) / 0.25), labels)
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(spies[0].adversarial.inputs, spies[1].adversarial.inputs, rtol=0, atol=1e-6)
+
+    def test_an_attack_is_any_callable(self, model, images, labels):
+        def brighter(objective):
+            return lambda inputs, _: (inputs + 0.03).clamp(0, 1)
+
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=brighter)
+        loss_func(model(images), labels)
+        assert loss_func.perturbation_linf == pytest.approx(0.03, abs=1e-6)
+
+    def test_model_is_found(self, model, images, labels):
+        torch.manual_seed(0)
+        trunk, embedder = model[:2], model[2:]
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), attack=PGD)
+        loss_func(embedder(trunk(images)), labels).backward()
+        assert loss_func.adversary.capture.modules == (trunk, embedder)
+
+    def test_two_calls_of_the_model_each_keep_their_inputs(self, model, images, labels):
+        spy = Spy()
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, plugins=[spy])
+        first, second = model(images), model(images.flip(0))
+        loss_func(first, labels)
+        assert torch.equal(spy.batch.inputs, images)
+        loss_func(second, labels)
+        assert torch.equal(spy.batch.inputs, images.flip(0))
+
+    def test_a_reference_without_inputs_lets_anchors_be_perturbed(self, model, images, labels):
+        reference = torch.randn(6, 4)
+        arguments = {"ref_emb": reference, "ref_labels": torch.tensor([0, 0, 1, 1, 2, 3])}
+        AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor")(model(images), labels, **arguments)
+        with pytest.raises(PlanError, match="ref_emb"):
+            AdversarialLoss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
+
+    def test_a_loss_without_labels_is_led_off_its_own_embeddings(self, model, images):
+        loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
+        loss_func(model(images), ref_emb=model(images.flip(3))).backward()
+        assert loss_func.num_perturbed == 16
+        assert loss_func.share_score_rose == 1
+
+
+def changing(change):
+    return lambda objective: lambda inputs, labels: change(inputs)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x * 255, r"range from .* expected pixels in \[0, 1\]"),
+            (lambda x: x - 0.5, "pass normalization"),
+            (lambda x: x.masked_fill(x > 0.8, torch.nan), "hold NaN or infinite"),
+            (lambda x: x.masked_fill(x > 0.8, torch.inf), "hold NaN or infinite"),
+        ],
+    )
+    def test_inputs(self, change, message, model, images, labels):
+        with pytest.raises(InputError, match=message):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(change(images)), labels)
+
+    def test_integer_images(self, images, labels):
+        class TakesBytes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(36, 4)
+
+            def forward(self, x):
+                return self.linear(x.flatten(1).float() / 255)
+
+        model = TakesBytes()
+        with pytest.raises(InputError, match=r"torch.uint8.*floating point"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
+
+    def test_labels_of_another_length(self, model, images, labels):
+        with pytest.raises(InputError, match="labels of shape"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels[:-1])
+
+    @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
+    def test_embeddings_of_no_watched_model(self, change, model, images, labels):
+        with pytest.raises(CaptureError, match="not known"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
+
+    def test_concatenated_calls_of_the_model(self, model, images, labels):
+        with pytest.raises(CaptureError, match="embed one concatenated batch"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(
+                torch.cat([model(images), model(images)]), labels.repeat(2)
+            )
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_no_gradient_while_training(self, mode, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        with mode(), pytest.raises(InputError, match=r"training mode.*eval"):
+            loss_func(model(images), labels)
+        with mode():
+            embeddings = model(images)
+        with pytest.raises(InputError, match="without gradient"):
+            loss_func(embeddings, labels)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x[:-1], "expected inputs of the shape"),
+            (lambda x: None, "NoneType"),
+            (lambda x: x, "changed none"),
+            (lambda x: x * torch.nan, "NaN"),
+            (lambda x: x + 1, "expected finite values in"),
+        ],
+    )
+    def test_attacks(self, change, message, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=changing(change))
+        with pytest.raises(AttackError, match=message):
+            loss_func(model(images), labels)
+
+    def test_attacks_that_take_rows_one_by_one(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=partial(torchattacks.DeepFool, steps=2))
+        with pytest.raises(AttackError, match=r"1 of 8 perturbed rows"):
+            loss_func(model(images), labels)
+
+    @pytest.mark.parametrize("perturb", ["anchors", ("positive", "x"), (), ""])
+    def test_roles(self, perturb, model):
+        with pytest.raises(PlanError, match="expected one or several of"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, perturb=perturb)
+
+    def test_options(self, model):
+        with pytest.raises(PluginError, match="No plugin named 'hmm'"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, plugins=["hmm"])
+        with pytest.raises(PlanError, match="tuples_per_anchor=0"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, tuples_per_anchor=0)
+        with pytest.raises(InputError, match="warmup=-1"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, warmup=-1)
+        with pytest.raises(AttackError, match="no eps"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, attack=torchattacks.CW, warmup=5)
+        with pytest.raises(InputError, match="expected a loss"):
+            AdversarialLoss(losses.TripletMarginLoss, model)
+        with pytest.raises(CaptureError, match="'trunk'"):
+            AdversarialLoss(losses.TripletMarginLoss(), {"net": model})
+
+    @pytest.mark.parametrize("name", ["triplet", "contrastive", "multi-similarity", "NT-Xent"])
+    @pytest.mark.parametrize("mined", [True, False])
+    def test_a_batch_without_tuples(self, name, mined, model, images):
+        nobody = torch.empty(0, dtype=torch.long)
+        labels = torch.zeros(8, dtype=torch.long) if mined else torch.zeros(1, dtype=torch.long)
+        images = images if mined else images[:1]
+        loss_func = AdversarialLoss(LOSSES[name](), model)
+        loss_func.num_perturbed = 7
+        loss = loss_func(model(images), labels, (nobody,) * 3 if mined else None)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        assert (loss_func.num_perturbed, loss_func.strength) == (0, 1)
+
+    def test_tuples_that_a_loss_cannot_keep_apart(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor", tuples_per_anchor=2)
+        with pytest.raises(PlanError, match="does not keep its value"):
+            loss_func(model(images), labels)

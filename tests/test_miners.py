@@ -1,0 +1,121 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torchattacks
+from pytorch_metric_learning import losses, miners
+from torch.nn.functional import normalize
+
+from pml_adversarial import AdversarialMiner, CaptureError, InputError, hookimpl
+
+PGD = partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=4)
+MINERS = {
+    "batch hard": miners.BatchHardMiner,
+    "multi-similarity": miners.MultiSimilarityMiner,
+    "triplet margin": partial(miners.TripletMarginMiner, margin=0.5),
+    "pair margin": miners.PairMarginMiner,
+    "angular": miners.AngularMiner,
+}
+every_miner = pytest.mark.parametrize("make", MINERS.values(), ids=MINERS)
+
+
+class Spy:
+    @hookimpl
+    def pml_adversarial_record(self, batch, plan, adversarial):
+        self.plan, self.adversarial = plan, adversarial
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@every_miner
+def test_is_the_wrapped_miner_in_eval_mode(make, model, images, labels):
+    embeddings = model(images)
+    assert same(AdversarialMiner(make(), model).eval()(embeddings, labels), make()(embeddings, labels))
+
+
+@every_miner
+def test_is_the_wrapped_miner_at_eps_0(make, model, images, labels):
+    miner = AdversarialMiner(make(), model, attack=partial(PGD, eps=0.0))
+    embeddings = model(images)
+    assert same(miner(embeddings, labels), make()(embeddings, labels))
+
+
+@every_miner
+@pytest.mark.parametrize("perturb", ["all", "positive"])
+def test_mines_again_with_the_attacked_rows_in_their_places(make, perturb, model, images, labels):
+    spy = Spy()
+    miner = AdversarialMiner(make(), model, attack=PGD, perturb=perturb, plugins=[spy])
+    embeddings = model(images)
+    found = miner(embeddings, labels)
+    attacked = images.clone()
+    attacked[spy.plan.rows] = spy.adversarial.inputs
+    with torch.no_grad():
+        assert same(found, make()(model(attacked), labels))
+    assert losses.ContrastiveLoss()(embeddings, labels, found).requires_grad
+
+
+def test_hardest_negatives_of_the_attacked_batch_are_harder(model, images, labels):
+    spy = Spy()
+    miner = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD, plugins=[spy])
+    unit = normalize(model(images).detach())
+    anchors, positives, negatives = miner(model(images), labels)
+    assert miner.share_score_rose == 1
+    attacked = normalize(spy.adversarial.embeddings)
+    for a, p, n in zip(anchors.tolist(), positives.tolist(), negatives.tolist(), strict=True):
+        assert labels[a] == labels[p]
+        assert labels[a] != labels[n]
+        wrong = [(attacked[a] - attacked[j]).norm() for j in range(8) if labels[j] != labels[a]]
+        assert (attacked[a] - attacked[n]).norm() == min(wrong)
+    assert not torch.equal(unit, attacked)
+
+
+def test_with_a_reference(model, images, labels):
+    miner = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD)
+    queries, reference = model(images), model(images.flip(3))
+    anchors, positives, negatives = miner(queries, labels, reference, labels.clone())
+    assert miner.num_perturbed > 8
+    assert int(anchors.max()) < 8
+    assert int(max(positives.max(), negatives.max())) < 8
+
+
+def test_leaves_modes_and_random_numbers(moody_model, images, labels):
+    miner = AdversarialMiner(miners.BatchHardMiner(), moody_model, attack=PGD)
+    embeddings = moody_model(images)
+    statistics = {name: buffer.clone() for name, buffer in moody_model.named_buffers() if "running" in name}
+    miner(embeddings, labels)
+    assert all(module.training for module in moody_model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in moody_model.parameters())
+    assert statistics.keys() == {"1.running_mean", "1.running_var"}
+
+
+def test_without_tuples_nobody_is_perturbed(model, images):
+    miner = AdversarialMiner(miners.BatchHardMiner(), model)
+    found = miner(model(images), torch.zeros(8, dtype=torch.long))
+    assert [len(member) for member in found] == [0, 0, 0]
+    assert miner.num_perturbed == 0
+
+
+def test_states_and_copies(model, images, labels):
+    miner = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD, warmup=4, seed=1)
+    for _ in range(2):
+        miner(model(images), labels)
+    copied = copy.deepcopy(miner)
+    loaded = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD, warmup=4, seed=2)
+    loaded.load_state_dict(miner.state_dict())
+    embeddings = model(images)
+    expected = miner(embeddings, labels)
+    assert same(copied(embeddings, labels), expected)
+    assert same(loaded(embeddings, labels), expected)
+    assert (miner.strength, loaded.strength) == (0.5, 0.5)
+
+
+def test_bad_input(model, images, labels):
+    with pytest.raises(InputError, match="expected a tuple miner"):
+        AdversarialMiner(miners.BatchHardMiner, model)
+    with pytest.raises(CaptureError):
+        AdversarialMiner(miners.BatchHardMiner(), model)(torch.randn(8, 4), labels)
+    with pytest.raises(InputError, match="range from"):
+        AdversarialMiner(miners.BatchHardMiner(), model)(model(images * 9), labels)
