@@ -110,8 +110,8 @@ class Bench:
     def bare(self) -> Tensor:
         """One step by hand."""
         self.model.zero_grad()
-        clean = self.model(self.images)
-        perturbed = self._attack_by_hand(clean.detach())
+        context = self.model(self.images).detach()  # its graph is freed here, before the attack
+        perturbed = self._attack_by_hand(context)
         loss = self.loss(self.model(perturbed), self.labels)
         loss.backward()
         return loss.detach()

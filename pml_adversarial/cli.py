@@ -105,6 +105,9 @@ def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Calla
 @click.option(
     "--output", default="pml_adversarial_run", type=click.Path(file_okay=False, path_type=Path), help="Folder."
 )
+@click.option(
+    "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
+)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def main(
     loss: str,
@@ -117,6 +120,7 @@ def main(
     seeds: int,
     output: Path,
     quiet: bool,
+    threads: int,
     train_classes: str,
     device: str,
     **numbers: Any,
@@ -126,6 +130,7 @@ def main(
     Some digits are for training, the others are never seen and serve as the test. Each test image is attacked as a
     query against all others; a query counts as robust if it survives every attack from every random start.
     """
+    torch.set_num_threads(threads)
     radii = _radii(eps)
     settings = Settings(
         eps=radii,

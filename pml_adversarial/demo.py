@@ -22,6 +22,7 @@ from .errors import InputError
 from .evaluation import Gallery, RobustRecall, robust_recall
 from .evaluation.retrieval import embed_all
 from .evaluation.suites import QUERY_ATTACKS, num_runs
+from .isolation import random_stream
 from .losses import AdversarialLoss
 
 MODELS = ("plain", "adversarial")
@@ -118,9 +119,9 @@ def run(
         for kind in MODELS:
             start = time.perf_counter()
             wrap = partial(_adversarial, settings, attack, seed) if kind == "adversarial" else _plain
-            model = train(
-                settings, data, make_loss(), make_miner(), wrap, seed, _bar(progress, f"train {kind}, seed {seed}")
-            )
+            bar = _bar(progress, f"train {kind}, seed {seed}")
+            with random_stream(seed, -1):  # initial weights, proxies and miners draw the same for both models
+                model = train(settings, data, make_loss(), make_miner(), wrap, seed, bar)
             seconds = time.perf_counter() - start
             bar = _bar(progress, f"attack {kind}, seed {seed}")
             measured.append(Measured(kind, seed, model, *measure(settings, data, model, seed, bar), seconds))
@@ -138,14 +139,12 @@ def train(
 ) -> nn.Module:
     """A plain PyTorch training loop; ``wrap`` is all that makes it adversarial."""
     device = data.train_images.device
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        model = small_network().to(device)
     if settings.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
             "full batch."
         )
+    model = small_network().to(device)
     batches = list(_batches(settings, len(data.train_images), seed))
     loss_func = wrap(loss.to(device), model, len(batches))
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)

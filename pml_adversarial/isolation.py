@@ -21,8 +21,8 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
     """Within it, modules are in eval mode with frozen parameters; after it they are as found.
 
     What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
-    graph that saved them can still be walked backward), attributes, each parameter's ``.grad`` and
-    ``requires_grad``. Gradient is enabled inside.
+    graph that saved them can still be walked backward), attributes (what they are bound to: a list that was
+    changed in place stays changed), each parameter's ``.grad`` and ``requires_grad``. Gradient is enabled inside.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())

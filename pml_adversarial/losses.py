@@ -33,8 +33,8 @@ class AdversarialLoss(ModuleWithRecords):
         loss: any loss of pytorch-metric-learning, available as ``.loss``.
         model: what turns inputs into embeddings: a module, modules in forward order, or a PML trainer's
             ``models``. None: the chain of modules is found at the first call. It is not a submodule of the loss.
-        attack: called with the objective, returns a callable ``(inputs, labels) -> inputs``. Every torchattacks class
-            that moves a whole batch by its cross-entropy fits: ``partial(torchattacks.PGD, eps=8/255)``.
+        attack: called with the objective, returns a callable ``(inputs, labels) -> inputs``, such as
+            ``partial(torchattacks.PGD, eps=8/255)``. It moves the whole batch and returns where it arrived.
         perturb: "anchor", "positive", "negative", several of them, or "all" (every row, wherever it stands).
         tuples_per_anchor: None keeps all tuples, with one copy per row and role; ``k`` keeps k random tuples
             of each anchor, each with copies of its own (1 is the seed paper's way).

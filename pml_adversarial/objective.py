@@ -18,9 +18,9 @@ _HIGHEST = 0.69  # just under log 2, the cross-entropy at which label 0 would lo
 class Objective(nn.Module):
     """Two logits per row whose cross-entropy with label 0 grows with the row's score.
 
-    Label 0 stays on top whatever the score, so an attack that stops at misclassified rows spends its full
-    budget. The cross-entropy is a bounded function of the score with slowly decaying tails: no score
-    is so large that its gradient vanishes.
+    Label 0 stays on top whatever the score, so no attack stops early because a row counts as misclassified. The
+    cross-entropy is a bounded function of the score with slowly decaying tails: no score is so large that its
+    gradient vanishes.
 
     Args:
         embed: inputs of the attack ``(M, ...)`` -> embeddings ``(M, D)``.

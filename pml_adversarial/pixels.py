@@ -13,7 +13,7 @@ from .errors import InputError
 Normalization = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation per channel, as in ``torchvision.transforms.Normalize``."""
 
-_ROUNDING = 1e-4  # half a percent of one 8-bit level: what float16 normalisation loses, not a wrong range
+_ROUNDING = 1e-4  # a fortieth of an 8-bit level; coarser types are allowed a few of their own roundings
 
 
 class PixelSpace:
@@ -46,7 +46,8 @@ class PixelSpace:
             inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
         )
         low, high = torch.stack(torch.aminmax(pixels.detach())).tolist() if pixels.numel() else (0.0, 0.0)
-        if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
+        rounding = max(_ROUNDING, 4 * torch.finfo(pixels.dtype).eps)
+        if not -rounding <= low <= high <= 1 + rounding:
             raise InputError(self._explain(pixels, low, high))
         return pixels.clamp(0, 1)
 
@@ -66,7 +67,7 @@ class PixelSpace:
         return values.reshape(-1, *[1] * (like.ndim - 2))
 
     def _explain(self, pixels: Tensor, low: float, high: float) -> str:
-        bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
+        bad = int((~pixels.isfinite()).reshape(len(pixels), -1).any(1).sum())
         if bad:
             return f"{bad} of {len(pixels)} inputs hold NaN or infinite values; expected finite pixels in [0, 1]."
         if self.normalization is None:

@@ -23,7 +23,12 @@ def find(plugin: Any) -> Any:
     """
     if isinstance(plugin, str):
         plugin = _load(plugin)
-    return plugin() if isinstance(plugin, type) else plugin
+    if not isinstance(plugin, type):
+        return plugin
+    try:
+        return plugin()
+    except TypeError as error:
+        raise PluginError(f"{plugin.__name__} cannot be made without arguments ({error}); pass an object.") from error
 
 
 def make_manager(plugins: Iterable[Any]) -> pluggy.PluginManager:

@@ -9,6 +9,8 @@ import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
+from .errors import PluginError
+
 STANDARD = (
     "strength",
     "num_perturbed",
@@ -42,6 +44,9 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     tensors = {name: value.detach().double().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
     if tensors:
         values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+    taken = [name for name in values if hasattr(module, name) and name not in module._record_these]
+    if taken:
+        raise PluginError(f"A plugin records {taken}, which are attributes of {type(module).__name__}; rename them.")
     declare(module, values)
     for name, value in values.items():
         setattr(module, name, value)
@@ -49,7 +54,6 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
 
 def clear(module: ModuleWithRecords, strength: float) -> None:
     """Records a step in which nobody was perturbed."""
-    for name in (*STANDARD, *OF_LOSSES):
-        if hasattr(module, name):
-            setattr(module, name, 0)
+    for name in module._record_these:
+        setattr(module, name, 0)
     module.strength = strength

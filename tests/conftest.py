@@ -8,6 +8,7 @@ from torch import nn
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for one another on a busy machine
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pml_adversarial
 
 PACKAGE = Path(pml_adversarial.__file__).parent
 FLOORS = [
-    ["errors", "batch", "records"],
-    ["plan", "capture", "isolation", "attacks", "pixels"],
+    ["errors", "batch"],
+    ["records", "plan", "capture", "isolation", "attacks", "pixels"],
     ["objective"],
     ["hookspecs"],
     ["plugins", "defaults"],

@@ -123,3 +123,19 @@ class TestRefusals:
     def test_is_a_value_error(self):
         with pytest.raises(ValueError, match="floating point"):
             PixelSpace().to_pixels(torch.ones(2, 2, dtype=torch.long))
+
+
+def test_bfloat16_images_normalised_as_usual_are_taken():
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = torch.rand(4, 3, 5, 5).bfloat16()
+    normalised = (images - torch.tensor(mean).bfloat16().reshape(3, 1, 1)) / torch.tensor(std).bfloat16().reshape(
+        3, 1, 1
+    )
+    pixels = PixelSpace((mean, std)).to_pixels(normalised)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+
+
+def test_nan_in_inputs_without_channels():
+    with pytest.raises(InputError, match="1 of 3 inputs hold NaN"):
+        PixelSpace().to_pixels(torch.tensor([0.5, torch.nan, 0.5]))

@@ -355,3 +355,12 @@ class TestState:
                 return {}
 
         assert self.build(model, SavesOnly).adversary.state_dict()["plugins"] == {}
+
+
+def test_a_class_that_needs_arguments():
+    class Needy:
+        def __init__(self, weight):
+            self.weight = weight
+
+    with pytest.raises(PluginError, match=r"Needy.*pass an object"):
+        find(Needy)

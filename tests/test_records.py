@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialLoss, AdversarialMiner, PluginError, hookimpl
 from pml_adversarial.attacks import SEED_PAPER
 from pml_adversarial.records import OF_LOSSES, STANDARD, clear, declare, write
 
@@ -283,3 +283,27 @@ class TestInTrainer:
             if name in (*STANDARD, *OF_LOSSES):
                 scalars = events.Scalars(f"metric_loss_AdversarialLoss/{name}")
                 assert [scalar.value for scalar in scalars] == pytest.approx(values)
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["training", "loss", "forward"])
+    def test_that_the_wrapper_has_for_itself_are_refused(self, name, model, images, labels):
+        class Rude:
+            @hookimpl
+            def pml_adversarial_record(self):
+                return {name: 5.0}
+
+        with pytest.raises(PluginError, match=f"'{name}'.*rename"):
+            AdversarialLoss(TripletMarginLoss(), model, plugins=[Rude])(model(images), labels)
+
+    def test_of_plugins_are_cleared_too(self, model, images, labels):
+        class Polite:
+            @hookimpl
+            def pml_adversarial_record(self):
+                return {"answer": 42}
+
+        loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[Polite])
+        loss_func(model(images), labels)
+        assert loss_func.answer == 42
+        loss_func(model(images), torch.zeros(8, dtype=torch.long))
+        assert loss_func.answer == 0

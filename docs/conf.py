@@ -1,0 +1,26 @@
+"""How the documentation is built: ``python -m sphinx -W --keep-going -b html docs docs/_build``."""
+
+from pml_adversarial import __version__
+
+project = "pml_adversarial"
+author = "The pml_adversarial authors"
+copyright = author  # the name that Sphinx asks for
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes of dataclasses are then described once, in the class
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 100
+default_role = "py:obj"  # `Plan` in a docstring is a link where there is something to link to
+
+html_theme = "furo"
+html_title = f"pml_adversarial {release}"

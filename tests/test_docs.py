@@ -1,0 +1,70 @@
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from pml_adversarial import records
+from pml_adversarial.hookspecs import PROJECT, HookSpecs
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+HOOKS = {name: hook for name, hook in vars(HookSpecs).items() if name.startswith(f"{PROJECT}_")}
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(page):
+    """Source of each block, moved down to its line in the page, so that tracebacks point there."""
+    text = page.read_text(encoding="utf-8")
+    return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in PYTHON_BLOCK.finditer(text)]
+
+
+def signature(name):
+    return f"{name}({', '.join(inspect.signature(HOOKS[name]).parameters)})"
+
+
+def test_there_are_five_hooks():
+    assert len(HOOKS) == 5
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_signature_of_the_hook_is_documented(name):
+    assert f"`{signature(name)}`" in (DOCS / "hooks.md").read_text(encoding="utf-8")
+
+
+def test_no_other_signature_is_documented():
+    documented = re.findall(rf"^## `({PROJECT}_\w+\(.*\))`$", (DOCS / "hooks.md").read_text(encoding="utf-8"), re.M)
+    assert documented == [signature(name) for name in HOOKS]  # in the order in which a batch meets them
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hook_has_a_test(name):
+    others = [path for path in (ROOT / "tests").glob("**/*.py") if path != Path(__file__)]
+    assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in others)
+
+
+@pytest.mark.parametrize("name", [*records.STANDARD, *records.OF_LOSSES])
+def test_record_is_documented(name):
+    assert f"| `{name}` |" in (DOCS / "records.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+def test_code_of_the_page_runs(page):
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_every_block_says_what_it_is():
+    fences = re.compile(r"^```([^\n`]*)$", re.MULTILINE)
+    known = {"python", "text", "console", "toml", "{eval-rst}", "{include} ../CHANGELOG.md", "{toctree}"}
+    for page in PAGES:
+        opening = fences.findall(page.read_text(encoding="utf-8"))[::2]
+        assert set(opening) <= known, page.name
+
+
+def test_every_page_is_in_a_table_of_contents():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")}
+    assert {page.stem for page in PAGES} - {"index"} <= listed
