@@ -72,16 +72,18 @@ class Adversary:
         _check_length("ref_labels", ref_labels, "ref_emb", ref_emb)
         inputs = self.capture.inputs_of(embeddings)
         _check_length("inputs", inputs, "embeddings", embeddings)
-        num_queries = len(embeddings)
+        num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
             if self.capture.knows(ref_emb):
                 inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
+            shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, num_queries)
         pixels = self.pixels.to_pixels(inputs)
-        return Batch(pixels, embeddings, embeddings.detach(), labels, indices_tuple, num_queries, self.strength)
+        context = embeddings.detach()
+        return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """Plans, attacks and re-embeds; the step counts as taken.

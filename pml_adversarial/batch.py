@@ -26,6 +26,8 @@ class Batch:
         indices_tuple: the caller's tuples, or None.
         num_queries: how many of the rows are queries; ``N`` when there is no reference.
         strength: share of the attack's full budget to be spent in this step, in [0, 1].
+        shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
+            reference for another view of query i and leaves the two out of each other's tuples.
     """
 
     inputs: Tensor
@@ -35,6 +37,7 @@ class Batch:
     indices_tuple: IndicesTuple | None
     num_queries: int
     strength: float = 1.0
+    shared_labels: bool = False
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class FixedContext:
         self.tuples_per_anchor = tuples_per_anchor
         self.clean_weight = clean_weight
         self.in_place = in_place or (self.roles == ROLES and tuples_per_anchor is None)
-        self._addressing: dict[tuple[bool, bool], str] = {}
+        self._addressing: dict[tuple[bool, ...], str] = {}
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -95,7 +96,7 @@ class FixedContext:
         self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Tensor:
         """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one."""
-        loss: Tensor = plan.evaluate(wrapped, batch.embeddings, adversarial.embeddings, batch.labels)
+        loss: Tensor = plan.evaluate(wrapped, batch, adversarial.embeddings)
         return loss + self.clean_weight * clean_loss(wrapped, batch) if self.clean_weight else loss
 
     @hookimpl(trylast=True)
@@ -131,7 +132,7 @@ class FixedContext:
         plans: dict[str, Plan | None] = {"reference": appended.by_reference(len(batch), batch.num_queries)}
         if batch.num_queries == len(batch):
             plans = {"appended": appended, **plans}
-        situation = (batch.indices_tuple is None, batch.num_queries < len(batch))
+        situation = (batch.indices_tuple is None, batch.num_queries < len(batch), batch.shared_labels)
         if situation not in self._addressing:
             fitting = (
                 n for n, plan in plans.items() if plan is not None and _same_value(wrapped, batch, untouched, plan)
@@ -197,7 +198,7 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
     if batch.indices_tuple is not None or batch.labels is None:
         return batch.indices_tuple
     labels, ref_labels = batch.labels[: batch.num_queries], batch.labels[batch.num_queries :]
-    reference = ref_labels if len(ref_labels) else None
+    reference = labels if batch.shared_labels else ref_labels if len(ref_labels) else None
     limit = _triplets_per_anchor(wrapped)
     if limit is None:
         tuples = lmu.get_all_pairs_indices(labels, reference)
@@ -229,9 +230,7 @@ def distance_of(wrapped: nn.Module) -> BaseDistance:
 
 def clean_loss(wrapped: Callable[..., Tensor], batch: Batch) -> Tensor:
     """The wrapped loss on the unperturbed batch, with gradient, as the caller would have had it."""
-    loss: Tensor = _untouched(batch, batch.indices_tuple).evaluate(
-        wrapped, batch.embeddings, batch.embeddings[:0], batch.labels
-    )
+    loss: Tensor = _untouched(batch, batch.indices_tuple).evaluate(wrapped, batch, batch.embeddings[:0])
     return loss
 
 
@@ -265,11 +264,11 @@ def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -
     shape = (len(batch) + 1, batch.embeddings.shape[1])
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
     clean, bystander = drawn[:-1], drawn[-1:]
-    labels = None if batch.labels is None else batch.labels.cpu()
+    drawn_batch = replace(batch, embeddings=clean, labels=None if batch.labels is None else batch.labels.cpu())
 
     def value(of: Plan, copies: Tensor) -> Tensor:
         loss = copy.deepcopy(wrapped).cpu().double()
-        return torch.as_tensor(of.evaluate(loss, clean, copies, labels), dtype=torch.float64)
+        return torch.as_tensor(of.evaluate(loss, drawn_batch, copies), dtype=torch.float64)
 
     try:
         expected = value(untouched.to("cpu"), clean[:0])

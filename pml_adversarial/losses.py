@@ -136,11 +136,10 @@ class AdversarialLoss(ModuleWithRecords):
 
     def _loss_change(self, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
-        clean = batch.embeddings.detach()
         values = {}
-        for name, copies in (("loss_before", clean[plan.rows]), ("loss_after", adversarial.detach())):
+        for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
             with isolated(self.loss), torch.no_grad():
-                values[name] = torch.as_tensor(plan.evaluate(self.loss, clean, copies, batch.labels))
+                values[name] = torch.as_tensor(plan.evaluate(self.loss, batch, copies))
         return values
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import IndicesTuple
+from .batch import Batch, IndicesTuple
 from .errors import PlanError
 
 ROLES = ("anchor", "positive", "negative")
@@ -49,15 +49,15 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def evaluate(self, loss: Callable[..., Any], clean: Tensor, adversarial: Tensor, labels: Tensor | None) -> Any:
+    def evaluate(self, loss: Callable[..., Any], batch: Batch, adversarial: Tensor) -> Any:
         """Calls ``loss`` (PML's signature) on the evaluated rows.
 
         Args:
             loss: called with embeddings, labels, tuples and, where the plan has one, the reference.
-            clean: ``(N, D)`` embeddings of the batch.
+            batch: gives the clean rows and their labels.
             adversarial: ``(M, D)`` embeddings of the copies.
-            labels: ``(N,)`` or None.
         """
+        clean, labels = batch.embeddings, batch.labels
         if self.ref_layout is None and len(self.layout) == len(self.rows) == len(clean):
             clean = clean.detach()  # every row is replaced: spares a backward pass that would carry zeros
         pool = torch.cat([clean, adversarial])
@@ -66,10 +66,13 @@ class Plan:
         def seen(layout: Tensor) -> tuple[Tensor, Tensor | None]:
             return pool[layout], None if pool_labels is None else pool_labels[layout]
 
-        arguments = [*seen(self.layout), self.indices_tuple]
-        if self.ref_layout is not None:
-            arguments += seen(self.ref_layout)
-        return loss(*arguments)
+        queries, query_labels = seen(self.layout)
+        if self.ref_layout is None:
+            return loss(queries, query_labels, self.indices_tuple)
+        reference, ref_labels = seen(self.ref_layout)
+        if batch.shared_labels and len(ref_labels) == len(query_labels):
+            ref_labels = query_labels  # PML asks for the identity
+        return loss(queries, query_labels, self.indices_tuple, reference, ref_labels)
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""

@@ -113,13 +113,17 @@ class TestIsTheWrappedLoss:
         assert {*zip(*(m.tolist() for m in kept), strict=True)} <= {*zip(*(m.tolist() for m in triplets), strict=True)}
         torch.testing.assert_close(loss, losses.ContrastiveLoss()(embeddings, labels, tuple(kept)))
 
+    @pytest.mark.parametrize("shared", [True, False], ids=["shared labels", "own labels"])
     @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative", "all"])
-    def test_with_a_reference_of_the_same_model_when_eps_is_0(self, perturb, model, images, labels):
-        wrapped = losses.MultiSimilarityLoss()
+    @pytest.mark.parametrize("name", ["multi-similarity", "triplet", "contrastive", "NT-Xent", "lifted structure"])
+    def test_with_a_reference_of_the_same_model_when_eps_is_0(self, name, perturb, shared, model, images, labels):
+        wrapped = LOSSES[name]()
         loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb=perturb)
         embeddings, reference = model(images), model(images.flip(3))
-        loss = loss_func(embeddings, labels, ref_emb=reference, ref_labels=labels.clone())
-        torch.testing.assert_close(loss, wrapped(embeddings, labels, ref_emb=reference, ref_labels=labels.clone()))
+        ref_labels = labels if shared else labels.clone()  # PML leaves pairs (i, i) out where both are one tensor
+        loss = loss_func(embeddings, labels, ref_emb=reference, ref_labels=ref_labels)
+        torch.testing.assert_close(loss, wrapped(embeddings, labels, ref_emb=reference, ref_labels=ref_labels))
+        assert loss_func.num_perturbed > 0
 
 
 def score_by_loop(embedding, partners, context):

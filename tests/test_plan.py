@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from pml_adversarial import Plan, PlanError
+from pml_adversarial import Batch, Plan, PlanError
 from pml_adversarial.plan import (
     ROLES,
     keep_tuples,
@@ -217,39 +217,53 @@ class TestEvaluate:
     labels = torch.tensor([7, 8, 9, 7, 8])
     rows = torch.tensor([0, 3])
 
-    @staticmethod
-    def seen(plan, *tensors):
+    def batch(self, **changes):
+        fields = {"embeddings": self.clean, "context": self.clean, "labels": self.labels, "num_queries": 5}
+        return Batch(**{"inputs": self.clean, "indices_tuple": None, **fields, **changes})
+
+    def arguments(self, plan, **changes):
         arguments = []
-        result = plan.evaluate(lambda *given: arguments.extend(given) or "value", *tensors)
+        result = plan.evaluate(
+            lambda *given: arguments.extend(given) or "value", self.batch(**changes), self.adversarial
+        )
         assert result == "value"
+        return arguments
+
+    def seen(self, plan, **changes):
+        arguments = self.arguments(plan, **changes)
         return [a if a is None or isinstance(a, tuple) else a.flatten().tolist() for a in arguments]
 
     def test_appended(self):
         tuples = tuple(torch.tensor([i]) for i in (5, 6, 1))
         plan = Plan(self.rows, torch.arange(7), tuples)
-        assert self.seen(plan, self.clean, self.adversarial, self.labels) == [
-            [0, 1, 2, 3, 4, 10, 13],
-            [7, 8, 9, 7, 8, 7, 7],
-            tuples,
-        ]
+        assert self.seen(plan) == [[0, 1, 2, 3, 4, 10, 13], [7, 8, 9, 7, 8, 7, 7], tuples]
 
     def test_in_place(self):
         plan = Plan(self.rows, torch.tensor([5, 1, 2, 6, 4]), None)
-        assert self.seen(plan, self.clean, self.adversarial, self.labels) == [[10, 1, 2, 13, 4], [7, 8, 9, 7, 8], None]
+        assert self.seen(plan) == [[10, 1, 2, 13, 4], [7, 8, 9, 7, 8], None]
 
     def test_with_reference(self):
         plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2, 6, 4]))
-        found = self.seen(plan, self.clean, self.adversarial, self.labels)
-        assert found == [[10, 1], [7, 8], None, [2, 13, 4], [9, 7, 8]]
+        assert self.seen(plan) == [[10, 1], [7, 8], None, [2, 13, 4], [9, 7, 8]]
 
     def test_without_labels(self):
         plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2]))
-        assert self.seen(plan, self.clean, self.adversarial, None) == [[10, 1], None, None, [2], None]
+        assert self.seen(plan, labels=None) == [[10, 1], None, None, [2], None]
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_labels_that_were_one_tensor_stay_one(self, shared):
+        labels = torch.tensor([7, 8, 7, 8, 9])
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2, 6]))
+        found = self.arguments(plan, labels=labels, shared_labels=shared)
+        assert (found[4] is found[1]) == shared
+        assert found[4].tolist() == [7, 8]
+        longer = Plan(self.rows, torch.tensor([5, 1]), None, ref_layout=torch.tensor([2, 6, 4]))
+        assert self.seen(longer, labels=labels, shared_labels=shared)[4] == [7, 8, 9]
 
     def test_gradient_reaches_clean_and_adversarial_rows(self):
         clean, adversarial = self.clean.clone().requires_grad_(), self.adversarial.clone().requires_grad_()
         plan = Plan(self.rows, torch.tensor([5, 1, 5]), None)
-        plan.evaluate(lambda embeddings, *_: embeddings.sum(), clean, adversarial, None).backward()
+        plan.evaluate(lambda embeddings, *_: embeddings.sum(), self.batch(embeddings=clean), adversarial).backward()
         assert clean.grad.flatten().tolist() == [0, 1, 0, 0, 0]
         assert adversarial.grad.flatten().tolist() == [2, 0]
 
