@@ -15,7 +15,7 @@ from .batch import Adversarial, Batch, IndicesTuple
 from .capture import InputCapture
 from .errors import InputError, PluginError
 from .hookspecs import PROJECT
-from .isolation import depends_on_mode, isolated, random_stream
+from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .objective import Objective, Score
 from .pixels import PixelSpace
 from .plan import Plan, shift_partners
@@ -105,6 +105,11 @@ class Adversary:
         inputs = batch.inputs[plan.rows] if inputs is None else inputs
         before, after = self._scores(wrapped, batch, plan, embeddings)
         return plan, Adversarial(inputs, embeddings, before, after, zero_gradient, seconds)
+
+    def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
+        """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""
+        with random_stream(self.seed, ~self.step), preserved(*self.capture.modules):
+            return self.perturb(wrapped, batch)
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
         """What is optimised in place of the wrapped loss."""

@@ -17,12 +17,12 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get f
 
 
 @contextmanager
-def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Within it, modules are in eval mode with frozen parameters; after it they are as found.
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """Whatever happens to the modules within it, after it they are as found.
 
     What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
     graph that saved them can still be walked backward), attributes (what they are bound to: a list that was
-    changed in place stays changed), each parameter's ``.grad`` and ``requires_grad``. Gradient is enabled inside.
+    changed in place stays changed), each parameter's ``.grad`` and ``requires_grad``.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
@@ -30,14 +30,9 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
     gradients = [(p, p.requires_grad, p.grad) for p in parameters]
     try:
         for module, _, buffers in states:
-            module.training = False
             for name, buffer in buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.detach().clone()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for module, state, buffers in states:
             vars(module).clear()
@@ -47,6 +42,22 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, gradient in gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+@contextmanager
+def isolated(*modules: nn.Module) -> Iterator[None]:
+    """Within it, modules are in eval mode with frozen parameters; after it they are as found, see `preserved`.
+
+    Gradient is enabled inside.
+    """
+    with preserved(*modules), torch.enable_grad():
+        for module in modules:
+            for submodule in module.modules():
+                submodule.training = False
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        yield
 
 
 @contextmanager

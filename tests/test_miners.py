@@ -81,14 +81,18 @@ def test_with_a_reference(model, images, labels):
     assert int(max(positives.max(), negatives.max())) < 8
 
 
-def test_leaves_modes_and_random_numbers(moody_model, images, labels):
+def test_leaves_modes_buffers_and_random_numbers(moody_model, images, labels):
     miner = AdversarialMiner(miners.BatchHardMiner(), moody_model, attack=PGD)
     embeddings = moody_model(images)
-    statistics = {name: buffer.clone() for name, buffer in moody_model.named_buffers() if "running" in name}
+    statistics = {name: buffer.clone() for name, buffer in moody_model.named_buffers()}
+    assert statistics.keys() == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    generator = torch.get_rng_state()
     miner(embeddings, labels)
+    assert miner.num_perturbed == len(images)
     assert all(module.training for module in moody_model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in moody_model.parameters())
-    assert statistics.keys() == {"1.running_mean", "1.running_var"}
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in moody_model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_without_tuples_nobody_is_perturbed(model, images):
