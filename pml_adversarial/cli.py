@@ -22,11 +22,13 @@ from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .demo import MODELS, Measured, Settings, run, summary
 from .errors import AdversarialError
+from .evaluation import Gallery
+from .evaluation.retrieval import embed_all
 from .plan import ROLES, parse_roles
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals.
+    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
 
     Raises:
         click.BadParameter: it does not read like that.
@@ -36,12 +38,16 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({options})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("expected key=value")
-        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return name, {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise click.BadParameter(
-            f"{text!r} cannot be read ({error}); expected Name or Name:key=value,key=value with numbers, "
-            "for example TripletMarginLoss:margin=0.2"
+            f"{text!r} cannot be read; expected Name or Name:key=value,key=value with numbers or words, for example "
+            "TripletMarginLoss:margin=0.2 or BatchEasyHardMiner:pos_strategy=easy"
         ) from error
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
@@ -99,6 +105,7 @@ def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Calla
 @click.option("--epochs", default=25, type=click.IntRange(1), help="Passes over the training images.")
 @click.option("--batch-size", default=112, type=click.IntRange(2, 901), help="Images per step.")
 @click.option("--learning-rate", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of Adam.")
+@click.option("--shift", default=1, type=click.IntRange(0), help="Training images move by up to so many pixels.")
 @click.option("--seed", default=0, type=int, help="The first seed.")
 @click.option("--seeds", default=1, type=click.IntRange(1), help="How many seeds; the table shows their mean.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
@@ -139,13 +146,15 @@ def main(
         device=_device(device),
         **numbers,
     )
-    data = _usable(lambda: digits(map(int, train_classes.split(","))), "--train-classes")
+    data = _usable(lambda: digits(_classes(train_classes)), "--train-classes")
     classes = len(data.train_labels.unique())
     make_loss = named(losses, nn.Module, loss, "loss", num_classes=classes, embedding_size=64)
     make_miner = named(miners, nn.Module, miner, "miner") if miner else _no_miner
     factory = _training_attack(attack, train_eps)
-    _usable(make_loss, "--loss"), _usable(make_miner, "--miner")
-    output.mkdir(parents=True, exist_ok=True)
+    some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
+    _usable(lambda: make_loss()(*some), "--loss")
+    _usable(lambda: miner and make_miner()(*some), "--miner")
+    _usable(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
     try:
         measured = run(settings, make_loss, make_miner, factory, data, progress=not quiet)
     except AdversarialError as error:
@@ -190,10 +199,17 @@ def _draw(report: dict[str, Any], measured: list[Measured], data: OpenSetSplit, 
     first = {m.kind: m for m in measured[: len(MODELS)]}
     shown = len(report["settings"]["eps"]) // 2
     attacked = {kind: (m.model.cpu(), m.robust[shown].attacked.cpu()) for kind, m in first.items()}
-    broken = first["plain"].robust[shown].broken.tolist()
-    queries = figures.choose_queries(labels, broken, 5)
+    fell = _fell(first["plain"], shown, data)
+    queries = figures.choose_queries(labels.tolist(), fell.tolist(), 5)
     eps = report["settings"]["eps"][shown]
     figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
+
+
+def _fell(measured: Measured, radius: int, data: OpenSetSplit) -> torch.Tensor:
+    """Test images whose nearest item is right when clean and wrong under attack."""
+    gallery = Gallery(embed_all(measured.model.cpu(), data.test_images, 512), data.test_labels)
+    margin = gallery.margin(gallery.embeddings, torch.arange(len(gallery)))
+    return (margin < 0) & measured.robust[radius].broken.cpu()
 
 
 def _training_attack(text: str, eps: float) -> AttackFactory:
@@ -211,6 +227,13 @@ def _training_attack(text: str, eps: float) -> AttackFactory:
 
 def _no_miner() -> None:
     return None
+
+
+def _classes(text: str) -> list[int]:
+    try:
+        return [int(value) for value in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{text!r}; expected digits with commas, such as 0,1,2") from error
 
 
 def _radii(text: str) -> tuple[float, ...]:

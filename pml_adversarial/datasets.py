@@ -43,9 +43,12 @@ def split_by_class(images: Tensor, labels: Tensor, train_classes: Iterable[int])
     """Rows of ``train_classes`` to train on, all others to test.
 
     Raises:
-        InputError: one of the two parts has fewer than two classes.
+        InputError: a class has no images, or one of the two parts has fewer than two classes.
     """
-    known = torch.isin(labels, torch.tensor(sorted(set(train_classes))))
+    wanted, present = set(train_classes), set(labels.tolist())
+    if wanted - present:
+        raise InputError(f"There are no images of the classes {sorted(wanted - present)}; found {sorted(present)}.")
+    known = torch.isin(labels, torch.tensor(sorted(wanted)))
     for part, rows in (("train", known), ("test", ~known)):
         if len(labels[rows].unique()) < 2:
             raise InputError(

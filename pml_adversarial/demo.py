@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_metric_learning
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandomCrop
 from tqdm import tqdm
 
 from . import __version__
@@ -37,6 +38,7 @@ class Settings:
         epochs: passes over the training images, for each of the two models.
         batch_size: images per step.
         learning_rate: of Adam.
+        shift: training images are moved at random by up to so many pixels each way, for both models.
         perturb: roles that are perturbed in adversarial training.
         clean_weight: weight of the unperturbed loss in adversarial training.
         warmup: share of the steps over which the attack grows to its full strength.
@@ -50,6 +52,7 @@ class Settings:
     epochs: int = 25
     batch_size: int = 112
     learning_rate: float = 1e-3
+    shift: int = 1
     perturb: tuple[str, ...] = ("all",)
     clean_weight: float = 0.0
     warmup: float = 0.5
@@ -148,8 +151,9 @@ def train(
     batches = list(_batches(settings, len(data.train_images), seed))
     loss_func = wrap(loss.to(device), model, len(batches))
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)
+    augment = RandomCrop(data.train_images.shape[-2:], padding=settings.shift)
     for rows in bar(batches):
-        embeddings = model(data.train_images[rows])
+        embeddings = model(torch.stack([augment(image) for image in data.train_images[rows]]))
         labels = data.train_labels[rows]
         indices_tuple = None if miner is None else miner(embeddings, labels)
         value = loss_func(embeddings, labels, indices_tuple)

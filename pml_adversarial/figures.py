@@ -86,16 +86,11 @@ def query_panel(
     figure.savefig(path)
 
 
-def choose_queries(labels: Tensor, broken: Sequence[bool], count: int) -> list[int]:
-    """Up to ``count`` queries to show, of different classes as far as there are, broken ones first."""
-    chosen: list[int] = []
-    order = sorted(range(len(labels)), key=lambda i: (not broken[i], i))
-    for fresh_only in (True, False):
-        for i in order:
-            seen = {int(labels[c]) for c in chosen}
-            if len(chosen) < count and i not in chosen and not (fresh_only and int(labels[i]) in seen):
-                chosen.append(i)
-    return chosen
+def choose_queries(labels: Sequence[int], preferred: Sequence[bool], count: int) -> list[int]:
+    """Up to ``count`` queries to show: one of each class before a second of any, preferred ones first."""
+    order = sorted(range(len(labels)), key=lambda i: not preferred[i])
+    shown_before = {i: [labels[j] for j in order[:place]].count(labels[i]) for place, i in enumerate(order)}
+    return sorted(order, key=lambda i: shown_before[i])[:count]
 
 
 def _show(axes: Axes, image: Tensor, colour: str, title: str) -> None:

@@ -23,8 +23,8 @@ from .plugins import find
 class AdversarialMiner(BaseMiner):
     """Wraps a PML miner: it mines, perturbs rows that play the chosen roles, and mines again on the attacked batch.
 
-    The indices are those of the caller's batch, so they serve any loss. In ``.eval()`` it is the wrapped miner. The model
-    is left as it was found: mining updates no running statistics and draws none of the caller's random numbers.
+    The indices are those of the caller's batch, so they serve any loss. In ``.eval()`` it is the wrapped miner. The
+    model is left as it was found: mining updates no running statistics and draws none of the caller's random numbers.
 
     Args:
         miner: any tuple miner of pytorch-metric-learning, available as ``.miner``.

@@ -70,7 +70,7 @@ class Plan:
         if self.ref_layout is None:
             return loss(queries, query_labels, self.indices_tuple)
         reference, ref_labels = seen(self.ref_layout)
-        if batch.shared_labels and len(ref_labels) == len(query_labels):
+        if batch.shared_labels and len(self.ref_layout) == len(self.layout):
             ref_labels = query_labels  # PML asks for the identity
         return loss(queries, query_labels, self.indices_tuple, reference, ref_labels)
 

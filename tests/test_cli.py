@@ -47,6 +47,7 @@ class TestRun:
             ],
             ["--loss", "ProxyAnchorLoss", "--miner", "MultiSimilarityMiner:epsilon=0.2", "--clean-weight", "1"],
             ["--loss", "ContrastiveLoss", "--attack", "PGDL2:steps=2,eps=1.0", "--quiet"],
+            ["--loss", "NTXentLoss", "--miner", "BatchEasyHardMiner:pos_strategy=easy", "--shift", "0"],
         ],
     )
     def test_other_losses_miners_and_attacks(self, arguments, tmp_path):
@@ -95,20 +96,25 @@ class TestRefusals:
             (["--eps", "2"], "above 0 and up to 1"),
             (["--device", "gpu"], "--device"),
             (["--train-classes", "1"], "at least two"),
+            (["--train-classes", "1,x"], "expected digits with commas"),
+            (["--train-classes", "0,1,11"], "no images of the classes [11]"),
+            (["--loss", "VICRegLoss"], "not supported for this loss"),
+            (["--miner", "BatchEasyHardMiner:pos_strategy=wrong"], "--miner"),
+            (["--output", "/dev/null/folder"], "--output"),
             (["--train-classes", "0,1", "--batch-size", "800"], "at least one"),
             (["--epochs", "0"], "--epochs"),
             (["--attack", "APGD:steps=2"], "changed none"),
         ],
     )
     def test_say_what_is_wrong(self, arguments, message, tmp_path):
-        result = run("--quiet", *arguments, output=tmp_path)
+        result = run("--quiet", "--output", str(tmp_path), *arguments)
         assert result.exit_code != 0
         assert isinstance(result.exception, SystemExit)
         assert message in " ".join(result.output.split())
 
 
 def test_options_are_literals_not_code():
-    assert parse_call("A:x=1.5,y=(2, 'b')") == ("A", {"x": 1.5, "y": (2, "b")})
+    assert parse_call("A:x=1.5,y=(2, 'b'),z=word,t=True") == ("A", {"x": 1.5, "y": (2, "b"), "z": "word", "t": True})
     with pytest.raises(Exception, match="cannot be read"):
         parse_call("A:x=__import__('os').getcwd()")
 
