@@ -40,9 +40,10 @@ LOSSES = {
     "NT-Xent": losses.NTXentLoss,
     "proxy anchor": lambda: losses.ProxyAnchorLoss(4, 4),
     "cross-batch memory": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64),
-    "SmoothAP": losses.SmoothAPLoss,
     "ArcFace": lambda: losses.ArcFaceLoss(4, 4),
 }
+if hasattr(losses, "SmoothAPLoss"):  # since 2.9
+    LOSSES["SmoothAP"] = losses.SmoothAPLoss
 
 
 class Spy:
