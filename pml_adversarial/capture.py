@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureError
+
+# Older releases of torch do not tell global hooks the keyword arguments of a call.
+_WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register_module_forward_hook).parameters else {}
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 
@@ -116,7 +120,7 @@ class InputCapture:
                 for module, tap in zip(modules, self._taps, strict=True)
             ]
         else:
-            handles = [register_module_forward_hook(_outermost(self._taps[0]), with_kwargs=True)]
+            handles = [register_module_forward_hook(_outermost(self._taps[0]), **_WITH_KWARGS)]
         self._release = weakref.finalize(self, _remove, handles)
 
     def _bind(self, embeddings: Tensor) -> None:
@@ -188,7 +192,8 @@ def chain_of(model: Models) -> tuple[nn.Module, ...]:
 def _outermost(tap: _Tap) -> Any:
     """Of nested modules that return one tensor, the outermost finishes last and its call stays."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        kwargs, output = rest if _WITH_KWARGS else ({}, *rest)
         if not any(argument is output for argument in (*args, *kwargs.values())):
             tap(module, args, kwargs, output)
 
@@ -200,7 +205,7 @@ def _only_tensor(call: Call, output: Tensor) -> Tensor:
     if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
         raise CaptureError(
             f"{type(call.module).__name__} was called with {[type(argument).__name__ for argument in arguments]}; "
-            "expected one tensor of inputs. Wrap the model in a module whose forward takes the images alone."
+            "expected one tensor of inputs, by position. Wrap the model in a module that takes the images alone."
         )
     return arguments[0]
 

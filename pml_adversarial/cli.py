@@ -149,7 +149,7 @@ def main(
     data = _usable(lambda: digits(_classes(train_classes)), "--train-classes")
     classes = len(data.train_labels.unique())
     make_loss = named(losses, nn.Module, loss, "loss", num_classes=classes, embedding_size=64)
-    make_miner = named(miners, nn.Module, miner, "miner") if miner else _no_miner
+    make_miner: Callable[[], Any] = named(miners, nn.Module, miner, "miner") if miner else _no_miner
     factory = _training_attack(attack, train_eps)
     some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
     _usable(lambda: make_loss()(*some), "--loss")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from pml_adversarial import CaptureError
-from pml_adversarial.capture import InputCapture, chain_of
+from pml_adversarial.capture import _WITH_KWARGS, InputCapture, chain_of
 
 
 class Normalised(nn.Module):
@@ -167,7 +167,14 @@ class TestSelfFinding:
 
     def test_keyword_argument(self, images):
         model = nn.Linear(6, 2)
-        assert InputCapture().inputs_of(model(input=images)).equal(images)
+        embeddings = model(input=images)
+        capture = InputCapture()
+        if _WITH_KWARGS:
+            assert capture.inputs_of(model(input=images)).equal(images)
+        else:
+            with pytest.raises(CaptureError, match="by position"):
+                capture.inputs_of(model(input=images))
+        assert not capture.knows(embeddings)
 
     def test_steps_after_the_first(self, model, images):
         capture = InputCapture()

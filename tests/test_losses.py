@@ -327,7 +327,7 @@ class Raising:
 
 
 class TestLeavesNoTrace:
-    def setup(self, moody_model, images, labels):
+    def prepared(self, moody_model, images, labels):
         moody_model[1].eval()
         moody_model[1].weight.requires_grad_(False)
         wrapped = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64)
@@ -335,7 +335,7 @@ class TestLeavesNoTrace:
         return wrapped
 
     def test_of_an_attack_that_raises(self, moody_model, images, labels):
-        wrapped = self.setup(moody_model, images, labels)
+        wrapped = self.prepared(moody_model, images, labels)
         loss_func = AdversarialLoss(wrapped, moody_model, attack=Raising, perturb="all")
         embeddings = moody_model(images)
         before, rng = everything_of(moody_model, wrapped), rng_states()
@@ -346,7 +346,7 @@ class TestLeavesNoTrace:
         embeddings.sum().backward()  # the graph still stands
 
     def test_of_an_attack_in_the_model(self, moody_model, images, labels):
-        wrapped = self.setup(moody_model, images, labels)
+        wrapped = self.prepared(moody_model, images, labels)
         moody_model.eval()
         loss_func = AdversarialLoss(wrapped, moody_model, attack=PGD, perturb="all")
         embeddings = moody_model(images)
