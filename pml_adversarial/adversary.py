@@ -18,7 +18,7 @@ from .hookspecs import PROJECT
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .objective import Objective, Score
 from .pixels import PixelSpace
-from .plan import Plan, shift_partners
+from .plan import Plan, checked_tuples, shift_partners
 from .plugins import make_manager
 
 
@@ -43,6 +43,8 @@ class Adversary:
     ) -> None:
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise InputError(f"warmup={warmup!r}; expected a whole number of training steps, 0 for none.")
+        if seed is not None and not isinstance(seed, int):
+            raise InputError(f"seed={seed!r}; expected a whole number, or None for torch.initial_seed().")
         self.plugins = tuple(plugins)
         self.capture, self.pixels, self.warmup = capture, pixels, warmup
         self.seed = torch.initial_seed() if seed is None else seed
@@ -67,11 +69,18 @@ class Adversary:
         Raises:
             CaptureError: the inputs behind the embeddings are not known.
             InputError: labels or inputs cannot be used.
+            PlanError: the tuples cannot be used.
         """
-        _check_length("labels", labels, "embeddings", embeddings)
-        _check_length("ref_labels", ref_labels, "ref_emb", ref_emb)
+        _check_labels("labels", labels, "embeddings", embeddings)
+        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        if indices_tuple is not None:
+            partners = embeddings if ref_emb is None else ref_emb
+            indices_tuple = checked_tuples(indices_tuple, len(embeddings), len(partners))
         inputs = self.capture.inputs_of(embeddings)
-        _check_length("inputs", inputs, "embeddings", embeddings)
+        if len(inputs) != len(embeddings):
+            raise InputError(
+                f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
+            )
         num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
@@ -188,11 +197,12 @@ class Adversary:
         return before.expand(len(plan)), after.expand(len(plan))
 
 
-def _check_length(name: str, found: Tensor | None, of: str, expected: Tensor | None) -> None:
-    if found is None or expected is None:
+def _check_labels(name: str, labels: Tensor | None, of: str, embeddings: Tensor | None) -> None:
+    if labels is None or embeddings is None:
         return
-    if found.ndim == 0 or len(found) != len(expected):
+    if not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]:
+        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"are {type(labels).__name__}"
         raise InputError(
-            f"{name} of shape {tuple(found.shape)} for {of} of shape {tuple(expected.shape)}; expected one per row, "
-            f"{len(expected)}."
+            f"{name} {found} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per row, "
+            f"({len(embeddings)},)."
         )

@@ -7,6 +7,7 @@ An attack is a *factory*, called with the objective (a classifier-like module) a
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack as TorchAttack
 
 from .errors import AttackError
+
+logger = logging.getLogger("pml_adversarial")
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 AttackFactory = Callable[..., Attack]
@@ -33,6 +36,27 @@ def budget(factory: AttackFactory) -> dict[str, float]:
     parameters = inspect.signature(factory).parameters
     found = {name: parameters[name].default for name in _SCALED if name in parameters}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def check(factory: AttackFactory) -> None:
+    """Refuses what cannot be a factory, before anything is spent.
+
+    Raises:
+        AttackError: it cannot be called, is an attack already, has options that do not fit, or a negative budget.
+    """
+    if not callable(factory) or isinstance(factory, TorchAttack):
+        raise AttackError(
+            f"attack={factory!r} is no factory; expected something to be called with the objective, such as "
+            "partial(torchattacks.PGD, eps=8/255)."
+        )
+    try:
+        found = budget(factory)
+    except ValueError as error:
+        raise AttackError(f"The attack cannot be made: {error}. Check its name and its options.") from error
+    if any(value < 0 for value in found.values()):
+        raise AttackError(f"The attack has {found}; expected numbers from 0 on, in pixels of [0, 1].")
+    if found.get("eps", 0.0) > 1:
+        logger.warning("eps=%g, but pixels are in [0, 1]: for 8 of 256 levels write eps=8/255.", found["eps"])
 
 
 def check_warmup(factory: AttackFactory) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import attacks
 from .attacks import Attack, AttackFactory
 from .batch import Adversarial, Batch, IndicesTuple
-from .errors import PlanError
+from .errors import InputError, PlanError
 from .hookspecs import hookimpl
 from .objective import Objective, Score
 from .plan import (
@@ -59,12 +60,16 @@ class FixedContext:
         clean_weight: float = 0.0,
         in_place: bool = False,
     ) -> None:
+        attacks.check(attack)
         self.attack = attack
         self.roles = parse_roles(perturb)
-        if tuples_per_anchor is not None and tuples_per_anchor < 1:
+        if tuples_per_anchor is not None and not (isinstance(tuples_per_anchor, int) and tuples_per_anchor >= 1):
             raise PlanError(
-                f"tuples_per_anchor={tuples_per_anchor}; expected a whole number from 1 on, or None to keep all tuples."
+                f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all "
+                "tuples."
             )
+        if not (isinstance(clean_weight, int | float) and 0 <= clean_weight < math.inf):
+            raise InputError(f"clean_weight={clean_weight!r}; expected a number from 0 on.")
         self.tuples_per_anchor = tuples_per_anchor
         self.clean_weight = clean_weight
         self.in_place = in_place or (self.roles == ROLES and tuples_per_anchor is None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from .errors import InputError
 from .isolation import isolated
 from .pixels import Normalization, PixelSpace
 from .plan import Plan
-from .plugins import find
+from .plugins import find_all
 
 
 class AdversarialLoss(ModuleWithRecords):
@@ -75,16 +76,20 @@ class AdversarialLoss(ModuleWithRecords):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(loss, nn.Module):
+        if not isinstance(loss, nn.Module) or isinstance(loss, BaseMiner):
+            found = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+            raise InputError(f"loss is {found}; expected a loss of pytorch-metric-learning, such as ContrastiveLoss().")
+        if any(isinstance(module, AdversarialLoss) for module in loss.modules()):
             raise InputError(
-                f"loss is {type(loss).__name__}; expected a loss of pytorch-metric-learning (an nn.Module)."
+                "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
+                "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."
             )
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight)
         if warmup:
             attacks.check_warmup(attack)
         self.loss = loss
         self.adversary = Adversary(
-            [*map(find, plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
         )
         records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
 
@@ -144,6 +149,8 @@ class AdversarialLoss(ModuleWithRecords):
 
 
 def _check_gradient(embeddings: Tensor) -> None:
+    if not isinstance(embeddings, Tensor):
+        raise InputError(f"embeddings are {type(embeddings).__name__}; expected the tensor that the model returned.")
     if not torch.is_grad_enabled() or not embeddings.requires_grad:
         found = "embeddings without gradient" if torch.is_grad_enabled() else "a call under no_grad or inference_mode"
         raise InputError(

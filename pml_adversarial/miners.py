@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from .capture import InputCapture, Models
 from .defaults import FixedContext
 from .errors import InputError
 from .pixels import Normalization, PixelSpace
-from .plugins import find
+from .plugins import find_all
 
 
 class AdversarialMiner(BaseMiner):
@@ -60,14 +61,15 @@ class AdversarialMiner(BaseMiner):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(miner) or isinstance(miner, type):
-            raise InputError(f"miner is {miner!r}; expected a tuple miner of pytorch-metric-learning.")
+        if not callable(miner) or isinstance(miner, type | BaseMetricLossFunction | AdversarialMiner):
+            found = f"the class {miner.__name__}" if isinstance(miner, type) else type(miner).__name__
+            raise InputError(f"miner is {found}; expected a tuple miner of pytorch-metric-learning.")
         own = FixedContext(attack, perturb, in_place=True)
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner
         self.adversary = Adversary(
-            [*map(find, plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
         )
         records.declare(self, records.STANDARD)
 

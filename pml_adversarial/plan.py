@@ -157,13 +157,42 @@ class Plan:
         return mask[:-1]
 
 
+def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> IndicesTuple:
+    """What a caller gave as tuples, if it is what PML's miners return.
+
+    Args:
+        indices_tuple: three or four index tensors.
+        num_anchors: rows that an anchor may name.
+        num_partners: rows that a positive or negative may name.
+
+    Raises:
+        PlanError: it has another form, or names rows that do not exist.
+    """
+    members = tuple(indices_tuple) if isinstance(indices_tuple, tuple | list) else (indices_tuple,)
+    if not _well_formed(members):
+        found = [f"{m.dtype} {tuple(m.shape)}" if isinstance(m, Tensor) else type(m).__name__ for m in members]
+        raise PlanError(
+            f"indices_tuple is {', '.join(found)}; expected torch.long tensors of one dimension, (anchors, positives, "
+            "negatives) of one length or (anchors, positives, anchors, negatives) of two, as PML's miners return them."
+        )
+    limits = [num_anchors if name == "anchor" else num_partners for name in _MEMBERS[len(members)]]
+    outside = [((m < 0) | (m >= limit)).any() for m, limit in zip(members, limits, strict=True)]
+    if torch.stack(outside).any():
+        raise PlanError(
+            f"indices_tuple names rows from {min(int(m.min()) for m in members if len(m))} to "
+            f"{max(int(m.max()) for m in members if len(m))}; expected anchors below {num_anchors}, positives and "
+            f"negatives below {num_partners}. Mine in the batch that the loss is called with."
+        )
+    return members
+
+
 def parse_roles(perturb: str | Iterable[str]) -> tuple[str, ...]:
     """One or several role names, or "all", as a tuple of roles in a fixed order.
 
     Raises:
         PlanError: a name is not a role.
     """
-    names = {perturb} if isinstance(perturb, str) else set(perturb)
+    names = {perturb} if isinstance(perturb, str) or not isinstance(perturb, Iterable) else set(perturb)
     unknown = names - {*ROLES, "all"}
     if unknown or not names:
         raise PlanError(
@@ -223,6 +252,13 @@ def rank_in_group(values: Tensor) -> Tensor:
     starts[1:] = grouped[1:] != grouped[:-1]
     first = torch.where(starts, position, 0).cummax(0).values if len(values) else position
     return torch.empty_like(position).scatter_(0, order, position - first)
+
+
+def _well_formed(members: tuple[Any, ...]) -> bool:
+    if not all(isinstance(m, Tensor) and m.ndim == 1 and m.dtype == torch.long for m in members):
+        return False
+    lengths = [len(m) for m in members]
+    return (len(lengths) == 3 and len({*lengths}) == 1) or (len(lengths) == 4 and lengths[::2] == lengths[1::2])
 
 
 def _played(indices_tuple: IndicesTuple, roles: Iterable[str]) -> list[Tensor]:

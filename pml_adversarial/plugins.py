@@ -13,6 +13,17 @@ from .errors import PluginError
 from .hookspecs import PROJECT, HookSpecs
 
 
+def find_all(plugins: Iterable[Any]) -> list[Any]:
+    """Plugin objects, see `find`.
+
+    Raises:
+        PluginError: it is a single plugin, or `find` does not find one.
+    """
+    if isinstance(plugins, str) or not isinstance(plugins, Iterable):
+        raise PluginError(f"plugins={plugins!r}; expected a list, such as plugins=[{plugins!r}].")
+    return [find(plugin) for plugin in plugins]
+
+
 def find(plugin: Any) -> Any:
     """A plugin object, from an object, a class, or the name of an installed one.
 

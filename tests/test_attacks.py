@@ -6,7 +6,7 @@ import torchattacks
 from torch import nn
 
 from pml_adversarial import AttackError
-from pml_adversarial.attacks import SEED_PAPER, budget, build, check_warmup, run, unchanged
+from pml_adversarial.attacks import SEED_PAPER, budget, build, check, check_warmup, run, unchanged
 from pml_adversarial.isolation import random_stream
 from pml_adversarial.objective import Objective
 
@@ -242,6 +242,34 @@ class TestBudget:
     def test_warmup_is_refused_without(self, factory):
         with pytest.raises(AttackError, match=r"has no eps .* warmup=0"):
             check_warmup(factory)
+
+
+class TestCheck:
+    @pytest.mark.parametrize(
+        "factory", [SEED_PAPER, torchattacks.FGSM, torchattacks.CW, partial(PGD, eps=0.0), lambda objective: unchanged]
+    )
+    def test_lets_factories_pass(self, factory, caplog):
+        check(factory)
+        assert not caplog.records
+
+    @pytest.mark.parametrize(
+        ("factory", "message"),
+        [
+            ("PGD", "attack='PGD' is no factory"),
+            (None, "attack=None is no factory"),
+            (torchattacks.PGD(nn.Linear(1, 2)), r"attack=PGD\(.* is no factory"),
+            (partial(torchattacks.PGD, epsilon=0.1), "incorrect arguments. Check its name and its options"),
+            (partial(torchattacks.PGD, eps=-0.1), r"'eps': -0.1.* expected numbers from 0 on"),
+            (partial(torchattacks.PGD, alpha=-0.1), "'alpha': -0.1"),
+        ],
+    )
+    def test_refuses_what_cannot_be_one(self, factory, message):
+        with pytest.raises(AttackError, match=message):
+            check(factory)
+
+    def test_warns_of_an_eps_in_levels(self, caplog):
+        check(partial(torchattacks.PGD, eps=8))
+        assert "eps=8/255" in caplog.text
 
 
 class TestBuild:

@@ -49,7 +49,7 @@ def test_record_is_documented(name):
     assert f"| `{name}` |" in (DOCS / "records.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in [ROOT / "README.md", *PAGES] if python_blocks(p)], ids=lambda p: p.name)
 def test_code_of_the_page_runs(page):
     namespace = {"__name__": f"docs_{page.stem}"}
     for block in python_blocks(page):

@@ -560,6 +560,49 @@ class TestBadInput:
         with pytest.raises(InputError, match="labels of shape"):
             AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels[:-1])
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [(lambda y: y.tolist(), "labels are list"), (lambda y: y[:, None], r"\(8, 1\)"), (lambda y: y[0], r"\(\)")],
+    )
+    def test_labels_of_another_form(self, change, message, model, images, labels):
+        with pytest.raises(InputError, match=message):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), change(labels))
+
+    def test_embeddings_that_are_no_tensor(self, model, images, labels):
+        with pytest.raises(InputError, match="embeddings are list"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images).tolist(), labels)
+
+    def test_a_model_that_changes_the_number_of_rows(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(0, 1))
+        with pytest.raises(InputError, match="8 inputs gave 16 embeddings"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels.repeat(2))
+
+    @pytest.mark.parametrize(
+        ("tuples", "message"),
+        [
+            (([0], [1], [2]), "list, list, list"),
+            ((torch.tensor([0]),) * 2, "indices_tuple is .* as PML's miners return them"),
+            ((torch.tensor([0]), torch.tensor([1]), torch.tensor([2, 3])), "of one length"),
+            ((torch.tensor([0]), torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([4])), "of two"),
+            ((torch.tensor([0.0]),) * 3, "torch.float32"),
+            ((torch.tensor([[0]]),) * 3, r"\(1, 1\)"),
+            (torch.tensor([0, 1, 2]), "torch.int64"),
+            ((torch.tensor([0]), torch.tensor([1]), torch.tensor([8])), "from 0 to 8; expected anchors below 8"),
+            ((torch.tensor([-1]), torch.tensor([1]), torch.tensor([2])), "from -1 to 2"),
+        ],
+    )
+    def test_tuples(self, tuples, message, model, images, labels):
+        with pytest.raises(PlanError, match=message):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
+
+    def test_tuples_are_counted_in_the_reference(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, perturb="anchor")
+        reference = {"ref_emb": torch.randn(9, 4), "ref_labels": torch.arange(9) // 2}
+        row, last = torch.tensor([0]), torch.tensor([8])
+        loss_func(model(images), labels, (row, row, row, last), **reference)
+        with pytest.raises(PlanError, match="anchors below 8, positives and negatives below 9"):
+            loss_func(model(images), labels, (last, row, row, row), **reference)
+
     @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
     def test_embeddings_of_no_watched_model(self, change, model, images, labels):
         with pytest.raises(CaptureError, match="not known"):
@@ -601,7 +644,7 @@ class TestBadInput:
         with pytest.raises(AttackError, match=r"1 of 8 perturbed rows"):
             loss_func(model(images), labels)
 
-    @pytest.mark.parametrize("perturb", ["anchors", ("positive", "x"), (), ""])
+    @pytest.mark.parametrize("perturb", ["anchors", ("positive", "x"), (), "", 3])
     def test_roles(self, perturb, model):
         with pytest.raises(PlanError, match="expected one or several of"):
             AdversarialLoss(losses.TripletMarginLoss(), model, perturb=perturb)
@@ -609,14 +652,26 @@ class TestBadInput:
     def test_options(self, model):
         with pytest.raises(PluginError, match="No plugin named 'hmm'"):
             AdversarialLoss(losses.TripletMarginLoss(), model, plugins=["hmm"])
-        with pytest.raises(PlanError, match="tuples_per_anchor=0"):
-            AdversarialLoss(losses.TripletMarginLoss(), model, tuples_per_anchor=0)
+        with pytest.raises(PluginError, match=r"expected a list, such as plugins=\['hmm'\]"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, plugins="hmm")
+        for number in (0, 1.5, "1"):
+            with pytest.raises(PlanError, match=f"tuples_per_anchor={number!r}"):
+                AdversarialLoss(losses.TripletMarginLoss(), model, tuples_per_anchor=number)
+        for weight in (-1, "1", torch.nan):
+            with pytest.raises(InputError, match=f"clean_weight={weight!r}"):
+                AdversarialLoss(losses.TripletMarginLoss(), model, clean_weight=weight)
+        with pytest.raises(InputError, match="seed='x'"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, seed="x")
         with pytest.raises(InputError, match="warmup=-1"):
             AdversarialLoss(losses.TripletMarginLoss(), model, warmup=-1)
         with pytest.raises(AttackError, match="no eps"):
             AdversarialLoss(losses.TripletMarginLoss(), model, attack=torchattacks.CW, warmup=5)
-        with pytest.raises(InputError, match="expected a loss"):
+        with pytest.raises(InputError, match="loss is the class TripletMarginLoss; expected a loss"):
             AdversarialLoss(losses.TripletMarginLoss, model)
+        with pytest.raises(InputError, match="loss is BatchHardMiner; expected a loss"):
+            AdversarialLoss(miners.BatchHardMiner(), model)
+        with pytest.raises(InputError, match="holds an AdversarialLoss already"):
+            AdversarialLoss(losses.MultipleLosses([AdversarialLoss(losses.TripletMarginLoss(), model)]), model)
         with pytest.raises(CaptureError, match="'trunk'"):
             AdversarialLoss(losses.TripletMarginLoss(), {"net": model})
 

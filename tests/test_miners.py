@@ -7,7 +7,7 @@ import torchattacks
 from pytorch_metric_learning import losses, miners
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialMiner, CaptureError, InputError, hookimpl
+from pml_adversarial import AdversarialMiner, CaptureError, InputError, PluginError, hookimpl
 
 PGD = partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=4)
 MINERS = {
@@ -119,6 +119,12 @@ def test_states_and_copies(model, images, labels):
 def test_bad_input(model, images, labels):
     with pytest.raises(InputError, match="expected a tuple miner"):
         AdversarialMiner(miners.BatchHardMiner, model)
+    with pytest.raises(InputError, match="miner is ContrastiveLoss"):
+        AdversarialMiner(losses.ContrastiveLoss(), model)
+    with pytest.raises(InputError, match="miner is AdversarialMiner"):
+        AdversarialMiner(AdversarialMiner(miners.BatchHardMiner(), model), model)
+    with pytest.raises(PluginError, match="expected a list"):
+        AdversarialMiner(miners.BatchHardMiner(), model, plugins="hm")
     with pytest.raises(CaptureError):
         AdversarialMiner(miners.BatchHardMiner(), model)(torch.randn(8, 4), labels)
     with pytest.raises(InputError, match="range from"):
