@@ -147,6 +147,7 @@ def train(
             f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
             "full batch."
         )
+    _, train_labels = data.train_labels.unique(return_inverse=True)  # losses with proxies count classes from 0
     model = small_network().to(device)
     batches = list(_batches(settings, len(data.train_images), seed))
     loss_func = wrap(loss.to(device), model, len(batches))
@@ -154,7 +155,7 @@ def train(
     augment = RandomCrop(data.train_images.shape[-2:], padding=settings.shift)
     for rows in bar(batches):
         embeddings = model(torch.stack([augment(image) for image in data.train_images[rows]]))
-        labels = data.train_labels[rows]
+        labels = train_labels[rows]
         indices_tuple = None if miner is None else miner(embeddings, labels)
         value = loss_func(embeddings, labels, indices_tuple)
         optimizer.zero_grad()

@@ -47,6 +47,7 @@ class TestRun:
             ],
             ["--loss", "ProxyAnchorLoss", "--miner", "MultiSimilarityMiner:epsilon=0.2", "--clean-weight", "1"],
             ["--loss", "ContrastiveLoss", "--attack", "PGDL2:steps=2,eps=1.0", "--quiet"],
+            ["--loss", "ArcFaceLoss", "--train-classes", "3,5,9"],
             ["--loss", "NTXentLoss", "--miner", "BatchEasyHardMiner:pos_strategy=easy", "--shift", "0"],
         ],
     )
