@@ -182,7 +182,8 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Percent, on digits never seen in training, mean of {seeds} seed(s). Attacked R@1 is the worst case per",
         f"query over {attacks} attacks (toward the nearest wrong item, re-chosen at each step; off its own embedding),",
-        f"l-inf PGD of {settings['attack_steps']} steps from {settings['restarts']} random starts each, gallery clean.",
+        f"l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
+        "the gallery is clean.",
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 

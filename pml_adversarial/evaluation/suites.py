@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torchattacks
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from .. import attacks
+from ..attacks import Attack
 from ..isolation import isolated, random_stream
 from ..objective import Objective, Score
 from .retrieval import Gallery, chunks, embed_all
@@ -28,6 +29,41 @@ def embedding_shift(gallery: Gallery, clean: Tensor, own: Tensor) -> Score:
     """Away from the query's own clean embedding, whatever the gallery holds."""
     origin = normalize(clean)
     return lambda queries: (normalize(queries) - origin).square().sum(1)
+
+
+def momentum_pgd(objective: Objective, eps: float, steps: int, momentum: float = 0.75) -> Attack:
+    """An l-inf attack from a random start, by sign steps that fall from eps to 0 along a cosine.
+
+    Projected gradient ascent (Madry et al., arXiv 1706.06083) with the momentum of MI-FGSM (Dong et al., arXiv
+    1710.06081); like APGD (Croce, Hein, arXiv 2003.01690) it returns the best point of each row's path. It breaks
+    more queries than torchattacks' PGD with the same gradients, and hardly depends on its settings.
+
+    Args:
+        objective: what is raised.
+        eps: radius, in pixels of [0, 1].
+        steps: gradient steps; one more forward pass looks at the last point.
+        momentum: share of the past direction that is kept.
+    """
+
+    def attack(inputs: Tensor, labels: Tensor) -> Tensor:
+        low, high = (inputs - eps).clamp(min=0), (inputs + eps).clamp(max=1)
+        point = low + (high - low) * torch.rand_like(inputs)
+        best, highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
+        direction = torch.zeros_like(inputs)
+        for step in range(steps + 1):
+            point.requires_grad_()
+            value = cross_entropy(objective(point), labels, reduction="none")
+            higher = value.detach() > highest
+            best, highest = torch.where(_like(higher, point), point.detach(), best), highest.maximum(value.detach())
+            if step < steps:
+                (gradient,) = torch.autograd.grad(value.sum(), point)
+                scale = gradient.abs().flatten(1).mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+                direction = momentum * direction + gradient / _like(scale, gradient)
+                size = eps * (1 + math.cos(math.pi * step / steps)) / 2
+                point = (point.detach() + size * direction.sign()).clamp(low, high)
+        return best
+
+    return attack
 
 
 QUERY_ATTACKS: dict[str, QueryAttack] = {"margin": toward_nearest_wrong, "shift": embedding_shift}
@@ -67,8 +103,8 @@ def robust_recall(
 ) -> list[RobustRecall]:
     """Attacks every image as a query against all others (leave one out), each attack from several random starts.
 
-    PGD of ``steps`` steps of 2.5 eps / steps. Only queries that still stand are attacked again; what broke a
-    query at one eps is within every larger one, so it stays broken there.
+    Each run is a `momentum_pgd`. Only queries that still stand are attacked again; what broke a query at one eps is
+    within every larger one, so it stays broken there.
 
     Args:
         model: images -> embeddings; it is attacked in eval mode and comes back as it was.
@@ -93,14 +129,15 @@ def robust_recall(
         standing = dict.fromkeys(QUERY_ATTACKS, right)
         broken, attacked = ~right, images.clone()
         for radius in sorted(eps):
-            for name, attack in QUERY_ATTACKS.items():
+            for name, make_score in QUERY_ATTACKS.items():
                 for restart in range(restarts):
                     for rows in chunks(len(images), chunk):
                         own = everyone[rows][standing[name][rows]]
                         if len(own):
                             with random_stream(seed, restart * len(images) + rows.start):
-                                score = attack(gallery, clean[own], own)
-                                found = _pgd(model, score, images[own], clean[own], radius, steps)
+                                objective = Objective(model, make_score(gallery, clean[own], own), clean[own], [model])
+                                attack = momentum_pgd(objective, radius, steps)
+                                found = attacks.run(attack, images[own], objective.labels)
                             fell = ~_stands(gallery, embed_all(model, found, chunk), own)
                             standing[name] = standing[name].index_fill(0, own[fell], False)
                             attacked[own] = torch.where(_like(~broken[own], found), found, attacked[own])
@@ -119,12 +156,6 @@ def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512)
 def _result(eps: float, standing: Mapping[str, Tensor], broken: Tensor, attacked: Tensor) -> RobustRecall:
     by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
     return RobustRecall(eps, by_attack, (~broken).float().mean().item(), broken, attacked)
-
-
-def _pgd(embed: nn.Module, score: Score, images: Tensor, clean: Tensor, eps: float, steps: int) -> Tensor:
-    objective = Objective(embed, score, clean, [embed])
-    attack = torchattacks.PGD(objective, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
-    return attacks.run(attack, images, objective.labels)
 
 
 def _like(mask: Tensor, images: Tensor) -> Tensor:
