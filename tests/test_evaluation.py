@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
+import torchattacks
 from torch import nn
 from torch.nn.functional import normalize
 
 from pml_adversarial.evaluation import Gallery, robust_recall
-from pml_adversarial.evaluation.suites import QUERY_ATTACKS, num_runs
+from pml_adversarial.evaluation.suites import QUERY_ATTACKS, momentum_pgd, num_runs
+from pml_adversarial.objective import Objective
 
 
 @pytest.fixture
@@ -60,6 +64,53 @@ class TestGallery:
     def test_a_tie_is_a_failure(self):
         gallery = Gallery(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1]))
         assert (gallery.margin(gallery.embeddings, torch.arange(4)) >= 0).all()
+
+
+class TestMomentumPGD:
+    EPS, STEPS = 0.1, 7
+
+    def objective(self, scene):
+        model, images, _ = scene
+        targets = torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+        embeddings = clean(model, images)
+        model.eval()
+        return Objective(model, lambda queries: (queries - targets).square().sum(1), embeddings, [model]), targets
+
+    def test_equals_the_same_attack_by_hand(self, scene):
+        model, images, _ = scene
+        objective, targets = self.objective(scene)
+        torch.manual_seed(2)
+        found = momentum_pgd(objective, self.EPS, self.STEPS)(images, objective.labels)
+        torch.manual_seed(2)
+        noise = torch.rand_like(images)
+        for i in range(12):
+            low, high = (images[i] - self.EPS).clamp(min=0), (images[i] + self.EPS).clamp(max=1)
+            point, direction, path = low + (high - low) * noise[i], 0, []
+            for step in range(self.STEPS + 1):
+                point = point.detach().requires_grad_()
+                score = (model(point[None])[0] - targets[i]).square().sum()
+                path.append((score.item(), point.detach()))
+                (gradient,) = torch.autograd.grad(score, point)
+                direction = 0.75 * direction + gradient / gradient.abs().mean()
+                size = self.EPS * (1 + math.cos(math.pi * step / self.STEPS)) / 2
+                point = (point + size * direction.sign()).clamp(low, high)
+            torch.testing.assert_close(found[i], max(path, key=lambda seen: seen[0])[1], rtol=0, atol=1e-6)
+
+    def test_climbs_higher_than_constant_steps_on_average(self, scene):
+        objective, _ = self.objective(scene)
+        torch.manual_seed(0)
+        found = momentum_pgd(objective, self.EPS, 20)(scene[1], objective.labels)
+        constant = torchattacks.PGD(objective, eps=self.EPS, alpha=self.EPS / 8, steps=20)(scene[1], objective.labels)
+        with torch.no_grad():
+            ours, theirs = (objective(images)[:, 1] for images in (found, constant))
+        assert ours.mean() > theirs.mean()
+
+    def test_stays_put_where_there_is_no_gradient(self, scene):
+        _, images, _ = scene
+        objective = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(12, 16))
+        found = momentum_pgd(objective, self.EPS, 3)(images, objective.labels)
+        assert found.isfinite().all()
+        assert (found - images).abs().max() <= self.EPS + 1e-6
 
 
 class TestRobustRecall:
