@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -129,28 +130,31 @@ def robust_recall(
         standing = dict.fromkeys(QUERY_ATTACKS, right)
         broken, attacked = ~right, images.clone()
         for radius in sorted(eps):
-            for name, make_score in QUERY_ATTACKS.items():
-                for restart in range(restarts):
-                    for rows in chunks(len(images), chunk):
-                        own = everyone[rows][standing[name][rows]]
-                        if len(own):
-                            with random_stream(seed, restart * len(images) + rows.start):
-                                objective = Objective(model, make_score(gallery, clean[own], own), clean[own], [model])
-                                attack = momentum_pgd(objective, radius, steps)
-                                found = attacks.run(attack, images[own], objective.labels)
-                            fell = ~_stands(gallery, embed_all(model, found, chunk), own)
-                            standing[name] = standing[name].index_fill(0, own[fell], False)
-                            attacked[own] = torch.where(_like(~broken[own], found), found, attacked[own])
-                            broken[own[fell]] = True
-                        if progress is not None:
-                            progress()
+            for name, restart, rows in _runs(len(images), restarts, chunk):
+                own = everyone[rows][standing[name][rows]]
+                if len(own):
+                    with random_stream(seed, restart * len(images) + rows.start):
+                        score = QUERY_ATTACKS[name](gallery, clean[own], own)
+                        objective = Objective(model, score, clean[own], [model])
+                        attack = momentum_pgd(objective, radius, steps)
+                        found = attacks.run(attack, images[own], objective.labels)
+                    fell = ~_stands(gallery, embed_all(model, found, chunk), own)
+                    standing[name] = standing[name].index_fill(0, own[fell], False)
+                    attacked[own] = torch.where(_like(~broken[own], found), found, attacked[own])
+                    broken[own[fell]] = True
+                if progress is not None:
+                    progress()
             results.append(_result(radius, standing, broken.clone(), attacked.clone()))
     return results
 
 
 def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512) -> int:
     """How often `robust_recall` reports progress."""
-    return num_eps * len(QUERY_ATTACKS) * restarts * len(list(chunks(num_images, chunk)))
+    return num_eps * len(_runs(num_images, restarts, chunk))
+
+
+def _runs(num_images: int, restarts: int, chunk: int) -> list[tuple[str, int, slice]]:
+    return list(product(QUERY_ATTACKS, range(restarts), chunks(num_images, chunk)))
 
 
 def _result(eps: float, standing: Mapping[str, Tensor], broken: Tensor, attacked: Tensor) -> RobustRecall:
