@@ -16,6 +16,7 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from torch import nn
+from torchattacks.attack import Attack as TorchAttack
 
 from . import figures
 from .attacks import AttackFactory
@@ -214,9 +215,7 @@ def _fell(measured: Measured, radius: int, data: OpenSetSplit) -> torch.Tensor:
 
 
 def _training_attack(text: str, eps: float) -> AttackFactory:
-    from torchattacks.attack import Attack
-
-    made = named(torchattacks, Attack, text, "attack")
+    made = named(torchattacks, TorchAttack, text, "attack")
     parameters = inspect.signature(made.func).parameters  # type: ignore[attr-defined]
     given = made.keywords  # type: ignore[attr-defined]
     if "eps" not in parameters:
