@@ -23,8 +23,6 @@ from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .demo import MODELS, Measured, Settings, run, summary
 from .errors import AdversarialError
-from .evaluation import Gallery
-from .evaluation.retrieval import embed_all
 from .plan import ROLES, parse_roles
 
 
@@ -201,17 +199,10 @@ def _draw(report: dict[str, Any], measured: list[Measured], data: OpenSetSplit, 
     first = {m.kind: m for m in measured[: len(MODELS)]}
     shown = len(report["settings"]["eps"]) // 2
     attacked = {kind: (m.model.cpu(), m.robust[shown].attacked.cpu()) for kind, m in first.items()}
-    fell = _fell(first["plain"], shown, data)
-    queries = figures.choose_queries(labels.tolist(), fell.tolist(), 5)
+    plain = first["plain"].robust[shown]
+    queries = figures.choose_queries(labels.tolist(), (plain.broken & ~plain.wrong).tolist(), 5)
     eps = report["settings"]["eps"][shown]
     figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
-
-
-def _fell(measured: Measured, radius: int, data: OpenSetSplit) -> torch.Tensor:
-    """Test images whose nearest item is right when clean and wrong under attack."""
-    gallery = Gallery(embed_all(measured.model.cpu(), data.test_images, 512), data.test_labels)
-    margin = gallery.margin(gallery.embeddings, torch.arange(len(gallery)))
-    return (margin < 0) & measured.robust[radius].broken.cpu()
 
 
 def _training_attack(text: str, eps: float) -> AttackFactory:

@@ -68,16 +68,22 @@ class TestGallery:
 class TestMomentumPGD:
     EPS, STEPS = 0.1, 7
 
-    def objective(self, scene):
+    def objective(self, scene, sign=1):
+        """Away from targets or, with the other sign, toward targets that are near enough to be overshot."""
         model, images, _ = scene
-        targets = torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
         embeddings = clean(model, images)
+        noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+        targets = noise if sign > 0 else embeddings + 0.03 * noise
         model.eval()
-        return Objective(model, lambda queries: (queries - targets).square().sum(1), embeddings, [model]), targets
+        return Objective(
+            model, lambda queries: sign * (queries - targets).square().sum(1), embeddings, [model]
+        ), targets
 
-    def test_equals_the_same_attack_by_hand(self, scene):
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_equals_the_same_attack_by_hand(self, scene, sign):
         model, images, _ = scene
-        objective, targets = self.objective(scene)
+        objective, targets = self.objective(scene, sign)
+        overshot = []
         torch.manual_seed(2)
         found = momentum_pgd(objective, self.EPS, self.STEPS)(images, objective.labels)
         torch.manual_seed(2)
@@ -87,13 +93,16 @@ class TestMomentumPGD:
             point, direction, path = low + (high - low) * noise[i], 0, []
             for step in range(self.STEPS + 1):
                 point = point.detach().requires_grad_()
-                score = (model(point[None])[0] - targets[i]).square().sum()
+                score = sign * (model(point[None])[0] - targets[i]).square().sum()
                 path.append((score.item(), point.detach()))
                 (gradient,) = torch.autograd.grad(score, point)
                 direction = 0.75 * direction + gradient / gradient.abs().mean()
                 size = self.EPS * (1 + math.cos(math.pi * step / self.STEPS)) / 2
                 point = (point + size * direction.sign()).clamp(low, high)
-            torch.testing.assert_close(found[i], max(path, key=lambda seen: seen[0])[1], rtol=0, atol=1e-6)
+            best = max(path, key=lambda seen: seen[0])
+            torch.testing.assert_close(found[i], best[1], rtol=0, atol=1e-6)
+            overshot.append((best[1] - path[-1][1]).abs().max() > 1e-3)
+        assert any(overshot) == (sign < 0)
 
     def test_stays_put_where_there_is_no_gradient(self, scene):
         _, images, _ = scene
@@ -120,6 +129,8 @@ class TestRobustRecall:
             assert set(result.by_attack) == set(QUERY_ATTACKS)
             assert result.worst_case <= min(result.by_attack.values())
             assert result.worst_case == pytest.approx((~result.broken).float().mean().item())
+            wrong = [margin_by_loop(embeddings[i], i, embeddings, labels) >= 0 for i in range(12)]
+            assert result.wrong.tolist() == wrong
             assert result.worst_case <= recalls[-1]
             recalls.append(result.worst_case)
         assert recalls[0] > recalls[-1]

@@ -79,6 +79,7 @@ class RobustRecall:
         eps: l-inf radius, in pixels of [0, 1].
         by_attack: R@1 under each attack, over all its restarts.
         worst_case: R@1 under the worst attack of each single query.
+        wrong: ``(Q,)`` bool, queries whose nearest item is wrong without attack.
         broken: ``(Q,)`` bool, queries whose nearest item is wrong, clean or under some attack.
         attacked: ``(Q, C, H, W)`` what broke the query, or the last that it survived.
     """
@@ -86,6 +87,7 @@ class RobustRecall:
     eps: float
     by_attack: Mapping[str, float]
     worst_case: float
+    wrong: Tensor
     broken: Tensor
     attacked: Tensor
 
@@ -144,7 +146,9 @@ def robust_recall(
                     broken[own[fell]] = True
                 if progress is not None:
                     progress()
-            results.append(_result(radius, standing, broken.clone(), attacked.clone()))
+            by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
+            worst_case = (~broken).float().mean().item()
+            results.append(RobustRecall(radius, by_attack, worst_case, ~right, broken.clone(), attacked.clone()))
     return results
 
 
@@ -155,11 +159,6 @@ def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512)
 
 def _runs(num_images: int, restarts: int, chunk: int) -> list[tuple[str, int, slice]]:
     return list(product(QUERY_ATTACKS, range(restarts), chunks(num_images, chunk)))
-
-
-def _result(eps: float, standing: Mapping[str, Tensor], broken: Tensor, attacked: Tensor) -> RobustRecall:
-    by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
-    return RobustRecall(eps, by_attack, (~broken).float().mean().item(), broken, attacked)
 
 
 def _like(mask: Tensor, images: Tensor) -> Tensor:
