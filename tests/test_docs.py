@@ -1,4 +1,5 @@
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def test_no_other_signature_is_documented():
 def test_hook_has_a_test(name):
     others = [path for path in (ROOT / "tests").glob("**/*.py") if path != Path(__file__)]
     assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in others)
+
+
+def test_figures_are_those_of_the_committed_run():
+    runs = json.loads((ROOT / "benchmarks" / "digits.json").read_text(encoding="utf-8"))["runs"]
+    readme, evaluation = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/evaluation.md"))
+    for run in runs:
+        plain, adversarial = (in_percent(run["models"][kind]) for kind in ("plain", "adversarial"))
+        cells = [f"{before} → {after}" for before, after in zip(plain, adversarial, strict=True)][:4]
+        classes = run["train_classes"]
+        assert f"| {classes[0]}-{classes[-1]} | {run['loss']} | {' | '.join(cells)} |" in evaluation
+    for kind in ("plain", "adversarial"):
+        assert f"| {kind} | {' | '.join(in_percent(runs[0]['models'][kind]))} |" in readme
+
+
+def in_percent(model):
+    return [f"{100 * value:.1f}" for value in (model["recall_at_1"], model["map_at_r"], *model["worst_case"].values())]
 
 
 @pytest.mark.parametrize("name", [*records.STANDARD, *records.OF_LOSSES])
