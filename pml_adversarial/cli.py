@@ -200,7 +200,7 @@ def _draw(report: dict[str, Any], measured: list[Measured], data: OpenSetSplit, 
     shown = len(report["settings"]["eps"]) // 2
     attacked = {kind: (m.model.cpu(), m.robust[shown].attacked.cpu()) for kind, m in first.items()}
     plain = first["plain"].robust[shown]
-    queries = figures.choose_queries(labels.tolist(), (plain.broken & ~plain.wrong).tolist(), 5)
+    queries = figures.choose_queries(labels, (plain.broken & ~plain.wrong).cpu(), 5)
     eps = report["settings"]["eps"][shown]
     figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
 

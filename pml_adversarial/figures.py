@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .evaluation import Gallery
 from .evaluation.retrieval import embed_all
+from .plan import rank_in_group
 
 _RIGHT, _WRONG, _QUERY = "#1b7f4d", "#c0392b", "#444444"
 _COLOURS = ("#7f7f7f", "#1f5fa8")
@@ -86,11 +87,10 @@ def query_panel(
     figure.savefig(path)
 
 
-def choose_queries(labels: Sequence[int], preferred: Sequence[bool], count: int) -> list[int]:
+def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> list[int]:
     """Up to ``count`` queries to show: one of each class before a second of any, preferred ones first."""
-    order = sorted(range(len(labels)), key=lambda i: not preferred[i])
-    shown_before = {i: [labels[j] for j in order[:place]].count(labels[i]) for place, i in enumerate(order)}
-    return sorted(order, key=lambda i: shown_before[i])[:count]
+    order = preferred.argsort(descending=True, stable=True)
+    return order[rank_in_group(labels[order]).argsort(stable=True)][:count].tolist()
 
 
 def _show(axes: Axes, image: Tensor, colour: str, title: str) -> None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from pml_adversarial.figures import choose_queries
 
@@ -14,4 +15,5 @@ from pml_adversarial.figures import choose_queries
     ],
 )
 def test_one_query_of_each_class_first_and_preferred_ones_before_others(labels, preferred, count, chosen):
-    assert choose_queries(labels, preferred, count) == chosen
+    found = choose_queries(torch.tensor(labels, dtype=torch.long), torch.tensor(preferred, dtype=torch.bool), count)
+    assert found == chosen

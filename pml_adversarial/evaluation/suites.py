@@ -161,8 +161,8 @@ def _runs(num_images: int, restarts: int, chunk: int) -> list[tuple[str, int, sl
     return list(product(QUERY_ATTACKS, range(restarts), chunks(num_images, chunk)))
 
 
-def _like(mask: Tensor, images: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (images.ndim - 1))
+def _like(per_row: Tensor, images: Tensor) -> Tensor:
+    return per_row.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def _stands(gallery: Gallery, queries: Tensor, own: Tensor) -> Tensor:
