@@ -64,7 +64,7 @@ class AdversarialMiner(BaseMiner):
         if not callable(miner) or isinstance(miner, type | BaseMetricLossFunction | AdversarialMiner):
             found = f"the class {miner.__name__}" if isinstance(miner, type) else type(miner).__name__
             raise InputError(f"miner is {found}; expected a tuple miner of pytorch-metric-learning.")
-        own = FixedContext(attack, perturb, in_place=True)
+        own = FixedContext(attack, perturb, for_miner=True)
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner
