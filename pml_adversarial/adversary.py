@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,10 @@ class Adversary:
         """Share of the attack's budget to be spent in the coming step."""
         return min(1.0, self.step / self.warmup) if self.warmup else 1.0
 
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """Within it nobody draws the caller's random numbers; the same ones are drawn until the next step."""
+        return random_stream(self.seed, self.step)
+
     def batch(
         self,
         embeddings: Tensor,
@@ -101,7 +106,7 @@ class Adversary:
             The plan, and what became of its rows: None where it perturbs nobody.
         """
         depends = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
-        with random_stream(self.seed, self.step), isolated(wrapped, *self.capture.modules):
+        with self.own_randomness(), isolated(wrapped, *self.capture.modules):
             seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
             plan: Plan = self._ask("plan", wrapped=wrapped, batch=seen)
             attacked = self._attack(wrapped, seen, plan) if len(plan) else None
@@ -191,7 +196,7 @@ class Adversary:
 
     def _scores(self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of the rows and of their copies, both in the model's own mode."""
-        with isolated(wrapped), torch.no_grad():
+        with self.own_randomness(), isolated(wrapped), torch.no_grad():
             score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
             before, after = score(batch.context[plan.rows]), score(embeddings.detach())
         return before.expand(len(plan)), after.expand(len(plan))

@@ -77,15 +77,12 @@ class FixedContext:
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
         self._addressing: dict[Situation, str] = {}
-        self._by_row: dict[Situation, bool] = {}
+        self._rows_apart: dict[Situation, bool] = {}
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The chosen roles of the tuples, as finely as the wrapped loss can tell them apart."""
-        if not self.for_miner and _situation(batch) not in self._by_row:
-            with torch.no_grad():
-                clean_loss(wrapped, batch)  # what it refuses, it refuses before anything is spent
-            self._by_row[_situation(batch)] = _sees_rows_apart(wrapped, batch)
+        self._sees_rows_apart(wrapped, batch)  # what the loss refuses, it refuses before anything is spent
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
             return replace_rows(_attackable(batch), len(batch), None).split(batch.num_queries)
@@ -100,7 +97,7 @@ class FixedContext:
 
         A loss in which rows do not meet (classification, proxies) has no such members; its own value is raised.
         """
-        if self._by_row.get(_situation(batch)):
+        if self._sees_rows_apart(wrapped, batch):
             return OwnLoss(wrapped, batch, plan)
         return ViolationScore(distance_of(wrapped), batch.context, *partners_of(plan, wrapped, batch))
 
@@ -166,6 +163,16 @@ class FixedContext:
                 "tuples_per_anchor=None or 1, or perturb='positive'."
             )
         return in_place if plan is None else plan
+
+    def _sees_rows_apart(self, wrapped: nn.Module, batch: Batch) -> bool:
+        if self.for_miner:
+            return False
+        situation = _situation(batch)
+        if situation not in self._rows_apart:
+            with torch.no_grad():
+                clean_loss(wrapped, batch)
+            self._rows_apart[situation] = _is_sum_over_rows(wrapped, batch)
+        return self._rows_apart[situation]
 
     def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
         known = len(batch.inputs)
@@ -328,24 +335,28 @@ def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -
     return all(torch.isclose(expected, found, rtol=1e-9, atol=0) for found in (alone, attended))
 
 
-def _sees_rows_apart(wrapped: nn.Module, batch: Batch) -> bool:
+def _is_sum_over_rows(wrapped: nn.Module, batch: Batch) -> bool:
     """Whether the loss is a sum of what each row contributes on its own.
 
-    Then the changes that two halves of the batch make, each alone, add up to what they make together.
+    Then what two parts of the batch change, each alone, adds up to what they change together. The batch is parted by
+    each bit of the row number, so that any two rows are in different parts once.
     """
-    clean, moved = _drawn(batch, len(batch))
-    untouched = _untouched(batch, batch.indices_tuple)
-    halves = torch.arange(len(batch)) % 2 == 0, torch.arange(len(batch)) % 2 == 1, torch.ones(len(batch)) == 1
+    noise, moved = _drawn(batch, len(batch))
+    clean = torch.ones_like(noise) + noise  # near each other, so that no margin keeps them from being compared
+    untouched, number = _untouched(batch, batch.indices_tuple), torch.arange(len(batch))
+
+    def change(part: Tensor) -> Tensor:
+        return _value(wrapped, batch, untouched, torch.where(part[:, None], moved, clean), clean[:0]) - before
+
     try:
         before = _value(wrapped, batch, untouched, clean, clean[:0])
-        first, second, both = (
-            _value(wrapped, batch, untouched, torch.where(half[:, None], moved, clean), clean[:0]) - before
-            for half in halves
-        )
+        together = change(number >= 0)
+        parts = (number >> bit & 1 == 1 for bit in range((len(batch) - 1).bit_length()))
+        sums = (change(part) + change(~part) for part in parts)
+        return bool(together != 0) and all(torch.isclose(found, together, rtol=1e-9, atol=0) for found in sums)
     except Exception as error:  # a loss of the user's that cannot be copied, or moved
         logger.debug("%s cannot be asked whether it sees rows apart: %r", type(wrapped).__name__, error)
         return False
-    return bool(both != 0) and bool(torch.isclose(first + second, both, rtol=1e-9, atol=0))
 
 
 def _drawn(batch: Batch, more: int) -> tuple[Tensor, Tensor]:

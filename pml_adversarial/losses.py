@@ -149,7 +149,7 @@ class AdversarialLoss(ModuleWithRecords):
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
         values = {}
         for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
-            with isolated(loss), torch.no_grad():
+            with self.adversary.own_randomness(), isolated(loss), torch.no_grad():
                 values[name] = torch.as_tensor(plan.evaluate(loss, batch, copies))
         return values
 

@@ -32,8 +32,9 @@ _ARGUMENTS = {
     "descriptors_dim": SIZE,
     "margin": 0.4,
     "Tn": 10.0,
-    "l": 8,
+    "l": SIZE,
 }
+_OPTIONS = {"ManifoldLoss": {"K": CLASSES}}  # no more proxies than rows
 _NO_LOSS_OF_ITS_OWN = {losses.BaseMetricLossFunction, losses.GenericPairLoss}
 
 
@@ -54,7 +55,7 @@ def required(kind):
 
 
 LOSSES = {
-    name: partial(kind, **required(kind))
+    name: partial(kind, **required(kind), **_OPTIONS.get(name, {}))
     for name, kind in concrete(losses, losses.BaseMetricLossFunction, _NO_LOSS_OF_ITS_OWN)
 }
 WRAPPERS = {
