@@ -87,9 +87,10 @@ class AdversarialMiner(BaseMiner):
             ref_labels: ``(R,)``.
         """
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
-        indices_tuple: IndicesTuple = self.miner(embeddings, labels, *reference)
         if not self.training:
-            return indices_tuple
+            return self.miner(embeddings, labels, *reference)
+        with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
+            indices_tuple: IndicesTuple = self.miner(embeddings, labels, *reference)
         batch = self.adversary.batch(embeddings, labels, indices_tuple, *reference)
         plan, adversarial = self.adversary.rehearse(self.miner, batch)
         if adversarial is None:
