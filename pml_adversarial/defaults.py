@@ -24,6 +24,7 @@ from .attacks import Attack, AttackFactory
 from .batch import Adversarial, Batch, IndicesTuple
 from .errors import InputError, PlanError
 from .hookspecs import hookimpl
+from .isolation import random_stream
 from .objective import Objective, Score
 from .plan import (
     ROLES,
@@ -73,7 +74,7 @@ class FixedContext:
         self.tuples_per_anchor = tuples_per_anchor
         self.clean_weight = clean_weight
         self.in_place = in_place or (self.roles == ROLES and tuples_per_anchor is None)
-        self._addressing: dict[tuple[bool, ...], str] = {}
+        self._addressing: dict[tuple[int | None, bool, bool], str] = {}
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -125,33 +126,61 @@ class FixedContext:
 
         Copies are appended and tuples readdressed (seed paper); a loss that averages over rows gets copies as
         reference embeddings, so that the number of rows stays; a loss that cannot tell tuples apart
-        gets rows replaced. Which one fits is found out once, on random embeddings, from the loss itself.
+        gets rows replaced. Which one fits is found out once, from the loss itself.
         """
-        kept = tuples if self._explicit(wrapped, batch) else batch.indices_tuple
+        kept = self._kept(wrapped, batch, tuples)
         in_place = plan_rows(tuples, self.roles, len(batch))
         in_place = Plan(in_place.rows, in_place.layout, kept).split(batch.num_queries)
         if self.in_place or not len(in_place):
             return in_place
-        appended = (plan_tuples if self.tuples_per_anchor else plan_roles)(tuples, self.roles, len(batch))
-        untouched = _untouched(batch, kept)
-        plans: dict[str, Plan | None] = {"reference": appended.by_reference(len(batch), batch.num_queries)}
-        if batch.num_queries == len(batch):
-            plans = {"appended": appended, **plans}
-        situation = (batch.indices_tuple is None, batch.num_queries < len(batch), batch.shared_labels)
+        members = None if batch.indices_tuple is None else len(batch.indices_tuple)
+        situation = (members, batch.num_queries < len(batch), batch.shared_labels)
         if situation not in self._addressing:
-            fitting = (
-                n for n, plan in plans.items() if plan is not None and _same_value(wrapped, batch, untouched, plan)
-            )
-            self._addressing[situation] = next(fitting, "in place")
+            with random_stream(0, 0):  # a resumed run asks again, and yet draws what the unbroken one draws
+                self._addressing[situation] = self._finest(wrapped, batch)
             logger.debug("%s: copies are %s", type(wrapped).__name__, self._addressing[situation])
+        plans = self._copied(batch, tuples)
         plan = plans.get(self._addressing[situation])
-        if plan is None and self.tuples_per_anchor and len(appended) > len(in_place):
+        if plan is None and self.tuples_per_anchor and len(plans["appended"] or ()) > len(in_place):
             raise PlanError(
                 f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
                 f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
                 "tuples_per_anchor=None or 1, or perturb='positive'."
             )
         return in_place if plan is None else plan
+
+    def _finest(self, wrapped: nn.Module, batch: Batch) -> str:
+        """Which of the plans of a batch in which nothing is degenerate keep the loss's value: the finest, by name."""
+        trial = _trial_batch(batch)
+        tuples = own_tuples(wrapped, trial)
+        if tuples is None:
+            return "in place"
+        if self.tuples_per_anchor is not None:
+            tuples = keep_tuples(tuples, self.tuples_per_anchor)
+        expected = _value(wrapped, trial, _untouched(trial, self._kept(wrapped, trial, tuples)))
+        if (
+            expected is None
+            and trial.indices_tuple is None
+            and _value(wrapped, trial, _untouched(trial, None)) is not None
+        ):
+            raise PlanError(
+                f"{type(wrapped).__name__} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
+                "choose from. Use tuples_per_anchor=None."
+            )
+        plans = self._copied(trial, tuples)
+        if batch.num_queries < len(batch):
+            del plans["appended"]
+        fitting = (name for name, plan in plans.items() if plan is not None and _keeps(wrapped, trial, plan, expected))
+        return next(fitting, "in place")
+
+    def _copied(self, batch: Batch, tuples: IndicesTuple) -> dict[str, Plan | None]:
+        """The plans with copies, finest first."""
+        appended = (plan_tuples if self.tuples_per_anchor else plan_roles)(tuples, self.roles, len(batch))
+        return {"appended": appended, "reference": appended.by_reference(len(batch), batch.num_queries)}
+
+    def _kept(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> IndicesTuple | None:
+        """What the loss is to be given as tuples while nothing is perturbed."""
+        return tuples if self._explicit(wrapped, batch) else batch.indices_tuple
 
     def _explicit(self, wrapped: nn.Module, batch: Batch) -> bool:
         chosen_here = self.tuples_per_anchor is not None or _triplets_per_anchor(wrapped) is not None
@@ -257,28 +286,67 @@ def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:
     return next((value for value in found if value is not None), None)
 
 
-def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -> bool:
-    """Whether the loss gives one value for both plans while nothing is perturbed.
+def _trial_batch(batch: Batch) -> Batch:
+    """Random embeddings of classes of unequal size, with the kind of tuples and of reference that ``batch`` has.
 
-    The plan gets a bystander, since a loss that looks at rows that its tuples do not name would look at rows and
-    their copies at once. Asked of copies of the loss, in double precision on the CPU, where an index out of
-    range is an exception and not the end of the process.
+    Not ``batch`` itself: with few tuples, or classes of equal size, a loss may give one value for every plan. In double
+    precision on the CPU, where an index out of range is an exception and not the end of the process.
     """
-    plan = plan.with_bystander(len(batch)).to("cpu")
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(batch) + 1, batch.embeddings.shape[1])
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
-    clean, bystander = drawn[:-1], drawn[-1:]
-    drawn_batch = replace(batch, embeddings=clean, labels=None if batch.labels is None else batch.labels.cpu())
+    labels = _three_labels(batch)[torch.tensor([0, 1, 0, 1, 0, 1, 2, 0])]
+    reference = labels if batch.num_queries < len(batch) else None
+    tuples = None
+    if batch.indices_tuple is not None:
+        mine = lmu.get_all_triplets_indices if len(batch.indices_tuple) == 3 else lmu.get_all_pairs_indices
+        tuples = _thinned(mine(labels, None if reference is None else reference.clone()))
+    if reference is not None:
+        tuples = None if tuples is None else shift_partners(tuples, len(labels))
+    num_rows = len(labels) if reference is None else 2 * len(labels)
+    dimensions = batch.embeddings.shape[1]
+    drawn = torch.randn(num_rows, dimensions, dtype=torch.float64) / dimensions**0.5
+    return replace(
+        batch,
+        embeddings=drawn,
+        labels=None if batch.labels is None else labels.repeat(num_rows // len(labels)),
+        indices_tuple=tuples,
+        num_queries=len(labels),
+    )
 
-    def value(of: Plan, copies: Tensor) -> Tensor:
-        loss = copy.deepcopy(wrapped).cpu().double()
-        return torch.as_tensor(of.evaluate(loss, drawn_batch, copies), dtype=torch.float64)
 
+def _three_labels(batch: Batch) -> Tensor:
+    """Labels of the batch, which the loss knows; where it has fewer, the lowest numbers."""
+    known = torch.empty(0, dtype=torch.long) if batch.labels is None else batch.labels.unique().cpu()
+    lowest = torch.arange(3).to(known)
+    return torch.cat([known, lowest[~torch.isin(lowest, known)]])[:3]
+
+
+def _thinned(indices_tuple: IndicesTuple) -> IndicesTuple:
+    """Half of the tuples, so that rows play their roles unequally often."""
+    kept: list[Tensor] = []
+    for members in (indices_tuple,) if len(indices_tuple) == 3 else (indices_tuple[:2], indices_tuple[2:]):
+        chosen = torch.randperm(len(members[0]))[: len(members[0]) // 2].sort().values
+        kept += [member[chosen] for member in members]
+    return tuple(kept)
+
+
+def _value(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor | None = None) -> Tensor | None:
+    """What a copy of the loss gives, with copies of rows unperturbed unless given; None where it raises."""
     try:
-        expected = value(untouched.to("cpu"), clean[:0])
-        found = value(plan, torch.cat([clean[plan.rows[:-1]], bystander]))
+        loss = copy.deepcopy(wrapped).cpu().double()
+        with random_stream(0, 0):
+            value = plan.evaluate(loss, batch, batch.embeddings[plan.rows] if copies is None else copies)
+        return torch.as_tensor(value, dtype=torch.float64)
     except Exception as error:  # whatever a loss raises at arguments that it does not take
         logger.debug("%s refuses a plan: %r", type(wrapped).__name__, error)
-        return False
-    return bool(torch.isclose(expected, found, rtol=1e-9, atol=0))
+        return None
+
+
+def _keeps(wrapped: nn.Module, batch: Batch, plan: Plan, expected: Tensor | None) -> bool:
+    """Whether the loss gives the expected value for the plan while nothing is perturbed.
+
+    The plan gets a bystander, since a loss that looks at rows that its tuples do not name would look at rows and
+    their copies at once.
+    """
+    with_bystander = plan.with_bystander(len(batch))
+    elsewhere = torch.randn(1, batch.embeddings.shape[1], dtype=torch.float64)
+    found = _value(wrapped, batch, with_bystander, torch.cat([batch.embeddings[plan.rows], elsewhere]))
+    return expected is not None and found is not None and torch.allclose(expected, found, rtol=1e-9, atol=0)

@@ -693,3 +693,50 @@ class TestBadInput:
         loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor", tuples_per_anchor=2)
         with pytest.raises(PlanError, match="does not keep its value"):
             loss_func(model(images), labels)
+
+    @pytest.mark.parametrize("name", ["PNPLoss", "InstanceLoss", "P2SGradLoss"])
+    def test_tuples_of_a_loss_that_takes_none(self, name, model, images, labels):
+        arguments = (4, 4) if name == "P2SGradLoss" else ()
+        loss_func = AdversarialLoss(getattr(losses, name)(*arguments), model, tuples_per_anchor=1)
+        with pytest.raises(PlanError, match=f"{name} takes no tuples"):
+            loss_func(model(images), labels)
+
+
+class TestAddressing:
+    """How copies are addressed is a property of the loss, not of the batch that it happened to meet first."""
+
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("perturb", ["positive", ("anchor", "positive")], ids=str)
+    def test_a_first_batch_of_one_tuple_does_not_decide(self, name, perturb, model, images, labels):
+        loss_func = AdversarialLoss(LOSSES[name](), model, attack=NO_BUDGET, perturb=perturb)
+        one = tuple(torch.tensor([row]) for row in (0, 1, 0, 2))
+        mined = tuple(torch.tensor(rows) for rows in ([0, 0, 3], [1, 0, 2], [0, 1], [5, 2]))
+        for tuples in (one, mined):
+            embeddings = model(images)
+            plain = copy.deepcopy(loss_func.loss)(embeddings, labels, tuples)
+            torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
+
+    def test_a_first_batch_of_one_class_does_not_decide(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.LiftedStructureLoss(), model, attack=NO_BUDGET)
+        for given in (torch.zeros(8, dtype=torch.long), labels):
+            embeddings = model(images)
+            plain = losses.LiftedStructureLoss()(embeddings, given)
+            torch.testing.assert_close(loss_func(embeddings, given), plain)
+
+    def test_a_batch_in_which_two_plans_have_one_value_by_chance(self, model, images):
+        tuples = torch.tensor([1]), torch.tensor([0]), torch.tensor([1])
+        wrapped = losses.ArcFaceLoss(4, 4)
+        loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb="negative")
+        embeddings, labels = model(images[:2]), torch.tensor([0, 1])
+        plain = wrapped(embeddings, labels, tuples)
+        torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
+
+    def test_finding_it_out_moves_no_random_stream(self, model, images, labels):
+        def make():
+            return AdversarialLoss(losses.NPairsLoss(), model, attack=PGD, perturb="positive", seed=1)
+
+        asked, asks = make(), make()
+        asked(model(images), labels)
+        asks.load_state_dict(asked.state_dict())
+        embeddings = model(images)
+        assert torch.equal(asked(embeddings, labels), asks(embeddings, labels))
