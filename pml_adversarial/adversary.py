@@ -88,7 +88,7 @@ class Adversary:
                 inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
-            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels)])
+            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, num_queries)
         pixels = self.pixels.to_pixels(inputs)
         context = embeddings.detach()

@@ -518,6 +518,18 @@ class TestOptions:
         with pytest.raises(PlanError, match="ref_emb"):
             AdversarialLoss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
 
+    @pytest.mark.parametrize(
+        ("dtype", "ref_labels"),
+        [(torch.uint8, torch.tensor([256, 257, 0])), (torch.long, torch.tensor([0.5, 1.5, 0.0]))],
+    )
+    def test_labels_of_a_reference_keep_their_values(self, dtype, ref_labels, model, images, labels):
+        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=NO_BUDGET, perturb="anchor")
+        reference = {"ref_emb": torch.randn(3, 4), "ref_labels": ref_labels}
+        embeddings = model(images)
+        plain = losses.ContrastiveLoss()(embeddings, labels.to(dtype), **reference)
+        assert plain > 0
+        torch.testing.assert_close(loss_func(embeddings, labels.to(dtype), **reference), plain)
+
     def test_a_loss_without_labels_is_led_off_its_own_embeddings(self, model, images):
         loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
         loss_func(model(images), ref_emb=model(images.flip(3))).backward()
