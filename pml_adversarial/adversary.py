@@ -95,7 +95,7 @@ class Adversary:
         return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
-        """Plans, attacks and re-embeds; the step counts as taken.
+        """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
 
         Returns:
             The plan, and what became of its rows: None where it perturbs nobody.
@@ -105,7 +105,6 @@ class Adversary:
             seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
             plan: Plan = self._ask("plan", wrapped=wrapped, batch=seen)
             attacked = self._attack(wrapped, seen, plan) if len(plan) else None
-        self.step += 1
         if attacked is None:
             return plan, None
         inputs, zero_gradient, seconds = attacked

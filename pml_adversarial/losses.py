@@ -124,11 +124,13 @@ class AdversarialLoss(ModuleWithRecords):
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         plan, adversarial = self.adversary.perturb(self.loss, batch)
         if adversarial is None:
+            loss = clean_loss(self.loss, batch)
             records.clear(self, strength=batch.strength)
-            return clean_loss(self.loss, batch)
-        change = self._loss_change(batch, plan, adversarial.embeddings)
-        loss = self.adversary.training_loss(self.loss, batch, plan, adversarial)
-        records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
+        else:
+            change = self._loss_change(batch, plan, adversarial.embeddings)
+            loss = self.adversary.training_loss(self.loss, batch, plan, adversarial)
+            records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
+        self.adversary.step += 1  # here, so that a step that failed is taken again
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:

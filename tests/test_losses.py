@@ -441,6 +441,41 @@ class TestCopiesAndStates:
         assert loss_func.loss in list(loss_func.children())
 
 
+class Fails(nn.Module):
+    """Raises once, in its n-th pass."""
+
+    def __init__(self, nth):
+        super().__init__()
+        self.passes, self.nth = [], nth
+
+    def forward(self, x):
+        self.passes.append(x)
+        if len(self.passes) == self.nth:
+            raise ZeroDivisionError
+        return x
+
+
+class TestAfterAFailedStep:
+    @pytest.mark.parametrize("nth", range(2, STEPS + 3))  # 1 is the caller's own pass, the last one the re-embedding
+    def test_a_retry_is_the_step(self, nth, model, images, labels):
+        flaky = nn.Sequential(*model, Fails(nth))
+        loss_func, unbroken = (
+            AdversarialLoss(losses.TripletMarginLoss(), m, attack=PGD, seed=1, warmup=1) for m in (flaky, model)
+        )
+        loss_func.adversary.step = unbroken.adversary.step = 1
+        with pytest.raises(ZeroDivisionError):
+            loss_func(flaky(images), labels)
+        assert loss_func.adversary.step == 1
+        assert torch.equal(loss_func(flaky(images), labels), unbroken(model(images), labels))
+        assert loss_func.adversary.step == 2
+
+    def test_a_loss_that_fails_does_not_count(self, model, images):
+        loss_func = AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD)
+        with pytest.raises(RuntimeError):
+            loss_func(model(images), torch.arange(8) // 2 + 10)  # there are four proxies
+        assert loss_func.adversary.step == 0
+
+
 class TestWarmup:
     def test_grows_linearly_from_0(self, model, images, labels):
         noise = partial(torchattacks.PGD, eps=0.08, alpha=0.08, steps=2)
