@@ -109,7 +109,7 @@ class Adversary:
             return plan, None
         inputs, zero_gradient, seconds = attacked
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed(inputs)
+        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed_perturbed(inputs)
         inputs = batch.inputs[plan.rows] if inputs is None else inputs
         before, after = self._scores(wrapped, batch, plan, embeddings)
         return plan, Adversarial(inputs, embeddings, before, after, zero_gradient, seconds)
@@ -171,6 +171,18 @@ class Adversary:
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.capture.embed(self.pixels.to_inputs(pixels))
+
+    def _embed_perturbed(self, pixels: Tensor) -> Tensor:
+        try:
+            return self._embed(pixels)
+        except ValueError as error:
+            if len(pixels) != 1:
+                raise
+            raise InputError(
+                f"One copy was perturbed, and the model cannot embed one row alone: {error}. BatchNorm in train mode "
+                "takes its statistics from the rows: set it to eval mode (freeze it), or see that a step perturbs more "
+                "than one row."
+            ) from error
 
     def _embed_clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():

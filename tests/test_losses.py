@@ -590,6 +590,16 @@ class TestBadInput:
         with pytest.raises(InputError, match=message):
             AdversarialLoss(losses.TripletMarginLoss(), model)(model(change(images)), labels)
 
+    def test_one_copy_and_batchnorm_that_takes_statistics_of_rows(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4))
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        one_triplet = tuple(torch.tensor([row]) for row in (0, 1, 2))
+        with pytest.raises(InputError, match="cannot embed one row alone: Expected more than 1 value"):
+            loss_func(model(images), labels, one_triplet)
+        model[2].eval()
+        loss_func(model(images), labels, one_triplet)
+        assert loss_func.num_perturbed == 1
+
     def test_integer_images(self, images, labels):
         class TakesBytes(nn.Module):
             def __init__(self):
