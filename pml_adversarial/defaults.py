@@ -204,7 +204,8 @@ class ViolationScore:
     """How badly each copy stands among its fixed partners: furthest of its own label minus nearest of the others.
 
     Unhinged, so that it has a gradient where the loss is satisfied. The two partners are chosen anew in every
-    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265.
+    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265. In single precision
+    at least: under autocast, context and copies may be of different types.
 
     Args:
         distance: PML's distance; a similarity counts with the opposite sign.
@@ -214,12 +215,12 @@ class ViolationScore:
     """
 
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
-        self.distance, self.context = distance, context
+        self.distance, self.context = distance, context.to(torch.promote_types(context.dtype, torch.float32))
         self.not_same, self.not_different = ~same, ~different
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
-        distances: Tensor = self.distance(embeddings, self.context)
+        distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
         if self.distance.is_inverted:
             distances = -distances
         furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)

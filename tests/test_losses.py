@@ -522,6 +522,21 @@ class TestOptions:
         torch.testing.assert_close(*values)
         torch.testing.assert_close(spies[0].adversarial.inputs, spies[1].adversarial.inputs, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_autocast(self, inside, dtype, model, images, labels):
+        loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, attack=PGD)
+        with torch.autocast("cpu", dtype=dtype):
+            embeddings = model(images)
+            assert embeddings.dtype == dtype
+            if inside:
+                loss = loss_func(embeddings, labels)
+        if not inside:
+            loss = loss_func(embeddings, labels)
+        loss.backward()
+        assert loss_func.share_score_rose > 0.5
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
     def test_an_attack_is_any_callable(self, model, images, labels):
         def brighter(objective):
             return lambda inputs, _: (inputs + 0.03).clamp(0, 1)
