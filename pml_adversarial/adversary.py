@@ -68,11 +68,11 @@ class Adversary:
 
         Raises:
             CaptureError: the inputs behind the embeddings are not known.
-            InputError: labels or inputs cannot be used.
+            InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
-        _check_labels("labels", labels, "embeddings", embeddings)
-        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        _check_rows("embeddings", embeddings, "labels", labels)
+        _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, len(embeddings), len(partners))
@@ -208,12 +208,17 @@ class Adversary:
         return before.expand(len(plan)), after.expand(len(plan))
 
 
-def _check_labels(name: str, labels: Tensor | None, of: str, embeddings: Tensor | None) -> None:
-    if labels is None or embeddings is None:
+def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | None) -> None:
+    if embeddings is None:
         return
-    if not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]:
-        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"are {type(labels).__name__}"
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        raise InputError(f"{of} {_form(embeddings)}; expected a tensor of one row per input, (N, D).")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]):
         raise InputError(
-            f"{name} {found} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per row, "
-            f"({len(embeddings)},)."
+            f"{name} {_form(labels)} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per "
+            f"row, ({len(embeddings)},)."
         )
+
+
+def _form(found: Any) -> str:
+    return f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"are {type(found).__name__}"

@@ -455,6 +455,11 @@ class Fails(nn.Module):
         return x
 
 
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
 class TestAfterAFailedStep:
     @pytest.mark.parametrize("nth", range(2, STEPS + 3))  # 1 is the caller's own pass, the last one the re-embedding
     def test_a_retry_is_the_step(self, nth, model, images, labels):
@@ -639,6 +644,24 @@ class TestBadInput:
     def test_labels_of_another_form(self, change, message, model, images, labels):
         with pytest.raises(InputError, match=message):
             AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), change(labels))
+
+    @pytest.mark.parametrize(
+        ("change", "shape"), [(nn.Flatten(0), r"\(32,\)"), (nn.Unflatten(1, (1, 4)), r"\(8, 1, 4\)")]
+    )
+    def test_embeddings_of_another_form(self, change, shape, model, images, labels):
+        whole = nn.Sequential(*model, change)
+        with pytest.raises(InputError, match=rf"embeddings of shape {shape}; expected .* \(N, D\)"):
+            AdversarialLoss(losses.TripletMarginLoss(), whole)(whole(images), labels)
+
+    def test_embeddings_without_rows_or_dimensions(self, labels):
+        model = nn.Sequential(nn.Linear(8, 1), Sum())
+        with pytest.raises(InputError, match=r"embeddings of shape \(\)"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(torch.rand(8, 8)), labels)
+
+    @pytest.mark.parametrize(("ref_emb", "found"), [([[0.0] * 4], "are list"), (torch.zeros(4), r"of shape \(4,\)")])
+    def test_a_reference_of_another_form(self, ref_emb, found, model, images, labels):
+        with pytest.raises(InputError, match=f"ref_emb {found}"):
+            AdversarialLoss(losses.ContrastiveLoss(), model)(model(images), labels, ref_emb=ref_emb, ref_labels=labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
         with pytest.raises(InputError, match="embeddings are list"):
