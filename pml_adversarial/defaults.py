@@ -108,7 +108,7 @@ class FixedContext:
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
         """How far inputs, embeddings and scores moved."""
-        change = (adversarial.inputs - batch.inputs[plan.rows]).flatten(1).float()
+        change = (adversarial.inputs - batch.inputs[plan.rows]).reshape(len(plan), -1).float()
         shift = (adversarial.embeddings - batch.embeddings[plan.rows]).detach().float()
         return {
             "strength": batch.strength,

@@ -71,7 +71,7 @@ class Objective(nn.Module):
 
     def _watch_gradient(self, gradient: Tensor) -> None:
         self._watched_gradient = True
-        self.has_gradient |= gradient.detach().flatten(1).any(1)
+        self.has_gradient |= gradient.detach().reshape(len(gradient), -1).any(1)
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:

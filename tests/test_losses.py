@@ -550,6 +550,12 @@ class TestOptions:
         loss_func(model(images), labels)
         assert loss_func.perturbation_linf == pytest.approx(0.03, abs=1e-6)
 
+    def test_a_number_per_row(self, labels):
+        model = nn.Sequential(nn.Unflatten(0, (8, 1)), nn.Linear(1, 4))
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD)
+        loss_func(model(torch.linspace(0.1, 0.9, 8)), labels).backward()
+        assert loss_func.perturbation_l2 <= loss_func.perturbation_linf == pytest.approx(EPS, abs=1e-6)
+
     def test_model_is_found(self, model, images, labels):
         torch.manual_seed(0)
         trunk, embedder = model[:2], model[2:]
