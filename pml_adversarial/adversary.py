@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,14 @@ from .objective import Objective, Score
 from .pixels import PixelSpace
 from .plan import Plan, checked_tuples, shift_partners
 from .plugins import make_manager
+
+_ANSWERS: dict[str, Any] = {
+    "plan": Plan,
+    "score": Callable,
+    "attack": Callable,
+    "training_loss": Tensor,
+    "record": Mapping,
+}
 
 
 class Adversary:
@@ -167,7 +175,14 @@ class Adversary:
         }
 
     def _ask(self, question: str, **arguments: Any) -> Any:
-        return getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
+        answer = getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
+        for one in answer if question == "record" else [answer]:
+            if not isinstance(one, expected := _ANSWERS[question]):
+                raise PluginError(
+                    f"A plugin answered {PROJECT}_{question} with {type(one).__name__}; expected {expected.__name__}, "
+                    "or None for no opinion."
+                )
+        return answer
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.capture.embed(self.pixels.to_inputs(pixels))

@@ -75,10 +75,10 @@ class Objective(nn.Module):
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:
-        if score.shape not in ((), (count,)):
+        if not isinstance(score, Tensor) or score.shape not in ((), (count,)):
+            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise AttackError(
-                f"A score of shape {tuple(score.shape)} was given; expected one per perturbed row, ({count},), "
-                "or a scalar."
+                f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
             )
         return score.expand(count)
 
