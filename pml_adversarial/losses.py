@@ -22,6 +22,8 @@ from .pixels import Normalization, PixelSpace
 from .plan import Plan
 from .plugins import find_all
 
+_REMEMBERED = ("queue_idx", "has_been_filled")  # of CrossBatchMemory, which are no buffers in PML
+
 
 class AdversarialLoss(ModuleWithRecords):
     """Wraps a PML loss: while training, chosen members of its tuples are perturbed against a fixed batch context.
@@ -134,12 +136,16 @@ class AdversarialLoss(ModuleWithRecords):
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the wrapped loss: step, seed, the plugins' states."""
-        return self.adversary.state_dict()
+        """What a resumed run needs beyond parameters and buffers: step, seed, and what plugins and losses remember."""
+        return {**self.adversary.state_dict(), "attributes": _attributes(self.loss)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
+        modules = dict(self.loss.named_modules())
+        for name in modules.keys() & state["attributes"]:
+            for attribute, value in state["attributes"][name].items():
+                setattr(modules[name], attribute, value)
 
     def _loss_change(self, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
@@ -148,6 +154,11 @@ class AdversarialLoss(ModuleWithRecords):
             with isolated(self.loss), torch.no_grad():
                 values[name] = torch.as_tensor(plan.evaluate(self.loss, batch, copies))
         return values
+
+
+def _attributes(loss: nn.Module) -> dict[str, dict[str, Any]]:
+    found = {name: {key: vars(m)[key] for key in _REMEMBERED if key in vars(m)} for name, m in loss.named_modules()}
+    return {name: values for name, values in found.items() if values}
 
 
 def _check_gradient(embeddings: Tensor) -> None:

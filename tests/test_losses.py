@@ -435,6 +435,25 @@ class TestCopiesAndStates:
         assert torch.equal(first(embeddings, labels), second(embeddings, labels))
         assert (first.strength, second.strength) == (0.75, 0.75)
 
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64),  # filled to 24 rows of 64,
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 16),  # filled and begun anew
+            lambda: losses.MultipleLosses([losses.CrossBatchMemory(losses.TripletMarginLoss(), 4, 20)]),
+        ],
+    )
+    def test_what_losses_remember_outside_of_their_buffers(self, make, model, labels, tmp_path):
+        first, second = (AdversarialLoss(make(), model, attack=PGD, seed=5) for _ in range(2))
+        batches = torch.rand(5, 8, 1, 6, 6)
+        for images in batches[:3]:
+            first(model(images), labels)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for images in batches[3:]:
+            embeddings = model(images)
+            assert torch.equal(first(embeddings, labels), second(embeddings, labels))
+
     def test_the_model_is_no_submodule(self, model):
         loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
         assert list(loss_func.parameters()) == []
