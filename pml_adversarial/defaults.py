@@ -137,10 +137,12 @@ class FixedContext:
         situation = (members, batch.num_queries < len(batch), batch.shared_labels)
         if situation not in self._addressing:
             with random_stream(0, 0):  # a resumed run asks again, and yet draws what the unbroken one draws
-                self._addressing[situation] = self._finest(wrapped, batch)
-            logger.debug("%s: copies are %s", type(wrapped).__name__, self._addressing[situation])
+                finest = self._finest(wrapped, batch)
+            if finest is not None:
+                self._addressing[situation] = finest
+                logger.debug("%s: copies are %s", type(wrapped).__name__, finest)
         plans = self._copied(batch, tuples)
-        plan = plans.get(self._addressing[situation])
+        plan = plans.get(self._addressing.get(situation, "in place"))
         if plan is None and self.tuples_per_anchor and len(plans["appended"] or ()) > len(in_place):
             raise PlanError(
                 f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
@@ -149,8 +151,11 @@ class FixedContext:
             )
         return in_place if plan is None else plan
 
-    def _finest(self, wrapped: nn.Module, batch: Batch) -> str:
-        """Which of the plans of a batch in which nothing is degenerate keep the loss's value: the finest, by name."""
+    def _finest(self, wrapped: nn.Module, batch: Batch) -> str | None:
+        """Which of the plans of a batch in which nothing is degenerate keep the loss's value: the finest, by name.
+
+        None where the loss has no value there; what it may be later is not decided by a failure.
+        """
         trial = _trial_batch(batch)
         tuples = own_tuples(wrapped, trial)
         if tuples is None:
@@ -158,15 +163,13 @@ class FixedContext:
         if self.tuples_per_anchor is not None:
             tuples = keep_tuples(tuples, self.tuples_per_anchor)
         expected = _value(wrapped, trial, _untouched(trial, self._kept(wrapped, trial, tuples)))
-        if (
-            expected is None
-            and trial.indices_tuple is None
-            and _value(wrapped, trial, _untouched(trial, None)) is not None
-        ):
-            raise PlanError(
-                f"{type(wrapped).__name__} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
-                "choose from. Use tuples_per_anchor=None."
-            )
+        if expected is None:
+            if trial.indices_tuple is None and _value(wrapped, trial, _untouched(trial, None)) is not None:
+                raise PlanError(
+                    f"{type(wrapped).__name__} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none "
+                    "to choose from. Use tuples_per_anchor=None."
+                )
+            return None
         plans = self._copied(trial, tuples)
         if batch.num_queries < len(batch):
             del plans["appended"]
@@ -341,7 +344,7 @@ def _value(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor | None =
         return None
 
 
-def _keeps(wrapped: nn.Module, batch: Batch, plan: Plan, expected: Tensor | None) -> bool:
+def _keeps(wrapped: nn.Module, batch: Batch, plan: Plan, expected: Tensor) -> bool:
     """Whether the loss gives the expected value for the plan while nothing is perturbed.
 
     The plan gets a bystander, since a loss that looks at rows that its tuples do not name would look at rows and
@@ -350,4 +353,4 @@ def _keeps(wrapped: nn.Module, batch: Batch, plan: Plan, expected: Tensor | None
     with_bystander = plan.with_bystander(len(batch))
     elsewhere = torch.randn(1, batch.embeddings.shape[1], dtype=torch.float64)
     found = _value(wrapped, batch, with_bystander, torch.cat([batch.embeddings[plan.rows], elsewhere]))
-    return expected is not None and found is not None and torch.allclose(expected, found, rtol=1e-9, atol=0)
+    return found is not None and torch.allclose(expected, found, rtol=1e-9, atol=0)
