@@ -439,3 +439,259 @@ def test_all_of_it_deeply(scene, name):
     check_unperturbed(scene)
     check_perturbed(scene)
     check_miner(scene, name)
+
+
+class Injected(Exception):
+    """The fault that a test puts in."""
+
+
+class Faulty(nn.Module):
+    """Passes on what it gets, and does something else in its n-th pass."""
+
+    def __init__(self, fault, nth):
+        super().__init__()
+        self.fault, self.left = fault, [nth]  # a list: an attribute would come back with the others
+
+    def forward(self, x):
+        self.left[0] -= 1
+        return self.fault(x) if self.left[0] == 0 else x
+
+
+class FaultyLoss(losses.ContrastiveLoss):
+    """Raises in its n-th evaluation."""
+
+    def __init__(self, nth):
+        super().__init__()
+        self.left = [nth]
+
+    def forward(self, *args, **kwargs):
+        self.left[0] -= 1
+        if self.left[0] == 0:
+            raise Injected
+        return super().forward(*args, **kwargs)
+
+
+def fail(*_):
+    raise Injected
+
+
+def ordinary():
+    """A model, a batch and labels; nothing in the model draws or counts."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    model[2].eval()
+    return model, torch.rand(8, 1, 2, 2), torch.arange(8) // 2
+
+
+def wrap(kind, model, name="triplet", **options):
+    torch.manual_seed(2)  # of proxies
+    if kind == "miner":
+        return AdversarialMiner(
+            miners.MultiSimilarityMiner(), model, attack=options.pop("attack", PGD), seed=1, **options
+        )
+    return AdversarialLoss(LOSSES[name](3), model, attack=options.pop("attack", PGD), seed=1, **options)
+
+
+def equal(one, other):
+    if isinstance(one, tuple):
+        return all(map(torch.equal, one, other))
+    return torch.equal(one, other)
+
+
+def fails_and_retries(kind, make, model, unbroken_model, images, labels, expected=Injected):
+    """One step of ``make(model)`` fails without a trace; a second try gives what the unbroken model's step gives."""
+    wrapper, unbroken = make(model), make(unbroken_model)
+    embeddings = model(images)
+    found = Found(model, *([wrapper.loss] if kind == "loss" else []), tensors=[images, labels])
+    value, error = outcome(lambda: wrapper(embeddings, labels))
+    found.check()
+    if error is None:
+        return value
+    assert isinstance(error, expected), error
+    assert wrapper.adversary.step == 0
+    assert equal(wrapper(model(images), labels), unbroken(unbroken_model(images), labels))
+    assert wrapper.adversary.step == 1
+    return None
+
+
+kinds = pytest.mark.parametrize("kind", ["loss", "miner"])
+
+
+@kinds
+@pytest.mark.parametrize("name", ["triplet", "contrastive", "multi-similarity", "proxy anchor"])
+@pytest.mark.parametrize("options", [{}, {"perturb": "all"}, {"perturb": ("anchor", "negative")}], ids=str)
+def test_a_model_that_raises_in_any_pass(kind, name, options):
+    for nth in range(2, 20):
+        model, images, labels = ordinary()
+        broken = nn.Sequential(model, Faulty(fail, nth))
+        make = partial(wrap, kind, name=name, **options)
+        if fails_and_retries(kind, make, broken, model, images, labels) is not None:
+            break
+    assert nth == 2 + STEPS + 1  # the attack's passes and the re-embedding
+
+
+@kinds
+@pytest.mark.parametrize("where", ["all", "one row"])
+def test_a_model_that_gives_nan_in_any_pass(kind, where):
+    rows = slice(None) if where == "all" else slice(1)
+
+    def spoiled(x):
+        return torch.cat([x[rows] * torch.nan, x[rows.stop :]]) if rows.stop else x * torch.nan
+
+    last = 2 + STEPS  # the re-embedding
+    for nth in range(2, last + 2):
+        model, images, labels = ordinary()
+        broken = nn.Sequential(model, Faulty(spoiled, nth))
+        make = partial(wrap, kind)
+        value = fails_and_retries(kind, make, broken, model, images, labels, expected=AdversarialError)
+        if nth > last:
+            assert value is not None  # no pass was spoiled
+        if value is not None and kind == "loss" and nth != last:
+            assert value.isfinite()  # sign(NaN) is 0: the attack has merely lost a step
+
+
+ATTACKS = {
+    "raises": (fail, Injected),
+    "returns nothing": (lambda x: None, AdversarialError),
+    "returns NaN": (lambda x: x * torch.nan, AdversarialError),
+    "returns NaN in one row": (lambda x: torch.cat([x[:1] * torch.nan, x[1:]]), AdversarialError),
+    "drops a row": (lambda x: x[1:], AdversarialError),
+    "flattens": (lambda x: x.flatten(), AdversarialError),
+    "leaves the range": (lambda x: x + 1, AdversarialError),
+    "returns bytes": (lambda x: (x * 255).byte(), AdversarialError),
+    "returns complex numbers": (lambda x: x * 1j, AdversarialError),
+    "changes nothing": (lambda x: x, AdversarialError),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("halfway", [False, True])
+def test_attacks_that_break_their_contract(kind, name, halfway):
+    fault, expected = ATTACKS[name]
+    calls = []
+
+    def once(objective):
+        pgd = PGD(objective)
+
+        def attack(inputs, labels):
+            calls.append(inputs)
+            if len(calls) > 1:
+                return pgd(inputs, labels)
+            if halfway:
+                inputs.requires_grad_()
+                torch.autograd.grad(objective(inputs).sum(), inputs)
+            return fault(inputs.detach())
+
+        return attack
+
+    model, images, labels = ordinary()
+    twin = copy.deepcopy(model)
+
+    def make(of):
+        return wrap(kind, of, attack=once if of is model else PGD)
+
+    assert fails_and_retries(kind, make, model, twin, images, labels, expected) is None
+
+
+def train_mode(objective, inputs):
+    objective.train()
+    for module in objective.modules():
+        module.train()
+    objective(inputs)
+
+
+def parameters_backward(objective, inputs):
+    for parameter in objective.parameters():
+        parameter.requires_grad_(True)
+    objective(inputs).sum().backward()
+
+
+def reseed(objective, inputs):
+    torch.manual_seed(0)
+    numpy.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+
+
+RUDE = {
+    "changes its inputs": lambda objective, inputs: inputs.mul_(0.99),
+    "sets train mode": train_mode,
+    "thaws parameters": lambda objective, inputs: objective.requires_grad_(True),
+    "calls backward into parameters": parameters_backward,
+    "reseeds": reseed,
+    "switches gradients off": lambda objective, inputs: torch.set_grad_enabled(False),
+    "replaces buffers": lambda objective, inputs: [
+        setattr(m, "running_mean", m.running_mean + 1) for m in objective.modules() if hasattr(m, "running_mean")
+    ],
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", RUDE)
+@pytest.mark.parametrize("then_raises", [False, True])
+def test_rude_attacks_leave_no_trace(kind, name, then_raises):
+    def rude(objective):
+        def attack(inputs, labels):
+            RUDE[name](objective, inputs)
+            return fail() if then_raises else (inputs * 0.9).detach()
+
+        return attack
+
+    model, images, labels = ordinary()
+    model[2].train()  # so that train mode shows
+    model[4].weight.requires_grad_(False)
+    wrapper = wrap(kind, model, attack=rude)
+    embeddings = model(images)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = Found(model, tensors=[images, labels])
+    value, error = outcome(lambda: wrapper(embeddings, labels))
+    found.check(embedded_anew=kind == "loss" and not then_raises)
+    assert isinstance(error, Injected) if then_raises else error is None
+    if kind == "loss" and value is not None:
+        torch.autograd.grad(value, trainable)  # the graph is whole
+
+
+HOOKS = ["plan", "score", "attack", "training_loss", "record"]
+
+
+@kinds
+@pytest.mark.parametrize("question", HOOKS)
+@pytest.mark.parametrize("nth", [1, 2])
+def test_hooks_that_raise(kind, question, nth):
+    asked = []
+
+    def answer(self):
+        asked.append(question)
+        if len(asked) == nth:
+            raise Injected
+
+    model, images, labels = ordinary()
+    twin = copy.deepcopy(model)
+
+    def make(of):
+        plugin = type("Raises", (), {f"pml_adversarial_{question}": hookimpl(answer)})
+        return wrap(kind, of, plugins=[plugin] if of is model else [])
+
+    value = fails_and_retries(kind, make, model, twin, images, labels)
+    never_asked = (kind == "miner" and question == "training_loss") or (nth == 2 and question != "score")
+    assert (value is not None) == never_asked
+
+
+@pytest.mark.parametrize("options", [{}, {"perturb": "all"}, {"clean_weight": 0.5}, {"tuples_per_anchor": 1}], ids=str)
+def test_a_loss_that_raises_in_any_evaluation(options):
+    expected_evaluations = 4 if "clean_weight" in options else 3  # before, after, and to be optimised
+    for nth in range(1, 9):
+        model, images, labels = ordinary()
+        unbroken = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PGD, seed=1, **options)
+        loss_func = AdversarialLoss(FaultyLoss(nth), model, attack=PGD, seed=1, **options)
+        embeddings = model(images)
+        found = Found(model, loss_func.loss, tensors=[images, labels])
+        _, error = outcome(partial(loss_func, embeddings, labels))
+        found.check()
+        if error is None:
+            break
+        assert isinstance(error, Injected)
+        assert loss_func.adversary.step == 0
+        embeddings = model(images)
+        assert torch.equal(loss_func(embeddings, labels), unbroken(embeddings, labels))
+    assert nth == expected_evaluations + 1
