@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import torchattacks
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
@@ -183,6 +183,25 @@ scenes = st.builds(
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     perturb=roles,
     tuples_per_anchor=st.sampled_from([None, None, 1, 2]),
+)
+
+
+in_one_dimension = Scene(  # unit embeddings are 1 and -1, and one that Dropout made 0 is neither
+    seed=1,
+    rows=8,
+    shape=(1, 2, 2),
+    dimensions=1,
+    loss="cross-batch memory",
+    model="Dropout",
+    values="uniform",
+    layout="contiguous",
+    labels="random",
+    classes=8,
+    label_type=torch.int32,
+    tuples="triplets",
+    dtype=torch.float64,
+    perturb="negative",
+    tuples_per_anchor=None,
 )
 
 
@@ -415,6 +434,7 @@ def check_miner(scene, name):
 
 
 @given(scene=scenes)
+@example(scene=in_one_dimension)
 @quick
 def test_unperturbed(scene):
     check_unperturbed(scene)
