@@ -51,8 +51,8 @@ class Drifts:
 class Run:
     """Everything that a run changes as it goes."""
 
-    def __init__(self, name):
-        torch.manual_seed(0)
+    def __init__(self, name, seed=0):
+        torch.manual_seed(seed)
         self.model = nn.Sequential(
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(48, 4)
         )
@@ -91,13 +91,13 @@ class Run:
         self.losses = state["losses"]
 
 
-def train(name, folder, steps=STEPS):
+def train(name, folder, seed=0):
     """Goes on from the folder's checkpoint, or from the start; waits to be killed where the folder says so."""
     torch.set_num_threads(1)
-    run, checkpoint = Run(name), folder / "checkpoint.pt"
+    run, checkpoint = Run(name, seed), folder / "checkpoint.pt"
     if checkpoint.exists():
         run.load(checkpoint)
-    while len(run.losses) < steps:
+    while len(run.losses) < STEPS:
         run.step()
         (folder / "progress").write_text(str(len(run.losses)))
         if (folder / "stop_after").exists() and len(run.losses) == int((folder / "stop_after").read_text()):
@@ -170,8 +170,7 @@ def test_a_run_goes_on_from_any_checkpoint(name, tmp_path):
     whole.save(tmp_path / "end.pt")
     assert len(set(whole.losses)) == 6
     for taken in range(6):
-        resumed = Run(name)
-        torch.manual_seed(99)  # the generator's state is the checkpoint's
+        resumed = Run(name, seed=99)  # everything is the checkpoint's
         resumed.load(tmp_path / f"{taken}.pt")
         while len(resumed.losses) < 6:
             resumed.step()
@@ -181,7 +180,7 @@ def test_a_run_goes_on_from_any_checkpoint(name, tmp_path):
 
 @pytest.mark.parametrize("left_out", ["miner", "loss", "rng"])
 def test_every_part_of_the_checkpoint_is_needed(left_out, tmp_path):
-    whole, resumed = Run("CrossBatchMemory"), Run("CrossBatchMemory")
+    resumed, whole = Run("CrossBatchMemory", seed=99), Run("CrossBatchMemory")
     fresh = {**{name: part.state_dict() for name, part in resumed.parts.items()}, "rng": torch.get_rng_state()}
     for _ in range(3):
         whole.step()
