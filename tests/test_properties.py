@@ -43,7 +43,7 @@ MINERS = {
 }
 
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=150)
-deep = settings(quick, max_examples=1500)
+deep = settings(quick, max_examples=200)
 
 
 class Apply(nn.Module):
