@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,14 @@ from .objective import Objective, Score
 from .pixels import PixelSpace
 from .plan import Plan, checked_tuples, shift_partners
 from .plugins import make_manager
+
+_ANSWERS: dict[str, Any] = {
+    "plan": Plan,
+    "score": Callable,
+    "attack": Callable,
+    "training_loss": Tensor,
+    "record": Mapping,
+}
 
 
 class Adversary:
@@ -73,11 +81,11 @@ class Adversary:
 
         Raises:
             CaptureError: the inputs behind the embeddings are not known.
-            InputError: labels or inputs cannot be used.
+            InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
-        _check_labels("labels", labels, "embeddings", embeddings)
-        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        _check_rows("embeddings", embeddings, "labels", labels)
+        _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, len(embeddings), len(partners))
@@ -93,14 +101,14 @@ class Adversary:
                 inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
-            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels)])
+            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, num_queries)
         pixels = self.pixels.to_pixels(inputs)
         context = embeddings.detach()
         return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
-        """Plans, attacks and re-embeds; the step counts as taken.
+        """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
 
         Returns:
             The plan, and what became of its rows: None where it perturbs nobody.
@@ -110,12 +118,11 @@ class Adversary:
             seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
             plan: Plan = self._ask("plan", wrapped=wrapped, batch=seen)
             attacked = self._attack(wrapped, seen, plan) if len(plan) else None
-        self.step += 1
         if attacked is None:
             return plan, None
         inputs, zero_gradient, seconds = attacked
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed(inputs)
+        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed_perturbed(inputs)
         inputs = batch.inputs[plan.rows] if inputs is None else inputs
         before, after = self._scores(wrapped, batch, plan, embeddings)
         return plan, Adversarial(inputs, embeddings, before, after, zero_gradient, seconds)
@@ -173,10 +180,29 @@ class Adversary:
         }
 
     def _ask(self, question: str, **arguments: Any) -> Any:
-        return getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
+        answer = getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
+        for one in answer if question == "record" else [answer]:
+            if not isinstance(one, expected := _ANSWERS[question]):
+                raise PluginError(
+                    f"A plugin answered {PROJECT}_{question} with {type(one).__name__}; expected {expected.__name__}, "
+                    "or None for no opinion."
+                )
+        return answer
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.capture.embed(self.pixels.to_inputs(pixels))
+
+    def _embed_perturbed(self, pixels: Tensor) -> Tensor:
+        try:
+            return self._embed(pixels)
+        except ValueError as error:
+            if len(pixels) != 1:
+                raise
+            raise InputError(
+                f"One copy was perturbed, and the model cannot embed one row alone: {error}. BatchNorm in train mode "
+                "takes its statistics from the rows: set it to eval mode (freeze it), or see that a step perturbs more "
+                "than one row."
+            ) from error
 
     def _embed_clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -202,12 +228,17 @@ class Adversary:
         return before.expand(len(plan)), after.expand(len(plan))
 
 
-def _check_labels(name: str, labels: Tensor | None, of: str, embeddings: Tensor | None) -> None:
-    if labels is None or embeddings is None:
+def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | None) -> None:
+    if embeddings is None:
         return
-    if not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]:
-        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"are {type(labels).__name__}"
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        raise InputError(f"{of} {_form(embeddings)}; expected a tensor of one row per input, (N, D).")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]):
         raise InputError(
-            f"{name} {found} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per row, "
-            f"({len(embeddings)},)."
+            f"{name} {_form(labels)} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per "
+            f"row, ({len(embeddings)},)."
         )
+
+
+def _form(found: Any) -> str:
+    return f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"are {type(found).__name__}"

@@ -162,16 +162,18 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
         ``(M, ...)`` in [0, 1], detached.
 
     Raises:
-        AttackError: another type or shape came back, or values that are not finite, outside [0, 1], or all
-            as they were.
+        AttackError: another type or shape came back, complex or sparse tensors, or values that are not finite,
+            outside [0, 1], or all as they were.
     """
-    perturbed: Any = attack(inputs, labels)
     if attack is unchanged:
         return inputs
+    perturbed: Any = attack(inputs.clone(), labels)  # a clone: what it changes in place has to count as changed
     name = type(attack.attack if isinstance(attack, BestTried) else attack).__name__
     if not isinstance(perturbed, Tensor) or perturbed.shape != inputs.shape:
         found = tuple(perturbed.shape) if isinstance(perturbed, Tensor) else type(perturbed).__name__
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
+    if perturbed.is_complex() or perturbed.layout != inputs.layout:
+        raise AttackError(f"{name} returned {perturbed.layout}, {perturbed.dtype}; expected dense real numbers.")
     perturbed = perturbed.detach().to(inputs)
     low, high = torch.aminmax(perturbed)
     low, high, changed = torch.stack([low, high, (perturbed != inputs).any().to(low)]).tolist()
@@ -181,8 +183,9 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
     if not changed:
         raise AttackError(
             f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "
-            "gradients may all be zero (try random_start=True), its budget may be 0 steps, or it hands back only rows "
-            "that got misclassified, and none ever is (use an attack that maximises a loss, such as PGD)."
+            "gradients may all be zero (try random_start=True), its budget may be 0 steps or less than "
+            f"{inputs.dtype} resolves, or it hands back only rows that got misclassified, and none ever is (use an "
+            "attack that maximises a loss, such as PGD)."
         )
     return perturbed.clamp(0, 1)
 

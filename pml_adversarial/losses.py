@@ -12,16 +12,19 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
 from . import attacks, records
+from .addressing import clean_loss
 from .adversary import Adversary
 from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
-from .defaults import FixedContext, clean_loss
+from .defaults import FixedContext
 from .errors import InputError, PlanError
 from .isolation import isolated
 from .pixels import Normalization, PixelSpace
 from .plan import Plan
 from .plugins import find_all
+
+_REMEMBERED = ("queue_idx", "has_been_filled")  # of CrossBatchMemory, which are no buffers in PML
 
 
 class AdversarialLoss(ModuleWithRecords):
@@ -130,20 +133,26 @@ class AdversarialLoss(ModuleWithRecords):
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         plan, adversarial = self.adversary.perturb(loss, batch)
         if adversarial is None:
+            value = clean_loss(loss, batch)
             records.clear(self, strength=batch.strength)
-            return clean_loss(loss, batch)
-        change = self._loss_change(loss, batch, plan, adversarial.embeddings)
-        value = self.adversary.training_loss(loss, batch, plan, adversarial)
-        records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
+        else:
+            change = self._loss_change(loss, batch, plan, adversarial.embeddings)
+            value = self.adversary.training_loss(loss, batch, plan, adversarial)
+            records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
+        self.adversary.step += 1  # here, so that a step that failed is taken again
         return value
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the wrapped loss: step, seed, the plugins' states."""
-        return self.adversary.state_dict()
+        """What a resumed run needs beyond parameters and buffers: step, seed, and what plugins and losses remember."""
+        return {**self.adversary.state_dict(), "attributes": _attributes(self.loss)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
+        modules = dict(self.loss.named_modules())
+        for name in modules.keys() & state["attributes"]:
+            for attribute, value in state["attributes"][name].items():
+                setattr(modules[name], attribute, value)
 
     def _loss_change(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
@@ -195,6 +204,11 @@ def takes_two_views(loss: nn.Module) -> bool:
     """Whether the loss is called with two views, ``(embeddings, ref_emb)``, and no labels."""
     parameters = inspect.signature(loss.forward).parameters
     return "ref_emb" in parameters and "labels" not in parameters
+
+
+def _attributes(loss: nn.Module) -> dict[str, dict[str, Any]]:
+    found = {name: {key: vars(m)[key] for key in _REMEMBERED if key in vars(m)} for name, m in loss.named_modules()}
+    return {name: values for name, values in found.items() if values}
 
 
 def _check_gradient(embeddings: Tensor) -> None:

@@ -95,13 +95,14 @@ class AdversarialMiner(BaseMiner):
         plan, adversarial = self.adversary.rehearse(self.miner, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
-            return indices_tuple
-        records.write(self, self.adversary.records(batch, plan, adversarial))
-        attacked = torch.cat([batch.embeddings, adversarial.embeddings])
-        queries = attacked[plan.layout]
-        if plan.ref_layout is None:
-            return self.miner(queries, labels)
-        return self.miner(queries, labels, attacked[plan.ref_layout], ref_labels)
+        else:
+            attacked = torch.cat([batch.embeddings, adversarial.embeddings])
+            queries = attacked[plan.layout]
+            reference = () if plan.ref_layout is None else (attacked[plan.ref_layout], ref_labels)
+            indices_tuple = self.miner(queries, labels, *reference)
+            records.write(self, self.adversary.records(batch, plan, adversarial))
+        self.adversary.step += 1  # here, so that a step that failed is taken again
+        return indices_tuple
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs: step, seed, the plugins' states."""

@@ -84,14 +84,14 @@ class Objective(nn.Module):
 
     def _watch_gradient(self, gradient: Tensor) -> None:
         self._watched_gradient = True
-        self.has_gradient |= gradient.detach().flatten(1).any(1)
+        self.has_gradient |= gradient.detach().reshape(len(gradient), -1).any(1)
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:
-        if score.shape not in ((), (count,)):
+        if not isinstance(score, Tensor) or score.shape not in ((), (count,)):
+            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise AttackError(
-                f"A score of shape {tuple(score.shape)} was given; expected one per perturbed row, ({count},), "
-                "or a scalar."
+                f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
             )
         return score.expand(count)
 

@@ -35,12 +35,17 @@ class PixelSpace:
             inputs: ``(N, C, ...)`` as the model took them.
 
         Raises:
-            InputError: they are integers, not finite, or outside [0, 1].
+            InputError: they are integers, sparse, empty, not finite, or outside [0, 1].
         """
         if not inputs.is_floating_point():
             raise InputError(
                 f"The model's inputs are {inputs.dtype}; an attack needs floating point in [0, 1]. "
                 "Convert images with `images.float() / 255` before the model."
+            )
+        if inputs.layout != torch.strided or (len(inputs) and not inputs.numel()):
+            raise InputError(
+                f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
+                "more per row."
             )
         pixels = (
             inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
@@ -59,9 +64,10 @@ class PixelSpace:
 
     def _channels(self, like: Tensor, which: int) -> Tensor:
         values = torch.as_tensor(self.normalization[which], dtype=like.dtype, device=like.device)  # type: ignore[index]
-        if len(values) not in (1, like.shape[1]):
+        channels = like.shape[1] if like.ndim > 1 else 1
+        if len(values) not in (1, channels):
             raise InputError(
-                f"normalization has {len(values)} channels, the inputs {tuple(like.shape)} have {like.shape[1]}; "
+                f"normalization has {len(values)} channels, the inputs {tuple(like.shape)} have {channels}; "
                 "pass one mean and one std per channel."
             )
         return values.reshape(-1, *[1] * (like.ndim - 2))

@@ -36,11 +36,17 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     """Sets the answers of all record hooks as attributes of ``module``, in Python numbers.
 
     Where several plugins give one name, the one asked first wins. All tensors are read in one transfer.
+
+    Raises:
+        PluginError: a name is no string or taken, or a tensor has several elements.
     """
     values: dict[str, Any] = {}
     for answer in answers:
         for name, value in answer.items():
             values.setdefault(name, value)
+    wrong = [name for name, value in values.items() if not _recordable(name, value)]
+    if wrong:
+        raise PluginError(f"A plugin records {wrong}; expected names with numbers or tensors of one element.")
     tensors = {name: value.detach().double().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
     if tensors:
         values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
@@ -50,6 +56,10 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     declare(module, values)
     for name, value in values.items():
         setattr(module, name, value)
+
+
+def _recordable(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and (not isinstance(value, Tensor) or (value.numel() == 1 and not value.is_complex()))
 
 
 def clear(module: ModuleWithRecords, strength: float) -> None:

@@ -20,7 +20,7 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, hookimpl
-from pml_adversarial.defaults import OwnLoss
+from pml_adversarial.scores import OwnLoss
 
 EPS = 0.1
 PGD = partial(torchattacks.PGD, alpha=0.02, steps=10)

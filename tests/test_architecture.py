@@ -11,6 +11,8 @@ FLOORS = [
     ["records", "plan", "capture", "isolation", "attacks", "pixels"],
     ["objective"],
     ["hookspecs"],
+    ["addressing"],
+    ["scores"],
     ["plugins", "defaults"],
     ["adversary"],
     ["defenses", "evaluation"],
@@ -24,7 +26,7 @@ FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 AT_THE_EDGE = {"evaluation", "cli", "demo"}
 MAY_IMPORT = {
     "torchattacks": {"attacks"} | AT_THE_EDGE,
-    "pytorch_metric_learning": {"defaults", "records", "losses", "miners", "testers"} | AT_THE_EDGE,
+    "pytorch_metric_learning": {"addressing", "scores", "records", "losses", "miners", "testers"} | AT_THE_EDGE,
 }
 PUBLIC = [
     "Adversarial",

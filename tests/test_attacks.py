@@ -452,6 +452,24 @@ class TestContract:
         with pytest.raises(AttackError, match=f"{found}.*expected finite values in"):
             self.run(with_value(value))
 
+    @pytest.mark.parametrize(
+        ("perturb", "found"),
+        [
+            (lambda inputs: inputs.to_sparse(), "torch.sparse_coo, torch.float32"),
+            (lambda inputs: inputs + 0.1j, "torch.strided, torch.complex64"),
+        ],
+        ids=["sparse", "complex"],
+    )
+    def test_no_dense_real_numbers(self, perturb, found):
+        with pytest.raises(AttackError, match=f"{found}; expected dense real numbers"):
+            self.run(returning(perturb))
+
+    def test_a_change_in_place_is_a_change(self):
+        before = self.inputs.clone()
+        perturbed = self.run(returning(lambda inputs: inputs.mul_(0.5)))
+        assert torch.equal(perturbed, before * 0.5)
+        assert torch.equal(self.inputs, before)
+
     @pytest.mark.parametrize("same", [lambda inputs: inputs, lambda inputs: inputs.clone()])
     def test_nothing_changed(self, same):
         with pytest.raises(AttackError, match="changed none of 3 inputs"):

@@ -28,7 +28,7 @@ from pytorch_metric_learning import losses
 from torch import nn
 
 from pml_adversarial import AdversarialMiner
-from pml_adversarial.defaults import ViolationScore, distance_of
+from pml_adversarial.scores import ViolationScore, distance_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
 NAMES = [*LOSSES, *WRAPPERS]
@@ -203,7 +203,7 @@ class TestFixedContext:
             assert torch.equal(score(changed)[others], before[others])
 
     def check_own_loss(self, scene, spy, copies):
-        """Where rows do not meet: what the loss changes when one copy alone moves. Without labels, all move together."""
+        """Where rows do not meet: what the loss changes when one copy moves. Without labels all move together."""
         held = dataclasses.replace(spy.batch, embeddings=spy.batch.context)
         clean = held.embeddings[spy.plan.rows]
 

@@ -435,10 +435,69 @@ class TestCopiesAndStates:
         assert torch.equal(first(embeddings, labels), second(embeddings, labels))
         assert (first.strength, second.strength) == (0.75, 0.75)
 
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64),  # filled to 24 rows of 64,
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 16),  # filled and begun anew
+            lambda: losses.MultipleLosses([losses.CrossBatchMemory(losses.TripletMarginLoss(), 4, 20)]),
+        ],
+    )
+    def test_what_losses_remember_outside_of_their_buffers(self, make, model, labels, tmp_path):
+        first, second = (AdversarialLoss(make(), model, attack=PGD, seed=5) for _ in range(2))
+        batches = torch.rand(5, 8, 1, 6, 6)
+        for images in batches[:3]:
+            first(model(images), labels)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for images in batches[3:]:
+            embeddings = model(images)
+            assert torch.equal(first(embeddings, labels), second(embeddings, labels))
+
     def test_the_model_is_no_submodule(self, model):
         loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
         assert list(loss_func.parameters()) == []
         assert loss_func.loss in list(loss_func.children())
+
+
+class Fails(nn.Module):
+    """Raises once, in its n-th pass."""
+
+    def __init__(self, nth):
+        super().__init__()
+        self.passes, self.nth = [], nth
+
+    def forward(self, x):
+        self.passes.append(x)
+        if len(self.passes) == self.nth:
+            raise ZeroDivisionError
+        return x
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+class TestAfterAFailedStep:
+    @pytest.mark.parametrize("nth", range(2, STEPS + 3))  # 1 is the caller's own pass, the last one the re-embedding
+    def test_a_retry_is_the_step(self, nth, model, images, labels):
+        flaky = nn.Sequential(*model, Fails(nth))
+        loss_func, unbroken = (
+            AdversarialLoss(losses.TripletMarginLoss(), m, attack=PGD, seed=1, warmup=1) for m in (flaky, model)
+        )
+        loss_func.adversary.step = unbroken.adversary.step = 1
+        with pytest.raises(ZeroDivisionError):
+            loss_func(flaky(images), labels)
+        assert loss_func.adversary.step == 1
+        assert torch.equal(loss_func(flaky(images), labels), unbroken(model(images), labels))
+        assert loss_func.adversary.step == 2
+
+    def test_a_loss_that_fails_does_not_count(self, model, images):
+        loss_func = AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD)
+        with pytest.raises(RuntimeError):
+            loss_func(model(images), torch.arange(8) // 2 + 10)  # there are four proxies
+        assert loss_func.adversary.step == 0
 
 
 class TestWarmup:
@@ -487,6 +546,21 @@ class TestOptions:
         torch.testing.assert_close(*values)
         torch.testing.assert_close(spies[0].adversarial.inputs, spies[1].adversarial.inputs, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_autocast(self, inside, dtype, model, images, labels):
+        loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, attack=PGD)
+        with torch.autocast("cpu", dtype=dtype):
+            embeddings = model(images)
+            assert embeddings.dtype == dtype
+            if inside:
+                loss = loss_func(embeddings, labels)
+        if not inside:
+            loss = loss_func(embeddings, labels)
+        loss.backward()
+        assert loss_func.share_score_rose > 0.5
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
     def test_an_attack_is_any_callable(self, model, images, labels):
         def brighter(objective):
             return lambda inputs, _: (inputs + 0.03).clamp(0, 1)
@@ -494,6 +568,12 @@ class TestOptions:
         loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=brighter)
         loss_func(model(images), labels)
         assert loss_func.perturbation_linf == pytest.approx(0.03, abs=1e-6)
+
+    def test_a_number_per_row(self, labels):
+        model = nn.Sequential(nn.Unflatten(0, (8, 1)), nn.Linear(1, 4))
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD)
+        loss_func(model(torch.linspace(0.1, 0.9, 8)), labels).backward()
+        assert loss_func.perturbation_l2 <= loss_func.perturbation_linf == pytest.approx(EPS, abs=1e-6)
 
     def test_model_is_found(self, model, images, labels):
         torch.manual_seed(0)
@@ -517,6 +597,18 @@ class TestOptions:
         AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor")(model(images), labels, **arguments)
         with pytest.raises(PlanError, match="ref_emb"):
             AdversarialLoss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
+
+    @pytest.mark.parametrize(
+        ("dtype", "ref_labels"),
+        [(torch.uint8, torch.tensor([256, 257, 0])), (torch.long, torch.tensor([0.5, 1.5, 0.0]))],
+    )
+    def test_labels_of_a_reference_keep_their_values(self, dtype, ref_labels, model, images, labels):
+        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=NO_BUDGET, perturb="anchor")
+        reference = {"ref_emb": torch.randn(3, 4), "ref_labels": ref_labels}
+        embeddings = model(images)
+        plain = losses.ContrastiveLoss()(embeddings, labels.to(dtype), **reference)
+        assert plain > 0
+        torch.testing.assert_close(loss_func(embeddings, labels.to(dtype), **reference), plain)
 
     def test_of_a_loss_without_labels_its_own_value_is_raised(self, model, images):
         loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
@@ -565,6 +657,16 @@ class TestBadInput:
         with pytest.raises(InputError, match=message):
             AdversarialLoss(losses.TripletMarginLoss(), model)(model(change(images)), labels)
 
+    def test_one_copy_and_batchnorm_that_takes_statistics_of_rows(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4))
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        one_triplet = tuple(torch.tensor([row]) for row in (0, 1, 2))
+        with pytest.raises(InputError, match="cannot embed one row alone: Expected more than 1 value"):
+            loss_func(model(images), labels, one_triplet)
+        model[2].eval()
+        loss_func(model(images), labels, one_triplet)
+        assert loss_func.num_perturbed == 1
+
     def test_integer_images(self, images, labels):
         class TakesBytes(nn.Module):
             def __init__(self):
@@ -589,6 +691,24 @@ class TestBadInput:
     def test_labels_of_another_form(self, change, message, model, images, labels):
         with pytest.raises(InputError, match=message):
             AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), change(labels))
+
+    @pytest.mark.parametrize(
+        ("change", "shape"), [(nn.Flatten(0), r"\(32,\)"), (nn.Unflatten(1, (1, 4)), r"\(8, 1, 4\)")]
+    )
+    def test_embeddings_of_another_form(self, change, shape, model, images, labels):
+        whole = nn.Sequential(*model, change)
+        with pytest.raises(InputError, match=rf"embeddings of shape {shape}; expected .* \(N, D\)"):
+            AdversarialLoss(losses.TripletMarginLoss(), whole)(whole(images), labels)
+
+    def test_embeddings_without_rows_or_dimensions(self, labels):
+        model = nn.Sequential(nn.Linear(8, 1), Sum())
+        with pytest.raises(InputError, match=r"embeddings of shape \(\)"):
+            AdversarialLoss(losses.TripletMarginLoss(), model)(model(torch.rand(8, 8)), labels)
+
+    @pytest.mark.parametrize(("ref_emb", "found"), [([[0.0] * 4], "are list"), (torch.zeros(4), r"of shape \(4,\)")])
+    def test_a_reference_of_another_form(self, ref_emb, found, model, images, labels):
+        with pytest.raises(InputError, match=f"ref_emb {found}"):
+            AdversarialLoss(losses.ContrastiveLoss(), model)(model(images), labels, ref_emb=ref_emb, ref_labels=labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
         with pytest.raises(InputError, match="embeddings are list"):
@@ -721,3 +841,50 @@ class TestBadInput:
         loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor", tuples_per_anchor=2)
         with pytest.raises(PlanError, match="does not keep its value"):
             loss_func(model(images), labels)
+
+    @pytest.mark.parametrize("name", ["PNPLoss", "InstanceLoss", "P2SGradLoss"])
+    def test_tuples_of_a_loss_that_takes_none(self, name, model, images, labels):
+        arguments = (4, 4) if name == "P2SGradLoss" else ()
+        loss_func = AdversarialLoss(getattr(losses, name)(*arguments), model, tuples_per_anchor=1)
+        with pytest.raises(PlanError, match=f"{name} takes no tuples"):
+            loss_func(model(images), labels)
+
+
+class TestAddressing:
+    """How copies are addressed is a property of the loss, not of the batch that it happened to meet first."""
+
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("perturb", ["positive", ("anchor", "positive")], ids=str)
+    def test_a_first_batch_of_one_tuple_does_not_decide(self, name, perturb, model, images, labels):
+        loss_func = AdversarialLoss(LOSSES[name](), model, attack=NO_BUDGET, perturb=perturb)
+        one = tuple(torch.tensor([row]) for row in (0, 1, 0, 2))
+        mined = tuple(torch.tensor(rows) for rows in ([0, 0, 3], [1, 0, 2], [0, 1], [5, 2]))
+        for tuples in (one, mined):
+            embeddings = model(images)
+            plain = copy.deepcopy(loss_func.loss)(embeddings, labels, tuples)
+            torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
+
+    def test_a_first_batch_of_one_class_does_not_decide(self, model, images, labels):
+        loss_func = AdversarialLoss(losses.LiftedStructureLoss(), model, attack=NO_BUDGET)
+        for given in (torch.zeros(8, dtype=torch.long), labels):
+            embeddings = model(images)
+            plain = losses.LiftedStructureLoss()(embeddings, given)
+            torch.testing.assert_close(loss_func(embeddings, given), plain)
+
+    def test_a_batch_in_which_two_plans_have_one_value_by_chance(self, model, images):
+        tuples = torch.tensor([1]), torch.tensor([0]), torch.tensor([1])
+        wrapped = losses.ArcFaceLoss(4, 4)
+        loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb="negative")
+        embeddings, labels = model(images[:2]), torch.tensor([0, 1])
+        plain = wrapped(embeddings, labels, tuples)
+        torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
+
+    def test_finding_it_out_moves_no_random_stream(self, model, images, labels):
+        def make():
+            return AdversarialLoss(losses.NPairsLoss(), model, attack=PGD, perturb="positive", seed=1)
+
+        asked, asks = make(), make()
+        asked(model(images), labels)
+        asks.load_state_dict(asked.state_dict())
+        embeddings = model(images)
+        assert torch.equal(asked(embeddings, labels), asks(embeddings, labels))

@@ -139,3 +139,23 @@ def test_bfloat16_images_normalised_as_usual_are_taken():
 def test_nan_in_inputs_without_channels():
     with pytest.raises(InputError, match="1 of 3 inputs hold NaN"):
         PixelSpace().to_pixels(torch.tensor([0.5, torch.nan, 0.5]))
+
+
+def test_a_number_per_row():
+    space = PixelSpace(((0.5,), (0.25,)))
+    inputs = torch.tensor([-2.0, 0.0, 2.0])
+    pixels = space.to_pixels(inputs)
+    assert pixels.tolist() == [0.0, 0.5, 1.0]
+    assert torch.equal(space.to_inputs(pixels), inputs)
+    with pytest.raises(InputError, match="normalization has 2 channels"):
+        PixelSpace(((0.5, 0.5), (0.25, 0.25))).to_pixels(inputs)
+
+
+@pytest.mark.parametrize("inputs", [torch.rand(3, 4).to_sparse(), torch.rand(3, 0)], ids=["sparse", "no pixels"])
+def test_inputs_without_dense_pixels(inputs):
+    with pytest.raises(InputError, match="expected dense pixels, one or more per row"):
+        PixelSpace().to_pixels(inputs)
+
+
+def test_a_batch_without_rows():
+    assert PixelSpace().to_pixels(torch.rand(0, 1, 2, 2)).shape == (0, 1, 2, 2)

@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, PluginError, hookimpl
+from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError, PluginError, hookimpl
 from pml_adversarial.plan import replace_rows
 from pml_adversarial.plugins import find, make_manager
 
@@ -324,6 +324,34 @@ class TestEachHook:
         assert miner.recorded == 1.0
         asked = {question for _, question in miner.adversary.plugins[3].asked}
         assert asked == {"score", "record"}  # the plan and the attack were answered before; no loss is taken
+
+
+class TestWrongAnswers:
+    @pytest.mark.parametrize(
+        ("question", "expected"),
+        [
+            ("plan", "Plan"),
+            ("score", "Callable"),
+            ("attack", "Callable"),
+            ("training_loss", "Tensor"),
+            ("record", "Mapping"),
+        ],
+    )
+    def test_of_another_type(self, question, expected, model, images, labels):
+        answers = type("Answers", (), {f"pml_adversarial_{question}": hookimpl(lambda self: 3)})
+        with pytest.raises(PluginError, match=f"pml_adversarial_{question} with int; expected {expected}"):
+            step(model, images, labels, answers())
+
+    @pytest.mark.parametrize("answer", [None, "high", 1.0])
+    def test_scores_that_are_no_tensors(self, answer, model, images, labels):
+        answers = type("Answers", (), {"pml_adversarial_score": hookimpl(lambda self: lambda embeddings: answer)})
+        with pytest.raises(AttackError, match=f"A score {type(answer).__name__} was given"):
+            step(model, images, labels, answers())
+
+    @pytest.mark.parametrize(("name", "value"), [("several", torch.rand(3)), (3, 1.0), ("turned", torch.tensor(1j))])
+    def test_records(self, name, value, model, images, labels):
+        with pytest.raises(PluginError, match=rf"records \[{name!r}\]; expected names with numbers"):
+            step(model, images, labels, Recorder(value, name))
 
 
 class TestState:

@@ -1,0 +1,99 @@
+"""What an attack raises by default: how badly a copy stands among its fixed partners, or the loss itself."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance, LpDistance
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import DoNothingReducer
+from torch import Tensor, nn
+
+from .addressing import own_tuples
+from .batch import Batch, IndicesTuple
+from .plan import Plan, shift_partners
+
+
+class ViolationScore:
+    """How badly each copy stands among its fixed partners: furthest of its own label minus nearest of the others.
+
+    Unhinged, so that it has a gradient where the loss is satisfied. The two partners are chosen anew in every
+    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265. In single precision
+    at least: under autocast, context and copies may be of different types.
+
+    Args:
+        distance: PML's distance; a similarity counts with the opposite sign.
+        context: ``(N, D)`` clean embeddings, fixed.
+        same: ``(M, N)`` bool, partners of the copy's own label, see `Plan.partners`.
+        different: ``(M, N)`` bool, partners of other labels.
+    """
+
+    def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
+        self.distance, self.context = distance, context.to(torch.promote_types(context.dtype, torch.float32))
+        self.not_same, self.not_different = ~same, ~different
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
+        distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
+        if self.distance.is_inverted:
+            distances = -distances
+        furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
+        nearest = distances.masked_fill(self.not_different, torch.inf).amin(1)
+        return _or_zero(furthest, self.not_same.all(1)) - _or_zero(nearest, self.not_different.all(1))
+
+
+class OwnLoss:
+    """The wrapped loss itself, of the copies in their places, with everything else fixed.
+
+    Args:
+        loss: the wrapped loss, or one that gives PML's dict of losses before they are reduced; then each copy's score
+            is what its row contributes, where the loss tells it.
+        batch: gives the fixed rows, ``batch.context``.
+        plan: where the copies stand.
+    """
+
+    def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
+        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=batch.context), plan
+        stands = (plan.layout >= len(batch)).nonzero().flatten()
+        self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """The score of embeddings ``(M, D)``: per copy, ``(M,)``, or of all together, ``()``."""
+        found: Any = self.plan.evaluate(self.loss, self.batch, embeddings)
+        if isinstance(found, Tensor):
+            return found
+        told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
+        if told:
+            return sum(told)[self.position]
+        return sum(part["losses"] for part in found.values())
+
+
+def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """``(M, N)`` masks of each copy's fixed partners of its own and of other labels."""
+    tuples = plan.indices_tuple
+    if tuples is None:
+        tuples = cast(IndicesTuple, own_tuples(wrapped, batch))
+        if plan.ref_layout is not None:
+            tuples = shift_partners(tuples, -batch.num_queries)
+    return plan.partners(tuples, len(batch))
+
+
+def distance_of(wrapped: nn.Module) -> BaseDistance:
+    """The distance that the loss or miner uses; Euclidean on the unit sphere where it has none."""
+    return next((m for m in wrapped.modules() if isinstance(m, BaseDistance)), None) or LpDistance()
+
+
+def unreduced(wrapped: nn.Module) -> nn.Module:
+    """The same loss, parameters and all, that gives PML's dict of losses before they are reduced to one."""
+    if not isinstance(wrapped, BaseMetricLossFunction):
+        return wrapped
+    view = copy.copy(wrapped)
+    view._modules = {**wrapped._modules, "reducer": DoNothingReducer()}
+    return view
+
+
+def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
+    return torch.where(missing, torch.zeros_like(values), values)
