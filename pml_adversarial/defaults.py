@@ -36,6 +36,7 @@ from .plan import (
     replace_rows,
     shift_partners,
 )
+from .records import STANDARD
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -106,12 +107,15 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
-        """How far inputs, embeddings and scores moved."""
-        change = (adversarial.inputs - batch.inputs[plan.rows]).flatten(1).float()
-        shift = (adversarial.embeddings - batch.embeddings[plan.rows]).detach().float()
+        """How far inputs, embeddings and scores of this process's own copies moved."""
+        own = batch.own(plan.rows)
+        if not len(own):
+            return {**dict.fromkeys(STANDARD, 0), "strength": batch.strength}
+        change = (adversarial.inputs - batch.inputs_of(plan.rows[own])).flatten(1).float()
+        shift = (adversarial.embeddings[own] - batch.embeddings[plan.rows[own]]).detach().float()
         return {
             "strength": batch.strength,
-            "num_perturbed": len(plan),
+            "num_perturbed": len(own),
             "perturbation_linf": change.abs().max(),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),
@@ -158,7 +162,7 @@ class FixedContext:
         return batch.indices_tuple is not None or chosen_here
 
     def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
-        known = len(batch.inputs)
+        known = batch.num_attackable
         if (
             known < len(batch)
             and len(played := plan_rows(tuples, self.roles, len(batch)))
@@ -245,7 +249,7 @@ def _untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
 
 
 def _attackable(batch: Batch) -> Tensor:
-    return torch.arange(len(batch.inputs), device=batch.embeddings.device)
+    return torch.arange(batch.num_attackable, device=batch.embeddings.device)
 
 
 def _or_zero(values: Tensor, missing: Tensor) -> Tensor:

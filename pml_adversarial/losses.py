@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, records
 from .adversary import Adversary
@@ -29,6 +31,8 @@ class AdversarialLoss(ModuleWithRecords):
     The method of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), open to others through
     ``plugins``. It is called as the loss that it wraps. In ``.eval()`` it is that loss; while training with a
     budget of 0 it equals that loss on the tuples that it keeps.
+
+    Around PML's ``DistributedLossWrapper`` all processes perturb one batch, the union of theirs.
 
     Args:
         loss: any loss of pytorch-metric-learning, available as ``.loss``.
@@ -84,12 +88,14 @@ class AdversarialLoss(ModuleWithRecords):
                 "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
                 "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."
             )
+        _check_wrappers(loss)
+        joint = isinstance(loss, DistributedLossWrapper)
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight)
         if warmup:
             attacks.check_warmup(attack)
         self.loss = loss
         self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
         records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
 
@@ -122,14 +128,14 @@ class AdversarialLoss(ModuleWithRecords):
             return self.loss(embeddings, labels, *given)
         _check_gradient(embeddings)
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        plan, adversarial = self.adversary.perturb(self.loss, batch)
+        plan, adversarial = self.adversary.perturb(self._of_the_batch, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
-            return clean_loss(self.loss, batch)
+            return batch.world_size * clean_loss(self._of_the_batch, batch)
         change = self._loss_change(batch, plan, adversarial.embeddings)
-        loss = self.adversary.training_loss(self.loss, batch, plan, adversarial)
+        loss = self.adversary.training_loss(self._of_the_batch, batch, plan, adversarial)
         records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        return loss
+        return batch.world_size * loss  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond the wrapped loss: step, seed, the plugins' states."""
@@ -139,13 +145,36 @@ class AdversarialLoss(ModuleWithRecords):
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
 
+    @property
+    def _of_the_batch(self) -> nn.Module:
+        """The loss of a batch that needs no gathering any more."""
+        return self.loss.loss if isinstance(self.loss, DistributedLossWrapper) else self.loss
+
     def _loss_change(self, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
         values = {}
         for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
             with isolated(self.loss), torch.no_grad():
-                values[name] = torch.as_tensor(plan.evaluate(self.loss, batch, copies))
+                values[name] = torch.as_tensor(plan.evaluate(self._of_the_batch, batch, copies))
         return values
+
+
+def _check_wrappers(loss: nn.Module) -> None:
+    inner = [
+        module for module in loss.modules() if isinstance(module, DistributedLossWrapper | DistributedDataParallel)
+    ]
+    if any(module is not loss or isinstance(module, DistributedDataParallel) for module in inner):
+        raise InputError(
+            f"loss holds {', '.join(type(module).__name__ for module in inner)} in a place where each evaluation would "
+            "talk to the other ranks; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has "
+            "parameters, put DistributedDataParallel around the AdversarialLoss."
+        )
+    if getattr(loss, "efficient", False) and inner:
+        raise InputError(
+            "DistributedLossWrapper has efficient=True: each rank then has tuples of its own, and gradients are not "
+            "those of one batch. Use efficient=False, with which the ranks share one batch, or the loss without the "
+            "wrapper, with which each rank has its own."
+        )
 
 
 def _check_gradient(embeddings: Tensor) -> None:
