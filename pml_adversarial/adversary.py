@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, distributed
 from .batch import Adversarial, Batch, IndicesTuple
@@ -173,7 +174,10 @@ class Adversary:
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
         embeddings = batch.embeddings[rows] if inputs is None else self._embed(inputs)
         inputs = batch.inputs_of(rows) if inputs is None else inputs
-        embeddings = embeddings if batch.world_size == 1 else _gather_copies(batch, plan, embeddings)
+        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
+            embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
+        if batch.world_size > 1:
+            embeddings = _gather_copies(batch, plan, embeddings)
         before, after = self._scores(wrapped, batch, plan, embeddings)
         return plan, Adversarial(inputs, embeddings, before[own], after[own], zero_gradient, seconds)
 
@@ -324,8 +328,8 @@ def _check_forms(forms: list[dict[str, Any]]) -> None:
         if different:
             first, other = (", ".join(f"{name}: {f[name]}" for name in different) for f in (forms[0], form))
             raise InputError(
-                f"Rank 0 holds a batch with {first}, rank {rank} one with {other}; expected batches of one form on all "
-                "ranks. Draw batches of one size with drop_last=True."
+                f"Rank 0 holds a batch with {first}, rank {rank} one with {other}; expected the same on all ranks. "
+                "Draw batches of one size, as with drop_last=True, and put the models into one mode."
             )
 
 
