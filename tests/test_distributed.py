@@ -1,6 +1,7 @@
 """Two processes against one that holds the union of their batches; the processes are started once, by torchrun."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -422,6 +423,16 @@ class TestOtherUses:
             close(inputs, spy.seen["inputs"][own])
             close(value, 2 * loss.detach())
             close(gradients, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.slow
+def test_script_of_the_docs_runs():
+    out = torchrun(HERE.parent / "docs" / "examples" / "train_torchrun.py")
+    found = [[float(number) for number in re.findall(r"\d+\.?\d*", line)] for line in out.splitlines()]
+    assert [epoch for epoch, *_ in found] == list(range(8))  # of one rank, once each
+    assert all(before < after for _, before, after, _ in found)
+    assert found[-1][2] < found[0][2]
+    assert [strength for *_, strength in found[3:]] == [0.94, 1, 1, 1, 1]
 
 
 @pytest.fixture
