@@ -3,6 +3,7 @@
 Run by torchrun with a folder as its argument; each rank leaves there what it saw. Nothing in here checks anything.
 """
 
+import gc
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -478,6 +479,7 @@ def main(folder):
     }
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
+    gc.collect()  # models of DistributedDataParallel keep gloo's threads running, which may break the exit
     dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 torchrun --standalone --nproc_per_node 2 train_torchrun.py
 """
 
+import gc
 import os
 from functools import partial
 
@@ -28,13 +29,7 @@ def data_set(size=256, classes=8):
     return TensorDataset((0.5 + 0.5 * (patterns[labels] - 0.5) + 0.2 * noise).clamp(0, 1), labels)
 
 
-def main():
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-
+def train(device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).to(device)
     model = DistributedDataParallel(model)
@@ -59,6 +54,16 @@ def main():
         if dist.get_rank() == 0:
             before, after = loss_func.loss_before, loss_func.loss_after
             print(f"epoch {epoch}: loss {before:.3f}, under attack {after:.3f}, strength {loss_func.strength:.2f}")
+
+
+def main():
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    train(device)
+    gc.collect()  # the last of the model; gloo's threads end with it, and may break the exit while they run
     dist.destroy_process_group()
 
 
