@@ -114,7 +114,7 @@ class Adversary:
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
             if self.capture.knows(ref_emb):
-                inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
+                inputs = torch.cat([inputs, self._inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels)])

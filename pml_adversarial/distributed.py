@@ -97,11 +97,11 @@ def agree(work: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
     """
     result, error = _attempt(work)
     told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, (None if error else tell(cast(T, result)), _portable(error)))
-    if error:
+    dist.all_gather_object(told, (tell(cast(T, result)) if error is None else None, _portable(error)))
+    if error is not None:
         raise error
     for number, (_, other) in enumerate(told):
-        if other:
+        if other is not None:
             raise _from_rank(number, other)
     return cast(T, result), [said for said, _ in told]
 
@@ -115,10 +115,10 @@ def decide(work: Callable[[], T]) -> T:
     result, error = _attempt(work) if rank() == 0 else (None, None)
     said: list[Any] = [(result, _portable(error))]
     dist.broadcast_object_list(said, src=0)
-    if error:
+    if error is not None:
         raise error
     decided, other = said[0]
-    if other:
+    if other is not None:
         raise _from_rank(0, other)
     return cast(T, decided)
 
