@@ -63,6 +63,10 @@ class Adversary:
         """Share of the attack's budget to be spent in the coming step."""
         return min(1.0, self.step / self.warmup) if self.warmup else 1.0
 
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """Within it nobody draws the caller's random numbers; the same ones are drawn until the next step."""
+        return random_stream(distributed.seed_of_rank(self.seed), self.step)
+
     def batch(
         self,
         embeddings: Tensor,
@@ -161,7 +165,7 @@ class Adversary:
             The plan, and what became of its rows: None where it perturbs nobody.
         """
         depends = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
-        with self._random_stream(self.step), isolated(wrapped, *self.capture.modules):
+        with self.own_randomness(), isolated(wrapped, *self.capture.modules):
             seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
             plan = self._plan(wrapped, seen)
             attacked = self._attack_own(wrapped, seen, plan) if len(plan) else None
@@ -183,7 +187,7 @@ class Adversary:
 
     def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""
-        with self._random_stream(~self.step), preserved(*self.capture.modules):
+        with random_stream(distributed.seed_of_rank(self.seed), ~self.step), preserved(*self.capture.modules):
             return self.perturb(wrapped, batch)
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
@@ -250,9 +254,6 @@ class Adversary:
                 "AdversarialMiner(DistributedMinerWrapper(miner), model)."
             ) from error
 
-    def _random_stream(self, step: int) -> AbstractContextManager[None]:
-        return random_stream(distributed.seed_of_rank(self.seed), step)
-
     def _plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """Who is perturbed; of processes that share the batch, rank 0 says it to all."""
 
@@ -295,7 +296,7 @@ class Adversary:
 
     def _scores(self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of the rows and of their copies, both in the model's own mode."""
-        with isolated(wrapped), torch.no_grad():
+        with self.own_randomness(), isolated(wrapped), torch.no_grad():
             score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
             before, after = score(batch.context[plan.rows]), score(embeddings.detach())
         return before.expand(len(plan)), after.expand(len(plan))

@@ -1,7 +1,8 @@
 """The only door to torchattacks: attacks are built, given their strength, run, and held to their contract.
 
 An attack is a *factory*, called with the objective (a classifier-like module) and returning a callable
-``(inputs, labels) -> inputs``; every torchattacks class fits, with ``functools.partial`` for its options.
+``(inputs, labels) -> inputs``. A torchattacks class fits, with ``functools.partial`` for its options, if it raises
+the loss of a whole batch; the others are refused with their reason.
 """
 
 from __future__ import annotations
@@ -30,6 +31,35 @@ SEED_PAPER = partial(torchattacks.PGD, eps=0.01, alpha=0.004, steps=5, random_st
 _SCALED = ("eps", "alpha")
 _OUTSIDE = 1e-5
 
+_GATED_BY_SUCCESS = (torchattacks.APGD, torchattacks.CW, torchattacks.Square)
+"""Search with all they have, but hand back only rows that got misclassified, and others as they were."""
+
+_NO_BOUNDARY = "it searches for the nearest decision boundary, and a score has none"
+_ROWS_APART = "it takes rows apart or repeats them, and each row's fixed context is known by its position"
+_NO_CLASSES = "it leads toward other classes, and a score has none"
+_NOT_UPWARD = "it does not raise the loss of a label, so it may as well lower the score"
+_NOT_FOR_TRAINING: dict[type[TorchAttack], str] = {
+    torchattacks.APGDT: _NO_CLASSES,
+    torchattacks.AutoAttack: _NO_CLASSES,
+    torchattacks.DeepFool: _NO_BOUNDARY,
+    torchattacks.EADEN: _NO_BOUNDARY,
+    torchattacks.EADL1: _NO_BOUNDARY,
+    torchattacks.FAB: _NO_BOUNDARY,
+    torchattacks.SparseFool: _NO_BOUNDARY,
+    torchattacks.JSMA: _ROWS_APART,
+    torchattacks.OnePixel: _ROWS_APART,
+    torchattacks.PGDRS: _ROWS_APART,
+    torchattacks.PGDRSL2: _ROWS_APART,
+    torchattacks.Pixle: _ROWS_APART,
+    torchattacks.SPSA: _ROWS_APART,
+    torchattacks.GN: _NOT_UPWARD,
+    torchattacks.TPGD: _NOT_UPWARD,
+    torchattacks.VANILA: _NOT_UPWARD,
+    torchattacks.Jitter: "the noise that it adds to the output outweighs the gradient of two logits",
+    torchattacks.MultiAttack: "it hands on only rows that a member got misclassified; pass its strongest member",
+    torchattacks.LGV: "it trains a classifier's weights on a data loader of its own",
+}
+
 
 def budget(factory: AttackFactory) -> dict[str, float]:
     """The factory's ``eps`` and ``alpha``, as far as it has them as numbers."""
@@ -42,13 +72,15 @@ def check(factory: AttackFactory) -> None:
     """Refuses what cannot be a factory, before anything is spent.
 
     Raises:
-        AttackError: it cannot be called, is an attack already, has options that do not fit, or a negative budget.
+        AttackError: it cannot be called, is an attack already, cannot raise a score, has options that do not fit, or a
+            negative budget.
     """
     if not callable(factory) or isinstance(factory, TorchAttack):
         raise AttackError(
             f"attack={factory!r} is no factory; expected something to be called with the objective, such as "
             "partial(torchattacks.PGD, eps=8/255)."
         )
+    _check_kind(_class_of(factory))
     try:
         found = budget(factory)
     except ValueError as error:
@@ -76,7 +108,7 @@ def build(factory: AttackFactory, objective: nn.Module, strength: float = 1.0) -
     """The attack on ``objective``, with eps and alpha scaled by ``strength``; `unchanged` where eps is 0.
 
     Raises:
-        AttackError: the factory returns something that cannot be called.
+        AttackError: the factory returns something that cannot be called, or cannot raise a score.
     """
     full = budget(factory)
     if full.get("eps", 1.0) * strength == 0:
@@ -88,9 +120,29 @@ def build(factory: AttackFactory, objective: nn.Module, strength: float = 1.0) -
             f"The attack factory {factory} returned {type(attack).__name__}; expected a callable "
             "(inputs, labels) -> inputs."
         )
+    _check_kind(type(attack))
     if isinstance(attack, TorchAttack) and isinstance(getattr(attack, "seed", None), int):
         attack.seed = int(torch.randint(2**31, ()))  # else it restarts from the same noise in every step
-    return attack
+    return BestTried(attack, objective) if isinstance(attack, _GATED_BY_SUCCESS) else attack
+
+
+class BestTried:
+    """An attack that gives, for each row that it would hand back as it was, the best of what it tried.
+
+    Args:
+        attack: ``(inputs, labels) -> inputs``, gated by success.
+        objective: what it asks, see `objective.Objective`.
+    """
+
+    def __init__(self, attack: Attack, objective: Any) -> None:
+        self.attack, self.objective = attack, objective
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
+        self.objective.keep_best(inputs)
+        found = self.attack(inputs, labels)
+        kept = (found == inputs).flatten(1).all(1)
+        return torch.where(kept.reshape(-1, *[1] * (inputs.ndim - 1)), self.objective.best_inputs, found)
 
 
 def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -116,7 +168,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
     perturbed: Any = attack(inputs, labels)
     if attack is unchanged:
         return inputs
-    name = type(attack).__name__
+    name = type(attack.attack if isinstance(attack, BestTried) else attack).__name__
     if not isinstance(perturbed, Tensor) or perturbed.shape != inputs.shape:
         found = tuple(perturbed.shape) if isinstance(perturbed, Tensor) else type(perturbed).__name__
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
@@ -129,7 +181,23 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
     if not changed:
         raise AttackError(
             f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "
-            "gradients may all be zero (try random_start=True), its budget may be 0 steps, or it takes the rows for "
-            "misclassified already (use an attack that maximises a loss, such as PGD)."
+            "gradients may all be zero (try random_start=True), its budget may be 0 steps, or it hands back only rows "
+            "that got misclassified, and none ever is (use an attack that maximises a loss, such as PGD)."
         )
     return perturbed.clamp(0, 1)
+
+
+def _class_of(factory: AttackFactory) -> Any:
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory
+
+
+def _check_kind(kind: Any) -> None:
+    bases = kind.__mro__ if isinstance(kind, type) else ()
+    reason = next((_NOT_FOR_TRAINING[base] for base in bases if base in _NOT_FOR_TRAINING), None)
+    if reason is not None:
+        raise AttackError(
+            f"{kind.__name__} cannot be used in training: {reason}. Use an attack that raises the loss of a whole "
+            "batch, such as PGD, APGD or Square."
+        )

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import DoNothingReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class FixedContext:
         tuples_per_anchor: keep so many tuples per anchor, each with its own copies; None: keep all, with one
             copy per row and role.
         clean_weight: weight of the unperturbed loss.
-        in_place: replace rows wherever they stand, whatever the loss could tell apart.
+        for_miner: whether a miner is wrapped; rows are then replaced wherever they stand, since it names them by place.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class FixedContext:
         perturb: str | Iterable[str] = "positive",
         tuples_per_anchor: int | None = None,
         clean_weight: float = 0.0,
-        in_place: bool = False,
+        for_miner: bool = False,
     ) -> None:
         attacks.check(attack)
         self.attack = attack
@@ -73,12 +75,15 @@ class FixedContext:
             raise InputError(f"clean_weight={clean_weight!r}; expected a number from 0 on.")
         self.tuples_per_anchor = tuples_per_anchor
         self.clean_weight = clean_weight
-        self.in_place = in_place or (self.roles == ROLES and tuples_per_anchor is None)
-        self._addressing: dict[tuple[bool, ...], str] = {}
+        self.for_miner = for_miner
+        self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
+        self._addressing: dict[Situation, str] = {}
+        self._rows_apart: dict[Situation, bool] = {}
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The chosen roles of the tuples, as finely as the wrapped loss can tell them apart."""
+        self._sees_rows_apart(wrapped, batch)  # what the loss refuses, it refuses before anything is spent
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
             return replace_rows(_attackable(batch), len(batch), None).split(batch.num_queries)
@@ -89,7 +94,12 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
-        """Furthest fixed member of its tuples that shares its label, minus the nearest that does not."""
+        """Furthest fixed member of its tuples that shares its label, minus the nearest that does not.
+
+        A loss in which rows do not meet (classification, proxies) has no such members; its own value is raised.
+        """
+        if self._sees_rows_apart(wrapped, batch):
+            return OwnLoss(wrapped, batch, plan)
         return ViolationScore(distance_of(wrapped), batch.context, *partners_of(plan, wrapped, batch))
 
     @hookimpl(trylast=True)
@@ -131,7 +141,8 @@ class FixedContext:
         reference embeddings, so that the number of rows stays; a loss that cannot tell tuples apart
         gets rows replaced. Which one fits is found out once, on random embeddings, from the loss itself.
         """
-        kept = tuples if self._explicit(wrapped, batch) else batch.indices_tuple
+        chosen_here = self.tuples_per_anchor is not None or isinstance(_triplets_per_anchor(wrapped), int)
+        kept = tuples if chosen_here else batch.indices_tuple  # a loss that chooses at random would choose anew
         in_place = plan_rows(tuples, self.roles, len(batch))
         in_place = Plan(in_place.rows, in_place.layout, kept).split(batch.num_queries)
         if self.in_place or not len(in_place):
@@ -141,7 +152,7 @@ class FixedContext:
         plans: dict[str, Plan | None] = {"reference": appended.by_reference(len(batch), batch.num_queries)}
         if batch.num_queries == len(batch):
             plans = {"appended": appended, **plans}
-        situation = (batch.indices_tuple is None, batch.num_queries < len(batch), batch.shared_labels)
+        situation = _situation(batch)
         if situation not in self._addressing:
             fitting = (
                 n for n, plan in plans.items() if plan is not None and _same_value(wrapped, batch, untouched, plan)
@@ -157,9 +168,15 @@ class FixedContext:
             )
         return in_place if plan is None else plan
 
-    def _explicit(self, wrapped: nn.Module, batch: Batch) -> bool:
-        chosen_here = self.tuples_per_anchor is not None or _triplets_per_anchor(wrapped) is not None
-        return batch.indices_tuple is not None or chosen_here
+    def _sees_rows_apart(self, wrapped: nn.Module, batch: Batch) -> bool:
+        if self.for_miner:
+            return False
+        situation = _situation(batch)
+        if situation not in self._rows_apart:
+            with torch.no_grad():
+                clean_loss(wrapped, batch)
+            self._rows_apart[situation] = _is_sum_over_rows(wrapped, batch)
+        return self._rows_apart[situation]
 
     def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
         known = batch.num_attackable
@@ -202,6 +219,31 @@ class ViolationScore:
         return _or_zero(furthest, self.not_same.all(1)) - _or_zero(nearest, self.not_different.all(1))
 
 
+class OwnLoss:
+    """What each copy contributes to the wrapped loss, with everything else fixed.
+
+    Args:
+        wrapped: a loss in which rows do not meet.
+        batch: gives the fixed rows, ``batch.context``.
+        plan: where the copies stand.
+    """
+
+    def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
+        self.loss, self.batch, self.plan = _unreduced(wrapped), replace(batch, embeddings=batch.context), plan
+        stands = (plan.layout >= len(batch)).nonzero().flatten()
+        self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Contributions ``(M, D) -> (M,)``; the loss itself, ``()``, where it does not tell them."""
+        found: Any = self.plan.evaluate(self.loss, self.batch, embeddings)
+        if isinstance(found, Tensor):
+            return found
+        told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
+        if told:
+            return sum(told)[self.position]
+        return sum(part["losses"] for part in found.values())
+
+
 def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
     """The caller's tuples, or the loss's own pairs or triplets, over the rows of the batch; None without labels."""
     if batch.indices_tuple is not None or batch.labels is None:
@@ -219,14 +261,16 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """``(M, N)`` masks of each copy's fixed partners of its own and of other labels.
 
-    Without tuples a copy's only partner is its own row, from which it is led away.
+    Without tuples a copy is led away from the other view of its row, or from its row itself where there is none.
     """
     tuples = plan.indices_tuple
     if tuples is None:
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
-            own_row = nn.functional.one_hot(plan.rows, len(batch)).bool()
-            return own_row, torch.zeros_like(own_row)
+            two_views = len(batch) == 2 * batch.num_queries
+            partner = (plan.rows + batch.num_queries) % len(batch) if two_views else plan.rows
+            led_away = nn.functional.one_hot(partner, len(batch)).bool()
+            return led_away, torch.zeros_like(led_away)
         if plan.ref_layout is not None:
             tuples = shift_partners(tuples, -batch.num_queries)
     return plan.partners(tuples, len(batch))
@@ -243,6 +287,23 @@ def clean_loss(wrapped: Callable[..., Tensor], batch: Batch) -> Tensor:
     return loss
 
 
+Situation = tuple[bool, ...]
+"""How a loss is called: with tuples, with a reference, with one tensor for the labels of both."""
+
+
+def _situation(batch: Batch) -> Situation:
+    return batch.indices_tuple is None, batch.num_queries < len(batch), batch.shared_labels
+
+
+def _unreduced(wrapped: nn.Module) -> nn.Module:
+    """The same loss, parameters and all, that gives PML's dict of losses before they are reduced to one."""
+    if not isinstance(wrapped, BaseMetricLossFunction):
+        return wrapped
+    view = copy.copy(wrapped)
+    view._modules = {**wrapped._modules, "reducer": DoNothingReducer()}
+    return view
+
+
 def _untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
     nobody = torch.empty(0, dtype=torch.long, device=batch.embeddings.device)
     return replace_rows(nobody, len(batch), tuples).split(batch.num_queries)
@@ -257,32 +318,60 @@ def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
 
 
 def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:
-    found = (getattr(module, "triplets_per_anchor", None) for module in wrapped.modules())
-    return next((value for value in found if value is not None), None)
+    return getattr(wrapped, "triplets_per_anchor", None)
 
 
 def _same_value(wrapped: nn.Module, batch: Batch, untouched: Plan, plan: Plan) -> bool:
     """Whether the loss gives one value for both plans while nothing is perturbed.
 
-    The plan gets a bystander, since a loss that looks at rows that its tuples do not name would look at rows and
-    their copies at once. Asked of copies of the loss, in double precision on the CPU, where an index out of
-    range is an exception and not the end of the process.
+    Also with a bystander in the plan, since a loss that looks at rows that its tuples do not name would look at rows
+    and their copies at once.
     """
-    plan = plan.with_bystander(len(batch)).to("cpu")
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(batch) + 1, batch.embeddings.shape[1])
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
-    clean, bystander = drawn[:-1], drawn[-1:]
-    drawn_batch = replace(batch, embeddings=clean, labels=None if batch.labels is None else batch.labels.cpu())
-
-    def value(of: Plan, copies: Tensor) -> Tensor:
-        loss = copy.deepcopy(wrapped).cpu().double()
-        return torch.as_tensor(of.evaluate(loss, drawn_batch, copies), dtype=torch.float64)
-
+    clean, bystander = _drawn(batch, 1)
+    copies = clean[plan.rows.cpu()]
     try:
-        expected = value(untouched.to("cpu"), clean[:0])
-        found = value(plan, torch.cat([clean[plan.rows[:-1]], bystander]))
+        expected = _value(wrapped, batch, untouched, clean, clean[:0])
+        alone = _value(wrapped, batch, plan, clean, copies)
+        attended = _value(wrapped, batch, plan.with_bystander(len(batch)), clean, torch.cat([copies, bystander]))
     except Exception as error:  # whatever a loss raises at arguments that it does not take
         logger.debug("%s refuses a plan: %r", type(wrapped).__name__, error)
         return False
-    return bool(torch.isclose(expected, found, rtol=1e-9, atol=0))
+    return all(torch.isclose(expected, found, rtol=1e-9, atol=0) for found in (alone, attended))
+
+
+def _is_sum_over_rows(wrapped: nn.Module, batch: Batch) -> bool:
+    """Whether the loss is a sum of what each row contributes on its own.
+
+    Then what two parts of the batch change, each alone, adds up to what they change together. The batch is parted by
+    each bit of the row number, so that any two rows are in different parts once.
+    """
+    noise, moved = _drawn(batch, len(batch))
+    clean = torch.ones_like(noise) + noise  # near each other, so that no margin keeps them from being compared
+    untouched, number = _untouched(batch, batch.indices_tuple), torch.arange(len(batch))
+
+    def change(part: Tensor) -> Tensor:
+        return _value(wrapped, batch, untouched, torch.where(part[:, None], moved, clean), clean[:0]) - before
+
+    try:
+        before = _value(wrapped, batch, untouched, clean, clean[:0])
+        together = change(number >= 0)
+        parts = (number >> bit & 1 == 1 for bit in range((len(batch) - 1).bit_length()))
+        sums = (change(part) + change(~part) for part in parts)
+        return bool(together != 0) and all(torch.isclose(found, together, rtol=1e-9, atol=0) for found in sums)
+    except Exception as error:  # a loss of the user's that cannot be copied, or moved
+        logger.debug("%s cannot be asked whether it sees rows apart: %r", type(wrapped).__name__, error)
+        return False
+
+
+def _drawn(batch: Batch, more: int) -> tuple[Tensor, Tensor]:
+    """Random embeddings: of the batch's rows, and of some more."""
+    shape = (len(batch) + more, batch.embeddings.shape[1])
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / shape[1] ** 0.5
+    return drawn[: len(batch)], drawn[len(batch) :]
+
+
+def _value(wrapped: nn.Module, batch: Batch, plan: Plan, clean: Tensor, copies: Tensor) -> Tensor:
+    """What a copy of the loss says, in double precision on the CPU: there a wrong index is only an exception."""
+    loss = copy.deepcopy(wrapped).cpu().double()
+    batch = replace(batch, embeddings=clean, labels=None if batch.labels is None else batch.labels.cpu())
+    return torch.as_tensor(plan.to("cpu").evaluate(loss, batch, copies), dtype=torch.float64)

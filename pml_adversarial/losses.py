@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
 from .defaults import FixedContext, clean_loss
-from .errors import InputError
+from .errors import InputError, PlanError
 from .isolation import isolated
 from .pixels import Normalization, PixelSpace
 from .plan import Plan
@@ -29,8 +30,9 @@ class AdversarialLoss(ModuleWithRecords):
     """Wraps a PML loss: while training, chosen members of its tuples are perturbed against a fixed batch context.
 
     The method of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), open to others through
-    ``plugins``. It is called as the loss that it wraps. In ``.eval()`` it is that loss; while training with a
-    budget of 0 it equals that loss on the tuples that it keeps.
+    ``plugins``. It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
+    `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 it equals that loss on the
+    tuples that it keeps.
 
     Around PML's ``DistributedLossWrapper`` all processes perturb one batch, the union of theirs.
 
@@ -123,19 +125,25 @@ class AdversarialLoss(ModuleWithRecords):
         Returns:
             A scalar.
         """
+        loss: nn.Module = self.loss
+        if takes_two_views(loss):
+            loss, ref_emb = TwoViews(loss), labels if ref_emb is None else ref_emb
+            labels, ref_labels = TwoViews.labels(embeddings, ref_emb)
         if not self.training:
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
-            return self.loss(embeddings, labels, *given)
+            return loss(embeddings, labels, *given)
         _check_gradient(embeddings)
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        plan, adversarial = self.adversary.perturb(self._of_the_batch, batch)
+        if isinstance(loss, DistributedLossWrapper):
+            loss = loss.loss  # the batch is gathered
+        plan, adversarial = self.adversary.perturb(loss, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
-            return batch.world_size * clean_loss(self._of_the_batch, batch)
-        change = self._loss_change(batch, plan, adversarial.embeddings)
-        loss = self.adversary.training_loss(self._of_the_batch, batch, plan, adversarial)
+            return batch.world_size * clean_loss(loss, batch)
+        change = self._loss_change(loss, batch, plan, adversarial.embeddings)
+        value = self.adversary.training_loss(loss, batch, plan, adversarial)
         records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        return batch.world_size * loss  # as PML does it: each rank has the gradient of its rows, and DDP averages
+        return batch.world_size * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond the wrapped loss: step, seed, the plugins' states."""
@@ -145,18 +153,56 @@ class AdversarialLoss(ModuleWithRecords):
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
 
-    @property
-    def _of_the_batch(self) -> nn.Module:
-        """The loss of a batch that needs no gathering any more."""
-        return self.loss.loss if isinstance(self.loss, DistributedLossWrapper) else self.loss
-
-    def _loss_change(self, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
+    def _loss_change(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
         """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
         values = {}
         for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
-            with isolated(self.loss), torch.no_grad():
-                values[name] = torch.as_tensor(plan.evaluate(self._of_the_batch, batch, copies))
+            with self.adversary.own_randomness(), isolated(loss), torch.no_grad():
+                values[name] = torch.as_tensor(plan.evaluate(loss, batch, copies))
         return values
+
+
+class TwoViews(nn.Module):
+    """A loss of two views of the same images, ``(embeddings, ref_emb)``, called as PML calls the others."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any) -> Tensor:
+        """The loss of the two views; each image is its own class, whatever the labels.
+
+        Raises:
+            PlanError: tuples were given, or are to be kept.
+        """
+        if indices_tuple is not None:
+            raise PlanError(
+                f"{type(self.loss).__name__} takes no tuples, it compares two views of the same images; expected "
+                "indices_tuple=None and tuples_per_anchor=None."
+            )
+        return self.loss(embeddings, ref_emb)
+
+    @staticmethod
+    def labels(embeddings: Tensor, ref_emb: Any) -> tuple[Tensor, Tensor]:
+        """A class for each image.
+
+        Raises:
+            InputError: there is no second view, or one of other images.
+        """
+        if not isinstance(ref_emb, Tensor) or ref_emb.shape != embeddings.shape:
+            found = tuple(ref_emb.shape) if isinstance(ref_emb, Tensor) else type(ref_emb).__name__
+            raise InputError(
+                f"The second view is {found}, the first {tuple(embeddings.shape)}; expected embeddings of two views of "
+                "the same images in the same order, loss_func(embeddings, ref_emb)."
+            )
+        each = torch.arange(len(embeddings), device=embeddings.device)
+        return each, each.clone()  # PML would leave out pairs (i, i) if both were one tensor
+
+
+def takes_two_views(loss: nn.Module) -> bool:
+    """Whether the loss is called with two views, ``(embeddings, ref_emb)``, and no labels."""
+    parameters = inspect.signature(loss.forward).parameters
+    return "ref_emb" in parameters and "labels" not in parameters
 
 
 def _check_wrappers(loss: nn.Module) -> None:

@@ -76,7 +76,7 @@ class AdversarialMiner(BaseMiner):
                 "DistributedMinerWrapper has efficient=True: each rank then mines for its own rows only. Use "
                 "efficient=False, with which the ranks share one batch."
             )
-        own = FixedContext(attack, perturb, in_place=True)
+        own = FixedContext(attack, perturb, for_miner=True)
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner

@@ -39,6 +39,7 @@ class Objective(nn.Module):
         with torch.no_grad():
             self.clean_score = self._rows(score(clean), len(clean)).float()
         self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+        self.best_inputs: Tensor | None = None
         self._watched_gradient = False
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
@@ -61,13 +62,25 @@ class Objective(nn.Module):
         if len(inputs) != len(self.clean_score):
             raise AttackError(
                 f"The attack asked about {len(inputs)} of {len(self.clean_score)} perturbed rows. Each row has its own "
-                "fixed context, known by its position, so attacks that take rows one by one or drop some cannot be "
-                "used in training. Use one that moves the whole batch, such as PGD."
+                "fixed context, known by its position, so attacks that take rows one by one, drop or repeat some "
+                "cannot be used in training. Use one that moves the whole batch, such as PGD."
             )
         if inputs.requires_grad:
             inputs.register_hook(self._watch_gradient)
         score = self._rows(self._score(self._embed(inputs)), len(inputs)).float()
+        self._keep_better(inputs.detach(), score.detach())
         return _logits(score - self.clean_score)
+
+    def keep_best(self, clean_inputs: Tensor) -> None:
+        """From now on, ``best_inputs`` is what raised each row's score most of all that was asked about."""
+        self.best_inputs, self._best_score = clean_inputs, self.clean_score
+
+    def _keep_better(self, inputs: Tensor, score: Tensor) -> None:
+        if self.best_inputs is None:
+            return
+        better = score > self._best_score
+        self._best_score = torch.where(better, score, self._best_score)
+        self.best_inputs = torch.where(better.reshape(-1, *[1] * (inputs.ndim - 1)), inputs, self.best_inputs)
 
     def _watch_gradient(self, gradient: Tensor) -> None:
         self._watched_gradient = True
@@ -84,11 +97,12 @@ class Objective(nn.Module):
 
 
 def _logits(score: Tensor) -> Tensor:
-    # The cross-entropy, softplus(other), is made to be a sigmoid of the score with tails of 1 / |score|. The
+    # The cross-entropy, softplus(-lead), is made to be a sigmoid of the score with tails of 1 / |score|. The
     # two branches meet at 0 with their slope; abs() and clamp() would have none there, where attacks start.
     positive, zero = score > 0, torch.zeros_like(score)
     below = 0.5 / (1 - torch.where(positive, zero, score))
     above = 1 - 0.5 / (1 + torch.where(positive, score, zero))
     cross_entropy = _HIGHEST * torch.where(positive, above, below)
-    other = torch.log(torch.expm1(cross_entropy))
-    return torch.stack([zero, other], dim=1)
+    lead = -torch.log(torch.expm1(cross_entropy))
+    other = torch.ones_like(score)  # both above 0: some attacks multiply logits with masks, and take the maximum
+    return torch.stack([other + lead, other], dim=1)

@@ -640,7 +640,13 @@ class TestBadInput:
             loss_func(model(images), labels)
 
     def test_attacks_that_take_rows_one_by_one(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=partial(torchattacks.DeepFool, steps=2))
+        with pytest.raises(AttackError, match="DeepFool cannot be used in training"):
+            AdversarialLoss(losses.TripletMarginLoss(), model, attack=partial(torchattacks.DeepFool, steps=2))
+
+        def one_by_one(objective):
+            return lambda inputs, labels: torch.cat([objective(row) for row in inputs.split(1)])
+
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=one_by_one)
         with pytest.raises(AttackError, match=r"1 of 8 perturbed rows"):
             loss_func(model(images), labels)
 
