@@ -65,6 +65,12 @@ class Spy:
         }
 
 
+def drawn(loss, *arguments):
+    """A loss with parameters, the same everywhere."""
+    torch.manual_seed(11)
+    return loss(*arguments).double()
+
+
 @dataclass
 class Case:
     """One way to train; ``ref`` is None, "known" (embedded by the model, with gradient) or "unknown"."""
@@ -82,6 +88,7 @@ class Case:
 
 
 ONE_SIDED = tuple(torch.tensor(m) for m in ([6, 7, 8, 10], [0, 2, 4, 5], [2, 0, 1, 3]))  # all positives on rank 0
+NEGATIVE_PAIRS = tuple(torch.tensor(m, dtype=torch.long) for m in ([], [], [0, 7, 3], [9, 2, 11]))
 Triplet = partial(losses.TripletMarginLoss, margin=0.3)
 CASES = {
     "triplet": Case(Triplet),
@@ -103,6 +110,7 @@ CASES = {
     "NT-Xent": Case(losses.NTXentLoss),
     "SupCon, all": Case(losses.SupConLoss, perturb="all"),
     "lifted structure": Case(losses.LiftedStructureLoss),
+    "ArcFace": Case(lambda: drawn(losses.ArcFaceLoss, 4, 4), perturb="all"),  # attacked by its own value
     "l2": Case(
         Triplet, options={"attack": partial(torchattacks.PGDL2, eps=0.5, alpha=0.2, steps=3, random_start=False)}
     ),
@@ -119,6 +127,7 @@ CASES = {
     "one rank alone has copies": Case(Triplet, tuples=ONE_SIDED),
     "one rank alone has copies, BatchNorm": Case(Triplet, tuples=ONE_SIDED, model="frozen BatchNorm", steps=2),
     "nobody has copies": Case(Triplet, tuples=tuple(torch.empty(0, dtype=torch.long) for _ in range(3))),
+    "nobody is perturbed": Case(losses.ContrastiveLoss, tuples=NEGATIVE_PAIRS),
     "find_unused_parameters": Case(Triplet, ddp={"find_unused_parameters": True}, steps=3),
     "find_unused_parameters, all": Case(Triplet, perturb="all", ddp={"find_unused_parameters": True}, steps=3),
     "static_graph": Case(Triplet, ddp={"static_graph": True}, steps=3),
