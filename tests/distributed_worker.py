@@ -100,6 +100,8 @@ CASES = {
     "triplet, hard, all": Case(Triplet, miners.BatchHardMiner, perturb="all"),
     "triplet, frozen BatchNorm": Case(Triplet, miners.BatchHardMiner, model="frozen BatchNorm", steps=2),
     "triplet, two a anchor": Case(Triplet, perturb=("anchor", "positive"), options={"tuples_per_anchor": 2}),
+    "triplet, two drawn": Case(partial(Triplet, triplets_per_anchor=2)),
+    "triplet, two drawn, all": Case(partial(Triplet, triplets_per_anchor=2), perturb="all"),
     "contrastive": Case(losses.ContrastiveLoss, options={"clean_weight": 0.5}),
     "contrastive, pairs": Case(losses.ContrastiveLoss, miners.PairMarginMiner, perturb="negative"),
     "multi-similarity": Case(losses.MultiSimilarityLoss, miners.MultiSimilarityMiner),
@@ -460,6 +462,11 @@ def others():
             lambda: DistributedMinerWrapper(AdversarialMiner(MINERS["batch hard"](), ddp))(ddp(x), y)
         ),
     }
+    ddp, loss_func, _ = setting()
+    with ddp.no_sync():
+        loss_func(ddp(x), y).backward()
+    loss_func(ddp(own_part(images(12, 1))), y).backward()
+    found["accumulated"] = [p.grad for p in ddp.parameters()]
     for name, plugin in {"scalar score": AllPulled(), "copies of rank 0": RepeatsRowsOfRank0()}.items():
         spy = Spy()
         ddp, loss_func, _ = setting(plugins=[plugin, spy])

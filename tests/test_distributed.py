@@ -411,6 +411,14 @@ class TestOtherUses:
     def test_is_pmls_wrapper_in_eval_mode(self, rank, seen):
         assert torch.equal(seen[rank]["others"]["eval"], seen[rank]["others"]["PML"])
 
+    def test_gradients_can_be_accumulated(self, seen):
+        model = worker.make_model()
+        loss_func = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD)
+        for step in range(2):
+            loss_func(model(worker.images(12, step)), worker.LABELS).backward()
+        for rank in RANKS:
+            close(seen[rank]["others"]["accumulated"], [p.grad for p in model.parameters()])
+
     @pytest.mark.parametrize(
         ("name", "plugin"), [("scalar score", worker.AllPulled()), ("copies of rank 0", worker.RepeatsRowsOfRank0())]
     )
