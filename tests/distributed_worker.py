@@ -440,6 +440,14 @@ class AllPulled:
         return lambda embeddings: embeddings.sum()
 
 
+class PulledTogether:
+    """A scalar score to which all copies matter at once."""
+
+    @hookimpl
+    def pml_adversarial_score(self):
+        return lambda embeddings: embeddings.sum(0).square().sum()
+
+
 class RepeatsRowsOfRank0:
     """As many copies as there are rows, none of them of rank 1."""
 
@@ -462,6 +470,10 @@ def others():
             lambda: DistributedMinerWrapper(AdversarialMiner(MINERS["batch hard"](), ddp))(ddp(x), y)
         ),
     }
+    spy = Spy()
+    ddp, loss_func, _ = setting(plugins=[PulledTogether(), spy])
+    loss_func(ddp(x), y)
+    found["pulled together"] = spy.seen["inputs"]
     ddp, loss_func, _ = setting()
     with ddp.no_sync():
         loss_func(ddp(x), y).backward()

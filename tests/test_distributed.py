@@ -411,6 +411,16 @@ class TestOtherUses:
     def test_is_pmls_wrapper_in_eval_mode(self, rank, seen):
         assert torch.equal(seen[rank]["others"]["eval"], seen[rank]["others"]["PML"])
 
+    @each_rank
+    def test_a_score_of_all_copies_finds_those_of_other_ranks_clean(self, rank, seen):
+        model, clean = worker.make_model(), worker.images(12, 0).chunk(2)
+        others, moved = model(clean[1 - rank]).detach().sum(0), clean[rank]
+        for _ in range(3):
+            x = moved.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad((model(x).sum(0) + others).square().sum(), x)
+            moved = (clean[rank] + (moved + 0.04 * gradient.sign() - clean[rank]).clamp(-0.1, 0.1)).clamp(0, 1)
+        close(seen[rank]["others"]["pulled together"], moved)
+
     def test_gradients_can_be_accumulated(self, seen):
         model = worker.make_model()
         loss_func = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD)
