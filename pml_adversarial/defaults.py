@@ -229,13 +229,13 @@ class OwnLoss:
     """
 
     def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.loss, self.batch, self.plan = _unreduced(wrapped), replace(batch, embeddings=batch.context), plan
+        self.wrapped, self.batch, self.plan = wrapped, replace(batch, embeddings=batch.context), plan
         stands = (plan.layout >= len(batch)).nonzero().flatten()
         self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Contributions ``(M, D) -> (M,)``; the loss itself, ``()``, where it does not tell them."""
-        found: Any = self.plan.evaluate(self.loss, self.batch, embeddings)
+        found: Any = self.plan.evaluate(_unreduced(self.wrapped), self.batch, embeddings)
         if isinstance(found, Tensor):
             return found
         told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]

@@ -103,7 +103,8 @@ class AdversarialMiner(BaseMiner):
             return self.miner(embeddings, labels, *reference)
         batch = self.adversary.batch(embeddings, labels, None, *reference)
         untouched = replace_rows(torch.empty(0, dtype=torch.long, device=embeddings.device), len(batch), None)
-        found = self._mine(untouched.split(batch.num_queries), batch, batch.embeddings[:0])
+        with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
+            found = self._mine(untouched.split(batch.num_queries), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))
         plan, adversarial = self.adversary.rehearse(self._of_the_batch, batch)
         if adversarial is None:

@@ -1,12 +1,16 @@
 """All losses and miners of pytorch-metric-learning, and the batches on which test_contract holds them to one contract.
 
-Losses and miners are found by inspection, so that a new one cannot be missed.
+Losses and miners are found by inspection, so that a new one cannot be missed. Run as a script, it prints the table of
+docs/losses.md.
 """
 
 import copy
 import inspect
 import itertools
-from functools import partial
+import logging
+import sys
+import warnings
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -16,16 +20,18 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, hookimpl
+from pml_adversarial.defaults import OwnLoss
 
-EPS, STEPS = 0.1, 5
-PGD = partial(torchattacks.PGD, eps=EPS, alpha=0.04, steps=STEPS)
+EPS = 0.1
+PGD = partial(torchattacks.PGD, alpha=0.02, steps=10)
 ROLES = ("anchor", "positive", "negative", "all")
 CLASSES, SIZE = 4, 4
 LABELS = torch.arange(CLASSES).repeat_interleave(3)  # in blocks of one size, as SmoothAPLoss wants it
+UNEVEN = torch.tensor([3, 3, 1, 1, 1, 1, 0, 2, 2, 0, 0, 2])
 TRIPLETS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0])  # as EmbeddingsAlreadyPackagedAsTriplets wants it
 REF_LABELS = torch.tensor([1, 0, 2, 3, 0, 1, 2, 3, 0, 2, 1, 3])
 
-# What some constructors ask for.
+# What some constructors ask for, and what does not fit twelve rows by default.
 _ARGUMENTS = {
     "num_classes": CLASSES,
     "embedding_size": SIZE,
@@ -34,16 +40,16 @@ _ARGUMENTS = {
     "Tn": 10.0,
     "l": SIZE,
 }
-_OPTIONS = {"ManifoldLoss": {"K": CLASSES}}  # no more proxies than rows
+_OPTIONS = {"ManifoldLoss": {"K": CLASSES}}
 _NO_LOSS_OF_ITS_OWN = {losses.BaseMetricLossFunction, losses.GenericPairLoss}
 
 
-def concrete(module, base, without):
+def _concrete(module, base, without):
     found = (kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, base))
-    return sorted({kind.__name__: kind for kind in found if kind not in without}.items())
+    return dict(sorted((kind.__name__, kind) for kind in found if kind not in without))
 
 
-def required(kind):
+def _required(kind):
     """Arguments that the constructor, or the one that it hands them on to, cannot do without."""
     found = {}
     for base in kind.__mro__:
@@ -51,21 +57,23 @@ def required(kind):
         names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         found |= {name: _ARGUMENTS[name] for name in names if name != "self"}
         if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
-            return found
+            break
+    return found
 
 
 LOSSES = {
-    name: partial(kind, **required(kind), **_OPTIONS.get(name, {}))
-    for name, kind in concrete(losses, losses.BaseMetricLossFunction, _NO_LOSS_OF_ITS_OWN)
+    name: partial(kind, **_required(kind), **_OPTIONS.get(name, {}))
+    for name, kind in _concrete(losses, losses.BaseMetricLossFunction, _NO_LOSS_OF_ITS_OWN).items()
 }
 WRAPPERS = {
     "CrossBatchMemory": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), SIZE, 48),
+    "CrossBatchMemory of triplets": lambda: losses.CrossBatchMemory(losses.TripletMarginLoss(), SIZE, 48),
     "MultipleLosses": lambda: losses.MultipleLosses([losses.TripletMarginLoss(), losses.ContrastiveLoss()]),
     "SelfSupervisedLoss": lambda: losses.SelfSupervisedLoss(losses.NTXentLoss()),
-    "SelfSupervisedLoss, one way": lambda: losses.SelfSupervisedLoss(losses.TripletMarginLoss(), symmetric=False),
+    "SelfSupervisedLoss, not symmetric": lambda: losses.SelfSupervisedLoss(losses.TripletMarginLoss(), symmetric=False),
     "DistributedLossWrapper": lambda: DistributedLossWrapper(losses.MultiSimilarityLoss()),
 }
-MINERS = {"none": None, **dict(concrete(miners, miners.BaseMiner, {miners.BaseMiner}))}
+MINERS = {"none": None, **_concrete(miners, miners.BaseMiner, {miners.BaseMiner})}
 
 
 class Situation(NamedTuple):
@@ -75,83 +83,103 @@ class Situation(NamedTuple):
     reference: bool = False
     labels: bool = True
 
+    def __str__(self):
+        return f"{self.miner}{', ref' * self.reference}{', no labels' * (not self.labels)}"
+
 
 def situations(name):
     """All ways in which this loss may be called, with and without labels, tuples, reference; PML may refuse some."""
-    if "labels" not in inspect.signature(make_loss(name).forward).parameters:
+    if takes_two_views(name):
         return [Situation(reference=True, labels=False)]
     with_labels = [Situation(miner, reference) for miner, reference in itertools.product(MINERS, (False, True))]
     return [*with_labels, Situation(labels=False), Situation(reference=True, labels=False)]
 
 
+def takes_two_views(name):
+    return "labels" not in inspect.signature(make_loss(name).forward).parameters
+
+
 def make_loss(name):
     torch.manual_seed(1)
-    return {**LOSSES, **WRAPPERS}[name]().double()
-
-
-def make_miner(name):
-    return MINERS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what their constructors say of numpy is not for us
+        return {**LOSSES, **WRAPPERS}[name]().double()
 
 
 class Scene:
-    """A model, a batch, and a loss that is called in one situation."""
+    """A model, a batch, and a loss that is called in one situation; ``uneven``: with another number of rows a class."""
 
-    def __init__(self, name, situation, seed=0, model=None):
-        torch.manual_seed(seed)
-        self.situation = situation
-        self.model = model or nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, SIZE)).double()
-        self.loss = make_loss(name)
-        self.labels = TRIPLETS if situation.miner == "EmbeddingsAlreadyPackagedAsTriplets" else LABELS
+    def __init__(self, name, situation, *, uneven=False, model=None, dtype=torch.float64):
+        torch.manual_seed(4 if uneven else 0)
+        self.situation, self.dtype, self.two_views = situation, dtype, takes_two_views(name)
+        self.model = model or nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, SIZE))
+        self.model.to(dtype)
+        self.loss = make_loss(name).to(dtype)
+        self.labels = UNEVEN if uneven else LABELS
+        if situation.miner == "EmbeddingsAlreadyPackagedAsTriplets":
+            self.labels = TRIPLETS
         of_class, of_image = torch.rand(CLASSES, 1, 6, 6), torch.rand(2, 12, 1, 6, 6)
-        self.images = (0.6 * of_class[self.labels] + 0.4 * of_image[0]).double()
-        self.ref_images = (0.6 * of_class[REF_LABELS] + 0.4 * of_image[1]).double()
+        self.images = (0.6 * of_class[self.labels] + 0.4 * of_image[0]).to(dtype)
+        self.ref_images = (0.6 * of_class[REF_LABELS] + 0.4 * of_image[1]).to(dtype)
 
     def arguments(self):
-        embeddings = self.model(self.images)
+        """What the loss is called with, embedded anew."""
+        embeddings, reference = self.model(self.images), ()
         labels = self.labels if self.situation.labels else None
-        reference = (self.model(self.ref_images), REF_LABELS if self.situation.labels else None)
-        reference = reference if self.situation.reference else ()
-        if "labels" not in inspect.signature(self.loss.forward).parameters:
+        if self.situation.reference:
+            reference = self.model(self.ref_images), REF_LABELS if self.situation.labels else None
+        if self.two_views:
             return embeddings, reference[0]
         tuples = None
         if self.situation.miner != "none":
             torch.manual_seed(2)
-            tuples = make_miner(self.situation.miner)(embeddings, labels, *reference)
+            tuples = MINERS[self.situation.miner]()(embeddings, labels, *reference)
         return embeddings, labels, tuples, *reference
 
-    def value(self, loss):
-        """A loss's value and its gradients, for model and loss, by name."""
+    def call(self, loss):
+        """The loss's value."""
         self.model.zero_grad()
         loss.zero_grad()
         arguments = self.arguments()
         torch.manual_seed(3)
-        value = torch.as_tensor(loss(*arguments))
+        return torch.as_tensor(loss(*arguments))
+
+    def value(self, loss):
+        """The loss's value, and its gradients by name, those of its own parameters included."""
+        value = self.call(loss)
         if value.requires_grad:
             value.backward()
         inner = loss.loss if isinstance(loss, AdversarialLoss) else loss
-        named = [
-            *((f"model.{n}", p) for n, p in self.model.named_parameters()),
-            *((f"loss.{n}", p) for n, p in inner.named_parameters()),
-        ]
-        return value.detach(), {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+        named = {
+            f"{of}.{n}": p
+            for of, module in (("model", self.model), ("loss", inner))
+            for n, p in module.named_parameters()
+        }
+        return value.detach(), {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
 
-    def plain(self):
-        """Value and gradients of the loss alone, or the exception that it raises."""
+    def tried(self, loss):
+        """Value and gradients of a loss, or the exception that it raises."""
         try:
-            return self.value(copy.deepcopy(self.loss))
+            return self.value(loss)
         except Exception as error:
             return error
 
+    def plain(self):
+        """The same of the loss that is not wrapped."""
+        return self.tried(copy.deepcopy(self.loss))
+
     def adversarial(self, perturb, eps=EPS, **options):
         attack = partial(PGD, eps=eps)
-        return AdversarialLoss(copy.deepcopy(self.loss), self.model, attack=attack, perturb=perturb, **options)
+        return AdversarialLoss(copy.deepcopy(self.loss), self.model, attack=attack, perturb=perturb, seed=0, **options)
 
 
 class Spy:
     """Keeps what a step did, and its score."""
 
+    score = None
+
     @hookimpl(wrapper=True)
-    def pml_adversarial_score(self, wrapped, batch, plan):
+    def pml_adversarial_score(self, batch, plan):
         self.score = yield
         self.batch, self.plan = batch, plan
         return self.score
@@ -159,3 +187,66 @@ class Spy:
     @hookimpl
     def pml_adversarial_record(self, adversarial):
         self.adversarial = adversarial
+
+
+def outcome(name, situation, perturb):
+    """None if PML refuses the call; else whether somebody was perturbed, whether loss and score rose."""
+    scene = Scene(name, situation)
+    if isinstance(scene.plain(), Exception):
+        return None
+    loss_func = scene.adversarial(perturb)
+    scene.call(loss_func)
+    rose = loss_func.loss_after > loss_func.loss_before
+    return loss_func.num_perturbed > 0, rose, loss_func.share_score_rose == 1
+
+
+class _Addressing(logging.Handler):
+    """Listens to how copies are said to stand."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.said = []
+
+    def emit(self, record):
+        if "copies are" in record.msg:
+            self.said.append(record.args[1])
+
+
+def addressing(name, situation):
+    """Where copies of positives stand, and what their attack raises; "refused" if PML refuses the call."""
+    scene, spy, listener = Scene(name, situation), Spy(), _Addressing()
+    if isinstance(scene.plain(), Exception):
+        return "refused", None
+    logger = logging.getLogger("pml_adversarial")
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.DEBUG)
+    try:
+        scene.call(scene.adversarial("positive", plugins=[spy]))
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+    raises = (
+        "its own value" if isinstance(spy.score, OwnLoss) else "violation" if spy.batch.labels is not None else "shift"
+    )
+    return (listener.said or ["in place"])[-1], raises
+
+
+@cache
+def table():
+    """The rows of the table in docs/losses.md, by loss."""
+    ways = (Situation(), Situation("MultiSimilarityMiner"), Situation("BatchHardMiner"), Situation(reference=True))
+    without_labels = Situation(labels=False), Situation(reference=True, labels=False)
+    rows = {}
+    for name in [*LOSSES, *WRAPPERS]:
+        known = situations(name)
+        found = [addressing(name, way) if way in known else ("refused", None) for way in ways]
+        unlabelled = [addressing(name, way) for way in without_labels if way in known]
+        found.append(min(unlabelled, key=lambda cell: cell[0] == "refused"))
+        raises = next(what for _, what in found if what)
+        rows[name] = " | ".join([name, *(where for where, _ in found), raises])
+    return rows
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(f"| {row} |" for row in table().values()) + "\n")

@@ -71,6 +71,14 @@ def drawn(loss, *arguments):
     return loss(*arguments).double()
 
 
+class Norms(losses.BaseMetricLossFunction):
+    """A loss that needs no labels."""
+
+    def compute_loss(self, embeddings, *rest):
+        squared = embeddings.square().sum(1)
+        return {"loss": {"losses": squared, "indices": torch.arange(len(squared)), "reduction_type": "element"}}
+
+
 @dataclass
 class Case:
     """One way to train; ``ref`` is None, "known" (embedded by the model, with gradient) or "unknown"."""
@@ -85,6 +93,7 @@ class Case:
     ddp: dict = field(default_factory=dict)
     steps: int = 1
     tuples: object = None
+    labelled: bool = True
 
 
 ONE_SIDED = tuple(torch.tensor(m) for m in ([6, 7, 8, 10], [0, 2, 4, 5], [2, 0, 1, 3]))  # all positives on rank 0
@@ -129,6 +138,7 @@ CASES = {
     "one rank alone has copies": Case(Triplet, tuples=ONE_SIDED),
     "one rank alone has copies, BatchNorm": Case(Triplet, tuples=ONE_SIDED, model="frozen BatchNorm", steps=2),
     "nobody has copies": Case(Triplet, tuples=tuple(torch.empty(0, dtype=torch.long) for _ in range(3))),
+    "no labels": Case(lambda: Norms(), labelled=False),
     "nobody is perturbed": Case(losses.ContrastiveLoss, tuples=NEGATIVE_PAIRS),
     "find_unused_parameters": Case(Triplet, ddp={"find_unused_parameters": True}, steps=3),
     "find_unused_parameters, all": Case(Triplet, perturb="all", ddp={"find_unused_parameters": True}, steps=3),
@@ -166,7 +176,7 @@ def train(case, model, wrap, part, first_rank=0):
         tuples = case.tuples if case.miner is None else miner(embeddings, labels, *reference)
         if case.tuples is not None and first_rank:
             tuples = tuple(member.flip(0) for member in case.tuples)  # not asked: those of rank 0 count
-        loss = loss_func(embeddings, labels, tuples, *reference)
+        loss = loss_func(embeddings, labels if case.labelled else None, tuples, *reference)
         loss.backward()
         optimizer.step()
     return {
