@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
@@ -96,9 +96,12 @@ class FixedContext:
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
         """Furthest fixed member of its tuples that shares its label, minus the nearest that does not.
 
-        A loss in which rows do not meet (classification, proxies) has no such members; its own value is raised.
+        A loss in which rows do not meet (classification, proxies) has no such members, and without labels they are not
+        known: then its own value is raised.
         """
         if self._sees_rows_apart(wrapped, batch):
+            return OwnLoss(_unreduced(wrapped), batch, plan)
+        if batch.labels is None and batch.indices_tuple is None:
             return OwnLoss(wrapped, batch, plan)
         return ViolationScore(distance_of(wrapped), batch.context, *partners_of(plan, wrapped, batch))
 
@@ -220,22 +223,23 @@ class ViolationScore:
 
 
 class OwnLoss:
-    """What each copy contributes to the wrapped loss, with everything else fixed.
+    """The wrapped loss itself, of the copies in their places, with everything else fixed.
 
     Args:
-        wrapped: a loss in which rows do not meet.
+        loss: the wrapped loss, or one that gives PML's dict of losses before they are reduced; then each copy's score
+            is what its row contributes, where the loss tells it.
         batch: gives the fixed rows, ``batch.context``.
         plan: where the copies stand.
     """
 
-    def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.wrapped, self.batch, self.plan = wrapped, replace(batch, embeddings=batch.context), plan
+    def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
+        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=batch.context), plan
         stands = (plan.layout >= len(batch)).nonzero().flatten()
         self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Contributions ``(M, D) -> (M,)``; the loss itself, ``()``, where it does not tell them."""
-        found: Any = self.plan.evaluate(_unreduced(self.wrapped), self.batch, embeddings)
+        """The score of embeddings ``(M, D)``: per copy, ``(M,)``, or of all together, ``()``."""
+        found: Any = self.plan.evaluate(self.loss, self.batch, embeddings)
         if isinstance(found, Tensor):
             return found
         told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
@@ -259,18 +263,10 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
 
 
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``(M, N)`` masks of each copy's fixed partners of its own and of other labels.
-
-    Without tuples a copy is led away from the other view of its row, or from its row itself where there is none.
-    """
+    """``(M, N)`` masks of each copy's fixed partners of its own and of other labels."""
     tuples = plan.indices_tuple
     if tuples is None:
-        tuples = own_tuples(wrapped, batch)
-        if tuples is None:
-            two_views = len(batch) == 2 * batch.num_queries
-            partner = (plan.rows + batch.num_queries) % len(batch) if two_views else plan.rows
-            led_away = nn.functional.one_hot(partner, len(batch)).bool()
-            return led_away, torch.zeros_like(led_away)
+        tuples = cast(IndicesTuple, own_tuples(wrapped, batch))
         if plan.ref_layout is not None:
             tuples = shift_partners(tuples, -batch.num_queries)
     return plan.partners(tuples, len(batch))

@@ -226,9 +226,7 @@ def addressing(name, situation):
     finally:
         logger.removeHandler(listener)
         logger.setLevel(level)
-    raises = (
-        "its own value" if isinstance(spy.score, OwnLoss) else "violation" if spy.batch.labels is not None else "shift"
-    )
+    raises = "its own value" if isinstance(spy.score, OwnLoss) else "violation"
     return (listener.said or ["in place"])[-1], raises
 
 

@@ -518,11 +518,33 @@ class TestOptions:
         with pytest.raises(PlanError, match="ref_emb"):
             AdversarialLoss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
 
-    def test_a_loss_without_labels_is_led_off_its_own_embeddings(self, model, images):
+    def test_of_a_loss_without_labels_its_own_value_is_raised(self, model, images):
         loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
         loss_func(model(images), ref_emb=model(images.flip(3))).backward()
         assert loss_func.num_perturbed == 16
         assert loss_func.share_score_rose == 1
+        assert loss_func.loss_after > loss_func.loss_before
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_a_loss_of_two_views(self, symmetric, model, images):
+        wrapped = losses.SelfSupervisedLoss(losses.NTXentLoss(), symmetric=symmetric)
+        spy = Spy()
+        loss_func = AdversarialLoss(wrapped, model, attack=PGD, perturb="positive", plugins=[spy])
+        first, second = model(images), model(images.flip(3))
+        loss = loss_func(first, second)
+        assert spy.plan.rows.tolist() == [*range(8, 16)]  # the second view
+        again = model(spy.adversarial.inputs)
+        torch.testing.assert_close(loss, wrapped(first, again))
+        assert loss_func.loss_after > loss_func.loss_before
+        assert torch.equal(loss_func.eval()(first, ref_emb=second), wrapped(first, second))
+
+    def test_a_loss_of_two_views_takes_no_tuples(self, model, images):
+        wrapped = losses.SelfSupervisedLoss(losses.NTXentLoss())
+        with pytest.raises(PlanError, match="takes no tuples"):
+            AdversarialLoss(wrapped, model, tuples_per_anchor=1)(model(images), model(images.flip(3)))
+        for second, found in ((None, "NoneType"), (model(images)[:7], r"\(7, 4\)")):
+            with pytest.raises(InputError, match=f"second view is {found}"):
+                AdversarialLoss(wrapped, model)(model(images), second)
 
 
 def changing(change):
