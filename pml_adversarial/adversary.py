@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from . import attacks
+from . import attacks, distributed
 from .batch import Adversarial, Batch, IndicesTuple
 from .capture import InputCapture
-from .errors import InputError, PluginError
+from .errors import CaptureError, InputError, PluginError
 from .hookspecs import PROJECT
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .objective import Objective, Score
@@ -29,6 +30,8 @@ _ANSWERS: dict[str, Any] = {
     "training_loss": Tensor,
     "record": Mapping,
 }
+_Attacked = tuple[Tensor | None, Tensor, float]
+"""Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds."""
 
 
 class Adversary:
@@ -39,7 +42,8 @@ class Adversary:
         capture: knows the inputs of embeddings.
         pixels: knows what of them may be changed.
         warmup: steps over which the strength grows linearly from 0 to 1.
-        seed: of the attack's own random stream; None: ``torch.initial_seed()``.
+        seed: of the attack's own random stream; None: ``torch.initial_seed()``. Each rank has a stream of its own.
+        joint: whether the processes of ``torch.distributed`` share one batch and each attacks its part.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Adversary:
         pixels: PixelSpace,
         warmup: int = 0,
         seed: int | None = None,
+        joint: bool = False,
     ) -> None:
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise InputError(f"warmup={warmup!r}; expected a whole number of training steps, 0 for none.")
@@ -57,7 +62,7 @@ class Adversary:
         self.plugins = tuple(plugins)
         self.capture, self.pixels, self.warmup = capture, pixels, warmup
         self.seed = torch.initial_seed() if seed is None else seed
-        self.step = 0
+        self.step, self.joint = 0, joint
         self.manager = make_manager(self.plugins)
 
     @property
@@ -67,7 +72,7 @@ class Adversary:
 
     def own_randomness(self) -> AbstractContextManager[None]:
         """Within it nobody draws the caller's random numbers; the same ones are drawn until the next step."""
-        return random_stream(self.seed, self.step)
+        return random_stream(distributed.seed_of_rank(self.seed), self.step)
 
     def batch(
         self,
@@ -79,17 +84,39 @@ class Adversary:
     ) -> Batch:
         """The arguments of a PML loss, checked, as one `Batch`; nothing is spent yet.
 
+        Where the processes share one batch, it is the union of what they hold, with the tuples of rank 0. Seed and step
+        are those of rank 0 from then on, as `DistributedDataParallel` does it with the weights.
+
         Raises:
             CaptureError: the inputs behind the embeddings are not known.
             InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
+        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        world_size = distributed.world_size() if self.joint else 1
+        if world_size == 1:
+            return self._batch(*given)
+        local, told = distributed.agree(lambda: self._batch(*given, world_size), self._about)
+        _check_forms([form for form, _ in told])
+        self.seed, self.step = told[0][1]
+        return self._unite(local)
+
+    def _batch(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        world_size: int = 1,
+    ) -> Batch:
+        """What this process was given. With a ``world_size``, tuples name rows of the union."""
         _check_rows("embeddings", embeddings, "labels", labels)
         _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
-            indices_tuple = checked_tuples(indices_tuple, len(embeddings), len(partners))
-        inputs = self.capture.inputs_of(embeddings)
+            indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
+        inputs = self._inputs_of(embeddings)
         if len(inputs) != len(embeddings):
             raise InputError(
                 f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
@@ -98,14 +125,45 @@ class Adversary:
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
             if self.capture.knows(ref_emb):
-                inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
+                inputs = torch.cat([inputs, self._inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
-            indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, num_queries)
+            indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
         pixels = self.pixels.to_pixels(inputs)
         context = embeddings.detach()
         return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
+
+    def _about(self, batch: Batch) -> tuple[dict[str, Any], tuple[int, int]]:
+        """What has to be the same on all ranks, and what rank 0 decides."""
+        form = {
+            "embeddings": tuple(batch.embeddings.shape),
+            "type": batch.embeddings.dtype,
+            "labels": None if batch.labels is None else batch.labels.dtype,
+            "queries": batch.num_queries,
+            "known inputs": len(batch.inputs),
+            "one tensor of labels": batch.shared_labels,
+            "model depends on its mode": depends_on_mode(*self.capture.modules),
+        }
+        return form, (self.seed, self.step)
+
+    def _unite(self, local: Batch) -> Batch:
+        """The batches of all ranks as one; own rows carry gradient."""
+        world_size, sizes = distributed.world_size(), (local.num_queries, len(local) - local.num_queries)
+        embeddings = distributed.gather_parts(local.embeddings, sizes)
+        labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)
+        tuples = distributed.decide(lambda: _on("cpu", local.indices_tuple))
+        return replace(
+            local,
+            embeddings=embeddings,
+            context=embeddings.detach(),
+            labels=labels,
+            indices_tuple=_on(embeddings.device, tuples),
+            num_queries=world_size * local.num_queries,
+            strength=self.strength,
+            world_size=world_size,
+            rank=distributed.rank(),
+        )
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
@@ -116,20 +174,26 @@ class Adversary:
         depends = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
         with self.own_randomness(), isolated(wrapped, *self.capture.modules):
             seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
-            plan: Plan = self._ask("plan", wrapped=wrapped, batch=seen)
-            attacked = self._attack(wrapped, seen, plan) if len(plan) else None
+            plan = self._plan(wrapped, seen)
+            attacked = self._attack_own(wrapped, seen, plan) if len(plan) else None
         if attacked is None:
             return plan, None
         inputs, zero_gradient, seconds = attacked
+        own = batch.own(plan.rows)
+        rows = plan.rows[own]
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed_perturbed(inputs)
-        inputs = batch.inputs[plan.rows] if inputs is None else inputs
+        embeddings = batch.embeddings[rows] if inputs is None else self._embed_perturbed(inputs)
+        inputs = batch.inputs_of(rows) if inputs is None else inputs
+        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
+            embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
+        if batch.world_size > 1:
+            embeddings = _gather_copies(batch, plan, embeddings)
         before, after = self._scores(wrapped, batch, plan, embeddings)
-        return plan, Adversarial(inputs, embeddings, before, after, zero_gradient, seconds)
+        return plan, Adversarial(inputs, embeddings, before[own], after[own], zero_gradient, seconds)
 
     def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""
-        with random_stream(self.seed, ~self.step), preserved(*self.capture.modules):
+        with random_stream(distributed.seed_of_rank(self.seed), ~self.step), preserved(*self.capture.modules):
             return self.perturb(wrapped, batch)
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
@@ -204,20 +268,55 @@ class Adversary:
                 "than one row."
             ) from error
 
+    def _inputs_of(self, embeddings: Tensor) -> Tensor:
+        try:
+            return self.capture.inputs_of(embeddings).to(embeddings.device)
+        except CaptureError as error:
+            if self.joint or distributed.world_size() == 1:
+                raise
+            raise CaptureError(
+                f"{error} Among several processes, PML's wrapper hands over rows of all ranks: put it inside, as in "
+                "AdversarialMiner(DistributedMinerWrapper(miner), model)."
+            ) from error
+
+    def _plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
+        """Who is perturbed; of processes that share the batch, rank 0 says it to all."""
+
+        def asked() -> Plan:
+            plan: Plan = self._ask("plan", wrapped=wrapped, batch=batch)
+            return plan
+
+        if batch.world_size == 1:
+            return asked()
+        return distributed.decide(lambda: asked().to("cpu")).to(batch.embeddings.device)
+
     def _embed_clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             known = self._embed(batch.inputs)
+        if batch.world_size > 1:
+            queries, _ = batch.own_sizes
+            known = distributed.gather_parts(known, (queries, len(known) - queries))
         return torch.cat([known, batch.context[len(known) :]])
 
-    def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> tuple[Tensor | None, Tensor, float]:
-        """Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds."""
+    def _attack_own(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
+        """Attacks the copies of this process's rows. An error on one rank is one on all."""
+        if batch.world_size == 1:
+            return self._attack(wrapped, batch, plan)
+        return distributed.agree(lambda: self._attack(wrapped, batch, plan), lambda _: None)[0]
+
+    def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
+        own = batch.own(plan.rows)
+        if not len(own):
+            return None, torch.zeros_like(own, dtype=torch.bool), 0.0
         start = time.perf_counter()
         score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
-        objective = Objective(self._embed, score, batch.context[plan.rows], self.capture.modules)
+        clean = batch.context[plan.rows]
+        score = score if len(own) == len(plan) else _score_of_some(score, clean, own)
+        objective = Objective(self._embed, score, clean[own], self.capture.modules)
         attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
         if attack is attacks.unchanged:
             return None, torch.zeros_like(objective.has_gradient), 0.0
-        inputs = attacks.run(attack, batch.inputs[plan.rows], objective.labels)
+        inputs = attacks.run(attack, batch.inputs_of(plan.rows[own]), objective.labels)
         return inputs, objective.zero_gradient, time.perf_counter() - start
 
     def _scores(self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +325,38 @@ class Adversary:
             score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
             before, after = score(batch.context[plan.rows]), score(embeddings.detach())
         return before.expand(len(plan)), after.expand(len(plan))
+
+
+def _score_of_some(score: Score, clean: Tensor, some: Tensor) -> Score:
+    """The score of some of the copies, while the others stay at their clean embeddings."""
+
+    def of_some(embeddings: Tensor) -> Tensor:
+        found = score(clean.index_copy(0, some, embeddings.to(clean)))
+        return found[some] if found.shape == clean.shape[:1] else found
+
+    return of_some
+
+
+def _gather_copies(batch: Batch, plan: Plan, own: Tensor) -> Tensor:
+    """The copies of all ranks in the order of the plan; own ones carry gradient."""
+    owners = batch.owners(plan.rows)
+    by_rank = distributed.gather_rows(own, torch.bincount(owners, minlength=batch.world_size).tolist())
+    return by_rank[owners.argsort(stable=True).argsort()]
+
+
+def _on(device: torch.device | str, indices_tuple: IndicesTuple | None) -> IndicesTuple | None:
+    return None if indices_tuple is None else tuple(member.to(device) for member in indices_tuple)
+
+
+def _check_forms(forms: list[dict[str, Any]]) -> None:
+    for rank, form in enumerate(forms):
+        different = [name for name in form if form[name] != forms[0][name]]
+        if different:
+            first, other = (", ".join(f"{name}: {f[name]}" for name in different) for f in (forms[0], form))
+            raise InputError(
+                f"Rank 0 holds a batch with {first}, rank {rank} one with {other}; expected the same on all ranks. "
+                "Draw batches of one size, as with drop_last=True, and put the models into one mode."
+            )
 
 
 def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | None) -> None:

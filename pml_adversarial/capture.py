@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureError
@@ -94,10 +95,14 @@ class InputCapture:
         return tensor.detach()
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """The watched modules, one after the other."""
+        """The watched modules, one after the other.
+
+        Of a `DistributedDataParallel` its module: the wrapper itself would talk to the other ranks in each pass. Its
+        hooks sit on the parameters, so gradients are averaged all the same.
+        """
         with self._paused():
             for module in self.modules:
-                inputs = module(inputs)
+                inputs = module.module(inputs) if isinstance(module, DistributedDataParallel) else module(inputs)
         return inputs
 
     def knows(self, embeddings: Tensor) -> bool:

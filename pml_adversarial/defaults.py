@@ -33,6 +33,7 @@ from .hookspecs import hookimpl
 from .isolation import random_stream
 from .objective import Objective, Score
 from .plan import ROLES, Plan, keep_tuples, parse_roles, plan_rows, replace_rows
+from .records import STANDARD
 from .scores import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 
 logger = logging.getLogger("pml_adversarial")
@@ -115,12 +116,15 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
-        """How far inputs, embeddings and scores moved."""
-        change = (adversarial.inputs - batch.inputs[plan.rows]).reshape(len(plan), -1).float()
-        shift = (adversarial.embeddings - batch.embeddings[plan.rows]).detach().float()
+        """How far inputs, embeddings and scores of this process's own copies moved."""
+        own = batch.own(plan.rows)
+        if not len(own):
+            return {**dict.fromkeys(STANDARD, 0), "strength": batch.strength}
+        change = (adversarial.inputs - batch.inputs_of(plan.rows[own])).reshape(len(own), -1).float()
+        shift = (adversarial.embeddings[own] - batch.embeddings[plan.rows[own]]).detach().float()
         return {
             "strength": batch.strength,
-            "num_perturbed": len(plan),
+            "num_perturbed": len(own),
             "perturbation_linf": change.abs().max(),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),
@@ -168,7 +172,7 @@ class FixedContext:
         return self._by_row[situation]
 
     def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
-        known = len(batch.inputs)
+        known = batch.num_attackable
         if (
             known < len(batch)
             and len(played := plan_rows(tuples, self.roles, len(batch)))
@@ -182,4 +186,4 @@ class FixedContext:
 
 
 def _known(batch: Batch) -> Tensor:
-    return torch.arange(len(batch.inputs), device=batch.embeddings.device)
+    return torch.arange(batch.num_attackable, device=batch.embeddings.device)

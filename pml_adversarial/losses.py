@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, records
 from .addressing import clean_loss
@@ -34,6 +36,8 @@ class AdversarialLoss(ModuleWithRecords):
     ``plugins``. It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
     `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 it equals that loss on the
     tuples that it keeps.
+
+    Around PML's ``DistributedLossWrapper`` all processes perturb one batch, the union of theirs.
 
     Args:
         loss: any loss of pytorch-metric-learning, available as ``.loss``.
@@ -89,12 +93,14 @@ class AdversarialLoss(ModuleWithRecords):
                 "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
                 "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."
             )
+        _check_wrappers(loss)
+        joint = isinstance(loss, DistributedLossWrapper)
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight)
         if warmup:
             attacks.check_warmup(attack)
         self.loss = loss
         self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
         records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
 
@@ -131,6 +137,8 @@ class AdversarialLoss(ModuleWithRecords):
             return loss(embeddings, labels, *given)
         _check_gradient(embeddings)
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if isinstance(loss, DistributedLossWrapper):
+            loss = loss.loss  # the batch is gathered
         plan, adversarial = self.adversary.perturb(loss, batch)
         if adversarial is None:
             value = clean_loss(loss, batch)
@@ -140,7 +148,7 @@ class AdversarialLoss(ModuleWithRecords):
             value = self.adversary.training_loss(loss, batch, plan, adversarial)
             records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
         self.adversary.step += 1  # here, so that a step that failed is taken again
-        return value
+        return batch.world_size * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond parameters and buffers: step, seed, and what plugins and losses remember."""
@@ -209,6 +217,24 @@ def takes_two_views(loss: nn.Module) -> bool:
 def _attributes(loss: nn.Module) -> dict[str, dict[str, Any]]:
     found = {name: {key: vars(m)[key] for key in _REMEMBERED if key in vars(m)} for name, m in loss.named_modules()}
     return {name: values for name, values in found.items() if values}
+
+
+def _check_wrappers(loss: nn.Module) -> None:
+    inner = [
+        module for module in loss.modules() if isinstance(module, DistributedLossWrapper | DistributedDataParallel)
+    ]
+    if any(module is not loss or isinstance(module, DistributedDataParallel) for module in inner):
+        raise InputError(
+            f"loss holds {', '.join(type(module).__name__ for module in inner)} in a place where each evaluation would "
+            "talk to the other ranks; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has "
+            "parameters, put DistributedDataParallel around the AdversarialLoss."
+        )
+    if getattr(loss, "efficient", False) and inner:
+        raise InputError(
+            "DistributedLossWrapper has efficient=True: each rank then has tuples of its own, and gradients are not "
+            "those of one batch. Use efficient=False, with which the ranks share one batch, or the loss without the "
+            "wrapper, with which each rank has its own."
+        )
 
 
 def _check_gradient(embeddings: Tensor) -> None:

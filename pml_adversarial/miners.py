@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 from torch import Tensor
 
-from . import attacks, records
+from . import attacks, distributed, records
 from .adversary import Adversary
 from .attacks import AttackFactory
-from .batch import IndicesTuple
+from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
 from .defaults import FixedContext
 from .errors import InputError
 from .pixels import Normalization, PixelSpace
+from .plan import Plan, checked_tuples, map_members, replace_rows, shift_partners
 from .plugins import find_all
 
 
@@ -26,6 +29,9 @@ class AdversarialMiner(BaseMiner):
 
     The indices are those of the caller's batch, so they serve any loss. In ``.eval()`` it is the wrapped miner. The
     model is left as it was found: mining updates no running statistics and draws none of the caller's random numbers.
+
+    Around PML's ``DistributedMinerWrapper`` the batch is the union of what the processes hold, and indices count as PML
+    counts there: own rows first, then those of the other ranks in rank order.
 
     Args:
         miner: any tuple miner of pytorch-metric-learning, available as ``.miner``.
@@ -64,12 +70,18 @@ class AdversarialMiner(BaseMiner):
         if not callable(miner) or isinstance(miner, type | BaseMetricLossFunction | AdversarialMiner):
             found = f"the class {miner.__name__}" if isinstance(miner, type) else type(miner).__name__
             raise InputError(f"miner is {found}; expected a tuple miner of pytorch-metric-learning.")
+        joint = isinstance(miner, DistributedMinerWrapper)
+        if joint and miner.efficient:
+            raise InputError(
+                "DistributedMinerWrapper has efficient=True: each rank then mines for its own rows only. Use "
+                "efficient=False, with which the ranks share one batch."
+            )
         own = FixedContext(attack, perturb, for_miner=True)
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner
         self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
         records.declare(self, records.STANDARD)
 
@@ -89,20 +101,30 @@ class AdversarialMiner(BaseMiner):
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
+        batch = self.adversary.batch(embeddings, labels, None, *reference)
+        untouched = replace_rows(torch.empty(0, dtype=torch.long, device=embeddings.device), len(batch), None)
         with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
-            indices_tuple: IndicesTuple = self.miner(embeddings, labels, *reference)
-        batch = self.adversary.batch(embeddings, labels, indices_tuple, *reference)
-        plan, adversarial = self.adversary.rehearse(self.miner, batch)
+            found = self._mine(untouched.split(batch.num_queries), batch, batch.embeddings[:0])
+        batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))
+        plan, adversarial = self.adversary.rehearse(self._of_the_batch, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
-            attacked = torch.cat([batch.embeddings, adversarial.embeddings])
-            queries = attacked[plan.layout]
-            reference = () if plan.ref_layout is None else (attacked[plan.ref_layout], ref_labels)
-            indices_tuple = self.miner(queries, labels, *reference)
+            found = self._mine(plan, batch, adversarial.embeddings)
             records.write(self, self.adversary.records(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
-        return indices_tuple
+        return found if batch.world_size == 1 else _own_first(found, batch)
+
+    @property
+    def _of_the_batch(self) -> BaseMiner:
+        """The miner of a batch that needs no gathering any more."""
+        return self.miner.miner if isinstance(self.miner, DistributedMinerWrapper) else self.miner
+
+    def _mine(self, plan: Plan, batch: Batch, copies: Tensor) -> IndicesTuple:
+        mined: IndicesTuple = plan.evaluate(
+            lambda queries, labels, _, *reference: self._of_the_batch(queries, labels, *reference), batch, copies
+        )
+        return mined
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs: step, seed, the plugins' states."""
@@ -111,3 +133,16 @@ class AdversarialMiner(BaseMiner):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
+
+
+def _in_batch_rows(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
+    in_reference = len(batch) - batch.num_queries
+    mined = checked_tuples(mined, batch.num_queries, in_reference or batch.num_queries)
+    return shift_partners(mined, batch.num_queries) if in_reference else mined
+
+
+def _own_first(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
+    """As PML numbers the rows of all ranks, so that the tuples fit its ``DistributedLossWrapper``."""
+    queries, reference = batch.own_sizes
+    per_rank = {"anchor": queries, "positive": reference or queries, "negative": reference or queries}
+    return map_members(mined, lambda role, rows: distributed.own_first(rows, per_rank[role]))

@@ -285,5 +285,10 @@ def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int,
 
 def shift_partners(indices_tuple: IndicesTuple, by: int) -> IndicesTuple:
     """Positives and negatives moved by ``by`` rows: between PML's count of a reference and the batch's."""
+    return map_members(indices_tuple, lambda role, member: member if role == "anchor" else member + by)
+
+
+def map_members(indices_tuple: IndicesTuple, renumber: Callable[[str, Tensor], Tensor]) -> IndicesTuple:
+    """The same tuples with other numbers: ``renumber`` is told a role and the rows that play it."""
     names = _MEMBERS[len(indices_tuple)]
-    return tuple(m if name == "anchor" else m + by for m, name in zip(indices_tuple, names, strict=True))
+    return tuple(renumber(name, member) for name, member in zip(names, indices_tuple, strict=True))

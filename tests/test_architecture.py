@@ -8,7 +8,7 @@ import pml_adversarial
 PACKAGE = Path(pml_adversarial.__file__).parent
 FLOORS = [
     ["errors", "batch"],
-    ["records", "plan", "capture", "isolation", "attacks", "pixels"],
+    ["records", "plan", "capture", "isolation", "attacks", "pixels", "distributed"],
     ["objective"],
     ["hookspecs"],
     ["addressing"],

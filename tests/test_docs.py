@@ -76,6 +76,7 @@ def test_code_of_the_page_runs(page):
 def test_every_block_says_what_it_is():
     fences = re.compile(r"^```([^\n`]*)$", re.MULTILINE)
     known = {"python", "text", "console", "toml", "{eval-rst}", "{include} ../CHANGELOG.md", "{toctree}"}
+    known.add("{literalinclude} examples/train_torchrun.py")
     for page in PAGES:
         opening = fences.findall(page.read_text(encoding="utf-8"))[::2]
         assert set(opening) <= known, page.name
