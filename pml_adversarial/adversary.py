@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Adversary:
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, len(embeddings), len(partners))
-        inputs = self.capture.inputs_of(embeddings)
+        inputs, columns = self.capture.source_of(embeddings)
         if len(inputs) != len(embeddings):
             raise InputError(
                 f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
@@ -84,7 +85,7 @@ class Adversary:
         num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
-            if self.capture.knows(ref_emb):
+            if self.capture.knows(ref_emb, columns):
                 inputs = torch.cat([inputs, self.capture.inputs_of(ref_emb)])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
@@ -92,7 +93,9 @@ class Adversary:
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, num_queries)
         pixels = self.pixels.to_pixels(inputs)
         context = embeddings.detach()
-        return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
+        return Batch(
+            pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels, columns
+        )
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """Plans, attacks and re-embeds; the step counts as taken.
@@ -110,7 +113,7 @@ class Adversary:
             return plan, None
         inputs, zero_gradient, seconds = attacked
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed(inputs)
+        embeddings = batch.embeddings[plan.rows] if inputs is None else self._embed(batch, inputs)
         inputs = batch.inputs[plan.rows] if inputs is None else inputs
         before, after = self._scores(wrapped, batch, plan, embeddings)
         return plan, Adversarial(inputs, embeddings, before, after, zero_gradient, seconds)
@@ -170,19 +173,19 @@ class Adversary:
     def _ask(self, question: str, **arguments: Any) -> Any:
         return getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
 
-    def _embed(self, pixels: Tensor) -> Tensor:
-        return self.capture.embed(self.pixels.to_inputs(pixels))
+    def _embed(self, batch: Batch, pixels: Tensor) -> Tensor:
+        return self.capture.embed(self.pixels.to_inputs(pixels))[..., batch.columns]
 
     def _embed_clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            known = self._embed(batch.inputs)
+            known = self._embed(batch, batch.inputs)
         return torch.cat([known, batch.context[len(known) :]])
 
     def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> tuple[Tensor | None, Tensor, float]:
         """Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds."""
         start = time.perf_counter()
         score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
-        objective = Objective(self._embed, score, batch.context[plan.rows], self.capture.modules)
+        objective = Objective(partial(self._embed, batch), score, batch.context[plan.rows], self.capture.modules)
         attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
         if attack is attacks.unchanged:
             return None, torch.zeros_like(objective.has_gradient), 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Batch:
         strength: share of the attack's full budget to be spent in this step, in [0, 1].
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
             reference for another view of query i and leaves the two out of each other's tuples.
+        columns: the embeddings are these columns of what the model returns.
     """
 
     inputs: Tensor
@@ -38,6 +39,7 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
+    columns: slice = field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
         return len(self.embeddings)
