@@ -151,7 +151,7 @@ class InputCapture:
         if not parts:
             raise self._not_known()
         inputs = [self._trace(part).detach() for part in parts]
-        if isinstance(embeddings.grad_fn, _concatenation()):
+        if type(embeddings.grad_fn) is _concatenation():
             self._check_rows(embeddings, parts, inputs)
             return Source(torch.cat(inputs), slice(None))
         return Source(inputs[0], self._columns(embeddings, parts[0]))
@@ -317,7 +317,12 @@ def _edge_of(value: Any) -> Edge | None:
 def _parts(embeddings: Tensor) -> list[Edge]:
     """What was concatenated, or what the embeddings are a range of; nothing after any other operation."""
     node: Any = embeddings.grad_fn
-    return [Edge(*part) for part in node.next_functions] if type(node) in {_concatenation(), *_ranges()} else []
+    if type(node) is _concatenation():
+        return [Edge(*part) for part in cast(Any, node).next_functions]
+    part = Edge(node, embeddings.output_nr)
+    while type(part.node) in _ranges():  # one for each dimension that was indexed
+        part = Edge(*part.node.next_functions[0])
+    return [] if part.node is node else [part]
 
 
 @cache

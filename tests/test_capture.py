@@ -427,11 +427,12 @@ class TestColumns:
             (lambda e: e[:, :], slice(0, 4)),
             (lambda e: e[:, 0:4], slice(0, 4)),
             (lambda e: e[..., 1:2], slice(1, 2)),
+            (lambda e: e[:, 1:][:, 1:2], slice(2, 3)),
             (lambda e: e.narrow(1, 1, 3), slice(1, 4)),
             (lambda e: e.split([1, 3], 1)[1], slice(1, 4)),
             (lambda e: e.chunk(2, 1)[1], slice(2, 4)),
         ],
-        ids=range(10),
+        ids=range(11),
     )
     def test_are_found(self, capture, model, images, pick, columns):
         for _ in range(2):
