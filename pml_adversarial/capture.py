@@ -196,6 +196,12 @@ class InputCapture:
             output = _only_tensor(call, output)
         if not chain:
             raise CaptureError(_unknown("a module that ran with gradient since this wrapper was made"))
+        if isinstance(output, Edge) or output.grad_fn is not None:
+            raise CaptureError(
+                f"{_names(chain)} gave these embeddings from a tensor that was itself computed with gradient, so the "
+                "images stand further back than the chain of modules can be followed. Expected modules that take each "
+                "other's outputs as they are; name the model: AdversarialLoss(loss, model)."
+            )
         self.watch(chain)
         for module, tap in zip(self.modules, self._taps, strict=True):
             tap.take_over(search, module)

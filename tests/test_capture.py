@@ -573,6 +573,15 @@ class TestErrors:
         with pytest.raises(CaptureError, match="Sequential -> Linear"):
             capture.inputs_of(embedder(trunk(images).relu()))
 
+    @pytest.mark.parametrize("made_of", [lambda e: e, lambda e: torch.cat([e, e])], ids=["itself", "rows"])
+    def test_search_that_ends_before_the_images(self, images, made_of):
+        trunk, embedder = trunk_and_embedder()
+        capture = InputCapture()
+        with pytest.raises(CaptureError, match=r"Linear gave .* further back .*name the model"):
+            capture.inputs_of(made_of(embedder(trunk(images).sigmoid())))
+        assert capture.inputs_of(made_of(embedder(trunk(images)))).equal(made_of(images))
+        assert capture.modules == (trunk, embedder)
+
     def test_is_a_runtime_error(self, model):
         with pytest.raises(RuntimeError):
             InputCapture(model).inputs_of(torch.rand(2, 2))
