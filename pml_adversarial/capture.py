@@ -297,9 +297,14 @@ def chain_of(model: Models) -> tuple[nn.Module, ...]:
 
 
 def _outermost(tap: _Tap) -> Any:
-    """Of nested modules that return one tensor, the outermost finishes last and its call stays."""
+    """Of nested modules that return one tensor, the outermost finishes last and its call stays.
+
+    What is inside of a compiled module is left to the compiler: it would be cut to pieces.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         kwargs, output = rest if _WITH_KWARGS else ({}, *rest)
         if not any(argument is output for argument in (*args, *kwargs.values())):
             tap(module, args, kwargs, output)
