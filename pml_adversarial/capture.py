@@ -18,6 +18,8 @@ from .errors import CaptureError
 
 # Older releases of torch do not tell global hooks the keyword arguments of a call.
 _WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register_module_forward_hook).parameters else {}
+# Where torch notes which global hooks want them, and forgets to remove the note with the hook.
+_ASK_FOR_KWARGS: dict[int, bool] = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 
@@ -99,6 +101,15 @@ class _Tap:
         return _inert_tap, ()
 
 
+@cache
+def _untraced() -> None:
+    """Keeps compilers out of the taps, whose weak dictionaries they cannot follow.
+
+    Asked for late, since it imports what takes as long to import as all the rest of torch.
+    """
+    _Tap.__call__ = torch.compiler.disable(_Tap.__call__)  # type: ignore[method-assign]
+
+
 def _inert_tap() -> _Tap:
     tap = _Tap()
     tap.calls = None
@@ -175,6 +186,7 @@ class InputCapture:
         return InputCapture, ()  # copies and pickles hold no model: they find their chain anew
 
     def _start(self, modules: tuple[nn.Module, ...]) -> None:
+        _untraced()
         self.modules = modules
         self._taps = [_Tap() for _ in modules or (None,)]
         if modules:
@@ -339,19 +351,16 @@ def _parts(embeddings: Tensor) -> list[Edge]:
 @cache
 def _concatenation() -> type:
     """The class of the nodes that torch.cat leaves in the graph, which has no public name."""
-    return type(torch.cat([_row()]).grad_fn)
+    with torch.inference_mode(False), torch.enable_grad():
+        return type(torch.cat([torch.empty(1, requires_grad=True)]).grad_fn)
 
 
 @cache
 def _ranges() -> set[type]:
     """As `_concatenation`, of the operations that give ranges of columns."""
-    row = _row()
-    return {type(part.grad_fn) for part in (row[:, :1], row[:, :], row.split(1, 1)[0], row.split([1, 1], 1)[0])}
-
-
-def _row() -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.empty(1, 2, requires_grad=True).clone()
+        row = torch.empty(1, 2, requires_grad=True).clone()
+        return {type(part.grad_fn) for part in (row[:, :1], row[:, :], row.split(1, 1)[0], row.split([1, 1], 1)[0])}
 
 
 def _only_tensor(call: Call, output: Tensor | Edge) -> Tensor | Edge:
@@ -372,6 +381,7 @@ def _kind(argument: Any) -> str:
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
+        _ASK_FOR_KWARGS.pop(handle.id, None)
 
 
 def _names(modules: Iterable[nn.Module]) -> str:

@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -190,7 +191,8 @@ class ViolationScore:
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
-        distances: Tensor = self.distance(embeddings, self.context)
+        with _exactly(embeddings):  # in mixed precision, close embeddings would all have the same distance
+            distances: Tensor = self.distance(_at_least_float(embeddings), _at_least_float(self.context))
         if self.distance.is_inverted:
             distances = -distances
         furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
@@ -246,6 +248,15 @@ def _untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
 
 def _attackable(batch: Batch) -> Tensor:
     return torch.arange(len(batch.inputs), device=batch.embeddings.device)
+
+
+def _exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
+    kind = embeddings.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _at_least_float(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _or_zero(values: Tensor, missing: Tensor) -> Tensor:

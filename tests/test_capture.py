@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from pml_adversarial import CaptureError
-from pml_adversarial.capture import _WITH_KWARGS, InputCapture, chain_of
+from pml_adversarial.capture import _WITH_KWARGS, InputCapture, _concatenation, _ranges, chain_of
 
 
 class Normalised(nn.Module):
@@ -77,6 +77,11 @@ def hooks_of(*models):
 def num_global_hooks():
     gc.collect()
     return len(nn_module._global_forward_hooks)
+
+
+def global_state():
+    gc.collect()
+    return {name: len(value) for name, value in vars(nn_module).items() if re.match("_global_.*hooks", name)}
 
 
 def in_order(modules, inputs):
@@ -232,6 +237,15 @@ class TestSelfFinding:
         capture.inputs_of(model(images))
         assert num_global_hooks() == before
         assert hooks_of(model) == 1
+
+    def test_nothing_global_is_left(self, model, images):
+        before = global_state()
+        for ends in (lambda capture: capture.inputs_of(model(images)), lambda capture: capture.watch(model), id):
+            capture = InputCapture()
+            assert global_state() != before
+            ends(capture)
+            del capture
+            assert global_state() == before
 
     def test_a_failed_question_leaves_it_searching(self, model, images):
         capture = InputCapture()
@@ -498,6 +512,15 @@ class TestColumns:
         assert not capture.knows(output[:, 2:], slice(0, 2))
         assert capture.knows(output, slice(None))
         assert not capture.knows(output, slice(0, 2))
+
+
+@pytest.mark.parametrize("names", [_concatenation, _ranges])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_names_of_operations_are_those_with_gradient(names, mode):
+    with mode():
+        assert names.__wrapped__() == names()
+    assert names() is not type(None)
+    assert type(None) not in (names() if isinstance(names(), set) else ())
 
 
 class TestErrors:
