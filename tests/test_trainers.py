@@ -16,7 +16,6 @@ from pml_adversarial.records import OF_LOSSES, STANDARD
 
 CLASSES, WIDTH, EPS = 4, 6, 0.1
 GIVEN_OR_FOUND = pytest.mark.parametrize("given", [True, False], ids=["given models", "found models"])
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # PML formats it
 
 
 def pgd(eps):
