@@ -21,6 +21,9 @@ _WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register
 # Where torch notes which global hooks want them, and forgets to remove the note with the hook.
 _ASK_FOR_KWARGS: dict[int, bool] = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
 
+# Before 2.5, compiled graphs hold the buffers that they met first, and in an attack those are copies.
+_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
+
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 
 
@@ -187,6 +190,8 @@ class InputCapture:
 
     def _start(self, modules: tuple[nn.Module, ...]) -> None:
         _untraced()
+        if _COMPILES_BUFFERS_IN:
+            _check_compiled(modules)
         self.modules = modules
         self._taps = [_Tap() for _ in modules or (None,)]
         if modules:
@@ -376,6 +381,16 @@ def _only_tensor(call: Call, output: Tensor | Edge) -> Tensor | Edge:
 def _kind(argument: Any) -> str:
     kind = argument if isinstance(argument, type) else Tensor
     return kind.__name__
+
+
+def _check_compiled(modules: Iterable[nn.Module]) -> None:
+    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if any(True for module in compiled for _ in module.buffers()):
+        raise CaptureError(
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into it, so "
+            "an attack on it would go on using those of its first step. Expected torch from 2.5 on, or the model "
+            "uncompiled."
+        )
 
 
 def _remove(handles: list[Any]) -> None:
