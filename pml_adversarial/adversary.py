@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, distributed
 from .batch import Adversarial, Batch, IndicesTuple
-from .capture import InputCapture
+from .capture import InputCapture, Source
 from .errors import CaptureError, InputError, PluginError
 from .hookspecs import PROJECT
 from .isolation import depends_on_mode, isolated, preserved, random_stream
@@ -116,7 +117,7 @@ class Adversary:
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
-        inputs = self._inputs_of(embeddings)
+        inputs, columns = self._source_of(embeddings)
         if len(inputs) != len(embeddings):
             raise InputError(
                 f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
@@ -124,15 +125,25 @@ class Adversary:
         num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is not None and ref_emb is not embeddings:
-            if self.capture.knows(ref_emb):
-                inputs = torch.cat([inputs, self._inputs_of(ref_emb)])
+            if self.capture.knows(ref_emb, columns):
+                inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
         pixels = self.pixels.to_pixels(inputs)
         context = embeddings.detach()
-        return Batch(pixels, embeddings, context, labels, indices_tuple, num_queries, self.strength, shared_labels)
+        return Batch(
+            pixels,
+            embeddings,
+            context,
+            labels,
+            indices_tuple,
+            num_queries,
+            self.strength,
+            shared_labels,
+            columns=columns,
+        )
 
     def _about(self, batch: Batch) -> tuple[dict[str, Any], tuple[int, int]]:
         """What has to be the same on all ranks, and what rank 0 decides."""
@@ -182,7 +193,7 @@ class Adversary:
         own = batch.own(plan.rows)
         rows = plan.rows[own]
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[rows] if inputs is None else self._embed_perturbed(inputs)
+        embeddings = batch.embeddings[rows] if inputs is None else self._embed_perturbed(batch, inputs)
         inputs = batch.inputs_of(rows) if inputs is None else inputs
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
@@ -253,12 +264,12 @@ class Adversary:
                 )
         return answer
 
-    def _embed(self, pixels: Tensor) -> Tensor:
-        return self.capture.embed(self.pixels.to_inputs(pixels))
+    def _embed(self, batch: Batch, pixels: Tensor) -> Tensor:
+        return self.capture.embed(self.pixels.to_inputs(pixels))[..., batch.columns]
 
-    def _embed_perturbed(self, pixels: Tensor) -> Tensor:
+    def _embed_perturbed(self, batch: Batch, pixels: Tensor) -> Tensor:
         try:
-            return self._embed(pixels)
+            return self._embed(batch, pixels)
         except ValueError as error:
             if len(pixels) != 1:
                 raise
@@ -268,9 +279,10 @@ class Adversary:
                 "than one row."
             ) from error
 
-    def _inputs_of(self, embeddings: Tensor) -> Tensor:
+    def _source_of(self, embeddings: Tensor) -> Source:
         try:
-            return self.capture.inputs_of(embeddings).to(embeddings.device)
+            source = self.capture.source_of(embeddings)
+            return source._replace(inputs=source.inputs.to(embeddings.device))
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise
@@ -292,7 +304,7 @@ class Adversary:
 
     def _embed_clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            known = self._embed(batch.inputs)
+            known = self._embed(batch, batch.inputs)
         if batch.world_size > 1:
             queries, _ = batch.own_sizes
             known = distributed.gather_parts(known, (queries, len(known) - queries))
@@ -312,7 +324,7 @@ class Adversary:
         score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
         clean = batch.context[plan.rows]
         score = score if len(own) == len(plan) else _score_of_some(score, clean, own)
-        objective = Objective(self._embed, score, clean[own], self.capture.modules)
+        objective = Objective(partial(self._embed, batch), score, clean[own], self.capture.modules)
         attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
         if attack is attacks.unchanged:
             return None, torch.zeros_like(objective.has_gradient), 0.0

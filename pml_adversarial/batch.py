@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Batch:
         strength: share of the attack's full budget to be spent in this step, in [0, 1].
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
             reference for another view of query i and leaves the two out of each other's tuples.
+        columns: the embeddings are these columns of what the model returns.
         world_size: how many processes share the batch, with as many rows each.
         rank: which of them this one is.
     """
@@ -44,6 +45,7 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
+    columns: slice = field(default_factory=lambda: slice(None))
     world_size: int = 1
     rank: int = 0
 

@@ -119,7 +119,8 @@ class AdversarialLoss(ModuleWithRecords):
         """The adversarial loss while training, the wrapped loss in ``.eval()``.
 
         Args:
-            embeddings: ``(N, D)``, exactly as the model returned them.
+            embeddings: ``(N, D)`` as the model returned them: its output, outputs of several calls concatenated by
+                rows, or a range of an output's columns.
             labels: ``(N,)``.
             indices_tuple: triplets or pairs from a miner; None: the loss's own.
             ref_emb: ``(R, D)`` reference embeddings, where the loss knows them.

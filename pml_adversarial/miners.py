@@ -93,7 +93,7 @@ class AdversarialMiner(BaseMiner):
         """Indices of tuples among the attacked embeddings.
 
         Args:
-            embeddings: ``(N, D)``, exactly as the model returned them.
+            embeddings: ``(N, D)`` as the model returned them, see `AdversarialLoss`.
             labels: ``(N,)``.
             ref_emb: ``(R, D)``, or ``embeddings`` itself where there is no reference.
             ref_labels: ``(R,)``.

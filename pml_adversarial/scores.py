@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,8 +22,8 @@ class ViolationScore:
     """How badly each copy stands among its fixed partners: furthest of its own label minus nearest of the others.
 
     Unhinged, so that it has a gradient where the loss is satisfied. The two partners are chosen anew in every
-    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265. In single precision
-    at least: under autocast, context and copies may be of different types.
+    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265. Distances are taken
+    in single precision at least: in mixed precision close embeddings would all have the same one.
 
     Args:
         distance: PML's distance; a similarity counts with the opposite sign.
@@ -32,12 +33,13 @@ class ViolationScore:
     """
 
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
-        self.distance, self.context = distance, context.to(torch.promote_types(context.dtype, torch.float32))
+        self.distance, self.context = distance, _at_least_float(context)
         self.not_same, self.not_different = ~same, ~different
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
-        distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
+        with _exactly(embeddings):
+            distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
         if self.distance.is_inverted:
             distances = -distances
         furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
@@ -93,6 +95,15 @@ def unreduced(wrapped: nn.Module) -> nn.Module:
     view = copy.copy(wrapped)
     view._modules = {**wrapped._modules, "reducer": DoNothingReducer()}
     return view
+
+
+def _exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
+    kind = embeddings.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _at_least_float(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _or_zero(values: Tensor, missing: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from pml_adversarial import CaptureError
-from pml_adversarial.capture import _WITH_KWARGS, InputCapture, chain_of
+from pml_adversarial.capture import _WITH_KWARGS, InputCapture, _concatenation, _ranges, chain_of
 
 
 class Normalised(nn.Module):
@@ -30,6 +31,18 @@ class TwoInputs(nn.Module):
         return images.flatten(1) * scale
 
 
+class AnyOf(nn.Module):
+    """Takes batches of any shape, and of the types of its parts."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, images):
+        parts = {next(part.parameters()).dtype: part for part in self.parts}
+        return parts.get(images.dtype, self.parts[0])(images.to(images.dtype if len(parts) > 1 else torch.float))
+
+
 class PassedThrough(nn.Module):
     """Returns its part's output as it is."""
 
@@ -39,6 +52,18 @@ class PassedThrough(nn.Module):
 
     def forward(self, images):
         return self.inner(images)
+
+
+class Reversed(torch.autograd.Function):
+    """Looks like a view of its input, and is not the same to a gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
 
 
 def trunk_and_embedder():
@@ -52,6 +77,11 @@ def hooks_of(*models):
 def num_global_hooks():
     gc.collect()
     return len(nn_module._global_forward_hooks)
+
+
+def global_state():
+    gc.collect()
+    return {name: len(value) for name, value in vars(nn_module).items() if re.match("_global_.*hooks", name)}
 
 
 def in_order(modules, inputs):
@@ -208,6 +238,15 @@ class TestSelfFinding:
         assert num_global_hooks() == before
         assert hooks_of(model) == 1
 
+    def test_nothing_global_is_left(self, model, images):
+        before = global_state()
+        for ends in (lambda capture: capture.inputs_of(model(images)), lambda capture: capture.watch(model), id):
+            capture = InputCapture()
+            assert global_state() != before
+            ends(capture)
+            del capture
+            assert global_state() == before
+
     def test_a_failed_question_leaves_it_searching(self, model, images):
         capture = InputCapture()
         with pytest.raises(CaptureError, match="AdversarialLoss"):
@@ -245,19 +284,268 @@ class TestEachCallHasItsInputs:
         assert not capture.knows(silent)
 
 
+class TestRowsOfSeveralCalls:
+    """A concatenation of outputs has the concatenated inputs."""
+
+    @pytest.mark.parametrize("cat", [torch.cat, torch.concat, torch.vstack, lambda parts: torch.cat(parts, dim=-2)])
+    @pytest.mark.parametrize("sizes", [[4, 4], [3, 5], [1, 1, 6], [8]], ids=str)
+    def test_of_outputs_that_live(self, capture, model, images, cat, sizes):
+        parts = [model(batch) for batch in images.split(sizes)]
+        assert capture.inputs_of(cat(parts)).equal(images)
+        assert capture.modules == (model,)
+
+    def test_of_outputs_that_are_gone(self, capture, model, images):
+        for _ in range(2):  # the second time, the model is known
+            embeddings = torch.cat([model(batch) for batch in images.split(2)])
+            gc.collect()
+            assert capture.inputs_of(embeddings).equal(images)
+        assert capture.modules == (model,)
+
+    def test_of_inputs_that_are_gone(self, capture, model, images):
+        frozen = nn.Sequential(model[0], model[1].requires_grad_(False), model[2], model[3])  # saves none of them
+        capture.watch(frozen)
+        embeddings = torch.cat([frozen(images[:4].clone()), frozen(images[4:].clone())])
+        gc.collect()
+        assert capture.inputs_of(embeddings).equal(images)
+
+    def test_in_their_order(self, capture, model, images):
+        first, second = model(images[:4]), model(images[4:])
+        assert capture.inputs_of(torch.cat([second, first])).equal(torch.cat([images[4:], images[:4]]))
+        assert capture.inputs_of(torch.cat([first, first])).equal(torch.cat([images[:4], images[:4]]))
+
+    @pytest.mark.parametrize("known", [True, False])
+    @pytest.mark.parametrize("identity", [True, False])
+    def test_of_a_chain(self, images, known, identity):
+        modules = (*trunk_and_embedder(), nn.Identity()) if identity else trunk_and_embedder()
+        capture = InputCapture(modules if known else None)
+        for _ in range(2):
+            embeddings = torch.cat([in_order(modules, images[:4]), in_order(modules, images[4:])])
+            assert capture.inputs_of(embeddings).equal(images)
+        assert capture.modules == (modules if known else modules[:2])
+
+    def test_each_call_is_still_known_alone(self, capture, model, images):
+        first, second = model(images[:4]), model(images[4:])
+        capture.inputs_of(torch.cat([first, second]))
+        assert capture.inputs_of(first).equal(images[:4])
+        assert capture.inputs_of(second).equal(images[4:])
+
+    def test_carry_no_gradient(self, capture, model, images):
+        parts = [model(batch.clone().requires_grad_()) for batch in images.split(4)]
+        assert not capture.inputs_of(torch.cat(parts)).requires_grad
+
+    def test_are_those_that_the_model_embeds_to_them(self, capture, model, images):
+        embeddings = torch.cat([model(images[:4]), model(images[4:])])
+        source = capture.source_of(embeddings)
+        assert source.columns == slice(None)
+        assert capture.embed(source.inputs).allclose(embeddings)
+
+    def test_after_a_backward_pass_while_the_outputs_live(self, capture, model, images):
+        parts = [model(batch) for batch in images.split(4)]
+        embeddings = torch.cat(parts)
+        embeddings.sum().backward(retain_graph=True)
+        assert capture.inputs_of(embeddings).equal(images)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda a, b: torch.cat([a, b], dim=1),
+            lambda a, b: torch.cat([a, b], dim=-1),
+            lambda a, b: torch.cat([a, b + 0]),
+            lambda a, b: torch.cat([a, b.detach()]),
+            lambda a, b: torch.cat([a, torch.rand(4, 4)]),
+            lambda a, b: torch.cat([a, functional.normalize(b)]),
+            lambda a, b: torch.cat([a, b[:2]]),
+            lambda a, b: torch.cat([a[:, :2], b[:, :2]]),
+            lambda a, b: torch.cat([a, b])[:, :2],
+            lambda a, b: torch.cat([a, b])[:4],
+            lambda a, b: torch.cat([torch.cat([a, b]), b]),
+            lambda a, b: torch.cat([a, b]).clone(),
+            lambda a, b: torch.stack([a, b]).flatten(0, 1),
+            lambda a, b: torch.cat([a, b.double()]),
+        ],
+        ids=[
+            *(
+                "columns",
+                "last dim",
+                "copied part",
+                "detached part",
+                "foreign part",
+                "normalised part",
+                "rows of a part",
+            ),
+            *("columns of the parts", "columns of it", "rows of it", "nested", "cloned", "stacked", "of two dtypes"),
+        ],
+    )
+    def test_of_anything_else_are_not_known(self, capture, model, images, change):
+        first, second = model(images[:4]), model(images[4:])
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(change(first, second))
+        assert capture.inputs_of(torch.cat([first, second])).equal(images)
+
+    def test_cast_to_the_widest_type(self, images):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        capture = InputCapture(model)
+        half = copy.deepcopy(model).bfloat16()
+        capture.watch(AnyOf(model, half))
+        embeddings = torch.cat([capture.modules[0](images[:4]), capture.modules[0](images[4:].bfloat16())])
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(embeddings)
+
+    @pytest.mark.parametrize("lives", [True, False])
+    def test_of_a_part_that_was_changed_unseen_by_autograd(self, capture, model, images, lives):
+        def embed(batch, kept):
+            output = model(batch)
+            with torch.no_grad():
+                output.clamp_(-0.01, 0.01)
+            kept += [output] if lives else []
+            return output
+
+        kept = []
+        embeddings = torch.cat([embed(batch, kept) for batch in images.split(4)])
+        with pytest.raises(CaptureError, match="in place"):
+            capture.inputs_of(embeddings)
+
+    def test_of_a_part_that_was_changed_before(self, capture, model, images):
+        first, second = model(images[:4]), model(images[4:])
+        embeddings = torch.cat([first.mul_(2), second])
+        with pytest.raises(CaptureError, match="in place"):
+            capture.inputs_of(embeddings)
+
+    def test_changed_afterwards(self, capture, model, images):
+        embeddings = torch.cat([model(images[:4]), model(images[4:])])
+        with torch.no_grad():
+            embeddings.mul_(2)
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(embeddings)
+
+    @pytest.mark.parametrize("other", [torch.rand(4, 36), torch.rand(4, 1, 6, 6, dtype=torch.double)])
+    def test_of_inputs_that_make_no_batch(self, images, other):
+        model = AnyOf(nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
+        capture = InputCapture(model)
+        embeddings = torch.cat([model(images[:4]), model(other)])
+        found = rf"\(4, 1, 6, 6\) torch.float32 on cpu, {re.escape(str(tuple(other.shape)))} {other.dtype} on cpu"
+        with pytest.raises(CaptureError, match=found):
+            capture.inputs_of(embeddings)
+
+
+class TestColumns:
+    """A range of an output's columns has the output's inputs, and is remembered."""
+
+    @pytest.mark.parametrize(
+        ("pick", "columns"),
+        [
+            (lambda e: e[:, 1:3], slice(1, 3)),
+            (lambda e: e[:, :2], slice(0, 2)),
+            (lambda e: e[:, 2:], slice(2, 4)),
+            (lambda e: e[:, -1:], slice(3, 4)),
+            (lambda e: e[:, :], slice(0, 4)),
+            (lambda e: e[:, 0:4], slice(0, 4)),
+            (lambda e: e[..., 1:2], slice(1, 2)),
+            (lambda e: e[:, 1:][:, 1:2], slice(2, 3)),
+            (lambda e: e.narrow(1, 1, 3), slice(1, 4)),
+            (lambda e: e.split([1, 3], 1)[1], slice(1, 4)),
+            (lambda e: e.chunk(2, 1)[1], slice(2, 4)),
+        ],
+        ids=range(11),
+    )
+    def test_are_found(self, capture, model, images, pick, columns):
+        for _ in range(2):
+            embeddings = pick(model(images))
+            gc.collect()
+            source = capture.source_of(embeddings)
+            assert source.inputs.equal(images)
+            assert source.columns == columns
+            assert capture.embed(source.inputs)[:, source.columns].equal(embeddings)
+
+    def test_of_one_row(self, capture, model, images):
+        assert capture.source_of(model(images[:1])[:, 1:3]).columns == slice(1, 3)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_of_a_chain(self, images, known):
+        modules = (*trunk_and_embedder(), nn.Identity())
+        capture = InputCapture(modules if known else None)
+        for _ in range(2):
+            source = capture.source_of(in_order(modules, images)[:, 1:3])
+            assert source.inputs.equal(images)
+            assert source.columns == slice(1, 3)
+
+    def test_of_an_output_that_is_itself_a_view(self, images):
+        class LastColumns(nn.Module):
+            def forward(self, batch):
+                return batch.flatten(1).mul(2)[:, 30:].transpose(0, 1)
+
+        model = LastColumns()
+        capture = InputCapture(model)
+        output = model(images.requires_grad_())
+        embeddings = output[:, 2:5]
+        assert capture.source_of(embeddings).columns == slice(2, 5)
+        assert output[:, capture.source_of(embeddings).columns].equal(embeddings)
+
+    def test_after_a_backward_pass_while_the_output_lives(self, capture, model, images):
+        output = model(images)
+        output[:, :2].sum().backward(retain_graph=True)
+        assert capture.source_of(output[:, 2:]).columns == slice(2, 4)
+
+    def test_changed_in_place(self, capture, model, images):
+        output = model(images)
+        before = output[:, :2]
+        with torch.no_grad():
+            output[:, 3] += 1
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(before)
+        with pytest.raises(CaptureError, match="in place"):
+            capture.inputs_of(output[:, :2])
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(model(images)[:, :2].mul_(2))
+
+    def test_of_the_whole_output_are_all(self, capture, model, images):
+        assert capture.source_of(model(images)).columns == slice(None)
+
+    @pytest.mark.parametrize("change", [lambda e: e.detach()[:, :2], lambda e: e.expand(8, 4)[:, :2]])
+    def test_of_something_else_are_not_known(self, capture, model, images, change):
+        with pytest.raises(CaptureError, match="not known"):
+            capture.inputs_of(change(model(images)))
+
+    def test_knows_which(self, capture, model, images):
+        output = model(images)
+        assert capture.knows(output[:, :2], slice(0, 2))
+        assert not capture.knows(output[:, 2:], slice(0, 2))
+        assert capture.knows(output, slice(None))
+        assert not capture.knows(output, slice(0, 2))
+
+
+@pytest.mark.parametrize("names", [_concatenation, _ranges])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_names_of_operations_are_those_with_gradient(names, mode):
+    with mode():
+        assert names.__wrapped__() == names()
+    assert names() is not type(None)
+    assert type(None) not in (names() if isinstance(names(), set) else ())
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "change",
         [
             lambda e: e.detach(),
+            lambda e: e.detach().requires_grad_(),
             lambda e: e.clone(),
-            lambda e: torch.cat([e, e]),
             lambda e: functional.normalize(e),
             lambda e: e.double(),
             lambda e: e[:4],
+            lambda e: e[:, 1],
+            lambda e: e[:, ::2],
+            lambda e: e[:, [0, 1]],
+            lambda e: e[torch.arange(7, -1, -1)],
+            lambda e: e.flip(1),
             lambda e: e.view(-1, 2),
+            lambda e: e[:4].t(),
+            lambda e: Reversed.apply(e),
         ],
-        ids=["detached", "cloned", "concatenated", "normalised", "cast", "sliced", "viewed"],
+        ids=[
+            *("detached", "cut off", "cloned", "normalised", "cast", "rows", "one column", "every other column"),
+            *("copied columns", "permuted rows", "permuted columns", "viewed", "transposed", "reversed gradient"),
+        ],
     )
     def test_embeddings_that_are_not_the_output_itself(self, capture, model, images, change):
         with pytest.raises(CaptureError, match="not known"):
@@ -308,6 +596,15 @@ class TestErrors:
         with pytest.raises(CaptureError, match="Sequential -> Linear"):
             capture.inputs_of(embedder(trunk(images).relu()))
 
+    @pytest.mark.parametrize("made_of", [lambda e: e, lambda e: torch.cat([e, e])], ids=["itself", "rows"])
+    def test_search_that_ends_before_the_images(self, images, made_of):
+        trunk, embedder = trunk_and_embedder()
+        capture = InputCapture()
+        with pytest.raises(CaptureError, match=r"Linear gave .* further back .*name the model"):
+            capture.inputs_of(made_of(embedder(trunk(images).sigmoid())))
+        assert capture.inputs_of(made_of(embedder(trunk(images)))).equal(made_of(images))
+        assert capture.modules == (trunk, embedder)
+
     def test_is_a_runtime_error(self, model):
         with pytest.raises(RuntimeError):
             InputCapture(model).inputs_of(torch.rand(2, 2))
@@ -354,6 +651,84 @@ class TestMemory:
         capture = InputCapture(modules)
         assert inputs_live(lambda batch: in_order(modules, batch), images) == RELEASED
         assert capture.modules == modules
+
+    @pytest.mark.parametrize("pick", [lambda e: torch.cat([e, e]), lambda e: e[:, :2]], ids=["rows", "columns"])
+    @pytest.mark.parametrize("walked", [True, False])
+    def test_inputs_die_with_what_was_made_of_the_output(self, capture, model, images, pick, walked):
+        for asked in (False, True):
+            batch = images.clone()
+            watched = weakref.ref(batch)
+            made = pick(model(batch))
+            loss = made.sum()
+            del batch
+            if asked:
+                assert capture.knows(made)
+            if walked:
+                loss.backward()  # from then on the loss keeps nothing
+            del made
+            gc.collect()
+            assert (watched() is None) == walked
+            del loss
+            gc.collect()
+            assert watched() is None
+
+    def test_a_loss_that_is_kept_keeps_no_inputs(self, capture, model, images):
+        losses, watched = [], []
+        for _ in range(3):
+            batch = images.clone()
+            watched.append(weakref.ref(batch))
+            losses.append(model(batch).sum())
+            losses[-1].backward()
+        del batch
+        gc.collect()
+        assert [batch() for batch in watched] == [None] * 3
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_chain_whose_input_is_changed_by_its_output_dies_without_backward(self, images, known):
+        class Doubled(nn.Module):
+            """Saves nothing for its backward pass."""
+
+            def forward(self, features):
+                return features * 2
+
+        trunk, block = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), Doubled()
+        _kept = InputCapture([trunk, block] if known else None)
+        features = trunk(images)
+        watched = weakref.ref(features)
+        features += block(features)
+        del features
+        gc.collect()
+        assert watched() is None
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_an_output_that_its_argument_holds_dies(self, images, known):
+        class Remembers(nn.Module):
+            def forward(self, batch, memory):
+                memory.append(batch * 2)
+                return memory[-1]
+
+        model = Remembers()
+        _kept = InputCapture(model if known else None)
+        memory = []
+        watched = weakref.ref(model(images.requires_grad_(), memory))
+        assert watched() is not None
+        del memory
+        gc.collect()
+        assert watched() is None
+
+    def test_inputs_that_a_graph_kept_die_with_the_capture(self, model, images):
+        model[1].requires_grad_(False)  # it saves none of its inputs
+        capture = InputCapture(model)
+        batch = images.clone()
+        watched = weakref.ref(batch)
+        loss = model(batch).sum()
+        del batch
+        gc.collect()
+        assert watched() is not None
+        del capture
+        gc.collect()
+        assert watched() is None
+        assert loss.requires_grad
 
     def test_hooks_are_removed_when_the_capture_dies(self, model):
         capture = InputCapture([model, nn.Identity()])

@@ -750,12 +750,6 @@ class TestBadInput:
         with pytest.raises(CaptureError, match="not known"):
             AdversarialLoss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
 
-    def test_concatenated_calls_of_the_model(self, model, images, labels):
-        with pytest.raises(CaptureError, match="embed one concatenated batch"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(
-                torch.cat([model(images), model(images)]), labels.repeat(2)
-            )
-
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_no_gradient_while_training(self, mode, model, images, labels):
         loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
