@@ -174,12 +174,20 @@ def _three_labels(batch: Batch) -> Tensor:
 
 
 def _thinned(indices_tuple: IndicesTuple) -> IndicesTuple:
-    """Half of the tuples, so that rows play their roles unequally often."""
-    kept: list[Tensor] = []
-    for members in (indices_tuple,) if len(indices_tuple) == 3 else (indices_tuple[:2], indices_tuple[2:]):
-        chosen = torch.randperm(len(members[0]))[: len(members[0]) // 2].sort().values
-        kept += [member[chosen] for member in members]
-    return tuple(kept)
+    """Half of the positive pairs, some of them in one direction only, and half of the tuples; roles fall unequally."""
+    if len(indices_tuple) == 3:
+        anchors, positives, _ = indices_tuple
+        pair = anchors * (int(positives.max()) + 1) + positives
+        kept = _half(torch.isin(pair, _half(pair.unique())).nonzero().flatten())
+        return tuple(member[kept] for member in indices_tuple)
+    positive, negative = (_half(torch.arange(len(members))) for members in indices_tuple[::2])
+    return tuple(
+        member[chosen] for member, chosen in zip(indices_tuple, (positive, positive, negative, negative), strict=True)
+    )
+
+
+def _half(values: Tensor) -> Tensor:
+    return values[torch.randperm(len(values))[: len(values) // 2].sort().values]
 
 
 def _value(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor | None = None) -> Tensor | None:

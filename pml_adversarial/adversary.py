@@ -333,9 +333,13 @@ class Adversary:
 
     def _scores(self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of the rows and of their copies, both in the model's own mode."""
-        with self.own_randomness(), isolated(wrapped), torch.no_grad():
-            score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
-            before, after = score(batch.context[plan.rows]), score(embeddings.detach())
+        with isolated(wrapped), torch.no_grad():
+            with self.own_randomness():
+                score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
+            with self.own_randomness():
+                before = score(batch.context[plan.rows])
+            with self.own_randomness():  # the same, for a score that draws
+                after = score(embeddings.detach())
         return before.expand(len(plan)), after.expand(len(plan))
 
 

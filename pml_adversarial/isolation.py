@@ -22,12 +22,13 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
     What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
     graph that saved them can still be walked backward), attributes (what they are bound to: a list that was
-    changed in place stays changed), each parameter's ``.grad`` and ``requires_grad``.
+    changed in place stays changed), each parameter's ``.grad``, ``requires_grad`` and ``.data`` (what it is bound to:
+    some losses cast or normalise their own in each call).
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
-    gradients = [(p, p.requires_grad, p.grad) for p in parameters]
+    tensors = [(p, p.requires_grad, p.grad, p.data) for p in parameters]
     try:
         for module, _, buffers in states:
             for name, buffer in buffers.items():
@@ -39,7 +40,9 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for parameter, requires_grad, gradient in gradients:
+        for parameter, requires_grad, gradient, data in tensors:
+            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 

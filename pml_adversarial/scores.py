@@ -58,13 +58,14 @@ class OwnLoss:
     """
 
     def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=batch.context), plan
+        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=_at_least_float(batch.context)), plan
         stands = (plan.layout >= len(batch)).nonzero().flatten()
         self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """The score of embeddings ``(M, D)``: per copy, ``(M,)``, or of all together, ``()``."""
-        found: Any = self.plan.evaluate(self.loss, self.batch, embeddings)
+        with _exactly(embeddings):
+            found: Any = self.plan.evaluate(self.loss, self.batch, embeddings.to(self.batch.embeddings.dtype))
         if isinstance(found, Tensor):
             return found
         told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
