@@ -189,6 +189,7 @@ class Spy:
         self.adversarial = adversarial
 
 
+@cache
 def outcome(name, situation, perturb):
     """None if PML refuses the call; else whether somebody was perturbed, whether loss and score rose."""
     scene = Scene(name, situation)
