@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, distributed
 from .batch import Adversarial, Batch, IndicesTuple
-from .capture import InputCapture, Source
-from .errors import CaptureError, InputError, PluginError
+from .capture import InputCapture
+from .errors import InputError, PluginError
 from .hookspecs import PROJECT
+from .intake import Intake
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .objective import Objective, Score
 from .pixels import PixelSpace
-from .plan import Plan, checked_tuples, shift_partners
+from .plan import Plan
 from .plugins import make_manager
 
 _ANSWERS: dict[str, Any] = {
@@ -61,9 +62,9 @@ class Adversary:
         if seed is not None and not isinstance(seed, int):
             raise InputError(f"seed={seed!r}; expected a whole number, or None for torch.initial_seed().")
         self.plugins = tuple(plugins)
-        self.capture, self.pixels, self.warmup = capture, pixels, warmup
+        self.capture, self.intake, self.warmup = capture, Intake(capture, pixels, joint), warmup
         self.seed = torch.initial_seed() if seed is None else seed
-        self.step, self.joint = 0, joint
+        self.step = 0
         self.manager = make_manager(self.plugins)
 
     @property
@@ -93,88 +94,10 @@ class Adversary:
             InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
-        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        world_size = distributed.world_size() if self.joint else 1
-        if world_size == 1:
-            return self._batch(*given)
-        local, told = distributed.agree(lambda: self._batch(*given, world_size), self._about)
-        _check_forms([form for form, _ in told])
-        self.seed, self.step = told[0][1]
-        return self._unite(local)
-
-    def _batch(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None,
-        indices_tuple: IndicesTuple | None,
-        ref_emb: Tensor | None,
-        ref_labels: Tensor | None,
-        world_size: int = 1,
-    ) -> Batch:
-        """What this process was given. With a ``world_size``, tuples name rows of the union."""
-        _check_rows("embeddings", embeddings, "labels", labels)
-        _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
-        if indices_tuple is not None:
-            partners = embeddings if ref_emb is None else ref_emb
-            indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
-        inputs, columns = self._source_of(embeddings)
-        if len(inputs) != len(embeddings):
-            raise InputError(
-                f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
-            )
-        num_queries, shared_labels = len(embeddings), False
-        labels = None if labels is None else labels.to(embeddings.device)
-        if ref_emb is not None and ref_emb is not embeddings:
-            if self.capture.knows(ref_emb, columns):
-                inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
-            embeddings = torch.cat([embeddings, ref_emb])
-            shared_labels = labels is not None and ref_labels is labels
-            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
-            indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
-        pixels = self.pixels.to_pixels(inputs)
-        context = embeddings.detach()
-        return Batch(
-            pixels,
-            embeddings,
-            context,
-            labels,
-            indices_tuple,
-            num_queries,
-            self.strength,
-            shared_labels,
-            columns=columns,
-        )
-
-    def _about(self, batch: Batch) -> tuple[dict[str, Any], tuple[int, int]]:
-        """What has to be the same on all ranks, and what rank 0 decides."""
-        form = {
-            "embeddings": tuple(batch.embeddings.shape),
-            "type": batch.embeddings.dtype,
-            "labels": None if batch.labels is None else batch.labels.dtype,
-            "queries": batch.num_queries,
-            "known inputs": len(batch.inputs),
-            "one tensor of labels": batch.shared_labels,
-            "model depends on its mode": depends_on_mode(*self.capture.modules),
-        }
-        return form, (self.seed, self.step)
-
-    def _unite(self, local: Batch) -> Batch:
-        """The batches of all ranks as one; own rows carry gradient."""
-        world_size, sizes = distributed.world_size(), (local.num_queries, len(local) - local.num_queries)
-        embeddings = distributed.gather_parts(local.embeddings, sizes)
-        labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)
-        tuples = distributed.decide(lambda: _on("cpu", local.indices_tuple))
-        return replace(
-            local,
-            embeddings=embeddings,
-            context=embeddings.detach(),
-            labels=labels,
-            indices_tuple=_on(embeddings.device, tuples),
-            num_queries=world_size * local.num_queries,
-            strength=self.strength,
-            world_size=world_size,
-            rank=distributed.rank(),
-        )
+        rank_0 = self.seed, self.step
+        batch, rank_0 = self.intake.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, rank_0)
+        self.seed, self.step = rank_0
+        return replace(batch, strength=self.strength)
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
@@ -184,7 +107,7 @@ class Adversary:
         """
         depends = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
         with self.own_randomness(), isolated(wrapped, *self.capture.modules):
-            seen = replace(batch, context=self._embed_clean(batch)) if depends else batch
+            seen = replace(batch, context=self.intake.embed_clean(batch)) if depends else batch
             plan = self._plan(wrapped, seen)
             attacked = self._attack_own(wrapped, seen, plan) if len(plan) else None
         if attacked is None:
@@ -193,7 +116,7 @@ class Adversary:
         own = batch.own(plan.rows)
         rows = plan.rows[own]
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[rows] if inputs is None else self._embed_perturbed(batch, inputs)
+        embeddings = batch.embeddings[rows] if inputs is None else self.intake.embed_perturbed(batch, inputs)
         inputs = batch.inputs_of(rows) if inputs is None else inputs
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
@@ -264,33 +187,6 @@ class Adversary:
                 )
         return answer
 
-    def _embed(self, batch: Batch, pixels: Tensor) -> Tensor:
-        return self.capture.embed(self.pixels.to_inputs(pixels))[..., batch.columns]
-
-    def _embed_perturbed(self, batch: Batch, pixels: Tensor) -> Tensor:
-        try:
-            return self._embed(batch, pixels)
-        except ValueError as error:
-            if len(pixels) != 1:
-                raise
-            raise InputError(
-                f"One copy was perturbed, and the model cannot embed one row alone: {error}. BatchNorm in train mode "
-                "takes its statistics from the rows: set it to eval mode (freeze it), or see that a step perturbs more "
-                "than one row."
-            ) from error
-
-    def _source_of(self, embeddings: Tensor) -> Source:
-        try:
-            source = self.capture.source_of(embeddings)
-            return source._replace(inputs=source.inputs.to(embeddings.device))
-        except CaptureError as error:
-            if self.joint or distributed.world_size() == 1:
-                raise
-            raise CaptureError(
-                f"{error} Among several processes, PML's wrapper hands over rows of all ranks: put it inside, as in "
-                "AdversarialMiner(DistributedMinerWrapper(miner), model)."
-            ) from error
-
     def _plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """Who is perturbed; of processes that share the batch, rank 0 says it to all."""
 
@@ -301,14 +197,6 @@ class Adversary:
         if batch.world_size == 1:
             return asked()
         return distributed.decide(lambda: asked().to("cpu")).to(batch.embeddings.device)
-
-    def _embed_clean(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            known = self._embed(batch, batch.inputs)
-        if batch.world_size > 1:
-            queries, _ = batch.own_sizes
-            known = distributed.gather_parts(known, (queries, len(known) - queries))
-        return torch.cat([known, batch.context[len(known) :]])
 
     def _attack_own(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
         """Attacks the copies of this process's rows. An error on one rank is one on all."""
@@ -324,7 +212,7 @@ class Adversary:
         score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
         clean = batch.context[plan.rows]
         score = score if len(own) == len(plan) else _score_of_some(score, clean, own)
-        objective = Objective(partial(self._embed, batch), score, clean[own], self.capture.modules)
+        objective = Objective(partial(self.intake.embed, batch), score, clean[own], self.capture.modules)
         attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
         if attack is attacks.unchanged:
             return None, torch.zeros_like(objective.has_gradient), 0.0
@@ -358,34 +246,3 @@ def _gather_copies(batch: Batch, plan: Plan, own: Tensor) -> Tensor:
     owners = batch.owners(plan.rows)
     by_rank = distributed.gather_rows(own, torch.bincount(owners, minlength=batch.world_size).tolist())
     return by_rank[owners.argsort(stable=True).argsort()]
-
-
-def _on(device: torch.device | str, indices_tuple: IndicesTuple | None) -> IndicesTuple | None:
-    return None if indices_tuple is None else tuple(member.to(device) for member in indices_tuple)
-
-
-def _check_forms(forms: list[dict[str, Any]]) -> None:
-    for rank, form in enumerate(forms):
-        different = [name for name in form if form[name] != forms[0][name]]
-        if different:
-            first, other = (", ".join(f"{name}: {f[name]}" for name in different) for f in (forms[0], form))
-            raise InputError(
-                f"Rank 0 holds a batch with {first}, rank {rank} one with {other}; expected the same on all ranks. "
-                "Draw batches of one size, as with drop_last=True, and put the models into one mode."
-            )
-
-
-def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | None) -> None:
-    if embeddings is None:
-        return
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-        raise InputError(f"{of} {_form(embeddings)}; expected a tensor of one row per input, (N, D).")
-    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]):
-        raise InputError(
-            f"{name} {_form(labels)} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per "
-            f"row, ({len(embeddings)},)."
-        )
-
-
-def _form(found: Any) -> str:
-    return f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"are {type(found).__name__}"

@@ -9,7 +9,7 @@ PACKAGE = Path(pml_adversarial.__file__).parent
 FLOORS = [
     ["errors", "batch"],
     ["records", "plan", "capture", "isolation", "attacks", "pixels", "distributed"],
-    ["objective"],
+    ["objective", "intake"],
     ["hookspecs"],
     ["addressing"],
     ["scores"],

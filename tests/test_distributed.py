@@ -249,7 +249,7 @@ class TestRandomNumbers:
         noise = seen[rank]["noise"]
         assert torch.equal(noise["seed 5"], noise["seeds of their own"])
         assert torch.equal(noise["second step"], noise["second step, loaded by rank 0"])
-        assert noise["state"] == {"step": 2, "seed": 5, "plugins": {}}
+        assert noise["state"] == {"step": 2, "seed": 5, "plugins": {}, "attributes": {}}
 
 
 @pytest.mark.slow
