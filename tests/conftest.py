@@ -1,8 +1,14 @@
 """Small models and one seeded batch."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
+
+
+def pytest_collection_finish():
+    gc.freeze()  # some tests collect garbage; thousands of collected tests are none
 
 
 @pytest.fixture(autouse=True)

@@ -192,7 +192,7 @@ IN_EVALUATION = {
     "AutoAttack": ({"eps": EPS, "n_classes": 10}, "linf", EPS),
     "MultiAttack": (None, "linf", EPS),
 }
-USELESS = {"VANILA", "GN", "LGV"}
+USELESS = ["VANILA", "GN", "LGV"]
 
 
 class Spy:
@@ -232,7 +232,7 @@ class TestEveryTorchattack:
         for place, names in (
             ("in training", IN_TRAINING),
             ("in evaluation only", IN_EVALUATION),
-            ("refused", sorted(USELESS)),
+            ("refused", USELESS),
         ):
             (row,) = re.findall(rf"^\| {place} \| (.*) \|$", page, re.M)
             assert sorted(row.split(", ")) == sorted(names)

@@ -34,6 +34,7 @@ class TestRun:
         mean = sum(run["recall_at_1"] for run in report["runs"] if run["kind"] == "plain") / 2
         assert plain["recall_at_1"] == pytest.approx(mean)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "arguments",
         [

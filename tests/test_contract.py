@@ -32,7 +32,19 @@ from pml_adversarial.scores import ViolationScore, distance_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
 NAMES = [*LOSSES, *WRAPPERS]
-QUICK = ("none", "MultiSimilarityMiner", "BatchHardMiner")  # the other miners are tried in the whole run only
+# The others are tried in the whole run only.
+QUICK_MINERS = ("none", "MultiSimilarityMiner", "BatchHardMiner")
+QUICK_LOSSES = (
+    "ArcFaceLoss",
+    "ContrastiveLoss",
+    "CrossBatchMemory",
+    "MultiSimilarityLoss",
+    "NTXentLoss",
+    "ProxyAnchorLoss",
+    "SelfSupervisedLoss",
+    "TripletMarginLoss",
+    "VICRegLoss",
+)
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -47,7 +59,10 @@ every_case = pytest.mark.parametrize(
     ("name", "situation"),
     [
         pytest.param(
-            name, situation, id=f"{name}-{situation}", marks=[] if situation.miner in QUICK else pytest.mark.slow
+            name,
+            situation,
+            id=f"{name}-{situation}",
+            marks=[] if name in QUICK_LOSSES and situation.miner in QUICK_MINERS else pytest.mark.slow,
         )
         for name in NAMES
         for situation in situations(name)

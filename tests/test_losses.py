@@ -28,7 +28,7 @@ EPS, ALPHA, STEPS = 0.05, 0.02, 3
 PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS)
 STILL = partial(PGD, random_start=False)
 NO_BUDGET = partial(PGD, eps=0.0)
-ROLES = ["anchor", "positive", "negative", "all", ("positive", "negative"), ("anchor", "positive", "negative")]
+SEVERAL_ROLES = [("positive", "negative"), ("anchor", "positive"), ("anchor", "positive", "negative")]
 LOSSES = {
     "triplet": partial(losses.TripletMarginLoss, margin=0.2),
     "triplet with swap": partial(losses.TripletMarginLoss, swap=True),
@@ -74,16 +74,7 @@ def tuples_of(kind, labels, embeddings):
 
 
 class TestIsTheWrappedLoss:
-    @pytest.mark.parametrize("name", LOSSES)
-    @pytest.mark.parametrize("kind", ["none", "BatchHardMiner", "MultiSimilarityMiner"])
-    def test_in_eval_mode(self, name, kind, model, images, labels):
-        wrapped = LOSSES[name]()
-        embeddings = model(images)
-        mined = tuples_of(kind, labels, embeddings)
-        expected = copy.deepcopy(wrapped)(embeddings, labels, mined)
-        assert torch.equal(AdversarialLoss(wrapped, model).eval()(embeddings, labels, mined), expected)
-
-    @pytest.mark.parametrize("perturb", ROLES, ids=str)
+    @pytest.mark.parametrize("perturb", SEVERAL_ROLES, ids=str)
     @pytest.mark.parametrize("name", LOSSES)
     @pytest.mark.parametrize("kind", ["none", "BatchHardMiner", "MultiSimilarityMiner"])
     def test_with_its_gradients_when_eps_is_0(self, name, kind, perturb, model, images, labels):
