@@ -72,7 +72,8 @@ class _Tap:
         self.by_token: weakref.WeakKeyDictionary[_Token, Call] = weakref.WeakKeyDictionary()
         self.paused = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        kwargs, output = _with_kwargs(rest)
         if self.calls is None or self.paused or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return
         # Kept, an output, or a container that may come to hold it, would keep itself alive.
@@ -327,11 +328,20 @@ def _outermost(tap: _Tap) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        kwargs, output = rest if _WITH_KWARGS else ({}, *rest)
+        kwargs, output = _with_kwargs(rest)
         if not any(argument is output for argument in (*args, *kwargs.values())):
             tap(module, args, kwargs, output)
 
     return hook
+
+
+def _with_kwargs(rest: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+    """Keyword arguments and output of a call, of what a hook is told.
+
+    A hook that is removed while its module runs, as when garbage is collected, is told no keyword arguments any more.
+    """
+    kwargs, output = rest if len(rest) == 2 else ({}, *rest)
+    return kwargs, output
 
 
 def _token(node: Any, output_nr: int) -> _Token:

@@ -629,6 +629,14 @@ NEVER_HELD = (False, False)
 
 
 class TestMemory:
+    @pytest.mark.parametrize("known", [True, False])
+    def test_may_end_while_the_model_runs(self, model, images, known):
+        captures = []
+        model.register_forward_hook(lambda *_: captures.clear())
+        expected = model(images)
+        captures.append(InputCapture(model if known else None))
+        assert torch.equal(model(images), expected)
+
     def test_inputs_die_with_the_output(self, capture, model, images):
         assert inputs_live(model, images) == RELEASED
         capture.inputs_of(model(images))
