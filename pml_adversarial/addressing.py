@@ -78,7 +78,7 @@ def finest(wrapped: nn.Module, batch: Batch, roles: tuple[str, ...], tuples_per_
         PlanError: tuples are to be kept, and the loss takes none.
     """
     with random_stream(0, 0):
-        trial = _trial_batch(batch)
+        trial = _trial_for(wrapped, batch)
         tuples = own_tuples(wrapped, trial)
         if tuples is None:
             return "in place"
@@ -106,7 +106,7 @@ def sees_rows_apart(wrapped: nn.Module, batch: Batch) -> bool:
     by each bit of the row number, so that any two rows are in different parts once.
     """
     with random_stream(0, 0):
-        trial = _trial_batch(batch)
+        trial = _trial_for(wrapped, batch)
         moved, number = torch.randn_like(trial.embeddings), torch.arange(len(trial))
         near = torch.ones_like(moved) + trial.embeddings  # each other, so that no margin keeps rows from being compared
 
@@ -138,13 +138,24 @@ def _triplets_per_anchor(wrapped: nn.Module) -> int | str | None:
     return getattr(wrapped, "triplets_per_anchor", None)
 
 
-def _trial_batch(batch: Batch) -> Batch:
-    """Random embeddings of classes of unequal size, with the kind of tuples and of reference that ``batch`` has.
+_UNEQUAL, _TWO, _BLOCKS = [0, 1, 0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
+"""Classes of trial batches: the second for losses that know no more, the third for those that want them so."""
+
+
+def _trial_for(wrapped: nn.Module, batch: Batch) -> Batch:
+    """The first trial batch on which the loss has a value."""
+    trials = [_trial_batch(batch, classes) for classes in (_UNEQUAL, _TWO, _BLOCKS)]
+    accepted = (t for t in trials if _value(wrapped, t, untouched(t, t.indices_tuple)) is not None)
+    return next(accepted, trials[0])
+
+
+def _trial_batch(batch: Batch, classes: list[int]) -> Batch:
+    """Random embeddings with the kind of labels, of tuples and of reference that ``batch`` has.
 
     Not ``batch`` itself: with few tuples, or classes of equal size, a loss may give one value for every plan. In double
     precision on the CPU, where an index out of range is an exception and not the end of the process.
     """
-    labels = _three_labels(batch)[torch.tensor([0, 1, 0, 1, 0, 1, 2, 0])]
+    labels = _three_labels(batch)[torch.tensor(classes)]
     reference = labels if batch.num_queries < len(batch) else None
     tuples = None
     if batch.indices_tuple is not None:

@@ -601,6 +601,27 @@ class TestOptions:
         assert plain > 0
         torch.testing.assert_close(loss_func(embeddings, labels.to(dtype), **reference), plain)
 
+    def test_a_classifier_of_two_classes_is_attacked_by_its_own_value(self, model, images):
+        spy = Spy()
+        loss_func = AdversarialLoss(losses.ArcFaceLoss(2, 4), model, attack=PGD, perturb="all", plugins=[spy])
+        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % 2):
+            loss_func(model(images), labels)
+            assert loss_func.loss_after > loss_func.loss_before
+            assert loss_func.share_score_rose == 1
+            rows = zip(model(images).detach(), labels, strict=True)
+            contributions = torch.stack([loss_func.loss(row[None], label[None]).detach() for row, label in rows])
+            torch.testing.assert_close(spy.adversarial.score_before, contributions)
+
+    @pytest.mark.skipif(not hasattr(losses, "SmoothAPLoss"), reason="since 2.9")
+    def test_a_loss_that_wants_classes_of_one_size_is_asked_once(self, model, images, labels, caplog):
+        loss_func = AdversarialLoss(losses.SmoothAPLoss(), model, attack=PGD)
+        with caplog.at_level("DEBUG", "pml_adversarial"):
+            for _ in range(2):
+                loss_func(model(images), labels)
+        assert [record.args for record in caplog.records if "copies are" in record.msg] == [
+            ("SmoothAPLoss", "in place")
+        ]
+
     def test_of_a_loss_without_labels_its_own_value_is_raised(self, model, images):
         loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
         loss_func(model(images), ref_emb=model(images.flip(3))).backward()
