@@ -603,7 +603,7 @@ class TestOptions:
 
     def test_a_classifier_of_two_classes_is_attacked_by_its_own_value(self, model, images):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.ArcFaceLoss(2, 4), model, attack=PGD, perturb="all", plugins=[spy])
+        loss_func = AdversarialLoss(losses.ArcFaceLoss(2, 4, scale=4), model, attack=PGD, perturb="all", plugins=[spy])
         for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % 2):
             loss_func(model(images), labels)
             assert loss_func.loss_after > loss_func.loss_before
