@@ -214,12 +214,16 @@ def _value(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor | None =
 
 
 def _keeps(wrapped: nn.Module, batch: Batch, plan: Plan, expected: Tensor) -> bool:
-    """Whether the loss gives the expected value for the plan while nothing is perturbed.
+    """Whether the loss gives the expected value for the plan while nothing is perturbed, and another once copies move.
 
     Also with a bystander in the plan, since a loss that looks at rows that its tuples do not name would look at rows
     and their copies at once.
     """
-    elsewhere = torch.randn(1, batch.embeddings.shape[1], dtype=torch.float64)
-    attended = torch.cat([batch.embeddings[plan.rows], elsewhere])
-    values = _value(wrapped, batch, plan), _value(wrapped, batch, plan.with_bystander(len(batch)), attended)
-    return all(value is not None and torch.allclose(expected, value, rtol=1e-9, atol=0) for value in values)
+    copies = batch.embeddings[plan.rows]
+    elsewhere = torch.randn(len(copies) + 1, batch.embeddings.shape[1], dtype=torch.float64)
+    attended = torch.cat([copies, elsewhere[:1]])
+    still = _value(wrapped, batch, plan, copies), _value(wrapped, batch, plan.with_bystander(len(batch)), attended)
+    moved = _value(wrapped, batch, plan, elsewhere[1:])
+    if moved is None or torch.equal(moved, expected):
+        return False
+    return all(value is not None and torch.allclose(expected, value, rtol=1e-9, atol=0) for value in still)

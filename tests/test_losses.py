@@ -612,6 +612,23 @@ class TestOptions:
             contributions = torch.stack([loss_func.loss(row[None], label[None]).detach() for row, label in rows])
             torch.testing.assert_close(spy.adversarial.score_before, contributions)
 
+    @pytest.mark.parametrize("make", [lambda: losses.ArcFaceLoss(4, 4), losses.ContrastiveLoss])
+    def test_scores_are_exact_in_mixed_precision(self, make, model, images, labels):
+        class Grab(Spy):
+            @hookimpl(wrapper=True)
+            def pml_adversarial_score(self, batch, plan):
+                self.score = yield
+                return self.score
+
+        grab = Grab()
+        loss_func = AdversarialLoss(make(), model, attack=PGD, plugins=[grab])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_func(model(images), labels)
+            found = grab.score(grab.adversarial.embeddings)
+        exact = grab.score(grab.adversarial.embeddings.float())
+        assert found.dtype == torch.float32
+        assert torch.equal(found, exact)
+
     @pytest.mark.skipif(not hasattr(losses, "SmoothAPLoss"), reason="since 2.9")
     def test_a_loss_that_wants_classes_of_one_size_is_asked_once(self, model, images, labels, caplog):
         loss_func = AdversarialLoss(losses.SmoothAPLoss(), model, attack=PGD)

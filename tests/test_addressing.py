@@ -1,0 +1,115 @@
+"""What is asked of losses, with losses made to answer in a known way."""
+
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from torch import nn
+
+from pml_adversarial.addressing import choice_of, finest, own_tuples, sees_rows_apart, situation_of
+from pml_adversarial.batch import Batch
+
+LABELS = torch.arange(8) // 2
+
+
+def batch_of(labels=LABELS, tuples=None, num_queries=8):
+    embeddings = torch.randn(8, 4)
+    return Batch(torch.rand(8, 1), embeddings, embeddings, labels, tuples, num_queries)
+
+
+class Made(nn.Module):
+    """A loss that is a function of embeddings and labels."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, embeddings, labels, indices_tuple=None, *reference):
+        return self.function(embeddings, labels)
+
+
+def of_rows(embeddings, labels):
+    return (embeddings.pow(2).sum(1) * (labels + 1)).mean()
+
+
+class TestRowsApart:
+    def test_a_sum_over_rows(self):
+        assert sees_rows_apart(Made(of_rows), batch_of())
+
+    @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2), (1, 3), (0, 4), (3, 7), (2, 6)])
+    def test_two_rows_that_meet_are_enough(self, one, other):
+        meet = Made(lambda e, y: of_rows(e, y) + 1e-3 * (e[one] * e[other]).sum())
+        assert not sees_rows_apart(meet, batch_of())
+
+    def test_what_is_flat_tells_nothing(self):
+        assert not sees_rows_apart(Made(lambda e, y: 0 * e.sum()), batch_of())
+
+    def test_what_raises_tells_nothing(self):
+        assert not sees_rows_apart(Made(lambda e, y: e.missing), batch_of())
+
+    @pytest.mark.parametrize("classes", [2, 3, 8])
+    def test_of_few_classes(self, classes):
+        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % classes):
+            assert sees_rows_apart(losses.ArcFaceLoss(classes, 4), batch_of(labels))
+
+    def test_a_hinge_that_random_embeddings_satisfy_is_no_sum(self):
+        far = batch_of(torch.arange(8))
+        assert not sees_rows_apart(losses.ContrastiveLoss(neg_margin=0.01), far)
+
+    def test_draws_nothing_and_leaves_the_loss_alone(self):
+        loss, batch = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 32), batch_of()
+        state = torch.get_rng_state()
+        sees_rows_apart(loss, batch)
+        assert loss.queue_idx == 0
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestFinest:
+    @pytest.mark.parametrize(
+        ("function", "expected"),
+        [
+            (of_rows, "in place"),  # a mean over rows changes with their number, and a reference is not looked at
+            (lambda e, y: e.pow(2).sum(), "in place"),
+        ],
+    )
+    def test_a_loss_that_sees_all_rows(self, function, expected):
+        assert finest(Made(function), batch_of(), ("positive",), None) == expected
+
+    @pytest.mark.parametrize("loss", [losses.TripletMarginLoss(), losses.ContrastiveLoss()])
+    def test_a_loss_that_does_as_its_tuples_say(self, loss):
+        assert finest(loss, batch_of(), ("positive",), None) == "appended"
+        assert finest(loss, batch_of(num_queries=4), ("positive",), None) == "reference"
+
+    def test_without_labels(self):
+        assert finest(losses.VICRegLoss(), batch_of(None), ("positive",), None) == "in place"
+
+    def test_nothing_is_decided_by_a_failure(self):
+        assert finest(Made(lambda e, y: e.missing), batch_of(), ("positive",), None) is None
+
+
+class TestTuples:
+    def test_are_the_callers_if_there_are_any(self):
+        tuples = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        assert own_tuples(losses.TripletMarginLoss(), batch_of(tuples=tuples)) is tuples
+
+    def test_are_all_pairs_or_triplets_by_hand(self):
+        batch = batch_of()
+        positive = {(a, p) for a in range(8) for p in range(8) if a != p and LABELS[a] == LABELS[p]}
+        negative = {(a, n) for a in range(8) for n in range(8) if LABELS[a] != LABELS[n]}
+        a1, p, a2, n = (member.tolist() for member in own_tuples(losses.ContrastiveLoss(), batch))
+        assert ({*zip(a1, p, strict=True)}, {*zip(a2, n, strict=True)}) == (positive, negative)
+        triplets = zip(*(member.tolist() for member in own_tuples(losses.TripletMarginLoss(), batch)), strict=True)
+        assert {*triplets} == {(a, p, n) for a, p in positive for b, n in negative if a == b}
+
+    def test_are_given_to_a_loss_that_would_choose_others(self):
+        batch = batch_of()
+        for limit, chosen, given in ((3, False, True), ("all", False, False), ("all", True, True)):
+            loss = losses.TripletMarginLoss(triplets_per_anchor=limit)
+            tuples = own_tuples(loss, batch)
+            assert (choice_of(loss, batch, tuples, chosen) is tuples) == given
+        assert choice_of(losses.ContrastiveLoss(), batch, tuples, False) is None
+
+
+def test_situations_differ():
+    pair = (torch.tensor([0]),) * 4
+    batches = batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)
+    assert len({situation_of(batch) for batch in batches}) == 5
