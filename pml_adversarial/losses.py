@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -99,6 +99,8 @@ class AdversarialLoss(ModuleWithRecords):
         if warmup:
             attacks.check_warmup(attack)
         self.loss = loss
+        parameters = signature(loss.forward).parameters
+        self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
         self.adversary = Adversary(
             [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
@@ -130,7 +132,7 @@ class AdversarialLoss(ModuleWithRecords):
             A scalar.
         """
         loss: nn.Module = self.loss
-        if takes_two_views(loss):
+        if self.takes_two_views:
             loss, ref_emb = TwoViews(loss), labels if ref_emb is None else ref_emb
             labels, ref_labels = TwoViews.labels(embeddings, ref_emb)
         if not self.training:
@@ -207,12 +209,6 @@ class TwoViews(nn.Module):
             )
         each = torch.arange(len(embeddings), device=embeddings.device)
         return each, each.clone()  # PML would leave out pairs (i, i) if both were one tensor
-
-
-def takes_two_views(loss: nn.Module) -> bool:
-    """Whether the loss is called with two views, ``(embeddings, ref_emb)``, and no labels."""
-    parameters = inspect.signature(loss.forward).parameters
-    return "ref_emb" in parameters and "labels" not in parameters
 
 
 def _attributes(loss: nn.Module) -> dict[str, dict[str, Any]]:

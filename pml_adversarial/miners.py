@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 from torch import Tensor
 
 from . import attacks, distributed, records
+from .addressing import untouched
 from .adversary import Adversary
 from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
@@ -20,7 +20,7 @@ from .capture import InputCapture, Models
 from .defaults import FixedContext
 from .errors import InputError
 from .pixels import Normalization, PixelSpace
-from .plan import Plan, checked_tuples, map_members, replace_rows, shift_partners
+from .plan import Plan, checked_tuples, map_members, shift_partners
 from .plugins import find_all
 
 
@@ -102,9 +102,8 @@ class AdversarialMiner(BaseMiner):
         if not self.training:
             return self.miner(embeddings, labels, *reference)
         batch = self.adversary.batch(embeddings, labels, None, *reference)
-        untouched = replace_rows(torch.empty(0, dtype=torch.long, device=embeddings.device), len(batch), None)
         with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
-            found = self._mine(untouched.split(batch.num_queries), batch, batch.embeddings[:0])
+            found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))
         plan, adversarial = self.adversary.rehearse(self._of_the_batch, batch)
         if adversarial is None:
