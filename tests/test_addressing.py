@@ -79,6 +79,12 @@ class TestFinest:
         assert finest(loss, batch_of(), ("positive",), None) == "appended"
         assert finest(loss, batch_of(num_queries=4), ("positive",), None) == "reference"
 
+    @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
+    @pytest.mark.parametrize("members", [3, 4])
+    def test_a_loss_that_takes_both_directions_of_a_pair_for_one(self, members):
+        tuples = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3]))[:members]
+        assert finest(losses.HistogramLoss(), batch_of(tuples=tuples), ("positive",), None) == "in place"
+
     def test_without_labels(self):
         assert finest(losses.VICRegLoss(), batch_of(None), ("positive",), None) == "in place"
 
