@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pml_adversarial.isolation import depends_on_mode, isolated, random_stream
+from pml_adversarial.isolation import depends_on_mode, isolated, preserved, random_stream
 
 
 class Stop(Exception):
@@ -314,3 +314,13 @@ class TestDependsOnMode:
     @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script:FutureWarning")  # the same in newer releases of torch
     def test_scripted_modules_yes(self):
         assert depends_on_mode(torch.jit.script(nn.Linear(3, 3)))
+
+
+def test_data_of_parameters_comes_back():
+    linear = nn.Linear(3, 2)
+    weight, data, address = linear.weight, linear.weight.detach().clone(), linear.weight.data_ptr()
+    with preserved(linear):
+        weight.data = weight.data.double() * 2  # as losses do that cast or normalise their own
+    assert linear.weight is weight
+    assert (weight.dtype, weight.data_ptr()) == (torch.float32, address)
+    assert torch.equal(weight, data)
