@@ -44,6 +44,7 @@ class AdversarialMiner(BaseMiner):
         seed: as in `AdversarialLoss`.
 
     Example:
+        >>> import torch
         >>> from pytorch_metric_learning.miners import BatchHardMiner
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
