@@ -8,11 +8,13 @@ import copy
 import inspect
 import itertools
 import logging
+import random
 import sys
 import warnings
 from functools import cache, partial
 from typing import NamedTuple
 
+import numpy
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
@@ -99,8 +101,15 @@ def takes_two_views(name):
     return "labels" not in inspect.signature(make_loss(name).forward).parameters
 
 
+def seed(number):
+    """Of all generators that losses and miners draw from."""
+    torch.manual_seed(number)
+    numpy.random.seed(number)  # noqa: NPY002
+    random.seed(number)
+
+
 def make_loss(name):
-    torch.manual_seed(1)
+    seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what their constructors say of numpy is not for us
         return {**LOSSES, **WRAPPERS}[name]().double()
@@ -110,7 +119,7 @@ class Scene:
     """A model, a batch, and a loss that is called in one situation; ``uneven``: with another number of rows a class."""
 
     def __init__(self, name, situation, *, uneven=False, model=None, dtype=torch.float64):
-        torch.manual_seed(4 if uneven else 0)
+        seed(4 if uneven else 0)
         self.situation, self.dtype, self.two_views = situation, dtype, takes_two_views(name)
         self.model = model or nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, SIZE))
         self.model.to(dtype)
@@ -132,7 +141,7 @@ class Scene:
             return embeddings, reference[0]
         tuples = None
         if self.situation.miner != "none":
-            torch.manual_seed(2)
+            seed(2)
             tuples = MINERS[self.situation.miner]()(embeddings, labels, *reference)
         return embeddings, labels, tuples, *reference
 
@@ -141,7 +150,7 @@ class Scene:
         self.model.zero_grad()
         loss.zero_grad()
         arguments = self.arguments()
-        torch.manual_seed(3)
+        seed(3)
         return torch.as_tensor(loss(*arguments))
 
     def value(self, loss):

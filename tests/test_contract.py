@@ -21,6 +21,7 @@ from contract import (
     Situation,
     Spy,
     outcome,
+    seed,
     situations,
     table,
 )
@@ -143,7 +144,7 @@ class TestIsTheWrappedLoss:
 
 def refused(loss, arguments):
     """The exception that a loss raises, if any."""
-    torch.manual_seed(3)
+    seed(3)
     try:
         loss(*arguments)
     except Exception as error:
@@ -223,11 +224,11 @@ class TestFixedContext:
         clean = held.embeddings[spy.plan.rows]
 
         def value(embeddings):
-            torch.manual_seed(6)
+            seed(6)
             return spy.plan.evaluate(copy.deepcopy(scene.loss), held, embeddings)
 
         def score(embeddings):
-            torch.manual_seed(6)
+            seed(6)
             return spy.score(embeddings)
 
         if spy.batch.labels is None:
@@ -325,10 +326,10 @@ class TestLeavesNoTrace:
         scene = Scene(name, a_situation(name))
         plain, loss_func = copy.deepcopy(scene.loss), scene.adversarial("all")
         arguments = scene.arguments()
-        torch.manual_seed(5)
+        seed(5)
         plain(*arguments)
         drawn = random_states()
-        torch.manual_seed(5)
+        seed(5)
         loss_func(*arguments)
         assert_equal(random_states(), drawn)
         for found, expected in zip(loss_func.loss.parameters(), plain.parameters(), strict=True):
@@ -422,7 +423,7 @@ class TestMiners:
 
         def mined(miner):
             embeddings, labels, _, *given = scene.arguments()
-            torch.manual_seed(2)
+            seed(2)
             return miner(embeddings, labels, *given)
 
         expected = mined(MINERS[name]())

@@ -277,7 +277,7 @@ def loop(loader, loss, miner=None, model=None):
         optimizer.step()
         batches.append((images, labels))
         records.append({name: getattr(loss, name) for name in (*STANDARD, *OF_LOSSES)})
-        assert math.isfinite(value)
+        assert math.isfinite(value.item())
     return batches, records
 
 
