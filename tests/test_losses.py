@@ -54,6 +54,15 @@ class Spy:
         self.batch, self.plan, self.adversarial = batch, plan, adversarial
 
 
+class Grab(Spy):
+    """Keeps the score as well."""
+
+    @hookimpl(wrapper=True)
+    def pml_adversarial_score(self, batch, plan):
+        self.score = yield
+        return self.score
+
+
 def counting(model):
     """Rows, gradient and mode of every forward pass, kept outside the model."""
     passes = []
@@ -161,12 +170,6 @@ class TestFixedContext:
             torch.testing.assert_close(spy.adversarial.inputs[copied], moved[0], rtol=0, atol=1e-6)
 
     def test_moving_one_copy_moves_no_other_score(self, model, images, labels):
-        class Grab(Spy):
-            @hookimpl(wrapper=True)
-            def pml_adversarial_score(self, batch, plan):
-                self.score = yield
-                return self.score
-
         grab = Grab()
         AdversarialLoss(losses.ContrastiveLoss(), model, perturb=("anchor", "positive"), plugins=[grab])(
             model(images), labels
@@ -614,12 +617,6 @@ class TestOptions:
 
     @pytest.mark.parametrize("make", [lambda: losses.ArcFaceLoss(4, 4), losses.ContrastiveLoss])
     def test_scores_are_exact_in_mixed_precision(self, make, model, images, labels):
-        class Grab(Spy):
-            @hookimpl(wrapper=True)
-            def pml_adversarial_score(self, batch, plan):
-                self.score = yield
-                return self.score
-
         grab = Grab()
         loss_func = AdversarialLoss(make(), model, attack=PGD, plugins=[grab])
         with torch.autocast("cpu", torch.bfloat16):
