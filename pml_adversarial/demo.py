@@ -20,9 +20,9 @@ from . import __version__
 from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .errors import InputError
-from .evaluation import Gallery, RobustRecall, robust_recall
+from .evaluation import Gallery, Report as RobustRecall
 from .evaluation.retrieval import embed_all
-from .evaluation.suites import QUERY_ATTACKS, num_runs
+from .evaluation.suites import SUITES
 from .isolation import random_stream
 from .losses import AdversarialLoss
 

@@ -14,6 +14,9 @@ from ..errors import InputError
 
 SCHEMA = 1
 
+TARGETS = ("query", "gallery")
+"""What an attack may perturb."""
+
 Measures = Mapping[str, float]
 """Name of a measure (``recall_at_1``, ``map_at_r``, ``r_precision``, ...) -> its mean over the queries, in [0, 1]."""
 
@@ -209,7 +212,7 @@ class Report:
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page, see `page`."""
-        from .page import render  # noqa: PLC0415
+        from .page import render
 
         Path(path).write_text(render(self), encoding="utf-8")
 

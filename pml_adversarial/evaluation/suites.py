@@ -242,9 +242,7 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
         found = scene.images.clone()
         for rows in apart(scene.images, eps, scene.norm):
             part = scene[rows]
-            model = RetrievalClassifier(
-                part.embed, part.gallery, part.images, part.sought, scene.norm, *scene.modules
-            )
+            model = RetrievalClassifier(part.embed, part.gallery, part.images, part.sought, scene.norm, *scene.modules)
             options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
             if targets is not None:
                 options["n_classes"] = min(model.num_classes, targets + 1)
@@ -277,7 +275,6 @@ def demotion(scene: Scene) -> Score:
     """The item moves off the query."""
     query = unit(scene.clean)
     return lambda items: -(unit(items) * query).sum(1)
-
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[AnyAttack, ...]:
