@@ -163,9 +163,9 @@ class Gallery:
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Embeddings of length 1, in single precision at least; what is not finite becomes 0, which finds nothing."""
+    """Embeddings of length 1, in single precision at least; one with NaN or infinity in it is 0, and finds nothing."""
     real = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return normalize(torch.nan_to_num(real, nan=0.0, posinf=0.0, neginf=0.0))
+    return normalize(torch.where(real.isfinite().all(1, keepdim=True), real, 0.0))
 
 
 def embed_all(embed: Embed, images: Tensor, chunk: int) -> Tensor:
