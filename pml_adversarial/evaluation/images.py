@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ..errors import InputError
 from ..pixels import PixelSpace
 
-Images = tuple[Tensor, Tensor] | Dataset
+Images = tuple[Tensor, Tensor] | Dataset[Any]
 """``(images (N, C, H, W), labels (N,))``, or a data set of pairs ``(image (C, H, W), label)``; pixels in [0, 1]."""
 
 

@@ -205,7 +205,7 @@ class Report:
             if schema != SCHEMA:
                 raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
             kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
-            parts = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
+            parts: dict[str, Any] = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
             return cls(**found, **parts)
         except InputError:
             raise
