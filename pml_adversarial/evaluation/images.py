@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ..errors import InputError
 from ..pixels import PixelSpace
 
-Images = tuple[Tensor, Tensor] | Dataset
+Images = tuple[Tensor, Tensor] | Dataset[Any]
 """``(images (N, C, H, W), labels (N,))``, or a data set of pairs ``(image (C, H, W), label)``; pixels in [0, 1]."""
 
 
@@ -85,6 +85,6 @@ class ImageSet:
     def _check_labels(self, labels: Tensor, count: int) -> None:
         if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
             raise InputError(
-                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected one "
-                "whole number per image."
+                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
+                "one whole number per image."
             )

@@ -35,7 +35,7 @@ class Folder:
         if self.path is None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        own = {"settings": dict(settings), "of": _fingerprint(bench)}
+        own: dict[str, Any] = {"settings": dict(settings), "of": _fingerprint(bench)}
         note = self.path / "evaluation.json"
         if not note.exists():
             note.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
