@@ -373,7 +373,7 @@ class _Placing:
         return (gaps > 0) | ((gaps == 0) & earlier if self.gaps is _of_query else torch.zeros_like(earlier))
 
     def percentile(self, scene: _Scene, target: Tensor, moved: Tensor) -> Tensor:
-        return 100 * self.ahead(scene, target, moved).sum(1) / scene.rivals(target).sum(1)
+        return 100 * self.ahead(scene, target, moved).sum(1).to(moved.dtype) / scene.rivals(target).sum(1)
 
     def retained(self, scene: _Scene, target: Tensor, moved: Tensor) -> Tensor:
         return self.ahead(scene, target, moved).scatter(1, scene.own.unsqueeze(1), False).sum(1) < 4
@@ -487,8 +487,12 @@ def _unit(embeddings: Tensor) -> Tensor:
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
-    """``(B, G)``, by differences: exact for embeddings that almost coincide, 0 with gradient 0 where they do."""
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
+    """``(B, G)``, by differences, which are exact also where embeddings are close; under 1e-5 they count as equal.
+
+    Closer ones may differ by rounding alone, whose direction means nothing: their distance is 0 and has no gradient.
+    """
+    distances = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances * (distances > 1e-5)
 
 
 def _pairs(one: Tensor, other: Tensor) -> Tensor:
