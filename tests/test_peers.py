@@ -277,6 +277,25 @@ class TestEachAttack:
         assert peers._unmatching(published, torch.zeros(1)).tolist() == [0]  # the first unmatching item: itself
 
 
+class TestDistances:
+    def test_of_close_embeddings_are_exact(self):
+        rows = unit_rows(40, 64, 5).float()
+        near = (rows + 1e-4 * unit_rows(40, 64, 6)).float()
+        found = peers._distances(near, rows).tolist()
+        expected = [[math.dist(a, b) for b in rows.tolist()] for a in near.tolist()]
+        assert found == [pytest.approx(row, rel=1e-4) for row in expected]
+        assert peers._pairs(near, rows).tolist() == [found[i][i] for i in range(40)]
+
+    def test_under_rounding_are_none(self):
+        rows = unit_rows(3, 8, 5)
+        for size, equal in ((9e-6, True), (1.1e-5, False)):
+            near = (rows + size * unit_rows(3, 8, 6)).requires_grad_()
+            distances = peers._pairs(near, rows)
+            (gradient,) = torch.autograd.grad(distances.sum(), near)
+            assert (distances == 0).tolist() == [equal] * 3
+            assert (gradient == 0).all(1).tolist() == [equal] * 3
+
+
 class TestTies:
     """Gallery items 1 and 2 coincide; the query 0 is right with 1."""
 
