@@ -260,7 +260,7 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
 
     def find(scene: Scene, eps: float, restart: int) -> Tensor:
         found = scene.images.clone()
-        for rows in apart(scene.images, eps, scene.norm):
+        for rows in apart(scene.images, scene.sought, eps, scene.norm):
             part = scene[rows]
             model = part.classifier()
             options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
