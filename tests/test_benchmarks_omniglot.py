@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import Omniglot
@@ -41,6 +42,7 @@ def test_torchvisions_folders_are_split_by_alphabet(tmp_path, monkeypatch):
     assert (data.train_images[0, 0, 0, 0], data.train_images[0, 0, -1, -1]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_training_moves_every_weight_and_repeats_itself():
     data = SimpleNamespace(train_images=torch.rand(8, 1, 28, 28), train_labels=torch.arange(8) // 2)
     found = {}
