@@ -80,7 +80,7 @@ def train(
     adversarial: bool = False,
     batchnorm: bool = False,
     steps: int = 700,
-    clean_weight: float = 1.0,
+    clean_weight: float = 0.0,
     seed: int = 0,
 ) -> nn.Sequential:
     """Trains a `network` with Adam and a cosine schedule on augmented images; ``adversarial`` changes nothing else."""
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("omniglot_run"), help="folder of state dicts and downloads")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--clean-weight", type=float, default=1.0)
+    parser.add_argument("--clean-weight", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
