@@ -14,6 +14,9 @@ from ..errors import InputError
 
 SCHEMA = 1
 
+TARGETS = ("query", "gallery")
+"""What an attack may perturb."""
+
 Measures = Mapping[str, float]
 """Name of a measure (``recall_at_1``, ``map_at_r``, ``r_precision``, ...) -> its mean over the queries, in [0, 1]."""
 
@@ -204,12 +207,12 @@ class Report:
         if schema != SCHEMA:
             raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
         kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
-        parts = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
+        parts: dict[str, Any] = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
         return cls(**found, **parts)
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page, see `page`."""
-        from .page import render  # noqa: PLC0415
+        from .page import render
 
         Path(path).write_text(render(self), encoding="utf-8")
 
@@ -228,8 +231,11 @@ def table(report: Report) -> str:
         for result in (result for result in report.attacks if result.eps == eps):
             cost = [f"{result.forward_passes + result.backward_passes:,}", f"{result.seconds:.0f}"]
             rows.append([result.attack, f"{eps:.4g}", *_percent(result.measures, names), *cost])
-        for worst in (worst for worst in report.worst if worst.eps == eps):
-            rows.append([f"worst ({worst.target})", f"{eps:.4g}", *_percent(worst.measures, names), "", ""])
+        rows += [
+            [f"worst ({worst.target})", f"{eps:.4g}", *_percent(worst.measures, names), "", ""]
+            for worst in report.worst
+            if worst.eps == eps
+        ]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = [_line(row, widths) for row in [heads, *rows]]
     lines.insert(1, "-" * len(lines[0]))

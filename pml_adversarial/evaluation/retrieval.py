@@ -141,9 +141,7 @@ class Gallery:
             head = head.joined(similarities, rows, count)
         return head.items
 
-    def _heads(
-        self, queries: Tensor, sought: Sought, depth: int, changed: Changed | None
-    ) -> tuple[_Head, _Head]:
+    def _heads(self, queries: Tensor, sought: Sought, depth: int, changed: Changed | None) -> tuple[_Head, _Head]:
         right_head = wrong_head = _Head.empty(queries, self.embeddings.dtype)
         for rows, similarities, right in self._blocks(queries, sought, changed):
             right_head = right_head.joined(similarities.masked_fill(~right, -torch.inf), rows, depth)
