@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.page import render
 from pml_adversarial.evaluation.page.charts import Line, chart, spread
 from pml_adversarial.evaluation.page.markup import Markup, element
 from pml_adversarial.evaluation.page.pictures import data_uri, magnified, small, visible
 from pml_adversarial.evaluation.report import AttackResult, Check, Example, Neighbour, Report, WorstCase
+from pml_adversarial.evaluation.suites import quick
 
 VOID = {"meta", "img"}
 EPS = (4 / 255, 0.1, 26 / 255)
@@ -273,6 +275,19 @@ class TestWhole:
         made.save_json(tmp_path / "report.json")
         Report.load_json(tmp_path / "report.json").save_html(tmp_path / "report.html")
         assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(replace(made, examples=()))
+
+    def test_a_measured_report(self):
+        images = torch.rand(24, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 5))
+        made = evaluate_robustness(
+            model, (images, torch.arange(24) % 3), eps=(0.05, 0.1), attacks=quick(steps=2, restarts=1), checks=False
+        )
+        tree = Tree(render(made)).root
+        assert len(tree.all("figure", "example")) == len(made.examples) > 0
+        assert len(tree.all("img")) == sum(3 + len(part.before) + len(part.after) for part in made.examples)
+        assert all(
+            f"{100 * w.measures['recall_at_1']:.1f}\u00a0%" in tree.all("p", "headline")[0].text for w in made.worst
+        )
 
 
 class TestOpening:

@@ -10,7 +10,7 @@ from .markup import Markup, element
 
 _WIDTH, _HEIGHT = 460, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 330, 12, 248
-_LABEL_GAP, _TICK_GAP, _LABEL_LENGTH = 12.5, 38, 17
+_LABEL_GAP, _TICK_GAP, _LABEL_LENGTH = 12.5, 38, 15
 
 
 @dataclass(frozen=True)
