@@ -212,9 +212,7 @@ class TestCollapse:
     def test_by_loops(self):
         labels, embeddings = labels_of(5, 4, 1), some(10).double()
         found = collapse(Gallery(embeddings, labels))
-        pairs = {
-            (i, j): by_loops.cosine(embeddings[i], embeddings[j]) for i in range(10) for j in range(10) if i != j
-        }
+        pairs = {(i, j): by_loops.cosine(embeddings[i], embeddings[j]) for i in range(10) for j in range(10) if i != j}
         same = [value for (i, j), value in pairs.items() if labels[i] == labels[j]]
         other = [value for (i, j), value in pairs.items() if labels[i] != labels[j]]
         strengths = torch.linalg.svdvals(normalize(embeddings)).tolist()
