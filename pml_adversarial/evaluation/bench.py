@@ -94,9 +94,7 @@ class Bench:
         Raises:
             InputError: there are no wrong items, or embeddings are not finite.
         """
-        bad = int((~embeddings.isfinite()).any(1).sum())
-        if bad:
-            raise InputError(f"The model gave NaN or infinite embeddings for {bad} of {len(embeddings)} clean images.")
+        _check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels)
         if len(self.gallery.classes) < 2:
             raise InputError("All items of the gallery have one label; expected at least two, else nothing is wrong.")
@@ -127,9 +125,20 @@ class Bench:
         return rows[has_right], int((~has_right).sum())
 
     def scene(self, rows: Tensor) -> Scene:
-        """Some queries before the gallery."""
+        """Some queries before the gallery.
+
+        Raises:
+            InputError: the model gives something else than finite embeddings for them.
+        """
         images = self.queries.pixels(rows)
         sought = self.sought(rows)
         with torch.no_grad():
             clean = self.gallery.embeddings[rows] if self.leave_one_out else self.embed(images)
+        _check_finite(clean)
         return Scene(self.embed, (self.embed.model,), self.gallery, self.items.pixels, images, clean, sought, self.norm)
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad:
+        raise InputError(f"The model gave NaN or infinite embeddings for {bad} of {len(embeddings)} clean images.")
