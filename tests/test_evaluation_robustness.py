@@ -132,6 +132,11 @@ class TestRecomputed:
                 assert values == sorted(values, reverse=True)
         assert list(report.clean) == ["recall_at_1", "recall_at_3", "map_at_r", "r_precision"]
 
+    def test_a_collapsed_model_is_not_called_robust(self):
+        report = evaluated(Picky(lambda x: 0 * x.flatten(1) + torch.arange(36.0)), attacks=AS_CLASSES)
+        assert set(report.clean_standing + report.worst[0].standing) == {"0"}
+        assert report.collapse["mean_similarity"] == pytest.approx(1)
+
     def test_passes_are_counted(self):
         model, rows = network(), []
         model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
