@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.bench import Embedder
 from pml_adversarial.evaluation.suites import (
     GalleryAttack,
     QueryAttack,
@@ -145,6 +146,14 @@ class TestRecomputed:
         assert (shift.forward_passes, shift.backward_passes) == (8 * 24, 6 * 24)
         assert (noise.forward_passes, noise.backward_passes) == (24, 0)
         assert sum(rows) == 24 + 8 * 24 + 24 + 7  # the gallery once, the attacks, and the examples
+
+    def test_passes_without_gradient_are_no_backward_passes(self):
+        embed, pixels = Embedder(nn.Flatten()), torch.rand(5, 1, 2, 2, requires_grad=True)
+        embed(pixels)
+        with torch.no_grad():
+            embed(pixels)
+        embed(pixels.detach())
+        assert (embed.forward_passes, embed.backward_passes) == (15, 5)
 
     def test_shift_by_loops(self):
         (images, labels), model = images_of(spread=0.05), network()
