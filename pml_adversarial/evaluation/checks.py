@@ -1,10 +1,11 @@
 """Whether the number is to be believed: signs of masked gradients and of attacks that are too weak.
 
 After Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705), Athalye et al., "Obfuscated Gradients
-Give a False Sense of Security" (arXiv 1802.00420), and the flags that AutoAttack raises (Croce, Hein, arXiv
-2003.01690). Every check is a question to the model that an honest one answers, asked on a sample of the queries that are
-right without attack. A flag needs evidence: what was seen would happen to an honest model by chance once in a thousand
-times.
+Give a False Sense of Security" (arXiv 1802.00420), and the flags of AutoAttack (Croce, Hein, arXiv 2003.01690).
+
+Every check asks something of the model that an honest one answers, on a sample of the queries that are right without
+attack. A flag needs evidence: of an honest model, what was seen is less likely than one in a thousand. No flag is no
+proof: it means that none of these signs was found.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -25,17 +27,26 @@ from .retrieval import Gallery, Sought, chunks, unit
 from .suites import Scene, in_ball, like, momentum_pgd, toward_nearest_wrong, within
 
 SAMPLE = 64
-"""Queries that are asked."""
+"""Queries that are asked, at most."""
 
 STEPS = 40
-"""Gradient steps of the attack that the others are compared with."""
+"""Gradient steps of the attack that others are compared with."""
 
-_CHANCE = 1e-3  # of a flag by bad luck, per question
-_FEW = 0.01  # share of the queries at which an attack on an honest model may be stuck
-_MOST = 0.9  # share of the queries for which gradients of an honest model lead to what is there
-_ENOUGH = 10  # queries; of fewer, nothing would be evidence: ten coins fall alike once in a thousand times
+LARGE = 0.5
+"""l-inf radius at which every image can be made the same grey; for "L2" times the root of the number of pixels."""
+
+UNLIKELY = 1e-3
+"""Probability, of an honest model, below which what was seen is flagged."""
+
+FEW = 0.01
+"""Share of the queries at which an attack on an honest model may be stuck."""
+
+MOST = 0.9
+"""Share of the queries for which the gradients of an honest model lead to what is there."""
+
+_ENOUGH = 10  # of fewer queries nothing is evidence: ten coins fall alike once in a thousand times
 _DRAWS = 10  # of random noise
-_LARGE = 0.5  # eps at which every image can be made the same grey
+_SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of eps
 
 
 class Finding(NamedTuple):
@@ -48,7 +59,7 @@ class Finding(NamedTuple):
 def run_checks(
     bench: Bench, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
 ) -> tuple[Check, ...]:
-    """Asks for every sign of a false claim, at the cost of about 200 gradients for each of `SAMPLE` queries.
+    """Asks for every sign of a false claim, at the cost of about 260 gradients for each of `SAMPLE` queries.
 
     Args:
         bench: what was evaluated, in eval mode and frozen.
@@ -58,25 +69,27 @@ def run_checks(
         seed: of all random choices.
         chunk: queries that are asked together.
     """
+    if not results:
+        return ()
     probe = Probe(bench, rows, clean_standing, results, seed, chunk)
-    return tuple(Check(name, *_asked(ask, probe)) for name, ask in CHECKS.items())
+    return tuple(Check(name, *_ask(question, probe)) for name, question in CHECKS.items())
 
 
 class Probe:
-    """A sample of the queries that are right without attack, and what is asked of them.
+    """A sample of the queries that are right without attack, and what is asked of all of them.
 
     Args:
-        bench: see `run_checks`, also the others.
+        bench: see `run_checks`, also for the others.
         rows: ``(Q,)``.
         clean_standing: Q characters.
-        results: may be empty.
+        results: one or more.
         seed: of the sample and of all attacks.
         chunk: queries per scene.
 
     Attributes:
         picked: ``(n,)`` which of ``rows`` they are.
         scenes: they, at most ``chunk`` in each.
-        eps: the radius at which the attacks left closest to half of them: there, comparisons tell most.
+        eps: the radius at which the suite left closest to half of what it met: there, comparisons tell most.
     """
 
     def __init__(
@@ -88,21 +101,39 @@ class Probe:
             self.picked = right[torch.randperm(len(right))[:SAMPLE]].sort().values
         chosen = rows[self.picked.to(rows.device)]
         self.scenes = tuple(bench.scene(chosen[piece]) for piece in chunks(len(chosen), chunk))
-        left = {eps: self.standing(eps, black_box=None).sum().item() for eps in sorted({r.eps for r in results})}
-        self.eps = min(left, key=lambda eps: abs(left[eps] - len(right) / 2)) if left else math.nan
+        self.eps = min(self.radii, key=lambda eps: abs(int(self.standing(eps).sum()) - len(right) / 2))
 
     def __len__(self) -> int:
         return len(self.picked)
 
-    def standing(self, eps: float, black_box: bool | None) -> Tensor:
-        """``(Q,)`` bool: queries that stand against the black-box attacks on them, the others, or (None) all."""
-        chosen = [
-            _marked(result.standing)
-            for result in self.results
-            if result.eps == eps and result.target == "query" and black_box in (None, result.black_box)
-        ]
-        count = len(self.results[0].standing)
-        return torch.stack(chosen).all(0) if chosen else torch.ones(count, dtype=torch.bool)
+    @property
+    def radii(self) -> list[float]:
+        """What the suite was run at, from small to large."""
+        return sorted({result.eps for result in self.results})
+
+    @cached_property
+    def precision(self) -> float:
+        """Relative rounding of the type that embeddings come in."""
+        with torch.no_grad():
+            return torch.finfo(self.bench.embed(self.scenes[0].images[:1]).dtype).eps
+
+    @property
+    def large(self) -> float:
+        """Radius at which every image can be made the same grey."""
+        return LARGE if self.bench.norm == "Linf" else LARGE * math.sqrt(self.scenes[0].images[0].numel())
+
+    def on_queries(self, black_box: bool) -> list[AttackResult]:
+        """What attacks on queries left, black-box ones or the others."""
+        return [result for result in self.results if result.target == "query" and result.black_box == black_box]
+
+    def standing(self, eps: float, *black_box: bool) -> Tensor:
+        """``(Q,)`` bool: queries that stand against the attacks on them, of both kinds or of one."""
+        chosen = [result for kind in black_box or (True, False) for result in self.on_queries(kind)]
+        left = torch.ones(len(self.results[0].standing), dtype=torch.bool)
+        for result in chosen:
+            if result.eps == eps:
+                left &= _marked(result.standing)
+        return left
 
     def each(self, ask: Callable[[Scene], Tensor], stream: str) -> Tensor:
         """What is asked of every scene, joined, with random numbers of its own."""
@@ -111,7 +142,7 @@ class Probe:
 
     def broken(self, eps: float, steps: int, stream: str) -> Tensor:
         """``(n,)`` bool: queries that one run of the margin attack breaks."""
-        return self.each(lambda scene: breaks(scene, climb(scene, eps, steps)), f"{stream} {eps} {steps}")
+        return self.each(lambda scene: breaks(scene, climb(scene, eps, steps)), f"{stream} {eps}")
 
     @cached_property
     def attacked(self) -> Tensor:
@@ -120,8 +151,8 @@ class Probe:
 
 
 def climb(scene: Scene, eps: float, steps: int, random_start: bool = True) -> Tensor:
-    """Perturbed queries of the margin attack."""
-    objective = scene.objective(toward_nearest_wrong(scene))
+    """Perturbed queries of one run of the margin attack."""
+    objective = scene.objective(toward_nearest_wrong(scene, 0))
     return momentum_pgd(objective, eps, steps, scene.norm, random_start=random_start)(scene.images, objective.labels)
 
 
@@ -131,145 +162,149 @@ def breaks(scene: Scene, images: Tensor) -> Tensor:
         return scene.gallery.ranking(scene.embed(images), scene.sought, 1).margin >= 0
 
 
-# What is asked.
+# Is the attack as strong as it should be?
 
 
 def beats_a_single_step(probe: Probe) -> Finding:
-    """Carlini et al.: iterative attacks are stronger than single-step ones."""
+    """Iterative attacks are stronger than single-step ones (Carlini et al.)."""
     single = probe.each(lambda scene: breaks(scene, climb(scene, probe.eps, 1, random_start=False)), "single")
     return _compared(probe.attacked, f"{STEPS} steps", single, "one step", probe.eps)
 
 
 def beats_noise(probe: Probe) -> Finding:
-    """Carlini et al.: random noise is weaker than an attack."""
+    """Random noise is weaker than an attack (Carlini et al.)."""
 
     def best_of_draws(scene: Scene) -> Tensor:
-        return torch.stack([breaks(scene, _noisy(scene, probe.eps)) for _ in range(_DRAWS)]).any(0)
+        return torch.stack([breaks(scene, at_the_border(scene, probe.eps)) for _ in range(_DRAWS)]).any(0)
 
     noise = probe.each(best_of_draws, "noise")
-    return _compared(probe.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} random corners", probe.eps)
+    return _compared(probe.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} noises", probe.eps)
 
 
 def gains_by_steps(probe: Probe) -> Finding:
-    """Carlini et al.: more steps are no weaker."""
-    few = probe.broken(probe.eps, STEPS // 4, "few steps")
+    """More steps are no weaker (Carlini et al.)."""
+    few = probe.broken(probe.eps, STEPS // 4, "few")
     return _compared(probe.attacked, f"{STEPS} steps", few, f"{STEPS // 4} steps", probe.eps)
 
 
 def gains_by_eps(probe: Probe) -> Finding:
-    """Carlini et al.: a larger eps is no weaker, in runs that know nothing of one another."""
+    """A larger eps is no weaker (Carlini et al.), in runs that know nothing of one another."""
     radii = (probe.eps / 2, probe.eps, 2 * probe.eps)
     runs = [probe.broken(eps, STEPS // 2, "eps") for eps in radii]
-    found = [
-        _compared(larger, f"eps {radius:.4g}", smaller, f"eps {before:.4g}", None)
-        for larger, radius, smaller, before in zip(runs[1:], radii[1:], runs, radii, strict=False)
-    ]
-    counts = ", ".join(
-        f"{int(run.sum())} of {len(probe)} at eps {eps:.4g}" for run, eps in zip(runs, radii, strict=True)
-    )
-    return Finding(all(part.passed for part in found), f"{STEPS // 2} steps break {counts}")
+    counts = ", ".join(f"{int(run.sum())} at eps {eps:.4g}" for run, eps in zip(runs, radii, strict=True))
+    passed = no_weaker(runs[1], runs[0]) and no_weaker(runs[2], runs[1])
+    return Finding(passed, f"of {len(probe)} queries {STEPS // 2} steps break {counts}")
 
 
-def suffices(probe: Probe) -> Finding:
-    """Carlini et al.: the attack has converged; here, one longer run does not break more than the whole suite."""
-    measured = ~probe.standing(probe.eps, black_box=None)[probe.picked]
+def has_converged(probe: Probe) -> Finding:
+    """More steps and another start find nothing new (Carlini et al.): one run does not break more than the suite."""
+    suite = ~probe.standing(probe.eps)[probe.picked]
     longer = probe.broken(probe.eps, 2 * STEPS, "longer")
-    return _compared(measured, "the suite", longer, f"one run of {2 * STEPS} steps", probe.eps)
+    return _compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", probe.eps)
 
 
 def falls_to_chance(probe: Probe) -> Finding:
-    """Carlini et al.: unbounded attacks reach 0; here, at an eps at which every image can be made the same."""
-    scene = probe.scenes[0]
-    eps = _LARGE if scene.norm == "Linf" else _LARGE * math.sqrt(scene.images[0].numel())
+    """Unbounded attacks reach 0 (Carlini et al.); here, where every query can be made the same."""
+    eps = max(probe.eps, probe.large)
     standing = int((~probe.broken(eps, STEPS, "large")).sum())
     others = len(probe.bench.gallery) - probe.bench.leave_one_out
-    chance = probe.each(lambda scene: scene.gallery.num_right(scene.sought) / others, "chance").double().mean().item()
-    passed = at_least(standing, len(probe), max(chance, _FEW)) >= _CHANCE
+    chance = probe.each(lambda part: part.gallery.num_right(part.sought) / others, "chance").mean().item()
+    passed = likely(standing, len(probe), min(max(chance, FEW), 1 - MOST))
     return Finding(passed, f"{standing} of {len(probe)} stand at eps {eps:.4g}, chance is {chance * len(probe):.1f}")
 
 
 def black_box_adds_nothing(probe: Probe) -> Finding:
-    """Athalye et al.: black-box attacks are not stronger than white-box ones."""
-    asked = {black: any(r.black_box == black and r.target == "query" for r in probe.results) for black in (True, False)}
-    if not all(asked.values()):
-        return Finding(None, f"the suite has no {'black' if asked[False] else 'white'}-box attack on queries")
-    only, left = 0, 0
-    for eps in sorted({result.eps for result in probe.results}):
-        white, black = probe.standing(eps, black_box=False), probe.standing(eps, black_box=True)
-        if only_here := int((white & ~black).sum()):
-            only, left = max((only, left), (only_here, int(white.sum())))
-    passed = at_least(only, left, _FEW) >= _CHANCE
-    return Finding(passed, f"{only} of {left} queries that stand against gradients fall without them")
+    """Black-box attacks are no stronger than white-box ones (Athalye et al.)."""
+    for black_box, kind in ((True, "black-box"), (False, "white-box")):
+        if not probe.on_queries(black_box):
+            return Finding(None, f"the suite has no {kind} attack on queries")
+    found = []
+    for eps in probe.radii:
+        white, black = probe.standing(eps, False), probe.standing(eps, True)
+        only, left = int((white & ~black).sum()), int(white.sum())
+        line = f"{only} of {left} queries that stand against gradients at eps {eps:.4g} fall to black-box attacks"
+        found.append((at_least(only, left, FEW), line))
+    likelihood, line = min(found)
+    return Finding(likelihood >= UNLIKELY, line)
+
+
+def finds_what_is_planted(probe: Probe) -> Finding:
+    """An example that is there by construction is found: a point of the query's own ball is a wrong item."""
+    found = probe.each(partial(_planted, eps=probe.eps), "planted")
+    asked, reached = int((found >= 0).sum()), int((found > 0).sum())
+    if asked < _ENOUGH:
+        return Finding(
+            None, f"{asked} of {len(probe)} points at the border of eps {probe.eps:.4g} differ from the query"
+        )
+    passed = likely(asked - reached, asked, 1 - MOST)
+    return Finding(passed, f"{reached} of {asked} wrong items planted within eps {probe.eps:.4g} are reached")
+
+
+# Are gradients what they should be?
 
 
 def has_gradients(probe: Probe) -> Finding:
-    """AutoAttack: gradients are not zero; and pixels without gradient do not matter.
+    """Gradients are not zero (AutoAttack), and what has none does not matter.
 
-    A query is blind if its gradient is zero or not finite, or if most of what noise does to its embedding comes through
-    pixels whose gradient is zero.
+    A query is blind if most of what noise does to its embedding comes through pixels whose gradient is zero.
     """
-    found = probe.each(partial(_blindness, eps=probe.eps), "gradients")
-    blind, zero, pixels = found[:, 0].sum().item(), int(found[:, 1].sum()), found[:, 2].mean().item()
-    passed = at_least(int(blind), len(probe), _FEW) >= _CHANCE
+    near_eps, far_eps = probe.eps, max(probe.eps, probe.large)
+    found = probe.each(partial(_blindness, eps=near_eps, radii=(near_eps, far_eps)), "gradients")
+    zero, near, far = (int(count) for count in found[:, :3].sum(0))
+    passed = likely(zero, len(probe), FEW) and likely(max(near, far), len(probe), 1 - MOST)
     return Finding(
         passed,
-        f"{int(blind)} of {len(probe)} blind to what noise of eps {probe.eps:.4g} moves, {zero} without any gradient; "
-        f"{100 * pixels:.0f} % of pixels have none",
+        f"{zero} of {len(probe)} queries have none; {near} are blind to noise of eps {near_eps:.4g}, {far} of "
+        f"{far_eps:.4g}; {100 * found[:, 3].mean().item():.0f} % of pixels have none",
     )
 
 
 def gradients_are_true(probe: Probe) -> Finding:
-    """A step along the gradient raises the score: gradients are those of the function, at the scale of eps."""
-    rises = probe.each(partial(_rise, eps=probe.eps / 10), "rise")
-    has_gradient = ~rises.isnan()
-    if has_gradient.sum() < _ENOUGH:
-        return Finding(None, f"{int(has_gradient.sum())} of {len(probe)} queries have a gradient")
-    count, total = int((rises > 0).sum()), int(has_gradient.sum())
-    passed = at_least(total - count, total, 1 - _MOST) >= _CHANCE
-    return Finding(passed, f"a step of {probe.eps / 10:.4g} along the gradient raises the score of {count} of {total}")
+    """A step along the gradient raises the score (Athalye et al.), at every scale up to eps."""
+    rises = probe.each(partial(_rises, steps=[scale * probe.eps for scale in _SCALES]), "rises")
+    found = []
+    for scale, rise in zip(_SCALES, rises.T, strict=True):
+        asked, count = int((~rise.isnan()).sum()), int((rise > 0).sum())
+        line = f"a step of {scale * probe.eps:.2g} along the gradient raises the score of {count} of {asked} queries"
+        if asked >= _ENOUGH:
+            found.append((at_least(asked - count, asked, 1 - MOST), line))
+    if not found:
+        return Finding(None, f"steps along the gradient change nothing for most of {len(probe)} queries")
+    likelihood, line = min(found)
+    return Finding(likelihood >= UNLIKELY, line)
 
 
-def finds_what_is_planted(probe: Probe) -> Finding:
-    """An example that is there by construction is found: a corner of the query's own ball is a wrong item."""
-    found = probe.each(partial(_planted, eps=probe.eps), "planted")
-    asked, broken = int((found >= 0).sum()), int((found > 0).sum())
-    if asked < _ENOUGH:
-        return Finding(
-            None, f"{asked} of {len(probe)} corners of the ball of eps {probe.eps:.4g} differ from the query"
-        )
-    passed = at_least(asked - broken, asked, 1 - _MOST) >= _CHANCE
-    return Finding(passed, f"{broken} of {asked} wrong items planted within eps {probe.eps:.4g} are reached")
+# Does the model answer at all?
 
 
 def answers_alike(probe: Probe) -> Finding:
-    """AutoAttack: no randomness; and an image's embedding does not depend on the others in its batch."""
-    again = probe.each(lambda scene: _difference(scene, scene.images), "again").max().item()
-    apart = probe.each(_differs_apart, "apart").max().item()
+    """Nothing is random (AutoAttack), and an embedding does not depend on the rest of its batch."""
+    again, elsewhere = probe.each(_differences, "alike").amax(0).tolist()
     embeddings = probe.bench.gallery.embeddings
     spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().sqrt().item()
-    precision = torch.finfo(probe.each(_raw_type, "type").dtype).eps
-    allowed = 0.01 * spread + 8 * precision
     return Finding(
-        max(again, apart) <= allowed,
-        f"embeddings differ by up to {again:.2g} when asked again, {apart:.2g} in other batches; spread {spread:.2g}",
+        max(again, elsewhere) <= 0.01 * spread + 8 * probe.precision,
+        f"embeddings differ by up to {again:.2g} when asked again, {elsewhere:.2g} in other batches; they spread by "
+        f"{spread:.2g}",
     )
 
 
 def is_not_collapsed(probe: Probe) -> Finding:
     """Rankings are not decided by rounding."""
-    margins = -probe.each(lambda scene: scene.gallery.margin(scene.clean, scene.sought), "margins")
-    precision = torch.finfo(probe.each(_raw_type, "type").dtype).eps
-    decided = margins.median().item()
-    return Finding(decided > 8 * precision, f"right items are nearer by {decided:.2g} in cosine (median)")
+    found = probe.each(partial(_decided, precision=probe.precision), "decided")
+    undecided = int((found[:, 0] <= found[:, 1]).sum())
+    median = found[:, 0].median().item()
+    passed = likely(undecided, len(probe), 1 - MOST)
+    return Finding(
+        passed, f"rounding may decide {undecided} of {len(probe)}; the median margin in cosine is {median:.2g}"
+    )
 
 
 def moves_embeddings(probe: Probe) -> Finding:
-    """Attacks had an effect on what the model sees."""
-    moved = {r.eps: 0.0 for r in probe.results}
-    for result in probe.results:
-        moved[result.eps] = max(moved[result.eps], result.shift)
-    smallest = min(moved, key=lambda eps: moved[eps])
-    return Finding(moved[smallest] > 0, f"the suite moves embeddings by {moved[smallest]:.2g} at eps {smallest:.4g}")
+    """Attacks change what the model sees."""
+    eps = probe.radii[-1]
+    shift = max(result.shift for result in probe.results if result.eps == eps)
+    return Finding(shift > 0, f"the suite moves embeddings by up to {shift:.2g} on average at eps {eps:.4g}")
 
 
 CHECKS: dict[str, Callable[[Probe], Finding]] = {
@@ -277,143 +312,157 @@ CHECKS: dict[str, Callable[[Probe], Finding]] = {
     "attack beats noise": beats_noise,
     "more steps are no weaker": gains_by_steps,
     "larger eps is no weaker": gains_by_eps,
-    "suite suffices": suffices,
+    "a longer run adds nothing": has_converged,
     "falls to chance at a large eps": falls_to_chance,
     "black box adds nothing": black_box_adds_nothing,
+    "planted examples are found": finds_what_is_planted,
     "gradients are there": has_gradients,
     "gradients are true": gradients_are_true,
-    "planted examples are found": finds_what_is_planted,
     "same answer twice": answers_alike,
     "not collapsed": is_not_collapsed,
     "attacks move embeddings": moves_embeddings,
 }
-"""Name of a check -> how it is asked."""
+"""Name of a check, which says what holds if it is passed -> how it is asked."""
 
 
-def _asked(ask: Callable[[Probe], Finding], probe: Probe) -> Finding:
+def _ask(question: Callable[[Probe], Finding], probe: Probe) -> Finding:
     if len(probe) < _ENOUGH:
         return Finding(None, f"{len(probe)} queries are right without attack, {_ENOUGH} are needed")
-    return ask(probe)
+    return question(probe)
 
 
-def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float | None) -> Finding:
-    """A sign test of paired answers: does the weak attack break more of the queries on which they differ."""
-    only_weak, only_strong = int((weak & ~strong).sum()), int((strong & ~weak).sum())
-    passed = at_least(only_weak, only_weak + only_strong, 0.5) >= _CHANCE
-    at = "" if eps is None else f" at eps {eps:.4g}"
-    return Finding(
-        passed,
-        f"{strong_name}: {int(strong.sum())} of {len(strong)} broken, {weak_name}: {int(weak.sum())} "
-        f"({only_weak} only by it){at}",
-    )
+# What is likely of an honest model.
 
 
 def at_least(count: int, total: int, share: float) -> float:
-    """Probability of ``count`` or more of ``total`` if each comes with probability ``share``.
+    """Probability of ``count`` or more of ``total`` if each comes with probability ``share``, between 0 and 1.
 
-    >>> round(at_least(10, 10, 0.5) * 1024, 6)
+    >>> round(at_least(10, 10, 0.5) * 2**10, 6)
     1.0
     """
     if count <= 0:
         return 1.0
-    logs = [
-        math.lgamma(total + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(total - k + 1)
-        + k * math.log(share)
-        + (total - k) * math.log1p(-share)
+    whole, yes, no = math.lgamma(total + 1), math.log(share), math.log1p(-share)
+    terms = (
+        math.exp(whole - math.lgamma(k + 1) - math.lgamma(total - k + 1) + k * yes + (total - k) * no)
         for k in range(count, total + 1)
-    ]
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    )
+    return min(1.0, math.fsum(terms))
 
 
-def _noisy(scene: Scene, eps: float, images: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-    noise = torch.randn_like(scene.images)
-    step = noise.sign() if scene.norm == "Linf" else noise / like(noise.flatten(1).norm(dim=1), noise)
-    return within(scene.images + eps * step, scene.images, eps, scene.norm)
+def likely(count: int, total: int, share: float) -> bool:
+    """Whether ``count`` of ``total`` may be, if each comes with probability ``share`` at most."""
+    return at_least(count, total, share) >= UNLIKELY
+
+
+def no_weaker(strong: Tensor, weak: Tensor) -> bool:
+    """A sign test: of the queries that one of two attacks breaks alone, the weak one does not break too many."""
+    alone = int((weak & ~strong).sum())
+    return likely(alone, alone + int((strong & ~weak).sum()), 0.5)
+
+
+def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float) -> Finding:
+    return Finding(
+        no_weaker(strong, weak),
+        f"{strong_name}: {int(strong.sum())} of {len(strong)} broken, {weak_name}: {int(weak.sum())}, "
+        f"{int((weak & ~strong).sum())} of them alone, at eps {eps:.4g}",
+    )
+
+
+# What is asked of one scene.
+
+
+def at_the_border(scene: Scene, eps: float) -> Tensor:
+    """Queries with random noise as large as it may be: a corner of the ball for "Linf"."""
+    return within(
+        scene.images + eps * _directed(torch.randn_like(scene.images), scene.norm), scene.images, eps, scene.norm
+    )
+
+
+def _directed(direction: Tensor, norm: str) -> Tensor:
+    """The furthest point of the unit ball in a direction."""
+    if norm == "Linf":
+        return direction.sign()
+    length = direction.flatten(1).norm(dim=1).clamp(min=torch.finfo(direction.dtype).tiny)
+    return direction / like(length, direction)
+
+
+def _embed(scene: Scene, images: Tensor) -> Tensor:
+    """Unit embeddings; a model that draws random numbers draws the same ones each time."""
+    with random_stream(0, 0):
+        return unit(scene.embed(images))
 
 
 def _gradient(scene: Scene, images: Tensor) -> Tensor:
-    """Of the margin, with respect to the pixels."""
+    """Of the margin with respect to the pixels, 0 where it is not finite."""
     pixels = images.detach().clone().requires_grad_()
-    score = toward_nearest_wrong(scene)(scene.embed(pixels)).sum()
-    return torch.autograd.grad(score, pixels)[0]
-
-
-def _blindness(scene: Scene, eps: float) -> Tensor:
-    """``(Q, 3)``: whether a query is blind, whether its gradient is zero, and its share of pixels without."""
-    point = within(scene.images + eps * in_ball(scene.images, scene.norm), scene.images, eps, scene.norm)
-    gradient = _gradient(scene, point)
-    none = (gradient == 0) | ~gradient.isfinite()
-    step = eps * torch.randn_like(point).sign()
-    moved, moved_blindly = _moved(scene, point, step), _moved(scene, point, step * none)
-    zero = none.flatten(1).all(1)
-    blind = zero | (moved_blindly > moved / 2)
-    return torch.stack([blind.float(), zero.float(), none.flatten(1).float().mean(1)], 1)
-
-
-def _moved(scene: Scene, point: Tensor, step: Tensor) -> Tensor:
-    """``(Q,)`` squared distance that a step moves embeddings."""
-    with torch.no_grad():
-        before, after = (unit(scene.embed(images)) for images in (point, (point + step).clamp(0, 1)))
-    return (after - before).square().sum(1)
-
-
-def _rise(scene: Scene, eps: float) -> Tensor:
-    """``(Q,)`` how much a step along the gradient raises the margin; NaN where there is no gradient."""
-    gradient = _gradient(scene, scene.images)
-    usable = (gradient.isfinite().flatten(1).all(1)) & gradient.flatten(1).any(1)
-    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-    length = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
-    step = gradient.sign() if scene.norm == "Linf" else gradient / like(length, gradient)
-    stepped = within(scene.images + eps * step, scene.images, eps, scene.norm)
-    wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
-    direction = scene.gallery.embeddings[wrong] - scene.gallery.embeddings[right]
-    with torch.no_grad():
-        before, after = (unit(scene.embed(images)) for images in (scene.images, stepped))
-    return ((after - before) * direction).sum(1).masked_fill(~usable, torch.nan)
+    score = toward_nearest_wrong(scene, 0)(_embed(scene, pixels)).sum()
+    return torch.autograd.grad(score, pixels)[0].nan_to_num(0.0, 0.0, 0.0)
 
 
 def _planted(scene: Scene, eps: float) -> Tensor:
-    """``(Q,)`` 1 if a planted item is reached, 0 if not, -1 if it cannot be told from the query."""
-    corner = _noisy(scene, eps)
-    count = len(scene)
+    """``(Q,)`` 1 if a planted item is reached, 0 if not, -1 if it cannot be told from the query.
+
+    The gallery holds every query itself, as the right item, and of every query a point at the border, as a wrong one.
+    """
     with torch.no_grad():
-        embeddings = torch.cat([scene.embed(scene.images), scene.embed(corner)])
-    labels = torch.arange(2 * count, device=embeddings.device)
-    gallery = Gallery(embeddings, labels)
-    planted = Scene(
-        scene.embed,
-        scene.modules,
-        gallery,
-        scene.pixels_of,
-        scene.images,
-        gallery.embeddings[:count],
-        Sought(labels[:count], torch.full_like(labels[:count], -1)),
-        scene.norm,
-    )
-    differs = gallery.ranking(planted.clean, planted.sought, 1).margin < 0
+        embeddings = torch.cat([scene.embed(scene.images), scene.embed(at_the_border(scene, eps))])
+    items = torch.arange(len(embeddings), device=embeddings.device)
+    gallery, queries = Gallery(embeddings, items), items[: len(scene)]
+    sought = Sought(queries, torch.full_like(queries, -1))
+    planted = replace(scene, gallery=gallery, clean=gallery.embeddings[queries], sought=sought)
+    differs = gallery.ranking(planted.clean, sought, 1).margin < 0
     reached = breaks(planted, climb(planted, eps, STEPS // 2))
     return torch.where(differs, reached.float(), -1.0)
 
 
-def _difference(scene: Scene, images: Tensor) -> Tensor:
+def _blindness(scene: Scene, eps: float, radii: Sequence[float]) -> Tensor:
+    """``(Q, 4)``: no gradient, blind to noise of two radii, and the share of pixels without gradient.
+
+    Asked at a random point of the ball, where attacks start.
+    """
+    point = within(scene.images + eps * in_ball(scene.images, scene.norm), scene.images, eps, scene.norm)
+    none = _gradient(scene, point) == 0
+    columns = [none.flatten(1).all(1).float()]
     with torch.no_grad():
-        return (unit(scene.embed(images)) - unit(scene.embed(scene.images))).norm(dim=1)
+        before = _embed(scene, point)
+        for radius in radii:
+            noise = radius * _directed(torch.randn_like(point), scene.norm)
+            moved, blindly = (_embed(scene, (point + part).clamp(0, 1)) - before for part in (noise, noise * none))
+            columns.append((blindly.square().sum(1) > moved.square().sum(1) / 2).float())
+    return torch.stack([*columns, none.flatten(1).float().mean(1)], 1)
 
 
-def _differs_apart(scene: Scene) -> Tensor:
-    """``(Q,)`` how far embeddings are from those in reversed halves."""
-    order = torch.arange(len(scene)).flip(0)
+def _rises(scene: Scene, steps: Sequence[float]) -> Tensor:
+    """``(Q, len(steps))`` how much steps along the gradient raise the margin; NaN where they change nothing."""
+    wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
+    toward = scene.gallery.embeddings[wrong] - scene.gallery.embeddings[right]
+    direction = _directed(_gradient(scene, scene.images), scene.norm)
     with torch.no_grad():
-        whole = unit(scene.embed(scene.images))
-        parts = torch.cat([unit(scene.embed(scene.images[rows])) for rows in order.tensor_split(2) if len(rows)])
-    return (parts - whole[order]).norm(dim=1)
+        before = _embed(scene, scene.images)
+        moved = [_embed(scene, (scene.images + size * direction).clamp(0, 1)) - before for size in steps]
+    rises = [(by * toward).sum(1).masked_fill(~by.any(1), torch.nan) for by in moved]
+    return torch.stack(rises, 1)
 
 
-def _raw_type(scene: Scene) -> Tensor:
+def _differences(scene: Scene) -> Tensor:
+    """``(Q, 2)`` how far embeddings are from those of a second call, and of calls with half of the batch in reverse."""
+    back = torch.arange(len(scene)).flip(0)
     with torch.no_grad():
-        return scene.embed(scene.images[:1])
+        first, again = (unit(scene.embed(scene.images)) for _ in range(2))
+        halves = torch.cat([unit(scene.embed(scene.images[rows])) for rows in back.tensor_split(2) if len(rows)])
+    return torch.stack([(again - first).norm(dim=1), (halves[back] - first).norm(dim=1)], 1)
+
+
+def _decided(scene: Scene, precision: float) -> Tensor:
+    """``(Q, 2)`` by how much the right item is nearer, and how much of that rounding may be, of pixels or similarities."""
+    wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
+    toward = scene.gallery.embeddings[right] - scene.gallery.embeddings[wrong]
+    nudged = (scene.images + precision * torch.randn_like(scene.images).sign()).clamp(0, 1)
+    with torch.no_grad():
+        change = ((_embed(scene, nudged) - _embed(scene, scene.images)) * toward).sum(1).abs()
+    rounding = 8 * torch.finfo(scene.clean.dtype).eps
+    return torch.stack([(unit(scene.clean) * toward).sum(1), change.clamp(min=rounding)], 1)
 
 
 def _marked(standing: str) -> Tensor:
