@@ -455,7 +455,7 @@ def _differences(scene: Scene) -> Tensor:
 
 
 def _decided(scene: Scene, precision: float) -> Tensor:
-    """``(Q, 2)`` by how much the right item is nearer, and how much of that rounding may be, of pixels or similarities."""
+    """``(Q, 2)`` by how much the right item is nearer, and how much of that may be rounding, of pixels or cosines."""
     wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
     toward = scene.gallery.embeddings[right] - scene.gallery.embeddings[wrong]
     nudged = (scene.images + precision * torch.randn_like(scene.images).sign()).clamp(0, 1)
