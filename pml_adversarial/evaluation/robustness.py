@@ -128,7 +128,7 @@ def evaluate_robustness(
             worst=run.worst(parts, bench.queries.labels[rows]),
             collapse=scores.collapse(bench.gallery),
             nmi=scores.nmi(bench.gallery.embeddings, bench.items.labels) if nmi else None,
-            checks=run_checks(bench, rows, results, radii, seed) if checks else (),
+            checks=run_checks(bench, rows, _marks(clean), results, seed, chunk) if checks else (),
             settings={**settings, "device": str(bench.gallery.embeddings.device)},
             versions=_versions(),
             clean_standing=_marks(clean),
