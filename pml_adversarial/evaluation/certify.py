@@ -296,7 +296,7 @@ class _Pairs:
 
 
 def mean_bound(values: Tensor, risk: float) -> Tensor:
-    """Lower bounds ``(N,)`` of means, from values ``(S, N)`` in [-1, 1]: empirical Bernstein, false with ``risk`` each."""
+    """Lower bounds ``(N,)`` of means, from values ``(S, N)`` in [-1, 1]: empirical Bernstein, false with ``risk``."""
     count, log = len(values), math.log(2 / risk)
     slack = (2 * values.var(0) * log / count).sqrt() + 2 * 7 * log / (3 * (count - 1))
     return (values.mean(0) - slack).clamp(min=-1)
