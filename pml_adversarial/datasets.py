@@ -105,10 +105,10 @@ def images_from(
 ) -> LabelledImages:
     """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
 
-    A folder is read lazily, as torchvision's ``ImageFolder`` does it; hidden files and files that are no images are passed
-    over, transparency is dropped, and images are not turned by their EXIF orientation. An npz is ``images`` of uint8
-    (0 to 255) or floating point in [0, 1], ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` (the shorter of the two
-    axes is the channels), and ``labels`` ``(N,)``, integers or words. It may hold no pickled objects.
+    A folder is read lazily, as torchvision's ``ImageFolder`` does it: transparency is dropped, and images are not
+    turned by their EXIF orientation. Hidden files, and files that are no images, are passed over. An npz is ``images``
+    of uint8 (0 to 255) or floating point in [0, 1], ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` (the shorter
+    of the two axes is the channels), and ``labels`` ``(N,)``, integers or words, without pickled objects.
 
     Args:
         path: the folder or the npz.
@@ -145,8 +145,8 @@ def same_classes(
     searched = queries if gallery is None else gallery
     if len(set(searched.names)) < 2:
         raise InputError(
-            f"All {len(searched)} images that are searched are of one class, {searched.names[0]!r}; expected two or more, "
-            "since retrieval needs right and wrong items."
+            f"All {len(searched)} images that are searched are of one class, {searched.names[0]!r}; expected two or "
+            "more, since retrieval needs right and wrong items."
         )
     if gallery is None:
         if int(queries.labels.bincount().max()) < 2:
@@ -176,8 +176,8 @@ class _Files:
         image = self._decode(self.paths[index])
         if image.shape != self._expected:
             raise InputError(
-                f"{self.paths[index]} is {_by(image.shape[1:])} pixels, {self.paths[0]} {_by(self._expected[1:])}; expected "
-                "images of one size. Choose a size to which all are brought."
+                f"{self.paths[index]} is {_by(image.shape[1:])} pixels, {self.paths[0]} {_by(self._expected[1:])}; "
+                "expected images of one size. Choose a size to which all are brought."
             )
         return image
 
@@ -215,8 +215,8 @@ def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> L
     if not folders:
         direct = sum(entry.suffix.lower() in _SUFFIXES for entry in path.iterdir())
         raise InputError(
-            f"{path} has no subfolders ({direct} images lie in it directly); expected one subfolder per class, with the "
-            "images of the class in it."
+            f"{path} has no subfolders ({direct} images lie in it directly); expected one subfolder per class, with "
+            "the images of the class in it."
         )
     found = {folder.name: sorted(_image_files(folder)) for folder in folders}
     empty = [name for name, files in found.items() if not files]
@@ -249,7 +249,9 @@ def _from_npz(path: Path) -> LabelledImages:
     if images is None or labels is None:
         raise InputError(f"{path} has no {' and no '.join(sorted(missing))}, only {_some(names)}; {expected}.")
     if images.ndim not in (3, 4) or not images.size:
-        raise InputError(f"The images of {path} have shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C).")
+        raise InputError(
+            f"The images of {path} have shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)."
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
         raise InputError(
             f"The labels of {path} are {labels.dtype} of shape {labels.shape}, for {len(images)} images; expected one "
@@ -269,8 +271,8 @@ def _pixels(images: numpy.ndarray, path: Path) -> Tensor:
         bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
         found = f"{bad} of {len(pixels)} hold NaN or infinite values" if bad else f"from {low:.3g} to {high:.3g}"
         raise InputError(
-            f"The images of {path} are not pixels: {found}; expected finite values in [0, 1]. Save images before they are "
-            "normalised; if they are 0 to 255, divide them by 255 or save them as uint8."
+            f"The images of {path} are not pixels: {found}; expected finite values in [0, 1]. Save images before they "
+            "are normalised; if they are 0 to 255, divide them by 255 or save them as uint8."
         )
     return pixels.clamp_(0, 1)
 
@@ -281,8 +283,8 @@ def _channels_first(images: Tensor, path: Path) -> Tensor:
     second, last = images.shape[1], images.shape[3]
     if second == last:
         raise InputError(
-            f"The images of {path} have shape {tuple(images.shape)}, where the channels may be the second axis or the last; "
-            "expected one of them to be shorter. Save them as (N, H, W) or in another size."
+            f"The images of {path} have shape {tuple(images.shape)}, where the channels may be the second axis or the "
+            "last; expected one of them to be shorter. Save them as (N, H, W) or in another size."
         )
     return images if second < last else images.permute(0, 3, 1, 2)
 
@@ -292,7 +294,9 @@ def _resize_and_crop(size: int | tuple[int, int] | None) -> tuple[int, int] | No
         return None
     shorter, square = (size, size) if isinstance(size, int) else size
     if not 0 < square <= shorter:
-        raise InputError(f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it.")
+        raise InputError(
+            f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it."
+        )
     return shorter, square
 
 

@@ -26,8 +26,8 @@ _HOW_TO_SAVE = (
     '`torch.export.save(torch.export.export(...), "model.pt2")`.'
 )
 _HOW_TO_EXPORT = (
-    'Export it with `torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))` on '
-    "two or more images."
+    "Export it with `torch.export.export(model.eval(), (images,), dynamic_shapes="
+    '({0: torch.export.Dim("batch")},))` on two or more images.'
 )
 
 
@@ -39,8 +39,8 @@ def load_model(
     Load only files that you trust: exported programs may hold pickled objects.
 
     Args:
-        path: an exported program (``.pt2``), or a state dict (``.safetensors``, or of ``torch.save``), which may lie under
-            "state_dict", "model_state_dict" or "model", and may come from a model in ``DistributedDataParallel``.
+        path: an exported program (``.pt2``), or a state dict (``.safetensors``, or of ``torch.save``), which may lie
+            under "state_dict", "model_state_dict" or "model", and may be of a model in ``DistributedDataParallel``.
         network: builds the module that a state dict is for.
         device: of the model.
 
@@ -117,12 +117,14 @@ def _check_exported(program: ExportedProgram, path: Path) -> None:
         raise InputError(f"{path} takes the inputs {', '.join(map(str, names))}; expected one, images.")
     if isinstance(inputs[0].shape[0], int):
         raise InputError(
-            f"{path} was exported for batches of exactly {inputs[0].shape[0]} image(s), and an attack needs batches of any "
-            f"size. {_HOW_TO_EXPORT}"
+            f"{path} was exported for batches of exactly {inputs[0].shape[0]} image(s), and an attack needs batches of "
+            f"any size. {_HOW_TO_EXPORT}"
         )
     trained = sorted({str(node.target) for node in program.graph.nodes if _as_in_training(node)})
     if trained:
-        raise InputError(f"{path} was exported in train mode, which stays in it ({', '.join(trained)}). {_HOW_TO_EXPORT}")
+        raise InputError(
+            f"{path} was exported in train mode, which stays in it ({', '.join(trained)}). {_HOW_TO_EXPORT}"
+        )
 
 
 def _as_in_training(node: torch.fx.Node) -> bool:
@@ -172,8 +174,12 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Any]:
         saved = nested
     if isinstance(saved, Mapping) and any(isinstance(value, Tensor) for value in saved.values()):
         return dict(saved)
-    keys = f"a dict with {_some(list(saved)) or 'no keys'}" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
-    raise InputError(f"{path} holds {keys}; expected a state dict, at the top or under {', '.join(_NESTED)}. {_HOW_TO_SAVE}")
+    keys = (
+        f"a dict with {_some(list(saved)) or 'no keys'}" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
+    )
+    raise InputError(
+        f"{path} holds {keys}; expected a state dict, at the top or under {', '.join(_NESTED)}. {_HOW_TO_SAVE}"
+    )
 
 
 def _nested(saved: Any) -> Any:
@@ -192,8 +198,8 @@ def _filled(network: Any, weights: dict[str, Any], path: Path) -> nn.Module:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(
-            f"{path} does not fit {type(network).__name__}: {_differences(own, weights) or _in_one_line(error)}. Choose the "
-            "network whose weights were saved, with its options."
+            f"{path} does not fit {type(network).__name__}: {_differences(own, weights) or _in_one_line(error)}. Choose "
+            "the network whose weights were saved, with its options."
         ) from error
     return network
 
