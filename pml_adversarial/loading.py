@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .errors import InputError
 from .isolation import isolated
 from .pixels import Normalization, PixelSpace
 
+_OF_EXPORTED = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
 _NESTED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and of torch.compile, in either order
 _HOW_TO_SAVE = (
@@ -39,8 +41,8 @@ def load_model(
     Load only files that you trust: exported programs may hold pickled objects.
 
     Args:
-        path: an exported program (``.pt2``), or a state dict (``.safetensors``, or of ``torch.save``), which may lie
-            under "state_dict", "model_state_dict" or "model", and may be of a model in ``DistributedDataParallel``.
+        path: an exported program (``.pt2``), or a state dict of ``torch.save`` or ``.safetensors``, which may lie under
+            "state_dict", "model_state_dict" or "model", and may be of a model in ``DistributedDataParallel``.
         network: builds the module that a state dict is for.
         device: of the model.
 
@@ -50,13 +52,16 @@ def load_model(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
-    if path.suffix == ".pt2":
+    if _is_exported(path):
         if network is not None:
             raise InputError(f"{path} is an exported program, which is a whole model; expected no network beside it.")
         return _exported(path, torch.device(device))
     weights = _state_dict(_saved(path), path)
     if network is None:
-        raise InputError(f"{path} holds weights and no network; say which network they are for.")
+        raise InputError(
+            f"{path} holds weights and no network; expected a network (on the command line "
+            "--network module:callable) that they are for, or an exported program."
+        )
     return _filled(network(), weights, path).to(device)
 
 
@@ -96,9 +101,15 @@ def _check_embeddings(found: Any, count: int) -> None:
         raise InputError("The model gives NaN or infinite values for the images as they are.")
 
 
-def _exported(path: Path, device: torch.device) -> nn.Module:
+def _is_exported(path: Path) -> bool:
+    """By what is in the file, since weights are called .pt2 too, and programs .pt."""
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not an exported program, or not all of one. {_HOW_TO_SAVE}")
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] in _OF_EXPORTED for name in archive.namelist())
+
+
+def _exported(path: Path, device: torch.device) -> nn.Module:
     try:
         program = torch.export.load(path)
     except Exception as error:  # of many kinds, by the version of torch
@@ -172,19 +183,18 @@ def _why_not(error: Exception) -> str:
 def _state_dict(saved: Any, path: Path) -> dict[str, Any]:
     while nested := _nested(saved):
         saved = nested
-    if isinstance(saved, Mapping) and any(isinstance(value, Tensor) for value in saved.values()):
-        return dict(saved)
-    keys = (
-        f"a dict with {_some(list(saved)) or 'no keys'}" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
-    )
+    named = isinstance(saved, dict) and all(isinstance(key, str) for key in saved)
+    if named and any(isinstance(value, Tensor) for value in saved.values()):
+        return saved
+    found = f"a dict with {_some(list(saved)) or 'no keys'}" if isinstance(saved, dict) else f"a {type(saved).__name__}"
     raise InputError(
-        f"{path} holds {keys}; expected a state dict, at the top or under {', '.join(_NESTED)}. {_HOW_TO_SAVE}"
+        f"{path} holds {found}; expected a state dict, at the top or under {', '.join(_NESTED)}. {_HOW_TO_SAVE}"
     )
 
 
 def _nested(saved: Any) -> Any:
-    found = [saved[key] for key in _NESTED if isinstance(saved.get(key), Mapping)] if isinstance(saved, Mapping) else []
-    return found[0] if found else None
+    found = [saved.get(key) for key in _NESTED] if isinstance(saved, dict) else []
+    return next((value for value in found if isinstance(value, dict)), None)
 
 
 def _filled(network: Any, weights: dict[str, Any], path: Path) -> nn.Module:
@@ -198,8 +208,8 @@ def _filled(network: Any, weights: dict[str, Any], path: Path) -> nn.Module:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(
-            f"{path} does not fit {type(network).__name__}: {_differences(own, weights) or _in_one_line(error)}. Choose "
-            "the network whose weights were saved, with its options."
+            f"{path} does not fit {type(network).__name__}: {_differences(own, weights) or _in_one_line(error)}. "
+            "Choose the network whose weights were saved, with its options."
         ) from error
     return network
 
@@ -226,4 +236,8 @@ def _some(names: Sequence[Any]) -> str:
 def _in_one_line(error: Exception) -> str:
     """An exception's kind and the first sentence of what it says; torch's go on for pages."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:200].rstrip('.')}" if first else type(error).__name__
+    return (
+        f"{type(error).__name__}: {shorten(first, 160, placeholder=' ...').rstrip('.')}"
+        if first
+        else type(error).__name__
+    )
