@@ -1,6 +1,7 @@
-"""How robust an embedding model is: attacked queries against a clean gallery."""
+"""How robust an embedding model is."""
 
+from .report import Report
 from .retrieval import Gallery
-from .suites import RobustRecall, robust_recall
+from .robustness import evaluate_robustness
 
-__all__ = ["Gallery", "RobustRecall", "robust_recall"]
+__all__ = ["Gallery", "Report", "evaluate_robustness"]

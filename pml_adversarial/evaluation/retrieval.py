@@ -3,61 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 from torch.nn.functional import normalize
 
 Embed = Callable[[Tensor], Tensor]
 
 
-class Gallery:
-    """Clean items to be searched, by cosine similarity.
+@dataclass(frozen=True, eq=False)
+class Sought:
+    """What queries are to find.
 
-    Args:
-        embeddings: ``(G, D)``.
-        labels: ``(G,)``.
+    Attributes:
+        labels: ``(Q,)``, the right items have the same.
+        own: ``(Q,)``, the gallery item that is the query itself and never found; -1 where it is not in the gallery.
     """
 
-    def __init__(self, embeddings: Tensor, labels: Tensor) -> None:
-        self.embeddings = normalize(embeddings.detach())
-        self.labels = labels
+    labels: Tensor
+    own: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> Sought:
+        return Sought(self.labels[rows], self.own[rows])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def similarities(self, queries: Tensor, own: Tensor) -> Tensor:
-        """``(Q, G)`` cosine similarities; a query's own item, at ``own`` ``(Q,)``, has -inf and is never found."""
-        similarities = normalize(queries) @ self.embeddings.T
-        return similarities.scatter(1, own.unsqueeze(1), -torch.inf)
 
-    def margin(self, queries: Tensor, own: Tensor) -> Tensor:
-        """How much nearer the nearest wrong item is than the nearest right one, ``(Q,)``; above 0, R@1 fails.
+class Changed(NamedTuple):
+    """One item of the gallery per query that lies elsewhere when this query is asked.
 
-        A tie counts as a failure. A query without a right item has no margin and gets inf.
+    Attributes:
+        items: ``(Q,)``.
+        embeddings: ``(Q, D)``.
+    """
+
+    items: Tensor
+    embeddings: Tensor
+
+
+class Ranking(NamedTuple):
+    """The head of each query's list, right and wrong items apart.
+
+    Attributes:
+        right: ``(Q, K)`` similarities of the nearest right items, descending; -inf where there are fewer.
+        wrong: ``(Q, K)`` the same of wrong items.
+        num_right: ``(Q,)`` how many right items the gallery holds.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    num_right: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """``(Q,)`` how much nearer the nearest wrong item is than the nearest right one; from 0 on, R@1 fails."""
+        return self.wrong[:, 0] - self.right[:, 0]
+
+
+class _Head(NamedTuple):
+    """The first of each query's list: similarities ``(Q, K)``, descending, and items ``(Q, K)``."""
+
+    similarities: Tensor
+    items: Tensor
+
+    @staticmethod
+    def empty(queries: Tensor, dtype: torch.dtype) -> _Head:
+        none = torch.empty(len(queries), 0, device=queries.device)
+        return _Head(none.to(dtype), none.long())
+
+    def joined(self, similarities: Tensor, rows: slice, depth: int) -> _Head:
+        """With the items ``rows`` added, cut to ``depth``."""
+        values, order = similarities.topk(min(depth, similarities.shape[1]), dim=1)
+        values = torch.cat([self.similarities, values], 1)
+        items = torch.cat([self.items, order + rows.start], 1)
+        values, order = values.topk(min(depth, values.shape[1]), dim=1)
+        return _Head(values, items.gather(1, order))
+
+
+class Gallery:
+    """Clean items to be searched, by cosine similarity, in memory that does not grow with their number.
+
+    Args:
+        embeddings: ``(G, D)``.
+        labels: ``(G,)``.
+        block: items that are compared at once.
+    """
+
+    def __init__(self, embeddings: Tensor, labels: Tensor, block: int = 8192) -> None:
+        self.embeddings = unit(embeddings.detach())
+        self.labels = labels
+        self.block = block
+        self.classes, self.columns, self.class_sizes = labels.unique(return_inverse=True, return_counts=True)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def leave_one_out(self, rows: Tensor | None = None) -> Sought:
+        """Items of the gallery as queries for the others; None: all of them."""
+        rows = torch.arange(len(self), device=self.labels.device) if rows is None else rows
+        return Sought(self.labels[rows], rows)
+
+    def num_right(self, sought: Sought) -> Tensor:
+        """``(Q,)`` how many items are right for each query, itself left out."""
+        column = torch.searchsorted(self.classes, sought.labels).clamp(max=len(self.classes) - 1)
+        size = torch.where(self.classes[column] == sought.labels, self.class_sizes[column], 0)
+        own = sought.own.clamp(min=0)
+        return size - ((sought.own >= 0) & (self.labels[own] == sought.labels)).to(size)
+
+    def hardest(self, queries: Tensor, sought: Sought, nth: int = 0) -> tuple[Tensor, Tensor]:
+        """Items ``(Q,)``: each query's nearest wrong and nearest right one, or the ``nth`` after it, if there are."""
+        right, wrong = self._heads(queries, sought, nth + 1, None)
+        return tuple(
+            head.items.gather(1, (head.similarities > -torch.inf).sum(1, keepdim=True).clamp(min=1) - 1).squeeze(1)
+            for head in (wrong, right)
+        )  # type: ignore[return-value]
+
+    def margin(self, queries: Tensor, sought: Sought) -> Tensor:
+        """How much nearer the nearest wrong item is than the nearest right one, ``(Q,)``, with gradient.
+
+        From 0 on, R@1 fails: a tie counts as a failure. Every query needs a right item.
         """
-        similarities = self.similarities(queries, own)
-        right = self.labels[own].unsqueeze(1) == self.labels
-        nearest_wrong = similarities.masked_fill(right, -torch.inf).amax(1)
-        nearest_right = similarities.masked_fill(~right, -torch.inf).amax(1)
-        return nearest_wrong - nearest_right
+        wrong, right = self.hardest(queries, sought)
+        return (unit(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1)
 
-    def nearest(self, queries: Tensor, own: Tensor, count: int) -> Tensor:
+    def ranking(self, queries: Tensor, sought: Sought, depth: int, changed: Changed | None = None) -> Ranking:
+        """The ``depth`` nearest right and wrong items of each query."""
+        right, wrong = self._heads(queries, sought, depth, changed)
+        return Ranking(right.similarities, wrong.similarities, self.num_right(sought))
+
+    def nearest(self, queries: Tensor, own: Tensor, count: int, changed: Changed | None = None) -> Tensor:
         """``(Q, count)`` indices of the nearest items, nearest first."""
-        return self.similarities(queries, own).topk(count, dim=1).indices
+        head = _Head.empty(queries, self.embeddings.dtype)
+        for rows, similarities, _ in self._blocks(queries, Sought(own, own), changed):
+            head = head.joined(similarities, rows, count)
+        return head.items
 
-    def accuracy(self) -> dict[str, float]:
-        """R@1 and mAP@R of the clean gallery searched with its own items (leave one out), in [0, 1]."""
-        calculator = AccuracyCalculator(
-            include=("precision_at_1", "mean_average_precision_at_r"),
-            knn_func=CustomKNN(CosineSimilarity()),
-            device=self.embeddings.device,
-        )
-        found = calculator.get_accuracy(self.embeddings, self.labels)
-        return {"recall_at_1": found["precision_at_1"], "map_at_r": found["mean_average_precision_at_r"]}
+    def _heads(self, queries: Tensor, sought: Sought, depth: int, changed: Changed | None) -> tuple[_Head, _Head]:
+        right_head = wrong_head = _Head.empty(queries, self.embeddings.dtype)
+        for rows, similarities, right in self._blocks(queries, sought, changed):
+            right_head = right_head.joined(similarities.masked_fill(~right, -torch.inf), rows, depth)
+            wrong_head = wrong_head.joined(similarities.masked_fill(right, -torch.inf), rows, depth)
+        return right_head, wrong_head
+
+    @torch.no_grad()
+    def _blocks(
+        self, queries: Tensor, sought: Sought, changed: Changed | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Similarities ``(Q, block)``, the own item at -inf, and which items are right."""
+        queries = unit(queries.detach())
+        for rows in chunks(len(self), self.block):
+            similarities = queries @ self.embeddings[rows].T
+            if changed is not None:
+                _put(similarities, rows, changed.items, (queries * unit(changed.embeddings)).sum(1))
+            _put(similarities, rows, sought.own, torch.full_like(similarities[:, 0], -torch.inf))
+            yield rows, similarities, sought.labels.unsqueeze(1) == self.labels[rows]
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings of length 1, in single precision at least; what is not finite becomes 0, which finds nothing."""
+    real = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    return normalize(torch.nan_to_num(real, nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def embed_all(embed: Embed, images: Tensor, chunk: int) -> Tensor:
@@ -68,4 +176,9 @@ def embed_all(embed: Embed, images: Tensor, chunk: int) -> Tensor:
 
 def chunks(total: int, size: int) -> Iterator[slice]:
     """Slices that cover ``range(total)``, each of at most ``size``."""
-    return (slice(start, start + size) for start in range(0, total, size))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _put(similarities: Tensor, rows: slice, items: Tensor, values: Tensor) -> None:
+    inside = ((items >= rows.start) & (items < rows.stop)).nonzero().squeeze(1)
+    similarities[inside, items[inside] - rows.start] = values[inside]

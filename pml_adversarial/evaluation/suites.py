@@ -1,39 +1,155 @@
-"""Which attacks a query meets, and what is left of R@1 after the worst of them."""
+"""Which attacks an embedding meets: on the query or on the gallery, with gradients or without, and in which suite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
+import torchattacks
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
-from .. import attacks
 from ..attacks import Attack
-from ..isolation import isolated, random_stream
 from ..objective import Objective, Score
-from .retrieval import Gallery, chunks, embed_all
-
-QueryAttack = Callable[[Gallery, Tensor, Tensor], Score]
-"""Gallery, clean query embeddings ``(Q, D)`` and own items ``(Q,)`` -> the score that the attack raises."""
+from .classifier import RetrievalClassifier, apart
+from .retrieval import Changed, Embed, Gallery, Ranking, Sought, unit
 
 
-def toward_nearest_wrong(gallery: Gallery, clean: Tensor, own: Tensor) -> Score:
-    """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
-    return lambda queries: gallery.margin(queries, own)
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Queries before a gallery: all that an attack is told.
+
+    Attributes:
+        embed: pixels ``(n, C, H, W)`` -> embeddings ``(n, D)``.
+        modules: what ``embed`` runs through.
+        gallery: what is searched.
+        pixels_of: gallery items ``(n,)`` -> their pixels ``(n, C, H, W)``.
+        images: ``(Q, C, H, W)`` clean pixels of the queries.
+        clean: ``(Q, D)`` their embeddings.
+        sought: what they are to find.
+        norm: "Linf" or "L2".
+    """
+
+    embed: Embed
+    modules: tuple[nn.Module, ...]
+    gallery: Gallery
+    pixels_of: Callable[[Tensor], Tensor]
+    images: Tensor
+    clean: Tensor
+    sought: Sought
+    norm: str
+
+    def __getitem__(self, rows: Tensor) -> Scene:
+        return replace(self, images=self.images[rows], clean=self.clean[rows], sought=self.sought[rows])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def objective(self, score: Score, origin: Tensor | None = None) -> Objective:
+        """A score of embeddings, to be raised from the clean queries' or from ``origin``."""
+        return Objective(self.embed, score, self.clean if origin is None else origin, self.modules)
 
 
-def embedding_shift(gallery: Gallery, clean: Tensor, own: Tensor) -> Score:
-    """Away from the query's own clean embedding, whatever the gallery holds."""
-    origin = normalize(clean)
-    return lambda queries: (normalize(queries) - origin).square().sum(1)
+@dataclass(frozen=True)
+class QueryAttack:
+    """Perturbs queries; the gallery stays clean.
+
+    Attributes:
+        name: in reports.
+        find: scene, eps, restart -> perturbed queries ``(Q, C, H, W)``.
+        restarts: runs from different starts; later ones take on only queries that still stand.
+        black_box: whether it only asks for outputs.
+        only_standing: whether it has no use for queries that fail already.
+        num_classes: how many the gallery has to hold at least.
+    """
+
+    name: str
+    find: Callable[[Scene, float, int], Tensor]
+    restarts: int = 1
+    black_box: bool = False
+    only_standing: bool = False
+    num_classes: int = 2
+    target = "query"
+
+    def run(self, scene: Scene, eps: float, restart: int, depth: int) -> Outcome:
+        """Attacks all queries of a scene and ranks what they find."""
+        images = within(self.find(scene, eps, restart), scene.images, eps, scene.norm)
+        with torch.no_grad():
+            embeddings = scene.embed(images)
+        shift = (unit(embeddings) - unit(scene.clean)).norm(dim=1)
+        return Outcome(images, scene.gallery.ranking(embeddings, scene.sought, depth), shift)
 
 
-def momentum_pgd(objective: Objective, eps: float, steps: int, momentum: float = 0.75) -> Attack:
-    """An l-inf attack from a random start, by sign steps that fall from eps to 0 along a cosine.
+@dataclass(frozen=True)
+class GalleryAttack:
+    """Perturbs one item of the gallery per query; the query stays clean.
+
+    Attributes:
+        name: in reports.
+        choose: scene, restart -> items ``(Q,)`` to perturb.
+        score: scene -> the score of the items' embeddings that is raised.
+        steps: of `momentum_pgd`.
+        restarts: further runs, also on other items.
+    """
+
+    name: str
+    choose: Callable[[Scene, int], Tensor]
+    score: Callable[[Scene], Score]
+    steps: int
+    restarts: int = 1
+    black_box = False
+    only_standing = False
+    num_classes = 2
+    target = "gallery"
+
+    def run(self, scene: Scene, eps: float, restart: int, depth: int) -> Outcome:
+        """Attacks one item for each query of a scene and ranks what the queries find then."""
+        items = self.choose(scene, restart)
+        pixels, origin = scene.pixels_of(items), scene.gallery.embeddings[items]
+        objective = scene.objective(self.score(scene), origin)
+        found = momentum_pgd(objective, eps, self.steps, scene.norm)(pixels, objective.labels)
+        images = within(found, pixels, eps, scene.norm)
+        with torch.no_grad():
+            embeddings = scene.embed(images)
+        ranking = scene.gallery.ranking(scene.clean, scene.sought, depth, Changed(items, embeddings))
+        return Outcome(images, ranking, (unit(embeddings) - origin).norm(dim=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an attack found and what it did.
+
+    Attributes:
+        images: ``(Q, C, H, W)`` within the budget: the perturbed queries, or the perturbed items.
+        ranking: what the queries find.
+        shift: ``(Q,)`` how far the perturbed embeddings moved, in [0, 2].
+    """
+
+    images: Tensor
+    ranking: Ranking
+    shift: Tensor
+
+
+AnyAttack = QueryAttack | GalleryAttack
+
+
+def within(found: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
+    """What was found, held to the ball and to [0, 1]; what is not finite becomes clean again."""
+    difference = torch.nan_to_num(found.detach().to(clean) - clean, nan=0.0, posinf=0.0, neginf=0.0)
+    if norm == "Linf":
+        return (clean + difference.clamp(-eps, eps)).clamp(0, 1)
+    length = like(difference.flatten(1).norm(dim=1), clean)
+    return (clean + difference * (eps / length.clamp(min=eps))).clamp(0, 1)
+
+
+def momentum_pgd(
+    objective: Objective, eps: float, steps: int, norm: str = "Linf", momentum: float = 0.75, random_start: bool = True
+) -> Attack:
+    """An attack from a random start, by steps that fall from eps to 0 along a cosine.
 
     Projected gradient ascent (Madry et al., arXiv 1706.06083) with the momentum of MI-FGSM (Dong et al., arXiv
     1710.06081); like APGD (Croce, Hein, arXiv 2003.01690) it returns the best point of each row's path. It breaks
@@ -43,128 +159,159 @@ def momentum_pgd(objective: Objective, eps: float, steps: int, momentum: float =
         objective: what is raised.
         eps: radius, in pixels of [0, 1].
         steps: gradient steps; one more forward pass looks at the last point.
+        norm: "Linf", by sign steps, or "L2".
         momentum: share of the past direction that is kept.
+        random_start: whether it starts anywhere in the ball, or at the clean inputs.
     """
 
     def attack(inputs: Tensor, labels: Tensor) -> Tensor:
-        low, high = (inputs - eps).clamp(min=0), (inputs + eps).clamp(max=1)
-        point = low + (high - low) * torch.rand_like(inputs)
+        point = within(inputs + eps * _in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
         best, highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
         direction = torch.zeros_like(inputs)
         for step in range(steps + 1):
-            point.requires_grad_()
+            point.requires_grad_(step < steps)
             value = cross_entropy(objective(point), labels, reduction="none")
             higher = value.detach() > highest
-            best, highest = torch.where(_like(higher, point), point.detach(), best), highest.maximum(value.detach())
+            best, highest = torch.where(like(higher, point), point.detach(), best), highest.maximum(value.detach())
             if step < steps:
-                (gradient,) = torch.autograd.grad(value.sum(), point)
-                scale = gradient.abs().flatten(1).mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
-                direction = momentum * direction + gradient / _like(scale, gradient)
+                gradient = torch.autograd.grad(value.sum(), point)[0].nan_to_num(0.0, 0.0, 0.0)
+                direction = momentum * direction + gradient / _size(gradient, norm)
                 size = eps * (1 + math.cos(math.pi * step / steps)) / 2
-                point = (point.detach() + size * direction.sign()).clamp(low, high)
+                step_taken = direction.sign() if norm == "Linf" else direction / _size(direction, norm)
+                point = within(point.detach() + size * step_taken, inputs, eps, norm)
         return best
 
     return attack
 
 
-QUERY_ATTACKS: dict[str, QueryAttack] = {"margin": toward_nearest_wrong, "shift": embedding_shift}
-"""The attacks of `robust_recall`, by name."""
+def _in_ball(like_inputs: Tensor, norm: str) -> Tensor:
+    if norm == "Linf":
+        return 2 * torch.rand_like(like_inputs) - 1
+    noise = torch.randn_like(like_inputs)
+    radius = torch.rand(len(noise), device=noise.device, dtype=noise.dtype) ** (1 / noise[0].numel())
+    return noise * like(radius / noise.flatten(1).norm(dim=1), noise)
 
 
-@dataclass(frozen=True, eq=False)
-class RobustRecall:
-    """R@1 of attacked queries at one eps, in [0, 1]; a query that is wrong when clean counts as broken.
-
-    Attributes:
-        eps: l-inf radius, in pixels of [0, 1].
-        by_attack: R@1 under each attack, over all its restarts.
-        worst_case: R@1 under the worst attack of each single query.
-        wrong: ``(Q,)`` bool, queries whose nearest item is wrong without attack.
-        broken: ``(Q,)`` bool, queries whose nearest item is wrong, clean or under some attack.
-        attacked: ``(Q, C, H, W)`` what broke the query, or the last that it survived.
-    """
-
-    eps: float
-    by_attack: Mapping[str, float]
-    worst_case: float
-    wrong: Tensor
-    broken: Tensor
-    attacked: Tensor
+def _size(gradient: Tensor, norm: str) -> Tensor:
+    flat = gradient.flatten(1)
+    size = flat.abs().mean(1) if norm == "Linf" else flat.norm(dim=1)
+    return like(size.clamp(min=torch.finfo(size.dtype).tiny), gradient)
 
 
-def robust_recall(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: Iterable[float],
-    steps: int = 40,
-    restarts: int = 3,
-    seed: int = 0,
-    chunk: int = 512,
-    progress: Callable[[], object] | None = None,
-) -> list[RobustRecall]:
-    """Attacks every image as a query against all others (leave one out), each attack from several random starts.
-
-    Each run is a `momentum_pgd`. Only queries that still stand are attacked again; what broke a query at one eps is
-    within every larger one, so it stays broken there.
-
-    Args:
-        model: images -> embeddings; it is attacked in eval mode and comes back as it was.
-        images: ``(Q, C, H, W)`` in [0, 1], at once the queries and the clean gallery.
-        labels: ``(Q,)``; every label needs at least two images.
-        eps: l-inf radii.
-        steps: gradient steps of one run.
-        restarts: runs from different random starts.
-        seed: of the random starts.
-        chunk: queries that are attacked together.
-        progress: called after every run, `num_runs` times.
-
-    Returns:
-        One result per eps, in ascending order.
-    """
-    results = []
-    with isolated(model):
-        clean = embed_all(model, images, chunk)
-        gallery = Gallery(clean, labels)
-        everyone = torch.arange(len(images), device=images.device)
-        right = _stands(gallery, clean, everyone)
-        standing = dict.fromkeys(QUERY_ATTACKS, right)
-        broken, attacked = ~right, images.clone()
-        for radius in sorted(eps):
-            for name, restart, rows in _runs(len(images), restarts, chunk):
-                own = everyone[rows][standing[name][rows]]
-                if len(own):
-                    with random_stream(seed, restart * len(images) + rows.start):
-                        score = QUERY_ATTACKS[name](gallery, clean[own], own)
-                        objective = Objective(model, score, clean[own], [model])
-                        attack = momentum_pgd(objective, radius, steps)
-                        found = attacks.run(attack, images[own], objective.labels)
-                    fell = ~_stands(gallery, embed_all(model, found, chunk), own)
-                    standing[name] = standing[name].index_fill(0, own[fell], False)
-                    attacked[own] = torch.where(_like(~broken[own], found), found, attacked[own])
-                    broken[own[fell]] = True
-                if progress is not None:
-                    progress()
-            by_attack = {name: stands.float().mean().item() for name, stands in standing.items()}
-            worst_case = (~broken).float().mean().item()
-            results.append(RobustRecall(radius, by_attack, worst_case, ~right, broken.clone(), attacked.clone()))
-    return results
-
-
-def num_runs(num_images: int, num_eps: int, restarts: int = 3, chunk: int = 512) -> int:
-    """How often `robust_recall` reports progress."""
-    return num_eps * len(_runs(num_images, restarts, chunk))
-
-
-def _runs(num_images: int, restarts: int, chunk: int) -> list[tuple[str, int, slice]]:
-    return list(product(QUERY_ATTACKS, range(restarts), chunks(num_images, chunk)))
-
-
-def _like(per_row: Tensor, images: Tensor) -> Tensor:
+def like(per_row: Tensor, images: Tensor) -> Tensor:
+    """``(Q,)`` in a shape that goes with ``(Q, ...)``."""
     return per_row.reshape(-1, *[1] * (images.ndim - 1))
 
 
-def _stands(gallery: Gallery, queries: Tensor, own: Tensor) -> Tensor:
-    with torch.no_grad():
-        return gallery.margin(queries, own) < 0
+# What is raised, by query.
+
+
+def toward_nearest_wrong(scene: Scene) -> Score:
+    """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
+    return lambda queries: scene.gallery.margin(queries, scene.sought)
+
+
+def embedding_shift(scene: Scene) -> Score:
+    """Away from the query's own clean embedding, whatever the gallery holds."""
+    origin = unit(scene.clean)
+    return lambda queries: (unit(queries) - origin).square().sum(1)
+
+
+def raising(score: Callable[[Scene], Score], steps: int) -> Callable[[Scene, float, int], Tensor]:
+    """`momentum_pgd` of a score of the queries' embeddings."""
+
+    def find(scene: Scene, eps: float, restart: int) -> Tensor:
+        objective = scene.objective(score(scene))
+        return momentum_pgd(objective, eps, steps, scene.norm)(scene.images, objective.labels)
+
+    return find
+
+
+# Attacks of torchattacks on the embedding seen as a classifier.
+
+
+def classified(make: Callable[..., Any], targets: int | None = None) -> Callable[[Scene, float, int], Tensor]:
+    """A torchattacks class, unmodified, on `RetrievalClassifier`.
+
+    Args:
+        make: called with the classifier and ``eps``, ``norm``, ``seed``.
+        targets: how many of the most similar wrong classes it leads to, if it takes ``n_classes``.
+    """
+
+    def find(scene: Scene, eps: float, restart: int) -> Tensor:
+        found = scene.images.clone()
+        for rows in apart(scene.images, eps, scene.norm):
+            part = scene[rows]
+            model = RetrievalClassifier(part.embed, part.gallery, part.images, part.sought, scene.norm, *scene.modules)
+            options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
+            if targets is not None:
+                options["n_classes"] = min(model.num_classes, targets + 1)
+            found[rows] = make(model, **options)(part.images.clone(), model.labels).to(found)
+        return found
+
+    return find
+
+
+# Attacks on the gallery.
+
+
+def nearest_wrong(scene: Scene, restart: int) -> Tensor:
+    """Of each query, the nearest wrong item, in the next run the second nearest, and so on."""
+    return scene.gallery.hardest(scene.clean, scene.sought, restart)[0]
+
+
+def nearest_right(scene: Scene, restart: int) -> Tensor:
+    """Of each query, the nearest right item, in the next run the second nearest, and so on."""
+    return scene.gallery.hardest(scene.clean, scene.sought, restart)[1]
+
+
+def promotion(scene: Scene) -> Score:
+    """The item comes nearer to the query."""
+    query = unit(scene.clean)
+    return lambda items: (unit(items) * query).sum(1)
+
+
+def demotion(scene: Scene) -> Score:
+    """The item moves off the query."""
+    query = unit(scene.clean)
+    return lambda items: -(unit(items) * query).sum(1)
+
+
+def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[AnyAttack, ...]:
+    """The attacks of "standard-v1" at its defaults: the strongest that we know, at a bounded cost per query.
+
+    Args:
+        steps: gradient steps of a run.
+        restarts: runs of the margin attack from different random starts.
+        queries: forward passes of the black-box attack.
+        targets: wrong classes to which targeted attacks lead, the most similar first.
+    """
+    apgd = partial(torchattacks.APGD, steps=steps)
+    apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
+    fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
+    square = partial(torchattacks.Square, n_queries=queries)
+    return (
+        QueryAttack("margin", raising(toward_nearest_wrong, steps), restarts),
+        QueryAttack("shift", raising(embedding_shift, steps)),
+        QueryAttack("apgd-ce", classified(apgd), only_standing=True),
+        QueryAttack("apgd-t", classified(apgd_t, targets), only_standing=True, num_classes=4),
+        QueryAttack("fab-t", classified(fab_t, targets), only_standing=True),
+        QueryAttack("square", classified(square), black_box=True, only_standing=True),
+        GalleryAttack("promote", nearest_wrong, promotion, steps),
+        GalleryAttack("demote", nearest_right, demotion, steps),
+    )
+
+
+def quick(steps: int = 40, restarts: int = 3) -> tuple[AnyAttack, ...]:
+    """The attacks of "quick-v1" at its defaults: two on the query, for comparisons while one works."""
+    return (
+        QueryAttack("margin", raising(toward_nearest_wrong, steps), restarts),
+        QueryAttack("shift", raising(embedding_shift, steps), restarts),
+    )
+
+
+SUITES: dict[str, tuple[str, Callable[[], tuple[AnyAttack, ...]]]] = {
+    "standard": ("standard-v1", standard),
+    "quick": ("quick-v1", quick),
+}
+"""What ``attacks="..."`` names -> the suite's name in reports, fixed for what it holds, and its attacks."""

@@ -14,9 +14,10 @@ import click
 import torch
 from torch import nn
 
-from .. import evaluation
 from ..datasets import images_from, same_classes
 from ..errors import AdversarialError
+from ..evaluation import evaluate_robustness
+from ..evaluation.suites import SUITES, AnyAttack
 from ..loading import check_model, load_model
 from ..pixels import Normalization, PixelSpace
 from .options import SETTINGS, did_you_mean, parse_call, radii, usable, usable_device
@@ -24,7 +25,6 @@ from .options import SETTINGS, did_you_mean, parse_call, radii, usable, usable_d
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, with which torchvision's models are trained."""
 
-_SUITES = ("standard", "quick")
 _PATH = click.Path(path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -46,7 +46,7 @@ Examples:
 @click.option("--gallery", type=_PATH, help="What is searched, the same way.  [default: the queries, leave one out]")
 @click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
 @click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
-@click.option("--attacks", default="standard", help=f"{' or '.join(_SUITES)}, or names of attacks with commas.")
+@click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
 @click.option(
     "--normalization", help='What the model\'s inputs are normalised with: imagenet, or "mean;std", such as "0.5;0.5".'
 )
@@ -95,7 +95,7 @@ def evaluate(
     settings: dict[str, Any] = {
         "eps": radii(eps, 1.0 if norm == "Linf" else float("inf")),
         "norm": norm,
-        "attacks": attacks if attacks in _SUITES else [name.strip() for name in attacks.split(",")],
+        "attacks": attacks if attacks in SUITES else _attacks(attacks),
         "recall_at": _numbers(recall_at, "--recall-at"),
         "normalization": _normalization(normalization),
     }
@@ -110,7 +110,7 @@ def evaluate(
         for images, count in ((searched, chunk), (items or searched, 1)):
             some = torch.stack([images[row][0] for row in range(min(count, len(images)))])
             check_model(loaded, some.to(device), settings["normalization"])
-        report = evaluation.evaluate_robustness(  # type: ignore[attr-defined]
+        report = evaluate_robustness(
             loaded,
             searched,
             items,
@@ -137,6 +137,17 @@ def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
     if limit is None or limit >= total:
         return None
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def _attacks(text: str) -> list[AnyAttack]:
+    """Attacks of the suites by their names."""
+    known = {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, {*SUITES, *known})
+            raise _refused("--attacks", f"no attack named {name!r}.{hint} There are: {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(names)]
 
 
 def _network(text: str) -> Callable[[], nn.Module]:

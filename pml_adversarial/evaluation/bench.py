@@ -1,0 +1,115 @@
+"""The model, the queries and the gallery of an evaluation, ready to be attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..pixels import Normalization, PixelSpace
+from .images import Images, ImageSet
+from .retrieval import Gallery, Sought
+from .suites import Scene
+
+
+class Embedder:
+    """A model as a function of pixels that counts what it is asked.
+
+    Args:
+        model: inputs -> embeddings ``(N, D)``.
+        normalization: ``(mean, std)`` if it takes normalised inputs.
+
+    Attributes:
+        forward_passes: images embedded so far.
+        backward_passes: those of them that may have had a gradient taken.
+    """
+
+    def __init__(self, model: nn.Module, normalization: Normalization | None = None) -> None:
+        self.model = model
+        self._space = PixelSpace(normalization)
+        self.forward_passes = self.backward_passes = 0
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``.
+
+        Raises:
+            InputError: the model gives something else.
+        """
+        self.forward_passes += len(pixels)
+        self.backward_passes += len(pixels) * (pixels.requires_grad and torch.is_grad_enabled())
+        embeddings = self.model(self._space.to_inputs(pixels))
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pixels):
+            found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise InputError(
+                f"The model gave {found} for {len(pixels)} images; expected embeddings ({len(pixels)}, D)."
+            )
+        return embeddings
+
+
+class Bench:
+    """What an evaluation needs to make scenes.
+
+    Args:
+        model: images -> embeddings, in eval mode and frozen.
+        queries: see `images.Images`.
+        gallery: None: the queries, each left out for itself.
+        norm: "Linf" or "L2".
+        normalization: ``(mean, std)`` if the model takes normalised inputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, queries: Images, gallery: Images | None, norm: str, normalization: Normalization | None
+    ) -> None:
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self.embed = Embedder(model, normalization)
+        self.queries = ImageSet(queries, device, "queries")
+        self.items = self.queries if gallery is None else ImageSet(gallery, device, "gallery")
+        self.leave_one_out = gallery is None
+        self.norm = norm
+        self.gallery: Gallery
+
+    def search(self, embeddings: Tensor) -> None:
+        """From now on, these embeddings ``(G, D)`` of the gallery are searched.
+
+        Raises:
+            InputError: there are no wrong items, or embeddings are not finite.
+        """
+        bad = int((~embeddings.isfinite()).any(1).sum())
+        if bad:
+            raise InputError(f"The model gave NaN or infinite embeddings for {bad} of {len(embeddings)} clean images.")
+        self.gallery = Gallery(embeddings, self.items.labels)
+        if len(self.gallery.classes) < 2:
+            raise InputError("All items of the gallery have one label; expected at least two, else nothing is wrong.")
+
+    def sought(self, rows: Tensor) -> Sought:
+        """What some queries are to find."""
+        own = rows if self.leave_one_out else torch.full_like(rows, -1)
+        return Sought(self.queries.labels[rows], own)
+
+    def answerable(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
+        """Rows of queries with a right item, and how many have none.
+
+        Raises:
+            InputError: indices that do not exist or repeat, or no query has a right item.
+        """
+        everyone = torch.arange(len(self.queries), device=self.queries.labels.device)
+        rows = everyone if subset is None else torch.as_tensor(subset, device=everyone.device)
+        if rows.ndim != 1 or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):
+            raise InputError(f"subset holds {rows.tolist()[:8]}...; expected different indices below {len(everyone)}.")
+        has_right = self.gallery.num_right(self.sought(rows)) > 0
+        if not has_right.any():
+            raise InputError(
+                f"None of {len(rows)} queries has a right item in the gallery; expected labels that occur there"
+                + (" at least twice." if self.leave_one_out else ".")
+            )
+        return rows[has_right], int((~has_right).sum())
+
+    def scene(self, rows: Tensor) -> Scene:
+        """Some queries before the gallery."""
+        images = self.queries.pixels(rows)
+        sought = self.sought(rows)
+        with torch.no_grad():
+            clean = self.gallery.embeddings[rows] if self.leave_one_out else self.embed(images)
+        return Scene(self.embed, (self.embed.model,), self.gallery, self.items.pixels, images, clean, sought, self.norm)

@@ -1,0 +1,90 @@
+"""Labelled images, from memory or from a data set, as pixels on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from ..errors import InputError
+from ..pixels import PixelSpace
+
+Images = tuple[Tensor, Tensor] | Dataset[Any]
+"""``(images (N, C, H, W), labels (N,))``, or a data set of pairs ``(image (C, H, W), label)``; pixels in [0, 1]."""
+
+
+class ImageSet:
+    """Labelled images, read a few at a time.
+
+    Args:
+        images: see `Images`.
+        device: where pixels are wanted.
+        role: what they are, for messages.
+
+    Raises:
+        InputError: no images, labels of another number or kind, or something else than images and labels.
+    """
+
+    def __init__(self, images: Images, device: torch.device, role: str) -> None:
+        self.device, self.role = device, role
+        if isinstance(images, tuple | list):
+            self._get, labels = self._from_tensors(images)
+        elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+            self._get, labels = self._from_dataset(images)
+        else:
+            raise InputError(
+                f"{role} is {type(images).__name__}; expected (images, labels) or a data set of (image, label) pairs."
+            )
+        if not len(labels):
+            raise InputError(f"{role} holds no images.")
+        self.labels = labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, rows: Tensor | Sequence[int]) -> Tensor:
+        """Pixels ``(n, C, H, W)`` of some images.
+
+        Raises:
+            InputError: they are no pixels in [0, 1].
+        """
+        index = torch.as_tensor(rows, device="cpu")
+        try:
+            return PixelSpace().to_pixels(self._get(index).to(self.device))
+        except InputError as error:
+            shown = f"{index[0]} to {index[-1]}" if len(index) else "none"
+            raise InputError(f"{self.role}, images {shown}: {error}") from error
+
+    def _from_tensors(self, images: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        if len(images) != 2 or not all(isinstance(part, Tensor) for part in images):
+            found = ", ".join(type(part).__name__ for part in images)
+            raise InputError(f"{self.role} is ({found}); expected two tensors, (images, labels).")
+        pixels, labels = images
+        self._check_labels(labels, len(pixels))
+        return lambda rows: pixels[rows.to(pixels.device)], labels
+
+    def _from_dataset(self, dataset: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        if isinstance(dataset, TensorDataset):
+            return self._from_tensors(dataset.tensors)
+
+        def get(rows: Tensor) -> Tensor:
+            return torch.stack([torch.as_tensor(dataset[row][0]) for row in rows.tolist()])
+
+        known = next(
+            (labels for name in ("targets", "labels") if (labels := getattr(dataset, name, None)) is not None), None
+        )
+        if known is None or len(known) != len(dataset):
+            known = [dataset[row][1] for row in range(len(dataset))]  # reads every image once
+        labels = torch.as_tensor(known)
+        self._check_labels(labels, len(dataset))
+        return get, labels
+
+    def _check_labels(self, labels: Tensor, count: int) -> None:
+        if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
+            raise InputError(
+                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
+                "one whole number per image."
+            )
