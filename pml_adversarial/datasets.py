@@ -240,7 +240,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
 def _from_npz(path: Path) -> LabelledImages:
     expected = "expected one that numpy.savez(path, images=..., labels=...) wrote"
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, numpy.load(opened, allow_pickle=False) as file:
             missing = {"images", "labels"} - set(file.files)
             images, labels = (None, None) if missing else (file["images"], file["labels"])
             names = file.files
