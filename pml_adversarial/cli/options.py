@@ -99,7 +99,7 @@ def radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
 
 def usable_device(name: str) -> str:
     """The same name, of a device that can be used."""
-    usable(lambda: torch.zeros(1, device=name), "--device")
+    usable(lambda: torch.zeros(1, device=name).item(), "--device")
     return name
 
 

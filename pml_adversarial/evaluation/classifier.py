@@ -33,7 +33,7 @@ class RetrievalClassifier(nn.Module):
         self.device_marker = nn.Parameter(gallery.embeddings.new_empty(0), requires_grad=False)  # attacks look for it
         self.watched = nn.ModuleList(modules)
         self._embed, self._gallery, self._sought, self._power = embed, gallery, sought, _POWER[norm]
-        self._clean = images.flatten(1)
+        self._images, self._clean = images, images.flatten(1)
         self.labels = torch.searchsorted(gallery.classes, sought.labels)
         self.scale = 1.0
         with torch.no_grad():
@@ -44,6 +44,13 @@ class RetrievalClassifier(nn.Module):
     def num_classes(self) -> int:
         """Classes of the gallery."""
         return len(self._gallery.classes)
+
+    def wrong_classes(self, nth: int) -> Tensor:
+        """Labels ``(Q,)``: of each clean query the most similar wrong class, or the ``nth`` after it, if there are."""
+        with torch.no_grad():
+            wrong = self(self._images).scatter(1, self.labels.unsqueeze(1), -torch.inf)
+        order = wrong.argsort(dim=1, descending=True)
+        return self._gallery.classes[order[:, min(nth, self.num_classes - 2)]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(n, num_classes)``.
