@@ -212,7 +212,7 @@ class TestPassesOn:
 class TestEvaluates:
     @pytest.mark.parametrize(
         "model",
-        [pytest.param(["model.pt2"], marks=pytest.mark.slow), ["weights.pt", *WEIGHTS, "--no-checks", "--chunk", "4"]],
+        [["model.pt2"], ["weights.pt", *WEIGHTS, "--no-checks", "--chunk", "4"]],
     )
     def test_to_the_end(self, workplace, monkeypatch, model):
         monkeypatch.setattr(Report, "save_html", lambda self, path: path.write_text(str(self)))
