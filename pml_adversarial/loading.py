@@ -33,6 +33,28 @@ _HOW_TO_EXPORT = (
 )
 
 
+class ExportedModel(nn.Module):
+    """An exported program as a module that may be asked for another mode, which torch's own refuses.
+
+    Args:
+        program: it keeps the mode that it was exported in.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the program gives."""
+        embeddings: Tensor = self.program(images)
+        return embeddings
+
+    def train(self, mode: bool = True) -> ExportedModel:
+        """Changes nothing in the program; `nn.Module.eval` comes here too."""
+        self.training = mode
+        return self
+
+
 def load_model(
     path: str | Path, network: Callable[[], nn.Module] | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -152,8 +174,8 @@ def _moved(program: ExportedProgram, device: torch.device) -> nn.Module:
     try:
         from torch.export.passes import move_to_device_pass
     except ImportError:  # an older torch; devices that the code of the model names stay as they are
-        return program.module().to(device)
-    return move_to_device_pass(program, str(device)).module()
+        return ExportedModel(program).to(device)
+    return ExportedModel(move_to_device_pass(program, str(device)))
 
 
 def _saved(path: Path) -> Any:

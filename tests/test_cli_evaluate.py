@@ -225,6 +225,18 @@ class TestEvaluates:
         assert large <= small <= report["clean"]["recall_at_1"]
         assert result.output.startswith(str(Report.load_json(workplace / "pml_adversarial_evaluation" / "report.json")))
 
+    @pytest.mark.slow
+    def test_exported_program_meets_the_whole_suite(self, workplace, monkeypatch):
+        monkeypatch.setattr(Report, "save_html", lambda self, path: None)
+        found = []
+        for model, arguments in (("model.pt2", []), ("weights.pt", WEIGHTS)):
+            result = run(*arguments, "--limit", "4", "--output", model[:5], model=model, eps="0.05")
+            assert result.exit_code == 0, result.output
+            report = json.loads((workplace / model[:5] / "report.json").read_text())
+            assert {attack["attack"] for attack in report["attacks"]} >= {"margin", "square", "promote"}
+            found.append((report["clean_standing"], report["worst"]))
+        assert found[0] == found[1]
+
     def test_photos_and_arrays_give_the_same(self, workplace, monkeypatch):
         monkeypatch.setattr(Report, "save_html", lambda self, path: None)
         images = numpy.stack([numpy.asarray(Image.open(path)) for path in sorted(workplace.glob("photos/*/*.png"))])

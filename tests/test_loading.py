@@ -49,6 +49,12 @@ class TestExported:
         assert [module.training for module in loaded.modules()] == modes
         assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
 
+    def test_may_be_asked_for_a_mode(self, tmp_path, moody_model, images):
+        loaded = nn.Sequential(load_model(export(tmp_path / "model.pt2", moody_model.eval(), images)))
+        for mode in (False, True):
+            assert loaded.train(mode)[0].training is mode
+            torch.testing.assert_close(loaded(images), moody_model(images))
+
     @pytest.mark.parametrize("name", ["model.pt2", "model.pt"])
     def test_whatever_it_is_called(self, tmp_path, model, images, name):
         torch.testing.assert_close(load_model(export(tmp_path / name, model, images))(images), model(images))
