@@ -130,12 +130,14 @@ class AdversarialTester(_Delegate):
         check_options(norm, chunk, measures)
         if max_queries is not None and max_queries < 1:
             raise InputError(f"max_queries={max_queries}; expected a number from 1 on, or None for all.")
-        naming = _Naming(_first_ahead(eps), to_suite(attacks)[1], measures)
+        members = to_suite(attacks)[1]
+        naming = _Naming(_first_ahead(eps), tuple((attack.name, attack.target) for attack in members), measures)
         super().__init__(
             tester,
             reports={},
             metrics=naming.all(),
             _naming=naming,
+            _needs_gradient=not all(attack.black_box for attack in members),
             _splits=_names_of(splits),
             _max_queries=max_queries,
             _space=PixelSpace(normalization),
@@ -164,6 +166,10 @@ class AdversarialTester(_Delegate):
     @accuracy_calculator.setter
     def accuracy_calculator(self, calculator: Any) -> None:
         self.tester.accuracy_calculator = calculator._wrapped if isinstance(calculator, _Calculator) else calculator
+
+    def description_suffixes(self, base_name: str) -> str:
+        """The wrapped tester's, marked: ``HookContainer`` fails on a table that was begun without these metrics."""
+        return f"{self.tester.description_suffixes(base_name)}_attacked"  # longer, and record-keeper hashes the name
 
     def test(
         self,
@@ -254,7 +260,7 @@ class AdversarialTester(_Delegate):
         return torch.randperm(count, generator=generator)[: self._max_queries]
 
     def _check_gradient(self, model: _Embedding, images: _Images) -> None:
-        if all(attack.black_box for attack in self._naming.members):
+        if not self._needs_gradient:
             return
         with isolated(model):
             embeddings = model(self._space.to_inputs(images[0][0].unsqueeze(0).requires_grad_()))
@@ -282,10 +288,16 @@ class AdversarialTester(_Delegate):
 
 @dataclass(frozen=True)
 class _Naming:
-    """Names of metrics: one attack or the worst, a measure, an eps unless it is the first."""
+    """Names of metrics: one attack or the worst, a measure, an eps unless it is the first.
+
+    Attributes:
+        radii: all eps, the first ahead.
+        attacks: names and targets.
+        recall_at: the k of R@k.
+    """
 
     radii: tuple[float, ...]
-    members: tuple[AnyAttack, ...]
+    attacks: tuple[tuple[str, str], ...]
     recall_at: Sequence[int]
 
     def all(self) -> tuple[str, ...]:
@@ -295,9 +307,9 @@ class _Naming:
             InputError: two are the same, which SQL compares without case.
         """
         measures = [*(f"recall_at_{k}" for k in self.recall_at), "map_at_r", "r_precision"]
-        there = {attack.target for attack in self.members}
-        worst = [_WORST[target] for target in TARGETS if target in there]
-        attacked = [(part, eps) for eps in self.radii for part in (*worst, *(attack.name for attack in self.members))]
+        targets = {target for _, target in self.attacks}
+        parts = [*(_WORST[target] for target in TARGETS if target in targets), *(name for name, _ in self.attacks)]
+        attacked = [(part, eps) for eps in self.radii for part in parts]
         names = [self._name(part, m, eps) for part, eps in [("clean", self.radii[0]), *attacked] for m in measures]
         folded = [name.casefold() for name in names]
         twice = sorted({name for name in folded if folded.count(name) > 1})
@@ -443,7 +455,10 @@ class _Reader:
                     f"{' and '.join(splits)}: one row gives images {found}; expected a tensor (1, C, H, W) from the "
                     "tester's data_and_label_getter."
                 )
-            return self.space.to_pixels(images)[0]
+            try:
+                return self.space.to_pixels(images)[0]
+            except InputError as error:
+                raise InputError(f"{' and '.join(splits)}, image {row}: {error}") from error
 
         return _Images(read, rows, labels)
 
