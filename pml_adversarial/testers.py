@@ -188,7 +188,7 @@ class AdversarialTester(_Delegate):
         tester = self.tester
         self._check(dataset_dict)
         users_hook = tester.end_of_testing_hook
-        model = _Embedding(tester, trunk_model, embedder_model or nn.Identity())
+        model = _Embedding(tester, trunk_model, nn.Identity() if embedder_model is None else embedder_model)
 
         def attack_first(_: Any) -> None:
             self._attack(model, _Reader(tester, self._space, dataset_dict, collate_fn))
@@ -229,6 +229,7 @@ class AdversarialTester(_Delegate):
         self, model: _Embedding, reader: _Reader, asked: _Asked, level: int, reports: dict[str, Report]
     ) -> Iterator[dict[str, float]]:
         """The metrics of each set of queries that is tested for itself."""
+        _check_lengths(self.tester, asked.item_embeddings)
         drawn = self._drawn(len(asked.labels))
         for name, queries, items in asked.groups(level):
             chosen = torch.isin(queries, drawn)
@@ -371,7 +372,6 @@ class _Asked(NamedTuple):
         _, labels, embeddings, item_labels = tester.set_reference_and_query(
             tester.embeddings_and_labels, split, references
         )
-        _check_lengths(tester, embeddings)
         by_parent = isinstance(tester, WithSameParentLabelTester)
         return cls(
             split,

@@ -23,6 +23,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pml_adversarial import AdversarialTester, InputError, evaluate_robustness
+from pml_adversarial.evaluation import Gallery
+from pml_adversarial.evaluation.classifier import RetrievalClassifier
+from pml_adversarial.evaluation.retrieval import Sought
 from pml_adversarial.evaluation.suites import (
     QueryAttack,
     embedding_shift,
@@ -502,6 +505,17 @@ class TestDelegation:
         assert found.reports == {}
         assert found.test(data, 3, trunk, embedder)["val"] == accuracies
 
+    def test_a_testers_way_to_be_copied_is_its_own(self):
+        class Single(GlobalEmbeddingSpaceTester):
+            def __deepcopy__(self, memo):
+                return self
+
+        tester = wrapped(tester=plain(Single))
+        found = copy.deepcopy(tester)
+        assert isinstance(found, AdversarialTester)
+        assert found is not tester
+        assert found.tester is tester.tester
+
     def test_names_can_be_columns(self):
         names = wrapped(eps=(8 / 255, 1e-5, 0.5), attacks=standard()).metrics
         assert all(name.isidentifier() and name.isascii() for name in names)
@@ -771,6 +785,22 @@ class TestQueriesInAGivenGallery:
         assert "0" in alone.clean_standing[:8]
         right = torch.tensor([3 / 15] * 8 + [4 / 16] * 8)
         assert report.chance == pytest.approx(right.mean().item())
+
+    def test_some_of_them_seen_as_by_a_classifier(self):
+        embeddings = nn.functional.normalize(torch.randn(6, 3), dim=1)
+        gallery = Gallery(embeddings, torch.tensor([0, 0, 1, 1, 2, 2]))
+        own = [1, -1, 3]
+        queries = embeddings[[1, 0, 3]]
+        classifier = RetrievalClassifier(
+            lambda rows: rows, gallery, queries, Sought(torch.tensor([0, 0, 1]), torch.tensor(own)), "L2"
+        )
+        logits = [
+            classifier.scale
+            * max(float(query @ embeddings[j]) for j in range(6) if j != own[row] and gallery.labels[j] == label)
+            for row, query in enumerate(queries)
+            for label in range(3)
+        ]
+        torch.testing.assert_close(classifier(queries).flatten(), torch.tensor(logits))
 
     def test_embeddings_that_are_known_are_taken(self):
         model, queries, gallery = self.model(), split(16, 2), split(20, 1)
