@@ -23,6 +23,7 @@ from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .demo import MODELS, Measured, Settings, run, summary
 from .errors import AdversarialError
+from .evaluation.robustness import choose_queries
 from .plan import ROLES, parse_roles
 
 
@@ -198,10 +199,13 @@ def _draw(report: dict[str, Any], measured: list[Measured], data: OpenSetSplit, 
     figures.recall_curves(curves, chance, output / "recall_against_eps.png")
     first = {m.kind: m for m in measured[: len(MODELS)]}
     shown = len(report["settings"]["eps"]) // 2
-    attacked = {kind: (m.model.cpu(), m.robust[shown].attacked.cpu()) for kind, m in first.items()}
-    plain = first["plain"].robust[shown]
-    queries = figures.choose_queries(labels, (plain.broken & ~plain.wrong).cpu(), 5)
     eps = report["settings"]["eps"][shown]
+    attacked = {kind: (m.model.cpu(), m.report.attacked[eps].cpu()) for kind, m in first.items() if m.report.attacked}
+    plain = first["plain"].report
+    before, after = (
+        torch.tensor([mark == "1" for mark in marks]) for marks in (plain.clean_standing, plain.worst[shown].standing)
+    )
+    queries = choose_queries(labels, before & ~after, 5).tolist()
     figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
 
 

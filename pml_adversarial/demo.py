@@ -20,9 +20,8 @@ from . import __version__
 from .attacks import AttackFactory
 from .datasets import OpenSetSplit, digits
 from .errors import InputError
-from .evaluation import Gallery, Report as RobustRecall
-from .evaluation.retrieval import embed_all
-from .evaluation.suites import SUITES
+from .evaluation import Report, evaluate_robustness
+from .evaluation.suites import quick
 from .isolation import random_stream
 from .losses import AdversarialLoss
 
@@ -71,16 +70,14 @@ class Measured:
         kind: one of `MODELS`.
         seed: of initial weights, batches and attacks.
         model: the embedding, on the device of the run.
-        clean: R@1 and mAP@R without attack.
-        robust: one result per eps.
+        report: what was measured.
         seconds: wall-clock seconds of its training.
     """
 
     kind: str
     seed: int
     model: nn.Module
-    clean: Mapping[str, float]
-    robust: tuple[RobustRecall, ...]
+    report: Report
     seconds: float
 
 
@@ -126,8 +123,7 @@ def run(
             with random_stream(seed, -1):  # initial weights, proxies and miners draw the same for both models
                 model = train(settings, data, make_loss(), make_miner(), wrap, seed, bar)
             seconds = time.perf_counter() - start
-            bar = _bar(progress, f"attack {kind}, seed {seed}")
-            measured.append(Measured(kind, seed, model, *measure(settings, data, model, seed, bar), seconds))
+            measured.append(Measured(kind, seed, model, measure(settings, data, model, seed, progress), seconds))
     return measured
 
 
@@ -164,29 +160,19 @@ def train(
     return model
 
 
-def measure(
-    settings: Settings,
-    data: OpenSetSplit,
-    model: nn.Module,
-    seed: int,
-    bar: Callable[..., tqdm],
-) -> tuple[dict[str, float], tuple[RobustRecall, ...]]:
-    """Clean accuracy and attacked R@1 on the unseen classes."""
-    images, labels = data.test_images, data.test_labels
-    gallery = Gallery(embed_all(model, images, _CHUNK), labels)
-    with bar(total=num_runs(len(images), len(settings.eps), settings.restarts, _CHUNK)) as progress:
-        robust = robust_recall(
-            model,
-            images,
-            labels,
-            eps=settings.eps,
-            steps=settings.attack_steps,
-            restarts=settings.restarts,
-            seed=seed,
-            chunk=_CHUNK,
-            progress=progress.update,
-        )
-    return gallery.accuracy(), tuple(robust)
+def measure(settings: Settings, data: OpenSetSplit, model: nn.Module, seed: int, progress: bool) -> Report:
+    """What is left of retrieval of the unseen classes under attack."""
+    return evaluate_robustness(
+        model,
+        (data.test_images, data.test_labels),
+        eps=settings.eps,
+        attacks=quick(settings.attack_steps, settings.restarts),
+        checks=False,
+        keep_attacked=True,
+        seed=seed,
+        chunk=_CHUNK,
+        progress=progress,
+    )
 
 
 def summary(settings: Settings, measured: list[Measured], described: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +187,7 @@ def summary(settings: Settings, measured: list[Measured], described: Mapping[str
         "schema": 1,
         "settings": {**asdict(settings), **described},
         "evaluation": {
-            "attacks": list(QUERY_ATTACKS),
+            "attacks": list(measured[0].report.settings["attacks"]),
             "protocol": "leave one out, queries attacked, gallery clean, worst case per query",
             "norm": "linf",
         },
@@ -246,25 +232,35 @@ def _bar(shown: bool, description: str) -> Callable[..., tqdm]:
 
 
 def _one(measured: Measured) -> dict[str, Any]:
-    robust = [{"eps": r.eps, "worst_case": r.worst_case, "by_attack": dict(r.by_attack)} for r in measured.robust]
+    report = measured.report
+    by_attack = {(result.eps, result.attack): result.measures["recall_at_1"] for result in report.attacks}
+    robust = [
+        {
+            "eps": eps,
+            "worst_case": report.worst_case(eps),
+            "by_attack": {attack: value for (radius, attack), value in by_attack.items() if radius == eps},
+        }
+        for eps in report.settings["eps"]
+    ]
     return {
         "kind": measured.kind,
         "seed": measured.seed,
         "train_seconds": measured.seconds,
-        **measured.clean,
+        "recall_at_1": report.clean["recall_at_1"],
+        "map_at_r": report.clean["map_at_r"],
         "robust_recall_at_1": robust,
     }
 
 
 def _mean(measured: list[Measured]) -> dict[str, Any]:
-    def over_seeds(values: Callable[[Measured], float]) -> float:
-        return statistics.fmean(values(m) for m in measured)
+    def over_seeds(value: Callable[[Report], float]) -> float:
+        return statistics.fmean(value(m.report) for m in measured)
 
     return {
-        "recall_at_1": over_seeds(lambda m: m.clean["recall_at_1"]),
-        "map_at_r": over_seeds(lambda m: m.clean["map_at_r"]),
+        "recall_at_1": over_seeds(lambda report: report.clean["recall_at_1"]),
+        "map_at_r": over_seeds(lambda report: report.clean["map_at_r"]),
         "worst_case": {
-            str(r.eps): over_seeds(lambda m, i=i: m.robust[i].worst_case)  # type: ignore[misc]
-            for i, r in enumerate(measured[0].robust)
+            str(eps): over_seeds(lambda report, eps=eps: report.worst_case(eps))  # type: ignore[misc]
+            for eps in measured[0].report.settings["eps"]
         },
     }

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .evaluation import Gallery
 from .evaluation.retrieval import embed_all
-from .plan import rank_in_group
 
 _RIGHT, _WRONG, _QUERY = "#1b7f4d", "#c0392b", "#444444"
 _COLOURS = ("#7f7f7f", "#1f5fa8")
@@ -85,12 +84,6 @@ def query_panel(
         top=1 - 0.9 / figure.get_figheight(), bottom=0.02, left=0.03, right=0.99, hspace=0.55, wspace=0.12
     )
     figure.savefig(path)
-
-
-def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> list[int]:
-    """Up to ``count`` queries to show: one of each class before a second of any, preferred ones first."""
-    order = preferred.argsort(descending=True, stable=True)
-    return order[rank_in_group(labels[order]).argsort(stable=True)][:count].tolist()
 
 
 def _show(axes: Axes, image: Tensor, colour: str, title: str) -> None:

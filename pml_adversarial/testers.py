@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_collate
 
 from .errors import InputError
+from .evaluation.bench import whole_numbers
 from .evaluation.report import TARGETS, Report
 from .evaluation.robustness import check_options, evaluate_robustness, to_radii, to_suite
 from .evaluation.suites import AnyAttack
@@ -126,12 +127,12 @@ class AdversarialTester(_Delegate):
         chunk: int = 128,
     ) -> None:
         _check_kind(tester)
-        measures = tuple(sorted({1, *recall_at}))
-        check_options(norm, chunk, measures)
-        if max_queries is not None and max_queries < 1:
-            raise InputError(f"max_queries={max_queries}; expected a number from 1 on, or None for all.")
+        measures, radii = tuple(sorted({1, *whole_numbers(recall_at, "recall_at")})), _first_ahead(eps)
+        check_options(norm, chunk, measures, sorted(radii))
+        if max_queries is not None and (not isinstance(max_queries, int) or max_queries < 1):
+            raise InputError(f"max_queries={max_queries}; expected a whole number from 1 on, or None for all.")
         members = to_suite(attacks)[1]
-        naming = _Naming(_first_ahead(eps), tuple((attack.name, attack.target) for attack in members), measures)
+        naming = _Naming(radii, tuple((attack.name, attack.target) for attack in members), measures)
         super().__init__(
             tester,
             reports={},

@@ -660,6 +660,10 @@ class TestErrors:
             ({"norm": "L1"}, "norm='L1'"),
             ({"chunk": 0}, "chunk=0"),
             ({"max_queries": 0}, "max_queries=0"),
+            ({"max_queries": 0.5}, "max_queries=0.5"),
+            ({"recall_at": (1.5,)}, "recall_at"),
+            ({"eps": "0.1"}, "eps="),
+            ({"eps": 2}, "eps=2 is wider"),
             ({"splits": "val"}, r"splits='val'.*\('val',\)"),
             ({"normalization": ((0.5,), (0.0,))}, "normalization"),
             ({"eps": (0.031371, 0.031372)}, "one name: .*_eps_0_03137"),
@@ -733,8 +737,7 @@ class TestErrors:
             wrapped().test(data, 3, Numpy())
 
     def test_which_black_boxes_can_attack(self, data):
-        square = standard(queries=5)[5]
-        assert square.black_box
+        (square,) = [attack for attack in standard(queries=5) if attack.black_box]
         found = wrapped(attacks=[square]).test(data, 3, Numpy())["val"]
         assert 0 <= found["worst_case_recall_at_1_level0"] <= found["clean_recall_at_1_level0"]
 
@@ -817,8 +820,19 @@ class TestQueriesInAGivenGallery:
         "own", [range(15), [0.5] * 16, [True] * 16, [20] * 16, [-2] * 16], ids=["few", "halves", "marks", "high", "low"]
     )
     def test_wrong_indices(self, own):
-        with pytest.raises(InputError, match=r"own is .*expected for each of 16 queries"):
+        with pytest.raises(InputError, match=r"own (is|holds) .*expected (whole numbers|for each of 16 queries)"):
             evaluate_robustness(self.model(), split(16, 2), split(20, 1), own=own, eps=EPS, attacks=fast())
+
+    def test_a_run_that_was_cut_off_goes_on_with_the_same_gallery_only(self, tmp_path):
+        model, queries, other = self.model(), split(16, 2), split(20, 1)
+        gallery = tuple(torch.cat(parts) for parts in zip(queries, other, strict=True))
+        options = {"eps": EPS, "attacks": fast(), "resume": tmp_path}
+        first = evaluate_robustness(model, queries, gallery, own=range(16), **options)
+        assert same_report(evaluate_robustness(model, queries, gallery, own=range(16), **options), first)
+        with pytest.raises(InputError, match="another evaluation"):
+            evaluate_robustness(model, queries, tuple(part.flip(0) for part in gallery), own=range(16), **options)
+        with pytest.raises(InputError, match="another evaluation"):
+            evaluate_robustness(model, queries, gallery, **options)
 
     def test_without_a_gallery(self):
         with pytest.raises(InputError, match="together with a gallery"):
@@ -837,7 +851,7 @@ class TwoPixels(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
-        self.register_buffer("aside", torch.tensor([0.1]))
+        self.register_buffer("aside", torch.tensor([0.4]))
 
     def forward(self, images):
         seen = ((images.flatten(1) - 0.5) * self.weight).sum(1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,23 @@ from ..pixels import Normalization, PixelSpace
 from .images import Images, ImageSet
 from .retrieval import Gallery, Sought
 from .suites import Scene
+
+
+def whole_numbers(values: Any, name: str) -> list[int]:
+    """Whole numbers of any kind: a list, a range, an array, a tensor.
+
+    Raises:
+        InputError: they are something else.
+    """
+    try:
+        found = torch.as_tensor(values if hasattr(values, "dtype") else list(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}={values!r}; expected whole numbers, in a list or a tensor.") from error
+    if found.ndim != 1 or (len(found) and (found.dtype == torch.bool or found.is_floating_point())):
+        raise InputError(
+            f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected whole numbers, in a list or a tensor."
+        )
+    return [int(value) for value in found.tolist()]
 
 
 class Embedder:
@@ -107,9 +125,11 @@ class Bench:
             InputError: indices that do not exist or repeat, or no query has a right item.
         """
         everyone = torch.arange(len(self.queries), device=self.queries.labels.device)
-        rows = everyone if subset is None else torch.as_tensor(subset, device=everyone.device)
-        if rows.ndim != 1 or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):
-            raise InputError(f"subset holds {rows.tolist()[:8]}...; expected different indices below {len(everyone)}.")
+        rows = everyone if subset is None else everyone.new_tensor(whole_numbers(subset, "subset"))
+        if not len(rows) or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):
+            raise InputError(
+                f"subset={rows.tolist()[:8]}; expected different indices, one at least, below {len(everyone)}."
+            )
         has_right = self.gallery.num_right(self.sought(rows)) > 0
         if not has_right.any():
             raise InputError(
@@ -131,11 +151,11 @@ class Bench:
         device, count = self.queries.labels.device, len(self.queries)
         if own is None:
             return torch.arange(count, device=device) if is_gallery else torch.full((count,), -1, device=device)
-        found = torch.as_tensor(own, device=device)
-        whole = found.shape == (count,) and not found.is_floating_point() and found.dtype != torch.bool
-        if is_gallery or not whole or not bool(((found >= -1) & (found < len(self.items))).all()):
+        found = torch.tensor(whole_numbers(own, "own"), dtype=torch.long, device=device)
+        exists = (found >= -1) & (found < len(self.items))
+        if is_gallery or len(found) != count or not bool(exists.all()):
             raise InputError(
-                f"own is {tuple(found.shape)} of {found.dtype}; expected for each of {count} queries the index of "
-                "the item that is the query itself, or -1, together with a gallery."
+                f"own holds {found.tolist()[:8]}...; expected for each of {count} queries the index of the item that "
+                "is the query itself, or -1, together with a gallery."
             )
-        return found.long()
+        return found

@@ -33,7 +33,7 @@ class RetrievalClassifier(nn.Module):
         self.device_marker = nn.Parameter(gallery.embeddings.new_empty(0), requires_grad=False)  # attacks look for it
         self.watched = nn.ModuleList(modules)
         self._embed, self._gallery, self._sought, self._power = embed, gallery, sought, _POWER[norm]
-        self._clean = images.flatten(1)
+        self._images, self._clean = images, images.flatten(1)
         self.labels = torch.searchsorted(gallery.classes, sought.labels)
         self.scale = 1.0
         with torch.no_grad():
@@ -44,6 +44,13 @@ class RetrievalClassifier(nn.Module):
     def num_classes(self) -> int:
         """Classes of the gallery."""
         return len(self._gallery.classes)
+
+    def wrong_classes(self, nth: int) -> Tensor:
+        """Labels ``(Q,)``: of each clean query the most similar wrong class, or the ``nth`` after it, if there are."""
+        with torch.no_grad():
+            wrong = self(self._images).scatter(1, self.labels.unsqueeze(1), -torch.inf)
+        order = wrong.argsort(dim=1, descending=True)
+        return self._gallery.classes[order[:, min(nth, self.num_classes - 2)]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(n, num_classes)``.
@@ -65,17 +72,20 @@ class RetrievalClassifier(nn.Module):
         if bool((self._sought.own < 0).all()):
             return None
         with torch.no_grad():
-            return self._sought.own[torch.cdist(images.flatten(1), self._clean, self._power).argmin(1)]
+            return self._sought.own[_distances(images, self._clean, self._power).argmin(1)]
 
 
-def apart(images: Tensor, eps: float, norm: str) -> list[Tensor]:
+def apart(images: Tensor, sought: Sought, eps: float, norm: str) -> list[Tensor]:
     """Rows in groups in which no image lies within ``2 * eps`` of another, so that perturbed ones are told apart.
 
-    Exact duplicates may share a group: which of them a row is makes no difference to what it finds.
+    Exact duplicates of one label may share a group: which of them a row is makes no difference to what it finds. If
+    no query is in the gallery, nothing need be told apart.
     """
-    flat = images.flatten(1)
-    distances = torch.cdist(flat, flat, _POWER[norm])
-    conflict = ((distances > 0) & (distances <= 2 * eps * (1 + 1e-4))).cpu()
+    if bool((sought.own < 0).all()):
+        return [torch.arange(len(images), device=images.device)]
+    distances = _distances(images, images.flatten(1), _POWER[norm])
+    same = (distances == 0) & (sought.labels.unsqueeze(1) == sought.labels)
+    conflict = ((distances <= 2 * eps * (1 + 1e-4)) & ~same).cpu()
     groups: list[list[int]] = []
     for row in range(len(images)):
         free = next((group for group in groups if not conflict[row, group].any()), None)
@@ -84,3 +94,10 @@ def apart(images: Tensor, eps: float, norm: str) -> list[Tensor]:
         else:
             free.append(row)
     return [torch.tensor(group, device=images.device) for group in groups]
+
+
+def _distances(images: Tensor, others: Tensor, power: float) -> Tensor:
+    # not by products, which lose what lies between near images; not in half precision, which cdist does not know
+    exact = "donot_use_mm_for_euclid_dist"
+    wide = others.dtype if others.dtype == torch.float64 else torch.float32
+    return torch.cdist(images.flatten(1).to(wide), others.to(wide), power, compute_mode=exact)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ..errors import InputError
 from ..pixels import PixelSpace
 
-Images = tuple[Tensor, Tensor] | Dataset
+Images = tuple[Tensor, Tensor] | Dataset[Any]
 """``(images (N, C, H, W), labels (N,))``, or a data set of pairs ``(image (C, H, W), label)``; pixels in [0, 1]."""
 
 
@@ -40,7 +40,7 @@ class ImageSet:
             )
         if not len(labels):
             raise InputError(f"{role} holds no images.")
-        self.labels = labels.to(device)
+        self.labels = labels.to(device).long()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +53,7 @@ class ImageSet:
         """
         index = torch.as_tensor(rows, device="cpu")
         try:
-            return PixelSpace().to_pixels(self._get(index).to(self.device))
+            return PixelSpace().to_pixels(self._get(index).detach().to(self.device))
         except InputError as error:
             shown = f"{index[0]} to {index[-1]}" if len(index) else "none"
             raise InputError(f"{self.role}, images {shown}: {error}") from error
@@ -71,20 +71,31 @@ class ImageSet:
             return self._from_tensors(dataset.tensors)
 
         def get(rows: Tensor) -> Tensor:
-            return torch.stack([torch.as_tensor(dataset[row][0]) for row in rows.tolist()])
+            images = [dataset[row][0] for row in rows.tolist()]
+            if not all(isinstance(image, Tensor) and image.shape == images[0].shape for image in images):
+                found = ", ".join(sorted({_kind(image) for image in images}))
+                raise InputError(f"found {found}; expected tensors (C, H, W) of one size. Add ToTensor and a resize.")
+            return torch.stack(images)
 
         known = next(
             (labels for name in ("targets", "labels") if (labels := getattr(dataset, name, None)) is not None), None
         )
-        if known is None or len(known) != len(dataset):
+        if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
             known = [dataset[row][1] for row in range(len(dataset))]  # reads every image once
-        labels = torch.as_tensor(known)
+        try:
+            labels = torch.as_tensor(known)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.role} has labels such as {known[0]!r}; expected whole numbers.") from error
         self._check_labels(labels, len(dataset))
         return get, labels
 
     def _check_labels(self, labels: Tensor, count: int) -> None:
         if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
             raise InputError(
-                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected one "
-                "whole number per image."
+                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
+                "one whole number per image."
             )
+
+
+def _kind(image: Any) -> str:
+    return f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

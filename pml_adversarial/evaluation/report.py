@@ -202,13 +202,15 @@ class Report:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = found.pop("schema")
-        except (ValueError, KeyError, AttributeError) as error:
+            if schema != SCHEMA:
+                raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
+            kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
+            parts: dict[str, Any] = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
+            return cls(**found, **parts)
+        except InputError:
+            raise
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path} holds no report; expected the JSON that Report.save_json writes.") from error
-        if schema != SCHEMA:
-            raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
-        kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
-        parts = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
-        return cls(**found, **parts)
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page, see `page`."""
@@ -231,8 +233,11 @@ def table(report: Report) -> str:
         for result in (result for result in report.attacks if result.eps == eps):
             cost = [f"{result.forward_passes + result.backward_passes:,}", f"{result.seconds:.0f}"]
             rows.append([result.attack, f"{eps:.4g}", *_percent(result.measures, names), *cost])
-        for worst in (worst for worst in report.worst if worst.eps == eps):
-            rows.append([f"worst ({worst.target})", f"{eps:.4g}", *_percent(worst.measures, names), "", ""])
+        rows += [
+            [f"worst ({worst.target})", f"{eps:.4g}", *_percent(worst.measures, names), "", ""]
+            for worst in report.worst
+            if worst.eps == eps
+        ]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = [_line(row, widths) for row in [heads, *rows]]
     lines.insert(1, "-" * len(lines[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 import zlib
@@ -19,7 +20,7 @@ from ..isolation import isolated, random_stream
 from ..pixels import Normalization
 from ..plan import rank_in_group
 from . import scores
-from .bench import Bench
+from .bench import Bench, whole_numbers
 from .checks import run_checks
 from .images import Images
 from .report import TARGETS, AttackResult, Example, Neighbour, Report, WorstCase
@@ -88,8 +89,8 @@ def evaluate_robustness(
     """
     radii = to_radii(eps)
     suite, members = to_suite(attacks)
-    recall_at = sorted({1, *recall_at})
-    check_options(norm, chunk, recall_at)
+    recall_at = sorted({1, *whole_numbers(recall_at, "recall_at")})
+    check_options(norm, chunk, recall_at, radii)
     bar = _bars(progress)
     settings: dict[str, Any] = {
         "eps": list(radii),
@@ -97,8 +98,8 @@ def evaluate_robustness(
         "attacks": [attack.name for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
-        "subset": None if subset is None else torch.as_tensor(subset).tolist(),
-        "own": None if own is None else torch.as_tensor(own).tolist(),
+        "subset": None if subset is None else whole_numbers(subset, "subset"),
+        "own": None if own is None else whole_numbers(own, "own"),
         "nmi": nmi,
         "checks": checks,
         "keep_attacked": keep_attacked,
@@ -107,7 +108,7 @@ def evaluate_robustness(
     }
     with isolated(model), random_stream(seed, -1):
         bench = Bench(model, queries, gallery, norm, normalization, own)
-        folder = Folder(resume, settings, bench)
+        folder = Folder(resume, settings, bench, members)
         known = None if gallery_embeddings is None else gallery_embeddings.to(bench.items.labels.device)
         bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)) if known is None else known)
         rows, left_out = bench.answerable(subset)
@@ -203,10 +204,12 @@ class _Run:
             if len(chosen):
                 with random_stream(self.seed, _stream(attack.name, eps, restart, scene.sought)):
                     outcome = attack.run(scene[chosen], eps, restart, depth)
-                for name, found in scores.per_query(outcome.ranking, self.recall_at).items():
-                    measures[name][chosen] = torch.minimum(measures[name][chosen], found)
+                found = scores.per_query(outcome.ranking, self.recall_at)
+                met = (standing[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)  # not: failed, now stands
+                images[chosen[met]] = outcome.images[met]
+                for name, values in found.items():
+                    measures[name][chosen] = torch.minimum(measures[name][chosen], values)
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
-                images[chosen] = outcome.images
             advance()
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
@@ -342,10 +345,10 @@ def _versions() -> dict[str, str]:
 def to_radii(eps: float | Iterable[float]) -> tuple[float, ...]:
     """Different radii, ascending."""
     try:
-        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float) else eps)}))
+        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
     except (TypeError, ValueError):
         radii = ()
-    if not radii or not all(radius > 0 for radius in radii):
+    if isinstance(eps, str) or not radii or not all(0 < radius < math.inf for radius in radii):
         raise InputError(f"eps={eps!r}; expected a radius above 0, or several, in pixels of [0, 1], such as 8/255.")
     return radii
 
@@ -364,12 +367,14 @@ def to_suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, 
     return "custom", members
 
 
-def check_options(norm: str, chunk: int, recall_at: Sequence[int]) -> None:
+def check_options(norm: str, chunk: int, recall_at: Sequence[int], radii: Sequence[float]) -> None:
     """Refuses what no evaluation can be made with; ``recall_at`` ascending."""
     if norm not in NORMS:
         raise InputError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
-    if chunk < 1 or recall_at[0] < 1:
-        raise InputError(f"chunk={chunk}, recall_at={recall_at}; expected numbers from 1 on.")
+    if norm == "Linf" and radii[-1] > 1:
+        raise InputError(f"eps={radii[-1]:g} is wider than all pixels; expected 1 at most in Linf, such as 8/255.")
+    if not isinstance(chunk, int) or chunk < 1 or recall_at[0] < 1:
+        raise InputError(f"chunk={chunk}, recall_at={recall_at}; expected whole numbers from 1 on.")
 
 
 def _bars(shown: bool) -> Callable[..., Any]:

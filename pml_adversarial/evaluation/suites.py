@@ -53,6 +53,10 @@ class Scene:
         """A score of embeddings, to be raised from the clean queries' or from ``origin``."""
         return Objective(self.embed, score, self.clean if origin is None else origin, self.modules)
 
+    def classifier(self) -> RetrievalClassifier:
+        """The embedding as a classifier over the gallery's classes."""
+        return RetrievalClassifier(self.embed, self.gallery, self.images, self.sought, self.norm, *self.modules)
+
 
 @dataclass(frozen=True)
 class QueryAttack:
@@ -206,22 +210,38 @@ def like(per_row: Tensor, images: Tensor) -> Tensor:
 # What is raised, by query.
 
 
-def toward_nearest_wrong(scene: Scene) -> Score:
+def toward_nearest_wrong(scene: Scene, restart: int) -> Score:
     """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
     return lambda queries: scene.gallery.margin(queries, scene.sought)
 
 
-def embedding_shift(scene: Scene) -> Score:
+def toward_wrong_class(scene: Scene, restart: int) -> Score:
+    """Toward one wrong class and away from the nearest right item: the most similar class, in the next run the second.
+
+    The items are chosen anew in every step, the class stays. What stands in the way of one class need not do so of
+    another, so this finds breaks that restarts toward the nearest wrong item do not.
+    """
+    gallery, own = scene.gallery, scene.sought.own
+    target = Sought(scene.classifier().wrong_classes(restart), own)
+
+    def score(queries: Tensor) -> Tensor:
+        wrong, right = (gallery.hardest(queries, sought)[1] for sought in (target, scene.sought))
+        return (unit(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
+
+    return score
+
+
+def embedding_shift(scene: Scene, restart: int) -> Score:
     """Away from the query's own clean embedding, whatever the gallery holds."""
     origin = unit(scene.clean)
     return lambda queries: (unit(queries) - origin).square().sum(1)
 
 
-def raising(score: Callable[[Scene], Score], steps: int) -> Callable[[Scene, float, int], Tensor]:
-    """`momentum_pgd` of a score of the queries' embeddings."""
+def raising(score: Callable[[Scene, int], Score], steps: int) -> Callable[[Scene, float, int], Tensor]:
+    """`momentum_pgd` of a score of the queries' embeddings, which may differ from run to run."""
 
     def find(scene: Scene, eps: float, restart: int) -> Tensor:
-        objective = scene.objective(score(scene))
+        objective = scene.objective(score(scene, restart))
         return momentum_pgd(objective, eps, steps, scene.norm)(scene.images, objective.labels)
 
     return find
@@ -240,9 +260,9 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
 
     def find(scene: Scene, eps: float, restart: int) -> Tensor:
         found = scene.images.clone()
-        for rows in apart(scene.images, eps, scene.norm):
+        for rows in apart(scene.images, scene.sought, eps, scene.norm):
             part = scene[rows]
-            model = RetrievalClassifier(part.embed, part.gallery, part.images, part.sought, scene.norm, *scene.modules)
+            model = part.classifier()
             options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
             if targets is not None:
                 options["n_classes"] = min(model.num_classes, targets + 1)
@@ -284,7 +304,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         steps: gradient steps of a run.
         restarts: runs of the margin attack from different random starts.
         queries: forward passes of the black-box attack.
-        targets: wrong classes to which targeted attacks lead, the most similar first.
+        targets: wrong classes to which targeted attacks lead, one after the other, the most similar first.
     """
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
@@ -292,6 +312,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     square = partial(torchattacks.Square, n_queries=queries)
     return (
         QueryAttack("margin", raising(toward_nearest_wrong, steps), restarts),
+        QueryAttack("targeted", raising(toward_wrong_class, steps), targets, only_standing=True),
         QueryAttack("shift", raising(embedding_shift, steps)),
         QueryAttack("apgd-ce", classified(apgd), only_standing=True),
         QueryAttack("apgd-t", classified(apgd_t, targets), only_standing=True, num_classes=4),

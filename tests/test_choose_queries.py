@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pml_adversarial.figures import choose_queries
+from pml_adversarial.evaluation.robustness import choose_queries
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from pml_adversarial.figures import choose_queries
 )
 def test_one_query_of_each_class_first_and_preferred_ones_before_others(labels, preferred, count, chosen):
     found = choose_queries(torch.tensor(labels, dtype=torch.long), torch.tensor(preferred, dtype=torch.bool), count)
-    assert found == chosen
+    assert found.tolist() == chosen
