@@ -33,6 +33,7 @@ PUBLIC = [
     "AdversarialError",
     "AdversarialLoss",
     "AdversarialMiner",
+    "AdversarialTester",
     "AttackError",
     "Batch",
     "CaptureError",
@@ -40,6 +41,8 @@ PUBLIC = [
     "Plan",
     "PlanError",
     "PluginError",
+    "Report",
+    "evaluate_robustness",
     "hookimpl",
 ]
 

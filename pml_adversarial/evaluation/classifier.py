@@ -61,7 +61,9 @@ class RetrievalClassifier(nn.Module):
         similarities = unit(self._embed(images)) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
-            similarities = similarities.scatter(1, own.unsqueeze(1), -1.0)  # no less than any similarity
+            place = torch.zeros_like(similarities, dtype=torch.bool)
+            place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
+            similarities = similarities.masked_fill(place, -1.0)  # no less than any similarity
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         return self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")

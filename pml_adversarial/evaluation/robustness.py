@@ -47,6 +47,8 @@ def evaluate_robustness(
     recall_at: Sequence[int] = (1, 2, 4, 8),
     normalization: Normalization | None = None,
     subset: Sequence[int] | Tensor | None = None,
+    own: Sequence[int] | Tensor | None = None,
+    gallery_embeddings: Tensor | None = None,
     nmi: bool = False,
     checks: bool = True,
     keep_attacked: bool = False,
@@ -71,6 +73,9 @@ def evaluate_robustness(
         recall_at: the k of R@k; 1 is always among them.
         normalization: ``(mean, std)`` if the model takes normalised inputs; images are given as pixels all the same.
         subset: indices of the queries to attack; None: all. Without a gallery all others are searched nevertheless.
+        own: where queries are in the gallery that is given: each query's index there, -1 for one that is not. It is
+            never found.
+        gallery_embeddings: ``(G, D)``, if the model's embeddings of the gallery are known.
         nmi: whether to cluster the embeddings too (needs faiss).
         checks: whether to ask for signs of a false claim, see `checks`.
         keep_attacked: whether to keep the perturbed queries, all at once in memory.
@@ -82,10 +87,10 @@ def evaluate_robustness(
     Raises:
         InputError: inputs that cannot be evaluated, or a ``resume`` folder of another evaluation.
     """
-    radii = _radii(eps)
-    suite, members = _suite(attacks)
+    radii = to_radii(eps)
+    suite, members = to_suite(attacks)
     recall_at = sorted({1, *whole_numbers(recall_at, "recall_at")})
-    _check(norm, chunk, recall_at, radii)
+    check_options(norm, chunk, recall_at, radii)
     bar = _bars(progress)
     settings: dict[str, Any] = {
         "eps": list(radii),
@@ -94,6 +99,7 @@ def evaluate_robustness(
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "subset": None if subset is None else whole_numbers(subset, "subset"),
+        "own": None if own is None else whole_numbers(own, "own"),
         "nmi": nmi,
         "checks": checks,
         "keep_attacked": keep_attacked,
@@ -101,9 +107,10 @@ def evaluate_robustness(
         "chunk": chunk,
     }
     with isolated(model), random_stream(seed, -1):
-        bench = Bench(model, queries, gallery, norm, normalization)
+        bench = Bench(model, queries, gallery, norm, normalization, own)
         folder = Folder(resume, settings, bench, members)
-        bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)))
+        known = None if gallery_embeddings is None else gallery_embeddings.to(bench.items.labels.device)
+        bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)) if known is None else known)
         rows, left_out = bench.answerable(subset)
         members = tuple(attack for attack in members if attack.num_classes <= len(bench.gallery.classes))
         run = _Run(bench, members, radii, recall_at, seed, keep_attacked, nmi)
@@ -325,8 +332,9 @@ def _stream(name: str, eps: float, restart: int, sought: Sought) -> int:
 
 
 def _chance(bench: Bench, rows: Tensor) -> float:
-    others = len(bench.gallery) - bench.leave_one_out
-    return (bench.gallery.num_right(bench.sought(rows)).double() / others).mean().item()
+    sought = bench.sought(rows)
+    others = len(bench.gallery) - (sought.own >= 0).double()
+    return (bench.gallery.num_right(sought) / others).mean().item()
 
 
 def _versions() -> dict[str, str]:
@@ -334,7 +342,8 @@ def _versions() -> dict[str, str]:
     return {**{package: version(package) for package in packages}, "python": platform.python_version()}
 
 
-def _radii(eps: float | Iterable[float]) -> tuple[float, ...]:
+def to_radii(eps: float | Iterable[float]) -> tuple[float, ...]:
+    """Different radii, ascending."""
     try:
         radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
     except (TypeError, ValueError):
@@ -344,7 +353,8 @@ def _radii(eps: float | Iterable[float]) -> tuple[float, ...]:
     return radii
 
 
-def _suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ...]]:
+def to_suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ...]]:
+    """The suite's name in reports, and its attacks."""
     if isinstance(attacks, str):
         if attacks not in SUITES:
             raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
@@ -357,7 +367,8 @@ def _suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ..
     return "custom", members
 
 
-def _check(norm: str, chunk: int, recall_at: Sequence[int], radii: Sequence[float]) -> None:
+def check_options(norm: str, chunk: int, recall_at: Sequence[int], radii: Sequence[float]) -> None:
+    """Refuses what no evaluation can be made with; ``recall_at`` ascending."""
     if norm not in NORMS:
         raise InputError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
     if norm == "Linf" and radii[-1] > 1:
