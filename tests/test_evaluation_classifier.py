@@ -59,7 +59,9 @@ class TestLogits:
     def test_a_class_of_the_query_alone_is_the_least_likely(self):
         images = torch.rand(4, 1, 2, 2)
         gallery = Gallery(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 1]]), torch.tensor([0, 1, 1, 1]))
-        model = RetrievalClassifier(lambda x: gallery.embeddings[: len(x)], gallery, images, gallery.leave_one_out(), "Linf")
+        model = RetrievalClassifier(
+            lambda x: gallery.embeddings[: len(x)], gallery, images, gallery.leave_one_out(), "Linf"
+        )
         assert (model(images[:1]) / model.scale)[0, 0].item() == -1
 
     @pytest.mark.parametrize("norm", ["Linf", "L2"])

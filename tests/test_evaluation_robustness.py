@@ -100,9 +100,7 @@ class TestRecomputed:
     def test_clean_measures_by_loops_whatever_the_chunk(self):
         (images, labels), model = images_of(), network()
         embeddings = embedded(model, images)
-        rows = [
-            by_loops.measures(embeddings[i], labels[i], i, embeddings, labels, (1, 2, 4, 8)) for i in range(24)
-        ]
+        rows = [by_loops.measures(embeddings[i], labels[i], i, embeddings, labels, (1, 2, 4, 8)) for i in range(24)]
         wanted = {name: sum(row[name] for row in rows) / 24 for name in rows[0]}
         for chunk in (1, 5, 24, 100):
             report = evaluated(model, attacks=(NOISE,), chunk=chunk)
@@ -465,9 +463,7 @@ class Picky(nn.Module):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "eps", [0, -0.1, (), (0.1, 0), math.nan, math.inf, None, "0.1", "8", ["a"], (0.1, None)]
-    )
+    @pytest.mark.parametrize("eps", [0, -0.1, (), (0.1, 0), math.nan, math.inf, None, "0.1", "8", ["a"], (0.1, None)])
     def test_eps(self, eps):
         with pytest.raises(InputError, match=r"eps=.*; expected a radius above 0, or several, in pixels"):
             evaluated(eps=eps)
@@ -522,7 +518,10 @@ class TestRefusals:
             ((torch.rand(4, 1, 6, 6), torch.zeros(4, 1).long()), r"of shape \(4, 1\) for 4 images"),
             ((torch.randn(4, 1, 6, 6), torch.arange(4) // 2), r"queries, images 0 to 3: .* pass normalization="),
             ((torch.full((4, 1, 6, 6), math.nan), torch.arange(4) // 2), "hold NaN or infinite values"),
-            ((torch.zeros(4, 1, 6, 6).byte(), torch.arange(4) // 2), r"are torch.uint8; an attack needs floating point"),
+            (
+                (torch.zeros(4, 1, 6, 6).byte(), torch.arange(4) // 2),
+                r"are torch.uint8; an attack needs floating point",
+            ),
             ((torch.rand(4, 1, 6, 6), torch.zeros(4).long()), "All items of the gallery have one label"),
             ((torch.rand(4, 1, 6, 6), torch.arange(4)), r"None of 4 queries has a right item.*at least twice\."),
         ],
