@@ -154,7 +154,7 @@ class TestRecomputed:
             assert (example.perturbed - example.clean).abs().max() <= EPS[1] + 1e-6
             for image, found in ((example.clean, example.before), (example.perturbed, example.after)):
                 near = by_loops.similarities(embedded(model, image.unsqueeze(0))[0], example.query, embeddings)
-                assert [neighbour.item for neighbour in found] == sorted(near, key=lambda j: -near[j])[:5]  # noqa: B023
+                assert [neighbour.item for neighbour in found] == sorted(near, key=lambda j: -near[j])[:5]
                 assert all(neighbour.label == labels[neighbour.item] for neighbour in found)
                 assert all(torch.equal(neighbour.image, images[neighbour.item]) for neighbour in found)
 

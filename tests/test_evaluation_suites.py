@@ -116,7 +116,7 @@ class TestMomentumPGD:
             step_taken = direction.sign() if norm == "Linf" else direction / sized(direction)
             point = held(point + eps * (1 + math.cos(math.pi * step / self.STEPS)) / 2 * step_taken)
         for i in range(12):
-            best = max(path, key=lambda seen: seen[0][i])  # noqa: B023
+            best = max(path, key=lambda seen: seen[0][i])
             torch.testing.assert_close(found[i], best[1][i], rtol=0, atol=1e-5)
             overshot.append((best[1][i] - path[-1][1][i]).abs().max() > 1e-3)
         assert any(overshot) == (sign < 0)
