@@ -449,6 +449,7 @@ def lead(model, items, right, image, sigma, copies):
 
 
 class TestAgainstAttacks:
+    @pytest.mark.slow
     def test_no_attack_within_the_radius_breaks_a_query(self, scene):
         model, (images, labels) = scene
         found = certified(model, (images, labels), samples=10000)
