@@ -61,7 +61,9 @@ class RetrievalClassifier(nn.Module):
         similarities = unit(self._embed(images)) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
-            similarities = similarities.scatter(1, own.unsqueeze(1), -1.0)  # no less than any similarity
+            place = torch.zeros_like(similarities, dtype=torch.bool)
+            place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
+            similarities = similarities.masked_fill(place, -1.0)  # no less than any similarity
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         return self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
@@ -70,17 +72,20 @@ class RetrievalClassifier(nn.Module):
         if bool((self._sought.own < 0).all()):
             return None
         with torch.no_grad():
-            return self._sought.own[torch.cdist(images.flatten(1), self._clean, self._power).argmin(1)]
+            return self._sought.own[_distances(images, self._clean, self._power).argmin(1)]
 
 
-def apart(images: Tensor, eps: float, norm: str) -> list[Tensor]:
+def apart(images: Tensor, sought: Sought, eps: float, norm: str) -> list[Tensor]:
     """Rows in groups in which no image lies within ``2 * eps`` of another, so that perturbed ones are told apart.
 
-    Exact duplicates may share a group: which of them a row is makes no difference to what it finds.
+    Exact duplicates of one label may share a group: which of them a row is makes no difference to what it finds. If
+    no query is in the gallery, nothing need be told apart.
     """
-    flat = images.flatten(1)
-    distances = torch.cdist(flat, flat, _POWER[norm])
-    conflict = ((distances > 0) & (distances <= 2 * eps * (1 + 1e-4))).cpu()
+    if bool((sought.own < 0).all()):
+        return [torch.arange(len(images), device=images.device)]
+    distances = _distances(images, images.flatten(1), _POWER[norm])
+    same = (distances == 0) & (sought.labels.unsqueeze(1) == sought.labels)
+    conflict = ((distances <= 2 * eps * (1 + 1e-4)) & ~same).cpu()
     groups: list[list[int]] = []
     for row in range(len(images)):
         free = next((group for group in groups if not conflict[row, group].any()), None)
@@ -89,3 +94,10 @@ def apart(images: Tensor, eps: float, norm: str) -> list[Tensor]:
         else:
             free.append(row)
     return [torch.tensor(group, device=images.device) for group in groups]
+
+
+def _distances(images: Tensor, others: Tensor, power: float) -> Tensor:
+    # not by products, which lose what lies between near images; not in half precision, which cdist does not know
+    exact = "donot_use_mm_for_euclid_dist"
+    wide = others.dtype if others.dtype == torch.float64 else torch.float32
+    return torch.cdist(images.flatten(1).to(wide), others.to(wide), power, compute_mode=exact)

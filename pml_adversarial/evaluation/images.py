@@ -40,7 +40,7 @@ class ImageSet:
             )
         if not len(labels):
             raise InputError(f"{role} holds no images.")
-        self.labels = labels.to(device)
+        self.labels = labels.to(device).long()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +53,7 @@ class ImageSet:
         """
         index = torch.as_tensor(rows, device="cpu")
         try:
-            return PixelSpace().to_pixels(self._get(index).to(self.device))
+            return PixelSpace().to_pixels(self._get(index).detach().to(self.device))
         except InputError as error:
             shown = f"{index[0]} to {index[-1]}" if len(index) else "none"
             raise InputError(f"{self.role}, images {shown}: {error}") from error
@@ -71,14 +71,21 @@ class ImageSet:
             return self._from_tensors(dataset.tensors)
 
         def get(rows: Tensor) -> Tensor:
-            return torch.stack([torch.as_tensor(dataset[row][0]) for row in rows.tolist()])
+            images = [dataset[row][0] for row in rows.tolist()]
+            if not all(isinstance(image, Tensor) and image.shape == images[0].shape for image in images):
+                found = ", ".join(sorted({_kind(image) for image in images}))
+                raise InputError(f"found {found}; expected tensors (C, H, W) of one size. Add ToTensor and a resize.")
+            return torch.stack(images)
 
         known = next(
             (labels for name in ("targets", "labels") if (labels := getattr(dataset, name, None)) is not None), None
         )
-        if known is None or len(known) != len(dataset):
+        if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
             known = [dataset[row][1] for row in range(len(dataset))]  # reads every image once
-        labels = torch.as_tensor(known)
+        try:
+            labels = torch.as_tensor(known)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.role} has labels such as {known[0]!r}; expected whole numbers.") from error
         self._check_labels(labels, len(dataset))
         return get, labels
 
@@ -88,3 +95,7 @@ class ImageSet:
                 f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
                 "one whole number per image."
             )
+
+
+def _kind(image: Any) -> str:
+    return f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

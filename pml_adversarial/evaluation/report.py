@@ -202,13 +202,15 @@ class Report:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = found.pop("schema")
-        except (ValueError, KeyError, AttributeError) as error:
+            if schema != SCHEMA:
+                raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
+            kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
+            parts: dict[str, Any] = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
+            return cls(**found, **parts)
+        except InputError:
+            raise
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path} holds no report; expected the JSON that Report.save_json writes.") from error
-        if schema != SCHEMA:
-            raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
-        kinds: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
-        parts: dict[str, Any] = {key: tuple(kind(**part) for part in found.pop(key)) for key, kind in kinds.items()}
-        return cls(**found, **parts)
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page, see `page`."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +17,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from .bench import Bench
+from .images import ImageSet
 
 T = TypeVar("T")
+
+_LOOKED_AT = 32  # images of each set that are compared
 
 
 class Folder:
@@ -25,25 +31,30 @@ class Folder:
         path: folder, made if it is not there; None keeps nothing.
         settings: of the evaluation, in JSON's types.
         bench: what is evaluated.
+        attacks: by which attacks.
 
     Raises:
         InputError: the folder holds parts of another evaluation.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], bench: Bench) -> None:
+    def __init__(
+        self, path: str | Path | None, settings: Mapping[str, Any], bench: Bench, attacks: Sequence[object]
+    ) -> None:
         self.path = None if path is None else Path(path)
+        self._device = bench.queries.device
         if self.path is None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        own: dict[str, Any] = {"settings": dict(settings), "of": _fingerprint(bench)}
+        own = {**settings, **_fingerprints(bench), "strength": description(attacks)}
         note = self.path / "evaluation.json"
         if not note.exists():
-            note.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-        found = json.loads(note.read_text(encoding="utf-8"))
-        if found != own:
-            differs = [key for key in own["settings"] if found.get("settings", {}).get(key) != own["settings"][key]]
+            unfinished = note.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, note)
+        differ = _differences(note, own)
+        if differ:
             raise InputError(
-                f"{self.path} holds parts of another evaluation: {', '.join(differs) or 'model or images'} differ. "
+                f"{self.path} holds parts of another evaluation: {', '.join(differ)} differ. "
                 "Use another folder, or delete this one."
             )
 
@@ -56,19 +67,66 @@ class Folder:
             unfinished = file.with_suffix(".unfinished")
             torch.save(make(), unfinished)
             os.replace(unfinished, file)  # so that a file that is there is whole
-        return torch.load(file, weights_only=True, map_location=_device_of)
+        return torch.load(file, weights_only=True, map_location=self._device)
 
 
-def _device_of(storage: Any, location: str) -> Any:
-    return storage if location == "cpu" or not torch.cuda.is_available() else storage.cuda()
+def description(value: object) -> str:
+    """What a callable is and all that was bound into it, the same in every process.
+
+    >>> from functools import partial
+    >>> description(partial(print, 3, end=""))
+    "partial(print, 3, end='')"
+    """
+    if isinstance(value, partial):
+        bound = [description(part) for part in (value.func, *value.args)]
+        return _call("partial", [*bound, *(f"{key}={description(part)}" for key, part in value.keywords.items())])
+    if isinstance(value, FunctionType):
+        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        bound = [f"{name}={description(cell.cell_contents)}" for name, cell in cells.items()]
+        return _call(value.__qualname__, bound) if bound else value.__qualname__
+    if is_dataclass(value) and not isinstance(value, type):
+        return _call(
+            type(value).__qualname__,
+            [f"{part.name}={description(getattr(value, part.name))}" for part in fields(value)],
+        )
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(description, value))})"
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _fingerprint(bench: Bench) -> str:
+def _call(name: str, arguments: Iterable[str]) -> str:
+    return f"{name}({', '.join(arguments)})"
+
+
+def _differences(note: Path, own: Mapping[str, Any]) -> list[str]:
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return [note.name]
+    return [key for key in {**own, **found} if key not in found or key not in own or found[key] != own[key]]
+
+
+def _fingerprints(bench: Bench) -> dict[str, str]:
+    return {
+        "model": _digest(bench.embed.model.state_dict().values()),
+        "queries": _digest(_some_of(bench.queries)),
+        "gallery": "the queries" if bench.items is bench.queries else _digest(_some_of(bench.items)),
+    }
+
+
+def _some_of(images: ImageSet) -> Iterable[Tensor]:
+    yield images.labels
+    for row in sorted({int(row) for row in torch.linspace(0, len(images) - 1, _LOOKED_AT).tolist()}):
+        yield images.pixels([row])
+
+
+def _digest(tensors: Iterable[object]) -> str:
     digest = hashlib.sha256()
-    parts: list[Tensor] = [*bench.embed.model.state_dict().values(), bench.queries.labels, bench.items.labels]
-    for images in (bench.queries, bench.items):
-        parts += [images.pixels([0]), images.pixels([len(images) - 1])]
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,6 +12,9 @@ from torch.nn.functional import normalize
 
 Embed = Callable[[Tensor], Tensor]
 
+TIE = 1e-6
+"""Similarities that differ by less are equal: products of equal vectors, too, come out differently rounded."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sought:
@@ -59,8 +62,11 @@ class Ranking(NamedTuple):
 
     @property
     def margin(self) -> Tensor:
-        """``(Q,)`` how much nearer the nearest wrong item is than the nearest right one; from 0 on, R@1 fails."""
-        return self.wrong[:, 0] - self.right[:, 0]
+        """``(Q,)`` how much nearer the nearest wrong item is than the nearest right one, plus `TIE`.
+
+        From 0 on, R@1 fails.
+        """
+        return self.wrong[:, 0] - self.right[:, 0] + TIE
 
 
 class _Head(NamedTuple):
@@ -122,12 +128,12 @@ class Gallery:
         )  # type: ignore[return-value]
 
     def margin(self, queries: Tensor, sought: Sought) -> Tensor:
-        """How much nearer the nearest wrong item is than the nearest right one, ``(Q,)``, with gradient.
+        """How much nearer the nearest wrong item is than the nearest right one, ``(Q,)``, plus `TIE`, with gradient.
 
         From 0 on, R@1 fails: a tie counts as a failure. Every query needs a right item.
         """
         wrong, right = self.hardest(queries, sought)
-        return (unit(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1)
+        return (unit(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1) + TIE
 
     def ranking(self, queries: Tensor, sought: Sought, depth: int, changed: Changed | None = None) -> Ranking:
         """The ``depth`` nearest right and wrong items of each query."""
@@ -163,9 +169,9 @@ class Gallery:
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Embeddings of length 1, in single precision at least; what is not finite becomes 0, which finds nothing."""
+    """Embeddings of length 1, in single precision at least; one with NaN or infinity in it is 0, and finds nothing."""
     real = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return normalize(torch.nan_to_num(real, nan=0.0, posinf=0.0, neginf=0.0))
+    return normalize(torch.where(real.isfinite().all(1, keepdim=True), real, 0.0))
 
 
 def embed_all(embed: Embed, images: Tensor, chunk: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 import zlib
@@ -19,7 +20,7 @@ from ..isolation import isolated, random_stream
 from ..pixels import Normalization
 from ..plan import rank_in_group
 from . import scores
-from .bench import Bench
+from .bench import Bench, whole_numbers
 from .checks import run_checks
 from .images import Images
 from .report import TARGETS, AttackResult, Example, Neighbour, Report, WorstCase
@@ -46,6 +47,8 @@ def evaluate_robustness(
     recall_at: Sequence[int] = (1, 2, 4, 8),
     normalization: Normalization | None = None,
     subset: Sequence[int] | Tensor | None = None,
+    own: Sequence[int] | Tensor | None = None,
+    gallery_embeddings: Tensor | None = None,
     nmi: bool = False,
     checks: bool = True,
     keep_attacked: bool = False,
@@ -70,6 +73,9 @@ def evaluate_robustness(
         recall_at: the k of R@k; 1 is always among them.
         normalization: ``(mean, std)`` if the model takes normalised inputs; images are given as pixels all the same.
         subset: indices of the queries to attack; None: all. Without a gallery all others are searched nevertheless.
+        own: where queries are in the gallery that is given: each query's index there, -1 for one that is not. It is
+            never found.
+        gallery_embeddings: ``(G, D)``, if the model's embeddings of the gallery are known.
         nmi: whether to cluster the embeddings too (needs faiss).
         checks: whether to ask for signs of a false claim, see `checks`.
         keep_attacked: whether to keep the perturbed queries, all at once in memory.
@@ -81,10 +87,10 @@ def evaluate_robustness(
     Raises:
         InputError: inputs that cannot be evaluated, or a ``resume`` folder of another evaluation.
     """
-    radii = _radii(eps)
-    suite, members = _suite(attacks)
-    recall_at = sorted({1, *recall_at})
-    _check(norm, chunk, recall_at)
+    radii = to_radii(eps)
+    suite, members = to_suite(attacks)
+    recall_at = sorted({1, *whole_numbers(recall_at, "recall_at")})
+    check_options(norm, chunk, recall_at, radii)
     bar = _bars(progress)
     settings: dict[str, Any] = {
         "eps": list(radii),
@@ -92,7 +98,8 @@ def evaluate_robustness(
         "attacks": [attack.name for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
-        "subset": None if subset is None else torch.as_tensor(subset).tolist(),
+        "subset": None if subset is None else whole_numbers(subset, "subset"),
+        "own": None if own is None else whole_numbers(own, "own"),
         "nmi": nmi,
         "checks": checks,
         "keep_attacked": keep_attacked,
@@ -100,9 +107,10 @@ def evaluate_robustness(
         "chunk": chunk,
     }
     with isolated(model), random_stream(seed, -1):
-        bench = Bench(model, queries, gallery, norm, normalization)
-        folder = Folder(resume, settings, bench)
-        bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)))
+        bench = Bench(model, queries, gallery, norm, normalization, own)
+        folder = Folder(resume, settings, bench, members)
+        known = None if gallery_embeddings is None else gallery_embeddings.to(bench.items.labels.device)
+        bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)) if known is None else known)
         rows, left_out = bench.answerable(subset)
         members = tuple(attack for attack in members if attack.num_classes <= len(bench.gallery.classes))
         run = _Run(bench, members, radii, recall_at, seed, keep_attacked, nmi)
@@ -127,7 +135,7 @@ def evaluate_robustness(
             worst=run.worst(parts, bench.queries.labels[rows]),
             collapse=scores.collapse(bench.gallery),
             nmi=scores.nmi(bench.gallery.embeddings, bench.items.labels) if nmi else None,
-            checks=run_checks(bench, rows, results, radii, seed) if checks else (),
+            checks=run_checks(bench, rows, _marks(clean), results, seed, chunk) if checks else (),
             settings={**settings, "device": str(bench.gallery.embeddings.device)},
             versions=_versions(),
             clean_standing=_marks(clean),
@@ -196,10 +204,12 @@ class _Run:
             if len(chosen):
                 with random_stream(self.seed, _stream(attack.name, eps, restart, scene.sought)):
                     outcome = attack.run(scene[chosen], eps, restart, depth)
-                for name, found in scores.per_query(outcome.ranking, self.recall_at).items():
-                    measures[name][chosen] = torch.minimum(measures[name][chosen], found)
+                found = scores.per_query(outcome.ranking, self.recall_at)
+                met = (standing[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)  # not: failed, now stands
+                images[chosen[met]] = outcome.images[met]
+                for name, values in found.items():
+                    measures[name][chosen] = torch.minimum(measures[name][chosen], values)
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
-                images[chosen] = outcome.images
             advance()
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
@@ -322,8 +332,9 @@ def _stream(name: str, eps: float, restart: int, sought: Sought) -> int:
 
 
 def _chance(bench: Bench, rows: Tensor) -> float:
-    others = len(bench.gallery) - bench.leave_one_out
-    return (bench.gallery.num_right(bench.sought(rows)).double() / others).mean().item()
+    sought = bench.sought(rows)
+    others = len(bench.gallery) - (sought.own >= 0).double()
+    return (bench.gallery.num_right(sought) / others).mean().item()
 
 
 def _versions() -> dict[str, str]:
@@ -331,17 +342,19 @@ def _versions() -> dict[str, str]:
     return {**{package: version(package) for package in packages}, "python": platform.python_version()}
 
 
-def _radii(eps: float | Iterable[float]) -> tuple[float, ...]:
+def to_radii(eps: float | Iterable[float]) -> tuple[float, ...]:
+    """Different radii, ascending."""
     try:
-        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float) else eps)}))
+        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
     except (TypeError, ValueError):
         radii = ()
-    if not radii or not all(radius > 0 for radius in radii):
+    if isinstance(eps, str) or not radii or not all(0 < radius < math.inf for radius in radii):
         raise InputError(f"eps={eps!r}; expected a radius above 0, or several, in pixels of [0, 1], such as 8/255.")
     return radii
 
 
-def _suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ...]]:
+def to_suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ...]]:
+    """The suite's name in reports, and its attacks."""
     if isinstance(attacks, str):
         if attacks not in SUITES:
             raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
@@ -354,11 +367,14 @@ def _suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, ..
     return "custom", members
 
 
-def _check(norm: str, chunk: int, recall_at: Sequence[int]) -> None:
+def check_options(norm: str, chunk: int, recall_at: Sequence[int], radii: Sequence[float]) -> None:
+    """Refuses what no evaluation can be made with; ``recall_at`` ascending."""
     if norm not in NORMS:
         raise InputError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
-    if chunk < 1 or recall_at[0] < 1:
-        raise InputError(f"chunk={chunk}, recall_at={recall_at}; expected numbers from 1 on.")
+    if norm == "Linf" and radii[-1] > 1:
+        raise InputError(f"eps={radii[-1]:g} is wider than all pixels; expected 1 at most in Linf, such as 8/255.")
+    if not isinstance(chunk, int) or chunk < 1 or recall_at[0] < 1:
+        raise InputError(f"chunk={chunk}, recall_at={recall_at}; expected whole numbers from 1 on.")
 
 
 def _bars(shown: bool) -> Callable[..., Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
 from ..errors import InputError
-from .retrieval import Gallery, Ranking
+from .retrieval import TIE, Gallery, Ranking
 
 PerQuery = dict[str, Tensor]
 """Name of a measure -> ``(Q,)`` in [0, 1]."""
@@ -28,7 +27,7 @@ def per_query(ranking: Ranking, recall_at: Iterable[int]) -> PerQuery:
     """
     depth = ranking.right.shape[1]
     order = torch.arange(1, depth + 1, device=ranking.right.device).expand_as(ranking.right)
-    before = torch.searchsorted(-ranking.wrong, -ranking.right.contiguous(), right=True)
+    before = torch.searchsorted(-ranking.wrong, TIE - ranking.right, right=True)
     place = order + before  # of the j-th right item in the whole list
     total = ranking.num_right.unsqueeze(1)
     found = (place <= total) & (order <= total)
@@ -71,6 +70,8 @@ def nmi(embeddings: Tensor, labels: Tensor) -> float:
     Raises:
         InputError: faiss is not installed.
     """
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # brings scikit-learn
+
     try:
         import faiss  # noqa: F401
     except ImportError as error:

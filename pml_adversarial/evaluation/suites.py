@@ -169,7 +169,7 @@ def momentum_pgd(
     """
 
     def attack(inputs: Tensor, labels: Tensor) -> Tensor:
-        point = within(inputs + eps * _in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
+        point = within(inputs + eps * in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
         best, highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
         direction = torch.zeros_like(inputs)
         for step in range(steps + 1):
@@ -188,7 +188,8 @@ def momentum_pgd(
     return attack
 
 
-def _in_ball(like_inputs: Tensor, norm: str) -> Tensor:
+def in_ball(like_inputs: Tensor, norm: str) -> Tensor:
+    """A random point of the unit ball per row."""
     if norm == "Linf":
         return 2 * torch.rand_like(like_inputs) - 1
     noise = torch.randn_like(like_inputs)
@@ -260,7 +261,7 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
 
     def find(scene: Scene, eps: float, restart: int) -> Tensor:
         found = scene.images.clone()
-        for rows in apart(scene.images, eps, scene.norm):
+        for rows in apart(scene.images, scene.sought, eps, scene.norm):
             part = scene[rows]
             model = part.classifier()
             options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}

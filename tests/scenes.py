@@ -1,0 +1,46 @@
+"""A small retrieval problem that attacks break in part: images around patterns and a random network."""
+
+import torch
+from torch import nn
+
+from pml_adversarial.evaluation.bench import Bench
+
+
+def images_of(count=24, classes=4, size=6, spread=0.15, seed=0):
+    """Images around one pattern per class, so that most queries are right, by different margins."""
+    labels = torch.arange(count) % classes
+    patterns = torch.rand(classes, 1, size, size, generator=torch.Generator().manual_seed(4)) * 0.6 + 0.2
+    noise = spread * torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    return (patterns[labels] + noise).clamp(0, 1), labels
+
+
+def network(seed=5, size=6, dimension=6):
+    """In train mode, with what differs between modes."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(3 * size * size, dimension),
+        )
+
+
+def embedded(model, images):
+    """In eval mode, without gradient; the model comes back in train mode."""
+    model.eval()
+    with torch.no_grad():
+        embeddings = model(images)
+    model.train()
+    return embeddings
+
+
+def bench_of(model, queries, gallery=None, norm="Linf"):
+    """A bench that is ready to make scenes; the model is left in eval mode."""
+    model.eval().requires_grad_(False)
+    bench = Bench(model, queries, gallery, norm, None)
+    bench.search(embedded(model, bench.items.pixels(range(len(bench.items)))))
+    model.eval()
+    return bench
