@@ -121,7 +121,7 @@ def evaluate_robustness(
                 parts.append(folder.once(f"chunk_{number:05d}", lambda: run.chunk(piece, number == 0, shown.update)))  # noqa: B023
                 shown.update((number + 1) * run.num_steps - shown.n)
         results = run.results(parts)
-        clean = _joined(parts, "clean")
+        clean, labels = _joined(parts, "clean"), bench.queries.labels[rows]
         return Report(
             suite=suite,
             protocol="leave-one-out" if bench.leave_one_out else "separate gallery",
@@ -132,9 +132,9 @@ def evaluate_robustness(
             clean=_means(clean),
             chance=_chance(bench, rows),
             attacks=results,
-            worst=run.worst(parts, bench.queries.labels[rows]),
+            worst=run.worst(parts, labels),
             collapse=scores.collapse(bench.gallery),
-            nmi=scores.nmi(bench.gallery.embeddings, bench.items.labels) if nmi else None,
+            nmi=run.nmi_of(parts, "clean", labels) if nmi else None,
             checks=run_checks(bench, rows, _marks(clean), results, seed, chunk) if checks else (),
             settings={**settings, "device": str(bench.gallery.embeddings.device)},
             versions=_versions(),
@@ -168,9 +168,9 @@ class _Run:
         scene = self.bench.scene(rows)
         depth = max(int(self.bench.gallery.num_right(scene.sought).max()), *self.recall_at)
         clean = scores.per_query(self.bench.gallery.ranking(scene.clean, scene.sought, depth), self.recall_at)
-        part: Part = {"clean": clean, "attacked": {}, "embeddings": {}}
+        part: Part = {"clean": clean, "attacked": {}, "embeddings": {"clean": scene.clean} if self.nmi else {}}
         measures = dict.fromkeys((attack.name for attack in self.members), clean)
-        worst, by = scene.images.clone(), torch.full_like(rows, -1)
+        worst, by, at = scene.images.clone(), torch.full_like(rows, -1), torch.zeros(len(rows), dtype=torch.float64)
         for eps in self.radii:
             for number, attack in enumerate(self.members):
                 result, images = self._attack(attack, scene, eps, measures[attack.name], depth, advance)
@@ -179,13 +179,14 @@ class _Run:
                 if attack.target == "query":
                     taken = (by < 0) & ~result["shift"].isnan()
                     worst = torch.where(like(taken, worst), images, worst)
-                    by[taken & (result["measures"]["recall_at_1"] == 0)] = number
+                    fell = taken & (result["measures"]["recall_at_1"] == 0)
+                    by[fell], at[taken.cpu()] = number, eps
             if self.keep_attacked:
                 part["attacked"][str(eps)] = worst.clone()
             if self.nmi:
                 part["embeddings"][str(eps)] = embed_all(self.bench.embed, worst, len(worst))
             if first and eps == self.radii[len(self.radii) // 2]:
-                part["examples"] = self._examples(scene, rows, clean, worst, by, eps)
+                part["examples"] = self._examples(scene, rows, clean, worst, by, at)
         return part
 
     def _attack(
@@ -214,12 +215,12 @@ class _Run:
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
 
-    def _examples(self, scene: Scene, rows: Tensor, clean: PerQuery, worst: Tensor, by: Tensor, eps: float) -> Part:
+    def _examples(self, scene: Scene, rows: Tensor, clean: PerQuery, worst: Tensor, by: Tensor, at: Tensor) -> Part:
         chosen = choose_queries(scene.sought.labels, (by >= 0) & (clean["recall_at_1"] > 0), _EXAMPLES)
         part = scene[chosen]
         gallery, count = self.bench.gallery, min(_NEIGHBOURS, len(self.bench.gallery) - 1)
         return {
-            "eps": eps,
+            "eps": at[chosen.cpu()],
             "queries": rows[chosen],
             "by": by[chosen],
             "clean": part.images,
@@ -263,10 +264,13 @@ class _Run:
                 for attack in members:
                     measures = _joined([part[_key(attack, eps)] for part in parts], "measures")
                     lowest = {name: torch.minimum(values, measures[name]) for name, values in lowest.items()}
-                attacked = [part["embeddings"][str(eps)] for part in parts] if self.nmi and target == "query" else []
-                nmi = scores.nmi(unit(torch.cat(attacked)), labels) if attacked else None
+                nmi = self.nmi_of(parts, str(eps), labels) if self.nmi and target == "query" else None
                 found.append(WorstCase(target, eps, _means(lowest), _marks(lowest), nmi))
         return tuple(found)
+
+    def nmi_of(self, parts: Sequence[Part], key: str, labels: Tensor) -> float:
+        """Of the queries, clean or each under its worst attack."""
+        return scores.nmi(unit(torch.cat([part["embeddings"][key] for part in parts])), labels)
 
 
 def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
@@ -294,14 +298,15 @@ def _examples(bench: Bench, part: Part, members: Sequence[AnyAttack]) -> tuple[E
         Example(
             query=query,
             label=int(bench.queries.labels[query]),
-            eps=found["eps"],
+            eps=eps,
             attack=members[by].name if by >= 0 else "none",
             clean=clean.cpu(),
             perturbed=perturbed.cpu(),
             before=neighbours(before),
             after=neighbours(after),
         )
-        for query, by, clean, perturbed, before, after in zip(
+        for eps, query, by, clean, perturbed, before, after in zip(
+            found["eps"].tolist(),
             found["queries"].tolist(),
             found["by"].tolist(),
             *(found[key] for key in ("clean", "perturbed", "before", "after")),
