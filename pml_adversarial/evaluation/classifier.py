@@ -40,6 +40,10 @@ class RetrievalClassifier(nn.Module):
             self.scale = _LOGIT_SPREAD / self(images).std(1).median().clamp(min=1e-6).item()
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
+    def train(self, mode: bool = True) -> RetrievalClassifier:
+        """Nothing: the model's mode is not an attack's to change, and exported programs refuse to be asked."""
+        return self
+
     @property
     def num_classes(self) -> int:
         """Classes of the gallery."""

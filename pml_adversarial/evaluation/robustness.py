@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +343,13 @@ def _chance(bench: Bench, rows: Tensor) -> float:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
-    return {**{package: version(package) for package in packages}, "python": platform.python_version()}
+    found = {"python": platform.python_version()}
+    for package in ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"  # imported from a folder
+    return found
 
 
 def to_radii(eps: float | Iterable[float]) -> tuple[float, ...]:
