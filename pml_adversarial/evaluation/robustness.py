@@ -343,13 +343,15 @@ def _chance(bench: Bench, rows: Tensor) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"  # imported from a folder
-    return found
+    packages = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
+    return {**{package: _version(package) for package in packages}, "python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # imported from a folder
+        return "not installed"
 
 
 def to_radii(eps: float | Iterable[float]) -> tuple[float, ...]:
