@@ -209,9 +209,10 @@ class TestPrecision:
 
 
 class TestCollapse:
-    def test_by_loops(self):
+    @pytest.mark.parametrize("block", [1, 4, 8192])
+    def test_by_loops(self, block):
         labels, embeddings = labels_of(5, 4, 1), some(10).double()
-        found = collapse(Gallery(embeddings, labels))
+        found = collapse(Gallery(embeddings, labels, block))
         pairs = {(i, j): by_loops.cosine(embeddings[i], embeddings[j]) for i in range(10) for j in range(10) if i != j}
         same = [value for (i, j), value in pairs.items() if labels[i] == labels[j]]
         other = [value for (i, j), value in pairs.items() if labels[i] != labels[j]]

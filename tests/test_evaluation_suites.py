@@ -22,6 +22,7 @@ from pml_adversarial.evaluation.suites import (
     promotion,
     raising,
     toward_nearest_wrong,
+    toward_wrong_class,
     within,
 )
 from pml_adversarial.objective import Objective
@@ -174,7 +175,7 @@ class TestScores:
     def test_gradient_by_differences(self, scene, score):
         part = replace(scene, clean=scene.clean.double())[torch.arange(5)]
         scene.gallery.embeddings = scene.gallery.embeddings.double()
-        found = score(part)
+        found = score(part) if score in (promotion, demotion) else score(part, 0)
         assert torch.autograd.gradcheck(found, torch.randn(5, 6, dtype=torch.double, requires_grad=True))
 
     def test_by_loops(self, scene):
@@ -187,7 +188,20 @@ class TestScores:
             demotion: [-by_loops.cosine(moved[i], scene.clean[i]) for i in range(24)],
         }
         for score, values in wanted.items():
-            assert score(scene)(moved).tolist() == pytest.approx(values, abs=3e-6)
+            found = score(scene) if score in (promotion, demotion) else score(scene, 0)
+            assert found(moved).tolist() == pytest.approx(values, abs=3e-6)
+
+    @pytest.mark.parametrize("restart", [0, 1, 2, 7])
+    def test_one_wrong_class_after_the_other_by_loops(self, scene, restart):
+        moved, embeddings, labels = torch.randn(24, 6), scene.gallery.embeddings, scene.gallery.labels.tolist()
+        found = toward_wrong_class(scene, restart)(moved)
+        for i in range(24):
+            clean = by_loops.similarities(scene.clean[i], i, embeddings)
+            nearest = {c: max(v for j, v in clean.items() if labels[j] == c) for c in range(4) if c != labels[i]}
+            aim = sorted(nearest, key=lambda c: -nearest[c])[min(restart, 2)]
+            now = by_loops.similarities(moved[i], i, embeddings)
+            wrong, right = (max(v for j, v in now.items() if labels[j] == c) for c in (aim, labels[i]))
+            assert found[i].item() == pytest.approx(wrong - right, abs=3e-6)
 
 
 class TestQueryAttack:

@@ -111,9 +111,7 @@ class Bench:
         """
         if len(embeddings) != len(self.items):
             raise InputError(f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery.")
-        bad = int((~embeddings.isfinite()).any(1).sum())
-        if bad:
-            raise InputError(f"The model gave NaN or infinite embeddings for {bad} of {len(embeddings)} clean images.")
+        _check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels)
         if len(self.gallery.classes) < 2:
             raise InputError("All items of the gallery have one label; expected at least two, else nothing is wrong.")
@@ -143,12 +141,17 @@ class Bench:
         return rows[has_right], int((~has_right).sum())
 
     def scene(self, rows: Tensor) -> Scene:
-        """Some queries before the gallery."""
+        """Some queries before the gallery.
+
+        Raises:
+            InputError: the model gives something else than finite embeddings for them.
+        """
         images = self.queries.pixels(rows)
         sought = self.sought(rows)
         with torch.no_grad():
             known = bool((sought.own >= 0).all())
             clean = self.gallery.embeddings[sought.own] if known else self.embed(images)
+        _check_finite(clean)
         return Scene(self.embed, (self.embed.model,), self.gallery, self.items.pixels, images, clean, sought, self.norm)
 
     def _own(self, own: Sequence[int] | Tensor | None, is_gallery: bool) -> Tensor:
@@ -163,3 +166,9 @@ class Bench:
                 "is the query itself, or -1, together with a gallery."
             )
         return found
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad:
+        raise InputError(f"The model gave NaN or infinite embeddings for {bad} of {len(embeddings)} clean images.")

@@ -62,7 +62,8 @@ class RetrievalClassifier(nn.Module):
         Args:
             images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
         """
-        similarities = unit(self._embed(images)) @ self._gallery.embeddings.T
+        embeddings = self._embed(images.to(self._images.dtype))  # torchattacks knows float32 alone
+        similarities = unit(embeddings) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
             place = torch.zeros_like(similarities, dtype=torch.bool)
@@ -70,7 +71,8 @@ class RetrievalClassifier(nn.Module):
             similarities = similarities.masked_fill(place, -1.0)  # no less than any similarity
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
-        return self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
+        logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
+        return logits.to(torch.promote_types(images.dtype, torch.float32))
 
     def _own(self, images: Tensor) -> Tensor | None:
         if bool((self._sought.own < 0).all()):

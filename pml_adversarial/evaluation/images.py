@@ -32,7 +32,7 @@ class ImageSet:
         self.device, self.role = device, role
         if isinstance(images, tuple | list):
             self._get, labels = self._from_tensors(images)
-        elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, Tensor):
             self._get, labels = self._from_dataset(images)
         else:
             raise InputError(

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..isolation import isolated, random_stream
-from ..pixels import Normalization
+from ..pixels import Normalization, PixelSpace
 from ..plan import rank_in_group
 from . import scores
 from .bench import Bench, whole_numbers
@@ -25,7 +26,7 @@ from .checks import run_checks
 from .images import Images
 from .report import TARGETS, AttackResult, Example, Neighbour, Report, WorstCase
 from .resume import Folder
-from .retrieval import Sought, chunks, embed_all, unit
+from .retrieval import chunks, embed_all, unit
 from .scores import PerQuery
 from .suites import SUITES, AnyAttack, Scene, like
 
@@ -91,6 +92,7 @@ def evaluate_robustness(
     suite, members = to_suite(attacks)
     recall_at = sorted({1, *whole_numbers(recall_at, "recall_at")})
     check_options(norm, chunk, recall_at, radii)
+    PixelSpace(normalization)  # checks it
     bar = _bars(progress)
     settings: dict[str, Any] = {
         "eps": list(radii),
@@ -173,7 +175,8 @@ class _Run:
         worst, by, at = scene.images.clone(), torch.full_like(rows, -1), torch.zeros(len(rows), dtype=torch.float64)
         for eps in self.radii:
             for number, attack in enumerate(self.members):
-                result, images = self._attack(attack, scene, eps, measures[attack.name], depth, advance)
+                stream = partial(_stream, attack.name, eps, int(rows[0]))
+                result, images = self._attack(attack, scene, eps, measures[attack.name], depth, stream, advance)
                 measures[attack.name] = result["measures"]
                 part[_key(attack, eps)] = result
                 if attack.target == "query":
@@ -190,7 +193,14 @@ class _Run:
         return part
 
     def _attack(
-        self, attack: AnyAttack, scene: Scene, eps: float, before: PerQuery, depth: int, advance: Callable[[], object]
+        self,
+        attack: AnyAttack,
+        scene: Scene,
+        eps: float,
+        before: PerQuery,
+        depth: int,
+        stream: Callable[[int], int],
+        advance: Callable[[], object],
     ) -> tuple[Part, Tensor]:
         """One attack, all its restarts: of each query's measures the lowest, and what it was perturbed to."""
         embed, start = self.bench.embed, time.perf_counter()
@@ -203,7 +213,7 @@ class _Run:
             everyone = restart == 0 and not attack.only_standing
             chosen = (torch.ones_like(standing) if everyone else standing).nonzero().squeeze(1)
             if len(chosen):
-                with random_stream(self.seed, _stream(attack.name, eps, restart, scene.sought)):
+                with random_stream(self.seed, stream(restart)):
                     outcome = attack.run(scene[chosen], eps, restart, depth)
                 found = scores.per_query(outcome.ranking, self.recall_at)
                 met = (standing[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)  # not: failed, now stands
@@ -331,9 +341,8 @@ def _key(attack: AnyAttack, eps: float) -> str:
     return f"{attack.name}@{eps}"
 
 
-def _stream(name: str, eps: float, restart: int, sought: Sought) -> int:
-    first = int(sought.own[0]), int(sought.labels[0])
-    return zlib.crc32(repr((name, eps, restart, first)).encode())
+def _stream(name: str, eps: float, first_row: int, restart: int) -> int:
+    return zlib.crc32(repr((name, eps, restart, first_row)).encode())
 
 
 def _chance(bench: Bench, rows: Tensor) -> float:
@@ -375,7 +384,8 @@ def to_suite(attacks: str | Sequence[AnyAttack]) -> tuple[str, tuple[AnyAttack, 
     members = tuple(attacks)
     names = [getattr(attack, "name", None) for attack in members]
     if not members or not all(isinstance(attack, AnyAttack) for attack in members) or len(set(names)) < len(names):
-        raise InputError(f"attacks={attacks!r}; expected QueryAttack and GalleryAttack objects of different names.")
+        found = ", ".join(str(getattr(attack, "name", repr(attack))) for attack in members) or "none"
+        raise InputError(f"attacks holds {found}; expected QueryAttack and GalleryAttack objects of different names.")
     return "custom", members
 
 

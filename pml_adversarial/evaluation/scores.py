@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .retrieval import TIE, Gallery, Ranking
+from .retrieval import TIE, Gallery, Ranking, chunks
 
 PerQuery = dict[str, Tensor]
 """Name of a measure -> ``(Q,)`` in [0, 1]."""
@@ -47,14 +47,19 @@ def collapse(gallery: Gallery) -> dict[str, float]:
         (``mean_similarity_same``, ``mean_similarity_other``); ``effective_rank``, the exponential of the entropy of the
         singular values (Roy, Vetterli, "The effective rank", EUSIPCO 2007), between 1 and the dimension.
     """
-    embeddings = gallery.embeddings.double()
-    lengths = embeddings.square().sum().item()
-    sums = embeddings.new_zeros(len(gallery.classes), embeddings.shape[1]).index_add_(0, gallery.columns, embeddings)
+    dimension = gallery.embeddings.shape[1]
+    sums = gallery.embeddings.new_zeros(len(gallery.classes), dimension, dtype=torch.double)
+    products = sums.new_zeros(dimension, dimension)
+    for rows in chunks(len(gallery), gallery.block):
+        embeddings = gallery.embeddings[rows].double()
+        sums.index_add_(0, gallery.columns[rows], embeddings)
+        products += embeddings.T @ embeddings
+    lengths = products.trace().item()
     sizes = gallery.class_sizes.double()
     total = sums.sum(0).square().sum().item() - lengths
     same = sums.square().sum().item() - lengths
     pairs, same_pairs = len(gallery) * (len(gallery) - 1), (sizes * (sizes - 1)).sum().item()
-    strength = torch.linalg.eigvalsh(embeddings.T @ embeddings).clamp(min=0).sqrt()
+    strength = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
     share = strength / strength.sum().clamp(min=torch.finfo(strength.dtype).tiny)
     return {
         "mean_similarity": total / max(pairs, 1),

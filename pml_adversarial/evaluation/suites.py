@@ -267,7 +267,7 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
             options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
             if targets is not None:
                 options["n_classes"] = min(model.num_classes, targets + 1)
-            found[rows] = make(model, **options)(part.images.clone(), model.labels).to(found)
+            found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
         return found
 
     return find

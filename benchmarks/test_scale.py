@@ -1,0 +1,150 @@
+"""What does an evaluation cost before a gallery as large as Stanford Online Products, in memory and per query?
+
+The gallery holds 60,502 items of 11,316 classes in 512 dimensions. The model hardly costs anything: an image is its
+embedding, a half taken off. What is timed is thus the search: similarities of queries and items, and what is made of
+them. With a real model its own passes come on top.
+
+    python -m pytest benchmarks/test_scale.py --no-cov -p no:cacheprovider
+
+Nothing here asserts a time. Read the ratio of 512 to 256 queries, which are run right after one another: 2 is linear.
+``python benchmarks/test_scale.py 256`` writes what one evaluation took as JSON, with its peak of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+from pml_adversarial.evaluation import Report, evaluate_robustness
+from pml_adversarial.evaluation.retrieval import Gallery
+from pml_adversarial.evaluation.suites import (
+    AnyAttack,
+    GalleryAttack,
+    QueryAttack,
+    classified,
+    nearest_wrong,
+    promotion,
+    raising,
+    toward_nearest_wrong,
+)
+
+ITEMS, CLASSES, SHAPE, EPS, PAIRS = 60_502, 11_316, (1, 16, 32), 0.02, 3
+
+
+class Pixels(nn.Module):
+    """The embedding of an image is its pixels, less a half: what is precomputed can be attacked so."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, 1, 16, 32)`` -> ``(N, 512)``."""
+        return images.flatten(1) - 0.5
+
+
+def gallery() -> tuple[Tensor, Tensor]:
+    """Images around one pattern per class, made in place, so that their making needs no memory beyond them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(ITEMS) % CLASSES
+    patterns = torch.rand(CLASSES, *SHAPE, generator=generator)
+    images = torch.empty(ITEMS, *SHAPE).normal_(0, 0.5, generator=generator)
+    for start in range(0, ITEMS, CLASSES):
+        part = images[start : start + CLASSES]
+        part += patterns[: len(part)]
+    return images.clamp_(0, 1), labels
+
+
+def attacks(steps: int = 5) -> tuple[AnyAttack, ...]:
+    """One of each kind: on the query by its margin, on the query as a class, on the gallery."""
+    apgd = classified(partial(torchattacks.APGD, steps=steps))
+    return (
+        QueryAttack("margin", raising(toward_nearest_wrong, steps)),
+        QueryAttack("apgd-ce", apgd),
+        GalleryAttack("promote", nearest_wrong, promotion, steps),
+    )
+
+
+def evaluate(data: tuple[Tensor, Tensor], queries: int, steps: int = 5) -> Report:
+    """The first queries before all items."""
+    return evaluate_robustness(
+        Pixels(), data, eps=EPS, attacks=attacks(steps), subset=range(queries), checks=False, chunk=128
+    )
+
+
+def peak() -> int:
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(queries: int) -> dict[str, float]:
+    """One evaluation: the memory that it needed beyond the data, its passes and its time."""
+    data = gallery()
+    before, start = peak(), time.perf_counter()
+    report = evaluate(data, queries)
+    return {
+        "extra_bytes": peak() - before,
+        "seconds": time.perf_counter() - start,
+        "forward_passes": sum(result.forward_passes for result in report.attacks),
+        "backward_passes": sum(result.backward_passes for result in report.attacks),
+        "recall_at_1": report.clean["recall_at_1"],
+        "worst_case": report.worst_case(EPS),
+    }
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Tensor, Tensor]:
+    return gallery()
+
+
+@pytest.fixture(scope="module")
+def searched(data: tuple[Tensor, Tensor]) -> Gallery:
+    return Gallery(Pixels()(data[0]), data[1])
+
+
+def test_cost_is_linear_in_the_queries(benchmark, data, capsys, pytestconfig) -> None:
+    def ratios() -> list[float]:
+        found = []
+        for _ in range(1 if benchmark.disabled else PAIRS):
+            times = []
+            for queries in (256, 512):
+                start = time.perf_counter()
+                evaluate(data, queries)
+                times.append(time.perf_counter() - start)
+            found.append(times[1] / times[0])
+        return found
+
+    found = benchmark.pedantic(ratios, rounds=1)
+    benchmark.extra_info.update(ratio=statistics.median(found))
+    with capsys.disabled():
+        pytestconfig.pluginmanager.get_plugin("terminalreporter").write_line(
+            f"\n512 / 256 queries: {statistics.median(found):.2f} times as long "
+            f"(median of {len(found)} pairs, {min(found):.2f} to {max(found):.2f})"
+        )
+
+
+@pytest.mark.parametrize("side", ["margin", "product alone", "faiss"])
+def test_nearest_wrong_and_right(benchmark, data, searched: Gallery, side: str) -> None:
+    """128 queries: the nearest wrong and right item, beside the bare product and faiss's exact search for two items."""
+    rows = torch.arange(128)
+    queries, sought = searched.embeddings[rows], searched.leave_one_out(rows)
+    benchmark.group = "128 queries before 60,502 items"
+    if side == "margin":
+        benchmark.pedantic(searched.margin, args=(queries, sought), rounds=5, warmup_rounds=1)
+    elif side == "product alone":
+        benchmark.pedantic(lambda: queries @ searched.embeddings.T, rounds=5, warmup_rounds=1)
+    else:
+        faiss = pytest.importorskip("faiss")
+        index = faiss.IndexFlatIP(searched.embeddings.shape[1])
+        index.add(searched.embeddings.numpy())
+        benchmark.pedantic(index.search, args=(queries.numpy(), 2), rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdout.write(json.dumps(measure(int(sys.argv[1]))) + "\n")
