@@ -87,6 +87,7 @@ class Probe:
         chunk: queries per scene.
 
     Attributes:
+        num_right: how many are right without attack.
         picked: ``(n,)`` which of ``rows`` they are.
         scenes: they, at most ``chunk`` in each.
         eps: the radius at which the suite left closest to half of what it met: there, comparisons tell most.
@@ -97,11 +98,12 @@ class Probe:
     ) -> None:
         self.bench, self.results, self.seed = bench, results, seed
         right = _marked(clean_standing).nonzero().squeeze(1)
+        self.num_right = len(right)
         with random_stream(seed, _stream("sample")):
             self.picked = right[torch.randperm(len(right))[:SAMPLE]].sort().values
         chosen = rows[self.picked.to(rows.device)]
         self.scenes = tuple(bench.scene(chosen[piece]) for piece in chunks(len(chosen), chunk))
-        self.eps = min(self.radii, key=lambda eps: abs(int(self.standing(eps).sum()) - len(right) / 2))
+        self.eps = min(self.radii, key=lambda eps: abs(int(self.standing(eps).sum()) - self.num_right / 2))
 
     def __len__(self) -> int:
         return len(self.picked)
@@ -220,10 +222,9 @@ def black_box_adds_nothing(probe: Probe) -> Finding:
             return Finding(None, f"the suite has no {kind} attack on queries")
     found = []
     for eps in probe.radii:
-        white, black = probe.standing(eps, False), probe.standing(eps, True)
-        only, left = int((white & ~black).sum()), int(white.sum())
-        line = f"{only} of {left} queries that stand against gradients at eps {eps:.4g} fall to black-box attacks"
-        found.append((at_least(only, left, FEW), line))
+        only = int((probe.standing(eps, False) & ~probe.standing(eps, True)).sum())
+        line = f"{only} of {probe.num_right} queries stand against gradients and not without them, at eps {eps:.4g}"
+        found.append((at_least(only, probe.num_right, FEW), line))
     likelihood, line = min(found)
     return Finding(likelihood >= UNLIKELY, line)
 
