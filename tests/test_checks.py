@@ -590,14 +590,16 @@ class Masked(nn.Module):
 
 
 MASKS = {
-    "hard sigmoid": {"before": lambda x: hardsigmoid(50 * (x - 0.5))},
-    "noise": {"before": lambda x: x + 0.05 * torch.randn_like(x)},
-    "quantiser": {"before": lambda x: (3 * x).round() / 3},
-    "saturated": {"after": lambda e: torch.tanh(1e6 * e)},
-    "ripples": {"before": lambda x: x + 0.02 * torch.sin(500 * x)},
-    "half detached": {"before": lambda x: torch.where(torch.arange(8) % 2 == 0, x, x.detach())},
-    "detached": {"before": torch.detach},
+    "hard sigmoid": ({"before": lambda x: hardsigmoid(50 * (x - 0.5))}, "gradients are there"),
+    "noise": ({"before": lambda x: x + 0.05 * torch.randn_like(x)}, "same answer twice"),
+    "quantiser": ({"before": lambda x: (3 * x).round() / 3}, "black box adds nothing"),
+    "saturated": ({"after": lambda e: torch.tanh(1e6 * e)}, "planted examples are found"),
+    "ripples": ({"before": lambda x: x + 0.02 * torch.sin(500 * x)}, "gradients are true"),
+    "half detached": ({"before": cut_where(lambda x: torch.arange(8) % 2 > 0)}, "gradients are there"),
+    "detached": ({"before": torch.detach}, "falls to chance at a large eps"),
 }
+"""What hides gradients, and a check that says so."""
+
 HONEST = {
     "adversarial": (conv, True),
     "batchnorm": (partial(conv, batchnorm=True), False),
@@ -610,22 +612,18 @@ def report_of(model, seed=0):
     square = QueryAttack(
         "square", classified(partial(torchattacks.Square, n_queries=200)), black_box=True, only_standing=True
     )
-    return evaluate_robustness(
-        model,
-        (data.test_images[:200], data.test_labels[:200]),
-        eps=(0.04, 0.08),
-        attacks=(*quick(30, 2), square),
-        seed=seed,
-    )
+    queries = data.test_images[:120], data.test_labels[:120]
+    return evaluate_robustness(model, queries, eps=(0.06, 0.1), attacks=(*quick(20, 2), square), seed=seed)
 
 
 @pytest.mark.slow
 class TestTrained:
     @pytest.mark.parametrize("mask", MASKS)
     def test_masked_model_is_flagged(self, plain, mask):
-        report = report_of(Masked(plain, **MASKS[mask]))
+        how, expected = MASKS[mask]
+        report = report_of(Masked(plain, **how))
         assert report.clean["recall_at_1"] > 0.5
-        assert report.flagged
+        assert expected in [check.name for check in report.flagged]
 
     @pytest.mark.parametrize("seed", range(2))
     def test_plain_model_is_not_flagged(self, plain, seed):
@@ -639,4 +637,4 @@ class TestTrained:
         torch.manual_seed(2)
         report = report_of(train(make(), adversarial))
         assert report.flagged == ()
-        assert report.worst_case(0.04) > (0.4 if adversarial else 0)
+        assert report.worst_case(0.06) > (0.4 if adversarial else 0)
