@@ -22,7 +22,7 @@ from ..attacks import AttackFactory
 from ..datasets import OpenSetSplit, digits
 from ..demo import MODELS, Measured, Settings, run, summary
 from ..errors import AdversarialError
-from ..evaluation.robustness import choose_queries
+from ..evaluation.run import choose_queries
 from ..plan import ROLES, parse_roles
 from .options import SETTINGS, named, radii, usable, usable_device
 
