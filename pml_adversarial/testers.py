@@ -116,7 +116,7 @@ class AdversarialTester(_Delegate):
         tester: Any,
         *,
         eps: float | Iterable[float],
-        attacks: str | Sequence[AnyAttack] = "quick",
+        attacks: str | Sequence[str | AnyAttack] = "quick",
         norm: str = "Linf",
         recall_at: Sequence[int] = (1,),
         normalization: Normalization | None = None,

@@ -185,11 +185,14 @@ def to_suite(attacks: str | Sequence[str | AnyAttack]) -> tuple[str, tuple[AnyAt
         name, make = SUITES[attacks]
         return name, make()
     known = {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}
-    members = tuple(known.get(attack, attack) if isinstance(attack, str) else attack for attack in attacks)
+    members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else a for a in attacks)
     names = [getattr(attack, "name", None) for attack in members]
     if not members or not all(isinstance(attack, AnyAttack) for attack in members) or len(set(names)) < len(names):
         found = ", ".join(str(getattr(attack, "name", repr(attack))) for attack in members) or "none"
-        raise InputError(f"attacks holds {found}; expected different ones of {', '.join(known)}, or objects.")
+        raise InputError(
+            f"attacks holds {found}; expected QueryAttack and GalleryAttack objects of different names, or some of "
+            f"{', '.join(known)}."
+        )
     return "custom", members
 
 
