@@ -8,10 +8,12 @@ Two lines in a working script::
 
 from .batch import Adversarial, Batch
 from .errors import AdversarialError, AttackError, CaptureError, InputError, PlanError, PluginError
+from .evaluation import Report, evaluate_robustness
 from .hookspecs import hookimpl
 from .losses import AdversarialLoss
 from .miners import AdversarialMiner
 from .plan import Plan
+from .testers import AdversarialTester
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,7 @@ __all__ = [
     "AdversarialError",
     "AdversarialLoss",
     "AdversarialMiner",
+    "AdversarialTester",
     "AttackError",
     "Batch",
     "CaptureError",
@@ -27,5 +30,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PluginError",
+    "Report",
+    "evaluate_robustness",
     "hookimpl",
 ]

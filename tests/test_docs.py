@@ -67,7 +67,8 @@ def test_record_is_documented(name):
 
 
 @pytest.mark.parametrize("page", [p for p in [ROOT / "README.md", *PAGES] if python_blocks(p)], ids=lambda p: p.name)
-def test_code_of_the_page_runs(page):
+def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": f"docs_{page.stem}"}
     for block in python_blocks(page):
         exec(compile(block, page, "exec"), namespace)

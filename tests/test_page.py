@@ -95,7 +95,7 @@ def example(query=3, shape=(1, 8, 8), eps=0.1, **changes):
     clean = torch.rand(*shape, generator=generator) * 0.6 + 0.2
     perturbed = clean + eps * torch.randint(-1, 2, shape, generator=generator)
     parts = {"query": query, "label": 7, "eps": eps, "attack": "margin", "clean": clean, "perturbed": perturbed}
-    found = {"before": neighbours(1, (7, 7, 2), shape), "after": neighbours(9, (2, 7, 5), shape)}
+    found = {"before": neighbours(1, (7, 7, 2), shape), "after": neighbours(9, (9, 7, 5), shape)}
     return Example(**{**parts, **found, **changes})
 
 
@@ -391,6 +391,15 @@ class TestCurves:
         figure, _ = charts(report())
         assert list(lines(figure))[-2:] == [("gallery worst", "worst (gallery)"), ("query worst", "worst (query)")]
 
+    @pytest.mark.parametrize("highest", [0.03, 0.2, 0.41, 0.99, 1.0])
+    def test_curves_fill_the_height_and_do_not_leave_it(self, highest):
+        tree = Tree(chart([Line("a", "query", True, ((0.0, highest), (0.1, 0.0)))], "Linf", "label")).root
+        levels = [float(line.attrs["y1"]) for line in tree.all("line", "grid")]
+        heights = [y for _, y in lines(tree)["query worst", "a"]]
+        assert min(levels) < 20
+        assert min(levels) - 0.1 <= min(heights) <= max(heights) == max(levels)
+        assert max(heights) - min(heights) > min(1, 4.9 * highest) * 0.5 * (max(levels) - min(levels))
+
     def test_chance_is_where_it_belongs(self):
         made = report()
         recall, precision = charts(made)
@@ -564,6 +573,11 @@ class TestEmbedding:
             for text, (eps, nmi) in zip(shown, attacked, strict=True)
         ]
 
+    def test_an_nmi_of_zero_is_one(self):
+        made = report(nmi=0.0)
+        made = replace(made, worst=tuple(replace(worst, nmi=0.0) for worst in made.worst))
+        assert render(made).count("percent</th>") == 1 + len(made.worst)
+
     def test_each_sign_is_explained(self):
         known = dict.fromkeys(
             ("mean_similarity", "mean_similarity_same", "mean_similarity_other", "effective_rank"), 0.5
@@ -605,7 +619,7 @@ class TestExamples:
         one = example()
         found = section(render(report(examples=(one,))), "Queries, before and after")
         marks = [[item.text.strip() for item in part.all("li")] for part in found.all("div", "finds")]
-        assert marks == [["✓ 7", "✓ 7", "✗ 2"], ["✗ 2", "✓ 7", "✗ 5"]]
+        assert marks == [["✓ 7", "✓ 7", "✗ 2"], ["✗ 9", "✓ 7", "✗ 5"]]
         assert [part.all("h3")[0].text for part in found.all("div", "finds")] == ["finds, clean", "finds, perturbed"]
         classes = [item.attrs["class"] for item in found.all("li")]
         assert classes == ["right", "right", "wrong", "wrong", "right", "wrong"]

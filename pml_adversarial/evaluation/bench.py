@@ -63,6 +63,10 @@ class Embedder:
             raise InputError(
                 f"The model gave {found} for {len(pixels)} images; expected embeddings ({len(pixels)}, D)."
             )
+        if pixels.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
+            embeddings = embeddings + 0 * pixels.flatten(1).sum(
+                1, keepdim=True
+            )  # a gradient of 0: the model gives none
         return embeddings
 
 
@@ -75,16 +79,27 @@ class Bench:
         gallery: None: the queries, each left out for itself.
         norm: "Linf" or "L2".
         normalization: ``(mean, std)`` if the model takes normalised inputs.
+        own: ``(Q,)`` the item of a given gallery that is the query itself, -1 for none; None: no query is in it.
+
+    Raises:
+        InputError: ``own`` of another length, without a gallery, or items that do not exist.
     """
 
     def __init__(
-        self, model: nn.Module, queries: Images, gallery: Images | None, norm: str, normalization: Normalization | None
+        self,
+        model: nn.Module,
+        queries: Images,
+        gallery: Images | None,
+        norm: str,
+        normalization: Normalization | None,
+        own: Sequence[int] | Tensor | None = None,
     ) -> None:
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.embed = Embedder(model, normalization)
         self.queries = ImageSet(queries, device, "queries")
         self.items = self.queries if gallery is None else ImageSet(gallery, device, "gallery")
-        self.leave_one_out = gallery is None
+        self.own = self._own(own, gallery is None)
+        self.leave_one_out = bool((self.own >= 0).any())
         self.norm = norm
         self.gallery: Gallery
 
@@ -92,8 +107,10 @@ class Bench:
         """From now on, these embeddings ``(G, D)`` of the gallery are searched.
 
         Raises:
-            InputError: there are no wrong items, or embeddings are not finite.
+            InputError: there are no wrong items, or embeddings are not finite or of another number.
         """
+        if len(embeddings) != len(self.items):
+            raise InputError(f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery.")
         _check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels)
         if len(self.gallery.classes) < 2:
@@ -101,8 +118,7 @@ class Bench:
 
     def sought(self, rows: Tensor) -> Sought:
         """What some queries are to find."""
-        own = rows if self.leave_one_out else torch.full_like(rows, -1)
-        return Sought(self.queries.labels[rows], own)
+        return Sought(self.queries.labels[rows], self.own[rows])
 
     def answerable(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
         """Rows of queries with a right item, and how many have none.
@@ -133,9 +149,23 @@ class Bench:
         images = self.queries.pixels(rows)
         sought = self.sought(rows)
         with torch.no_grad():
-            clean = self.gallery.embeddings[rows] if self.leave_one_out else self.embed(images)
+            known = bool((sought.own >= 0).all())
+            clean = self.gallery.embeddings[sought.own] if known else self.embed(images)
         _check_finite(clean)
         return Scene(self.embed, (self.embed.model,), self.gallery, self.items.pixels, images, clean, sought, self.norm)
+
+    def _own(self, own: Sequence[int] | Tensor | None, is_gallery: bool) -> Tensor:
+        device, count = self.queries.labels.device, len(self.queries)
+        if own is None:
+            return torch.arange(count, device=device) if is_gallery else torch.full((count,), -1, device=device)
+        found = torch.tensor(whole_numbers(own, "own"), dtype=torch.long, device=device)
+        exists = (found >= -1) & (found < len(self.items))
+        if is_gallery or len(found) != count or not bool(exists.all()):
+            raise InputError(
+                f"own holds {found.tolist()[:8]}...; expected for each of {count} queries the index of the item that "
+                "is the query itself, or -1, together with a gallery."
+            )
+        return found
 
 
 def _check_finite(embeddings: Tensor) -> None:

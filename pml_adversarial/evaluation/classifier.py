@@ -40,6 +40,10 @@ class RetrievalClassifier(nn.Module):
             self.scale = _LOGIT_SPREAD / self(images).std(1).median().clamp(min=1e-6).item()
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
+    def train(self, mode: bool = True) -> RetrievalClassifier:
+        """Nothing: the model's mode is not an attack's to change, and exported programs refuse to be asked."""
+        return self
+
     @property
     def num_classes(self) -> int:
         """Classes of the gallery."""
@@ -62,7 +66,9 @@ class RetrievalClassifier(nn.Module):
         similarities = unit(embeddings) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
-            similarities = similarities.scatter(1, own.unsqueeze(1), -1.0)  # no less than any similarity
+            place = torch.zeros_like(similarities, dtype=torch.bool)
+            place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
+            similarities = similarities.masked_fill(place, -1.0)  # no less than any similarity
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")

@@ -100,8 +100,8 @@ class Example:
     Attributes:
         query: its index.
         label: its label.
-        eps: radius.
-        attack: what broke it, or the last that it met.
+        eps: radius at which it broke, or the last that it met.
+        attack: what broke it, or "none".
         clean: ``(C, H, W)``.
         perturbed: ``(C, H, W)``.
         before: nearest items of the clean query, nearest first.
@@ -134,7 +134,7 @@ class Report:
         attacks: every attack at every eps.
         worst: the worst case per query at every eps, by target.
         collapse: signs that the embedding has collapsed, see `scores.collapse`.
-        nmi: without attack; None if not asked.
+        nmi: normalised mutual information of the queries' embeddings without attack; None if not asked.
         checks: see `checks`.
         settings: all that is needed to measure it again.
         versions: of the libraries.
@@ -226,7 +226,7 @@ class Report:
 def table(report: Report) -> str:
     """A report in lines of text, in percent."""
     names = list(report.clean)
-    heads = ["attack", "eps", *(_HEADS.get(name, name.replace("recall_at_", "R@")) for name in names), "passes", "s"]
+    heads = ["attack", "eps", *map(heading, names), "passes", "s"]
     rows = [["none", "", *_percent(report.clean, names), "", ""]]
     radii = sorted({result.eps for result in report.attacks})
     for eps in radii:
@@ -252,7 +252,13 @@ def table(report: Report) -> str:
     return "\n".join([*lines, "", *notes, *checks])
 
 
-_HEADS = {"map_at_r": "mAP@R", "r_precision": "R-prec"}
+def heading(measure: str) -> str:
+    """A measure's name in tables.
+
+    >>> heading("recall_at_4"), heading("map_at_r")
+    ('R@4', 'mAP@R')
+    """
+    return {"map_at_r": "mAP@R", "r_precision": "R-prec"}.get(measure, measure.replace("recall_at_", "R@"))
 
 
 def _percent(measures: Measures, names: list[str]) -> list[str]:

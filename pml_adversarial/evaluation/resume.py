@@ -114,7 +114,7 @@ def _fingerprints(bench: Bench) -> dict[str, str]:
     return {
         "model": _digest(bench.embed.model.state_dict().values()),
         "queries": _digest(_some_of(bench.queries)),
-        "gallery": "the queries" if bench.leave_one_out else _digest(_some_of(bench.items)),
+        "gallery": "the queries" if bench.items is bench.queries else _digest(_some_of(bench.items)),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
 from ..errors import InputError
@@ -76,6 +75,8 @@ def nmi(embeddings: Tensor, labels: Tensor) -> float:
     Raises:
         InputError: faiss is not installed.
     """
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # brings scikit-learn
+
     try:
         import faiss  # noqa: F401
     except ImportError as error:

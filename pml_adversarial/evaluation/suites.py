@@ -169,7 +169,7 @@ def momentum_pgd(
     """
 
     def attack(inputs: Tensor, labels: Tensor) -> Tensor:
-        point = within(inputs + eps * _in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
+        point = within(inputs + eps * in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
         best, highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
         direction = torch.zeros_like(inputs)
         for step in range(steps + 1):
@@ -188,7 +188,8 @@ def momentum_pgd(
     return attack
 
 
-def _in_ball(like_inputs: Tensor, norm: str) -> Tensor:
+def in_ball(like_inputs: Tensor, norm: str) -> Tensor:
+    """A random point of the unit ball per row."""
     if norm == "Linf":
         return 2 * torch.rand_like(like_inputs) - 1
     noise = torch.randn_like(like_inputs)

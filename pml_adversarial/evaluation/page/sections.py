@@ -8,7 +8,7 @@ from importlib import resources
 
 from torch import Tensor
 
-from ..report import AttackResult, Check, Example, Neighbour, Report, WorstCase
+from ..report import AttackResult, Check, Example, Neighbour, Report, WorstCase, heading
 from .charts import Line, chart, radius
 from .markup import Content, Markup, element, joined
 from .pictures import data_uri, magnified, small, visible
@@ -140,15 +140,13 @@ def _curve(report: Report, measure: str) -> Markup:
         for line in lines
         if line.worst
     )
-    label = f"{_heading(measure)} in percent against eps. {worst}."
+    label = f"{heading(measure)} in percent against eps. {worst}."
     chance = report.chance if measure == "recall_at_1" else None
     return element(
         "figure",
-        element("figcaption", element("b", _heading(measure)), ", percent"),
+        element("figcaption", element("b", heading(measure)), ", percent"),
         chart(lines, _norm(report), label, chance),
-        element(
-            "details", element("summary", "The same in numbers"), _numbers(_heading(measure), lines, _norm(report))
-        ),
+        element("details", element("summary", "The same in numbers"), _numbers(heading(measure), lines, _norm(report))),
     )
 
 
@@ -180,7 +178,7 @@ def _attacks(report: Report) -> Markup:
     names = list(report.clean)
     plain = [_column(text, None) for text in ("eps", "attack", "perturbs", "access")]
     costs = ("shift", "forward", "backward", "seconds")
-    heads = [*plain, *(_column(text) for text in (*map(_heading, names), *costs))]
+    heads = [*plain, *(_column(text) for text in (*map(heading, names), *costs))]
     empty = element("td")
     clean = element("tr", empty, _row_head("none"), empty, empty, _measured(report.clean, names), [empty] * 4)
     radii = sorted({result.eps for result in report.attacks} | {worst.eps for worst in report.worst})
@@ -343,10 +341,6 @@ def _cell(content: Content) -> Markup:
 
 def _measured(measures: Mapping[str, float], names: Sequence[str]) -> list[Markup]:
     return [_cell(_percent(measures[name])) for name in names]
-
-
-def _heading(measure: str) -> str:
-    return {"map_at_r": "mAP@R", "r_precision": "R-prec"}.get(measure, measure.replace("recall_at_", "R@"))
 
 
 def _norm(report: Report) -> str:

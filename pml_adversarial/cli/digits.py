@@ -1,9 +1,7 @@
-"""The command line: the main job on the embedded data, a table, two pictures and a JSON file."""
+"""The main job on the embedded data: a table, two pictures and a JSON file."""
 
 from __future__ import annotations
 
-import ast
-import difflib
 import inspect
 import json
 from collections.abc import Callable
@@ -14,77 +12,22 @@ from typing import Any
 import click
 import torch
 import torchattacks
+from click.core import ParameterSource
 from pytorch_metric_learning import losses, miners
 from torch import nn
 from torchattacks.attack import Attack as TorchAttack
 
-from . import figures
-from .attacks import AttackFactory
-from .datasets import OpenSetSplit, digits
-from .demo import MODELS, Measured, Settings, run, summary
-from .errors import AdversarialError
-from .evaluation.robustness import choose_queries
-from .plan import ROLES, parse_roles
+from .. import figures
+from ..attacks import AttackFactory
+from ..datasets import OpenSetSplit, digits
+from ..demo import MODELS, Measured, Settings, run, summary
+from ..errors import AdversarialError
+from ..evaluation.run import choose_queries
+from ..plan import ROLES, parse_roles
+from .options import SETTINGS, named, radii, usable, usable_device
 
 
-def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
-
-    Raises:
-        click.BadParameter: it does not read like that.
-    """
-    name, _, options = text.partition(":")
-    try:
-        call = ast.parse(f"f({options})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("expected key=value")
-        return name, {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise click.BadParameter(
-            f"{text!r} cannot be read; expected Name or Name:key=value,key=value with numbers or words, for example "
-            "TripletMarginLoss:margin=0.2 or BatchEasyHardMiner:pos_strategy=easy"
-        ) from error
-
-
-def _value(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
-
-
-def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
-    """The class named by ``text`` in ``module`` with its options, ready to be called.
-
-    Args:
-        module: where to look.
-        base: what the class must derive from.
-        text: see `parse_call`.
-        kind: for messages.
-        filled: options that are given where the class takes them and ``text`` does not say them.
-
-    Raises:
-        click.BadParameter: no such class, or it takes no such option.
-    """
-    name, options = parse_call(text)
-    classes = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, base) and not key.startswith(("Base", "Generic"))
-    }
-    if name not in classes:
-        close = difflib.get_close_matches(name, classes, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise click.BadParameter(f"no {kind} named {name!r}.{hint} There are: {', '.join(sorted(classes))}.")
-    taken = {key: value for key, value in filled.items() if key in inspect.signature(classes[name]).parameters}
-    made = partial(classes[name], **{**taken, **options})
-    unknown = set(options) - set(inspect.signature(classes[name].__init__).parameters)
-    accepts_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(classes[name].__init__).parameters.values())
-    if unknown and not accepts_more:
-        raise click.BadParameter(
-            f"{name} takes no {', '.join(sorted(unknown))}; it is {inspect.signature(classes[name])}."
-        )
-    return made
-
-
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(invoke_without_command=True, context_settings=SETTINGS)
 @click.option("--loss", default="MultiSimilarityLoss:alpha=2,beta=40,base=0.5", help="A PML loss, with its options.")
 @click.option("--miner", default=None, help="A PML tuple miner, with its options.  [default: none]")
 @click.option("--attack", default="PGD:steps=5", help="A torchattacks class to train against, with its options.")
@@ -116,7 +59,10 @@ def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Calla
     "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
 )
 @click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.pass_context
 def main(
+    context: click.Context,
+    /,
     loss: str,
     miner: str | None,
     attack: str,
@@ -136,25 +82,29 @@ def main(
 
     Some digits are for training, the others are never seen and serve as the test. Each test image is attacked as a
     query against all others; a query counts as robust if it survives every attack from every random start.
+
+    For a saved model and images of your own there is the command evaluate, with options of its own.
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     torch.set_num_threads(threads)
-    radii = _radii(eps)
     settings = Settings(
-        eps=radii,
-        perturb=_usable(lambda: parse_roles(perturb.split(",")), "--perturb"),
+        eps=radii(eps),
+        perturb=usable(lambda: parse_roles(perturb.split(",")), "--perturb"),
         seeds=tuple(range(seed, seed + seeds)),
-        device=_device(device),
+        device=usable_device(device),
         **numbers,
     )
-    data = _usable(lambda: digits(_classes(train_classes)), "--train-classes")
+    data = usable(lambda: digits(_classes(train_classes)), "--train-classes")
     classes = len(data.train_labels.unique())
     make_loss = named(losses, nn.Module, loss, "loss", num_classes=classes, embedding_size=64)
     make_miner: Callable[[], Any] = named(miners, nn.Module, miner, "miner") if miner else _no_miner
     factory = _training_attack(attack, train_eps)
     some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
-    _usable(lambda: make_loss()(*some), "--loss")
-    _usable(lambda: miner and make_miner()(*some), "--miner")
-    _usable(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    usable(lambda: make_loss()(*some), "--loss")
+    usable(lambda: miner and make_miner()(*some), "--miner")
+    usable(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
     try:
         measured = run(settings, make_loss, make_miner, factory, data, progress=not quiet)
     except AdversarialError as error:
@@ -220,6 +170,18 @@ def _training_attack(text: str, eps: float) -> AttackFactory:
     return partial(made, **{"eps": eps, **alpha, **given})
 
 
+def _refuse_options(context: click.Context) -> None:
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)} before {context.invoked_subcommand}: options of a command come after its name."
+        )
+
+
 def _no_miner() -> None:
     return None
 
@@ -229,25 +191,3 @@ def _classes(text: str) -> list[int]:
         return [int(value) for value in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{text!r}; expected digits with commas, such as 0,1,2") from error
-
-
-def _radii(text: str) -> tuple[float, ...]:
-    try:
-        radii = tuple(sorted({float(value) for value in text.split(",")}))
-    except ValueError as error:
-        raise click.BadParameter(f"--eps {text!r}; expected numbers with commas, such as 0.05,0.1") from error
-    if not all(0 < radius <= 1 for radius in radii):
-        raise click.BadParameter(f"--eps {text!r}; expected radii above 0 and up to 1.")
-    return radii
-
-
-def _device(name: str) -> str:
-    _usable(lambda: torch.zeros(1, device=name), "--device")
-    return name
-
-
-def _usable(make: Callable[[], Any], option: str) -> Any:
-    try:
-        return make()
-    except Exception as error:
-        raise click.BadParameter(str(error), param_hint=option) from error

@@ -1,0 +1,111 @@
+"""What the words of a command line mean: classes and functions with options, radii, devices."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Collection
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import click
+import torch
+
+SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""Of every command."""
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
+
+    Raises:
+        click.BadParameter: it does not read like that.
+    """
+    name, _, options = text.partition(":")
+    try:
+        call = ast.parse(f"f({options})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("expected key=value")
+        return name, {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise click.BadParameter(
+            f"{text!r} cannot be read; expected Name or Name:key=value,key=value with numbers or words, for example "
+            "TripletMarginLoss:margin=0.2 or BatchEasyHardMiner:pos_strategy=easy"
+        ) from error
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
+    """The class named by ``text`` in ``module`` with its options, ready to be called.
+
+    Args:
+        module: where to look.
+        base: what the class must derive from.
+        text: see `parse_call`.
+        kind: for messages.
+        filled: options that are given where the class takes them and ``text`` does not say them.
+
+    Raises:
+        click.BadParameter: no such class, or it takes no such option.
+    """
+    name, options = parse_call(text)
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and not key.startswith(("Base", "Generic"))
+    }
+    if name not in classes:
+        hint = did_you_mean(name, classes)
+        raise click.BadParameter(f"no {kind} named {name!r}.{hint} There are: {', '.join(sorted(classes))}.")
+    taken = {key: value for key, value in filled.items() if key in inspect.signature(classes[name]).parameters}
+    made = partial(classes[name], **{**taken, **options})
+    unknown = set(options) - set(inspect.signature(classes[name].__init__).parameters)
+    accepts_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(classes[name].__init__).parameters.values())
+    if unknown and not accepts_more:
+        raise click.BadParameter(
+            f"{name} takes no {', '.join(sorted(unknown))}; it is {inspect.signature(classes[name])}."
+        )
+    return made
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A sentence that offers the known name that is nearest, if one is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
+    """Radii with commas, as numbers or fractions, in ascending order.
+
+    >>> radii("8/255,0.01")
+    (0.01, 0.03137254901960784)
+    """
+    try:
+        found = tuple(sorted({float(Fraction(value.strip())) for value in text.split(",")}))
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise click.BadParameter(
+            f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
+        ) from error
+    if not all(0 < radius <= largest for radius in found):
+        up_to = f" and up to {largest:g}" if largest < float("inf") else ""
+        raise click.BadParameter(f"{text!r}; expected radii above 0{up_to}.", param_hint="--eps")
+    return found
+
+
+def usable_device(name: str) -> str:
+    """The same name, of a device that can be used."""
+    usable(lambda: torch.zeros(1, device=name).item(), "--device")
+    return name
+
+
+def usable(make: Callable[[], Any], option: str) -> Any:
+    """What ``make`` gives; whatever it raises is said of the option."""
+    try:
+        return make()
+    except Exception as error:
+        raise click.BadParameter(str(error).partition("\n")[0], param_hint=option) from error
