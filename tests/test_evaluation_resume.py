@@ -178,6 +178,14 @@ class TestBelongsToOneEvaluation:
         with pytest.raises(InputError, match=f"holds parts of another evaluation: {named} differ. Use another folder"):
             evaluated(tmp_path, **changed)
 
+    def test_other_known_embeddings_are_refused(self, tmp_path):
+        known = torch.randn(24, 6)
+        evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=known)
+        with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
+            evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=-known)
+        with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
+            evaluated(tmp_path, gallery=images_of(seed=1))
+
     def test_one_changed_image_among_few_is_noticed(self, tmp_path):
         evaluated(tmp_path)
         images, labels = images_of()

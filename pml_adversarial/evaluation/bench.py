@@ -116,6 +116,21 @@ class Bench:
         if len(self.gallery.classes) < 2:
             raise InputError("All items of the gallery have one label; expected at least two, else nothing is wrong.")
 
+    def known(self, embeddings: Tensor) -> Tensor:
+        """Embeddings of the gallery ``(G, D)`` that were not made here, on the model's device.
+
+        Raises:
+            InputError: the model's have another dimension.
+        """
+        with torch.no_grad():
+            ours = self.embed(self.queries.pixels([0]))
+        if embeddings.ndim != 2 or embeddings.shape[1] != ours.shape[1]:
+            raise InputError(
+                f"gallery_embeddings are {tuple(embeddings.shape)}; expected ({len(self.items)}, {ours.shape[1]}), as "
+                "the model gives them."
+            )
+        return embeddings.to(self.items.labels.device)
+
     def sought(self, rows: Tensor) -> Sought:
         """What some queries are to find."""
         return Sought(self.queries.labels[rows], self.own[rows])

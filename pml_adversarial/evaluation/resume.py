@@ -32,13 +32,19 @@ class Folder:
         settings: of the evaluation, in JSON's types.
         bench: what is evaluated.
         attacks: by which attacks.
+        known: embeddings of the gallery that were given.
 
     Raises:
         InputError: the folder holds parts of another evaluation.
     """
 
     def __init__(
-        self, path: str | Path | None, settings: Mapping[str, Any], bench: Bench, attacks: Sequence[object]
+        self,
+        path: str | Path | None,
+        settings: Mapping[str, Any],
+        bench: Bench,
+        attacks: Sequence[object],
+        known: Tensor | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self._device = bench.queries.device
@@ -46,6 +52,8 @@ class Folder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         own = {**settings, **_fingerprints(bench), "strength": description(attacks)}
+        if known is not None:
+            own["gallery_embeddings"] = _digest([known])
         note = self.path / "evaluation.json"
         if not note.exists():
             unfinished = note.with_suffix(".unfinished")

@@ -101,8 +101,8 @@ def evaluate_robustness(
     }
     with isolated(model), random_stream(seed, -1):
         bench = Bench(model, queries, gallery, norm, normalization, own)
-        folder = Folder(resume, settings, bench, members)
-        known = None if gallery_embeddings is None else gallery_embeddings.to(bench.items.labels.device)
+        folder = Folder(resume, settings, bench, members, gallery_embeddings)
+        known = None if gallery_embeddings is None else bench.known(gallery_embeddings)
         bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)) if known is None else known)
         rows, left_out = bench.answerable(subset)
         members = tuple(attack for attack in members if attack.num_classes <= len(bench.gallery.classes))
