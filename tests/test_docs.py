@@ -57,6 +57,36 @@ def test_figures_are_those_of_the_committed_run():
         assert f"| {kind} | {' | '.join(in_percent(runs[0]['models'][kind]))} |" in readme
 
 
+def test_figures_of_omniglot_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "omniglot.json").read_text(encoding="utf-8"))
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    plain, adversarial = (rows_of(found[name]) for name in ("plain", "adversarial"))
+    for line, value in plain.items():
+        assert f"| {line} | {value:.1f} | {adversarial[line]:.1f} |" in page
+    for model in found.values():
+        assert all(check["passed"] for check in model["report"]["checks"])
+        ours = model["worst_case"]
+        for peer in model["peers"].values():
+            assert all(ours <= left for left in peer["recall_at_1_under"].values())
+            assert not any(peer["broken_by_it_alone"].values())
+
+
+def rows_of(model):
+    report, published, corrected = model["report"], model["peers"]["published"], model["peers"]["corrected"]
+    low, high = sorted({attack["eps"] for attack in report["attacks"]})
+    worst = {worst["eps"]: worst["measures"]["recall_at_1"] for worst in report["worst"] if worst["target"] == "query"}
+    rows = {"without attack": report["clean"]["recall_at_1"]}
+    rows |= {f"**worst case per query**, {255 * eps:.0f}/255": worst[eps] for eps in (low, high)}
+    for attack in report["attacks"]:
+        if attack["target"] == "query" and attack["eps"] == high:
+            rows[f"`{attack['attack']}`, 26/255"] = attack["measures"]["recall_at_1"]
+    rows["ES:R as published, 26/255"] = published["recall_at_1_under"]["ES:R"]
+    for name, peer in (("as published", published), ("corrected", corrected)):
+        rows |= {f"{score} {name}": peer["recall_at_1_under"][score] for score in ("LTM", "GTM")}
+    rows = {line: 100 * value for line, value in rows.items()}
+    return {**rows, "(ERS as published, a score out of 100)": published["ers"], "(ERS corrected)": corrected["ers"]}
+
+
 def in_percent(model):
     return [f"{100 * value:.1f}" for value in (model["recall_at_1"], model["map_at_r"], *model["worst_case"].values())]
 

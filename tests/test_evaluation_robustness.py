@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import Dataset, TensorDataset
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation import evaluate_robustness, scores
 from pml_adversarial.evaluation.bench import Embedder
 from pml_adversarial.evaluation.suites import (
     GalleryAttack,
@@ -169,8 +169,9 @@ class TestRecomputed:
         assert 0 < len(report.examples) <= 8
         for example in report.examples:
             assert example.label == labels[example.query]
-            fallen = [w.eps for w in report.worst if w.standing[example.query] == "0" and w.eps <= EPS[1]]
-            assert example.eps == min(fallen, default=EPS[1])
+            broken_at = [w.eps for w in report.worst if w.eps <= EPS[1] and w.standing[example.query] == "0"]
+            assert example.eps == min(broken_at, default=EPS[1])
+            assert (example.attack == "none") == (not broken_at)
             assert torch.equal(example.clean, images[example.query])
             assert (example.perturbed - example.clean).abs().max() <= example.eps + 1e-6
             for image, found in ((example.clean, example.before), (example.perturbed, example.after)):
@@ -382,6 +383,24 @@ class TestQueriesAndSubsets:
     def test_nmi(self):
         report = evaluated(attacks=(MARGIN,), nmi=True)
         assert 0 < report.worst[-1].nmi < report.nmi <= 1
+        (images, labels), model = images_of(), network()
+        some = evaluated(model, (images, labels), attacks=(MARGIN,), nmi=True, subset=range(0, 24, 2)).nmi
+        assert some == pytest.approx(scores.nmi(normalize(embedded(model, images))[::2], labels[::2]))
+
+    def test_attacks_by_name(self):
+        report = evaluated(attacks=["shift", quick(steps=3, restarts=1)[0]])
+        assert [result.attack for result in report.attacks] == ["shift", "margin"] * len(EPS)
+        assert report.suite == "custom"
+
+    def test_an_exported_program_as_torch_loads_it(self):
+        (images, labels), model = images_of(), network().eval()
+        batch = {0: torch.export.Dim("batch")}
+        program = torch.export.export(model, (images,), dynamic_shapes=(batch,)).module()
+        attacks = ["apgd-ce"]  # torchattacks asks for the mode, and the program refuses
+        exported, plain = (evaluated(m, (images, labels), attacks=attacks, eps=0.05) for m in (program, model))
+        assert exported.worst_case(0.05) == pytest.approx(plain.worst_case(0.05), abs=1 / 24)
+        assert exported.worst_case(0.05) < exported.clean["recall_at_1"]
+
         assert evaluated(attacks=(MARGIN,)).nmi is None
 
     def test_attacks_that_need_more_classes_than_there_are_sit_out(self):
@@ -537,7 +556,7 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"attacks='hard'; expected one of standard, quick, or a list"):
             evaluated(attacks="hard")
 
-    @pytest.mark.parametrize("attacks", [[], [3], [MARGIN, MARGIN], [MARGIN, "margin"], [MARGIN, "hard"]])
+    @pytest.mark.parametrize("attacks", [[], [3], [MARGIN, MARGIN], [MARGIN, "shifty"], ["shift", "shift"]])
     def test_attacks(self, attacks):
         with pytest.raises(InputError, match="expected QueryAttack and GalleryAttack objects of different names"):
             evaluated(attacks=attacks)
