@@ -231,7 +231,9 @@ class TestStrength:
         probe = probe_of(Front(), pictures)
         broken = set(probe.picked[probe.broken(EPS, 40, "by hand")].tolist())
         suite = "".join("0" if i in broken else mark for i, mark in enumerate(marks))
-        assert checks.has_converged(probe_of(Front(), pictures, [result(standing=suite)])).passed
+        passed, line = checks.has_converged(probe_of(Front(), pictures, [result(standing=suite)]))
+        assert passed
+        assert f"the suite: {len(broken)} of" in line
         passed, line = checks.has_converged(probe_of(Front(), pictures, [result(standing=marks)]))
         assert passed is False
         assert "the suite: 0 of" in line
@@ -371,6 +373,16 @@ class TestGradients:
         passed, line = checks.has_gradients(probe_of(steep, pictures, [result(standing="0" * 80, eps=0.01)]))
         assert passed is False
         assert "0 of 64 queries have none; 0 are blind to noise of eps 0.01" in line
+
+    def test_blind_only_to_small_noise(self, pictures):
+        """Every other pixel matters by its small and cut-off distance from a grey level, the others by their value."""
+        every_other = torch.arange(16).view(4, 4) % 2 > 0
+        front = Front(lambda x: torch.where(every_other, 8 * (x - (16 * x).round() / 16).detach(), x))
+        bench = bench_of(front, pictures)
+        probe = Probe(bench, torch.arange(80), "1" * 80, [result(standing="0" * 80, eps=0.01)], 0, 128)
+        passed, line = checks.has_gradients(probe)
+        assert passed is False
+        assert ", 0 of 0.5; 50 % of pixels have none" in line
 
     def test_opposite(self, pictures):
         passed, line = checks.gradients_are_true(probe_of(Front(reverse), pictures))
