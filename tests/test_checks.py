@@ -273,6 +273,11 @@ class TestStrength:
         monkeypatch.setattr(checks, "climb", lambda scene, eps, steps: scene.images)
         assert (checks._planted(probe.scenes[0], EPS) == 0).all()
 
+    def test_directions_end_at_the_border_of_the_unit_ball(self):
+        direction = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]]])
+        assert checks._directed(direction, "Linf").tolist() == [[[1, -1]], [[0, 0]]]
+        torch.testing.assert_close(checks._directed(direction, "L2"), direction / 5)
+
 
 class TestBlackBox:
     def ask(self, pictures, white, black):
@@ -362,6 +367,15 @@ class TestGradients:
         assert line.startswith("0 of 64 queries have none")
         assert line.endswith("75 % of pixels have none")
 
+    @pytest.mark.parametrize(("cut", "expected"), [(6, True), (10, False)])
+    def test_blind_means_to_more_than_half(self, pictures, cut, expected):
+        front = Front(cut_where(lambda x: torch.arange(16).view(4, 4) < cut))
+        front.linear = nn.Identity()  # all pixels matter alike
+        passed, line = checks.has_gradients(probe_of(front, pictures))
+        near, far = int(line.split("; ")[1].split()[0]), int(line.split(", ")[1].split()[0])
+        assert passed is expected
+        assert (near < 4 and far < 20) if expected else (near > 60 and far > 44)
+
     def test_pixels_that_do_not_matter_need_none(self, pictures):
         passed, line = checks.has_gradients(
             probe_of(Front(lambda x: x * (torch.arange(16).view(4, 4) % 4 > 1)), pictures)
@@ -389,6 +403,10 @@ class TestGradients:
         passed, line = checks.gradients_are_true(probe_of(Front(reverse), pictures))
         assert passed is False
         assert line.endswith(" 0 of 64 queries")
+
+    def test_opposite_off_the_grey_levels(self, pictures):
+        front = Front(lambda x: torch.where(off_grid(1e-6)(x), reverse(x), x))
+        assert checks.gradients_are_true(probe_of(front, pictures)).passed is False
 
     def test_of_ripples(self, pictures):
         rippled = Front(lambda x: x + 0.01 * torch.sin(1000 * x))
@@ -420,6 +438,10 @@ class TestAnswers:
         probe = probe_of(Front(lambda x: x + 0.02 * torch.randn_like(x)), pictures)
         assert checks.answers_alike(probe).passed is False
 
+    def test_random_in_large_batches(self, pictures):
+        probe = probe_of(Front(after=lambda e: e + 0.1 * (len(e) > 40) * torch.randn_like(e)), pictures)
+        assert checks.answers_alike(probe).passed is False
+
     def test_rounding_is_not_random(self, pictures):
         probe = probe_of(Front(after=lambda e: e + 1e-6 * torch.randn_like(e)), pictures)
         passed, line = checks.answers_alike(probe)
@@ -445,18 +467,19 @@ class TestAnswers:
         assert passed
         assert line.startswith("rounding may decide 0 of 64")
 
-    @pytest.mark.parametrize("scale", [1e-6, 1e-4])
+    @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
     def test_collapsed(self, pictures, scale):
-        far = Front(after=lambda e: scale * e + torch.ones(6))
-        bench = bench_of(far, pictures)
-        probe = Probe(bench, torch.arange(80), "1" * 80, [result(standing="0" * 80)], 0, 128)
+        """Among them margins above 0, but below the rounding of cosines."""
+        probe = probe_of(Front(after=lambda e: scale * e + torch.ones(6)), pictures)
         assert checks.is_not_collapsed(probe).passed is False
 
-    def test_collapsed_by_a_coarse_type(self, pictures):
-        near = Front(after=lambda e: (e + 300).bfloat16())
-        bench = bench_of(near, pictures)
-        probe = Probe(bench, torch.arange(80), "1" * 80, [result(standing="0" * 80)], 0, 128)
-        assert checks.is_not_collapsed(probe).passed is False
+    @pytest.mark.parametrize(("offset", "expected"), [(0, True), (80, False)])
+    def test_collapsed_by_a_coarse_type(self, pictures, offset, expected):
+        """Margins are above the rounding of cosines, but below that of embeddings."""
+        probe = probe_of(Front(after=lambda e: (e + offset).bfloat16()), pictures)
+        passed, line = checks.is_not_collapsed(probe)
+        assert passed is expected
+        assert float(line.split()[-1]) > 2e-6
 
     def test_attacks_that_do_nothing(self, pictures):
         results = [
@@ -465,7 +488,7 @@ class TestAnswers:
             result(standing="0" * 80, eps=0.01),
         ]
         assert checks.moves_embeddings(probe_of(Front(), pictures, results)).passed
-        assert checks.moves_embeddings(probe_of(Front(), pictures, results[:1])).passed is False
+        assert checks.moves_embeddings(probe_of(Front(), pictures, [results[0], results[2]])).passed is False
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ MOST = 0.9
 """Share of the queries for which the gradients of an honest model lead to what is there."""
 
 _ENOUGH = 10  # of fewer queries nothing is evidence: ten coins fall alike once in a thousand times
-_DRAWS = 10  # of random noise
+_DRAWS = 10  # of noise, and of roundings
 _SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of eps
 
 
@@ -471,12 +471,17 @@ def _differences(scene: Scene) -> Tensor:
 
 
 def _decided(scene: Scene, precision: float) -> Tensor:
-    """``(Q, 2)`` by how much the right item is nearer, and how much of that may be rounding, of pixels or cosines."""
-    toward, clean = _toward(scene, scene.clean), _embed(scene, scene.images)
-    nudge = precision * torch.randn_like(scene.images).sign()
-    change = (_moved(scene, scene.images, clean, nudge) * toward).sum(1).abs()
-    rounding = 8 * torch.finfo(clean.dtype).eps
-    return torch.stack([-(unit(scene.clean) * toward).sum(1), change.clamp(min=rounding)], 1)
+    """``(Q, 2)`` by how much the right item is nearer, and how much of that rounding of embeddings or cosines may be."""
+    wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
+    vectors = torch.stack([unit(scene.clean), scene.gallery.embeddings[right], scene.gallery.embeddings[wrong]])
+
+    def margin(query: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+        return (query * (right - wrong)).sum(1)
+
+    exact = margin(*vectors)
+    rounded = [margin(*(vectors * (1 + precision * (torch.rand_like(vectors) - 0.5)))) for _ in range(_DRAWS)]
+    change = (torch.stack(rounded) - exact).abs().amax(0)
+    return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps)], 1)
 
 
 def _marked(standing: str) -> Tensor:
