@@ -411,6 +411,13 @@ class TestGradients:
         rippled = Front(lambda x: x + 0.01 * torch.sin(1000 * x))
         assert checks.gradients_are_true(probe_of(rippled, pictures)).passed is False
 
+    def test_that_are_true_of_large_steps_alone(self, pictures):
+        """A rising staircase whose stairs fall, with the gradient of a ramp."""
+        stairs = Front(lambda x: x + 2 * ((50 * x).round() / 50 - x).detach())
+        passed, line = checks.gradients_are_true(probe_of(stairs, pictures))
+        assert passed is False
+        assert line.startswith("a step of 0.0013 ")
+
     def test_not_asked_where_steps_change_nothing(self, pictures):
         passed, line = checks.gradients_are_true(probe_of(Front(torch.detach), pictures))
         assert passed is None

@@ -469,7 +469,7 @@ def _differences(scene: Scene) -> Tensor:
 
 
 def _decided(scene: Scene, precision: float) -> Tensor:
-    """``(Q, 2)`` by how much the right item is nearer, and how much of that rounding of embeddings or cosines may be."""
+    """``(Q, 2)`` by how much the right item is nearer, and how much rounding, of embeddings or cosines, may be."""
     wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
     vectors = torch.stack([unit(scene.clean), scene.gallery.embeddings[right], scene.gallery.embeddings[wrong]])
 
