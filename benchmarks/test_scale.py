@@ -26,16 +26,8 @@ from torch import Tensor, nn
 
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.retrieval import Gallery
-from pml_adversarial.evaluation.suites import (
-    AnyAttack,
-    GalleryAttack,
-    QueryAttack,
-    classified,
-    nearest_wrong,
-    promotion,
-    raising,
-    toward_nearest_wrong,
-)
+from pml_adversarial.evaluation.scene import AnyAttack, GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.suites import classified, nearest_wrong, promotion, raising, toward_nearest_wrong
 
 ITEMS, CLASSES, SHAPE, EPS, PAIRS = 60_502, 11_316, (1, 16, 32), 0.02, 3
 

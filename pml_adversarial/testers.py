@@ -16,7 +16,7 @@ from .errors import InputError
 from .evaluation.bench import whole_numbers
 from .evaluation.report import TARGETS, Report
 from .evaluation.robustness import check_options, evaluate_robustness, to_radii, to_suite
-from .evaluation.suites import AnyAttack
+from .evaluation.scene import AnyAttack
 from .isolation import isolated
 from .pixels import Normalization, PixelSpace
 

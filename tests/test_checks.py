@@ -15,7 +15,8 @@ from pml_adversarial.evaluation import checks, evaluate_robustness
 from pml_adversarial.evaluation.bench import Bench
 from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, Probe, run_checks
 from pml_adversarial.evaluation.report import AttackResult, Report
-from pml_adversarial.evaluation.suites import QueryAttack, classified, quick
+from pml_adversarial.evaluation.scene import QueryAttack
+from pml_adversarial.evaluation.suites import classified, quick
 
 EPS = 0.08
 

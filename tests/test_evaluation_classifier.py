@@ -8,9 +8,11 @@ import torch
 import torchattacks
 from scenes import bench_of, embedded, images_of, network
 
+from pml_adversarial.evaluation.ascent import within
 from pml_adversarial.evaluation.classifier import RetrievalClassifier, apart
 from pml_adversarial.evaluation.retrieval import Gallery, Sought
-from pml_adversarial.evaluation.suites import QueryAttack, classified, within
+from pml_adversarial.evaluation.scene import QueryAttack
+from pml_adversarial.evaluation.suites import classified
 
 EPS = 0.05
 

@@ -9,14 +9,8 @@ from scenes import images_of, network
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.report import SCHEMA, Check
-from pml_adversarial.evaluation.suites import (
-    GalleryAttack,
-    QueryAttack,
-    nearest_wrong,
-    promotion,
-    raising,
-    toward_nearest_wrong,
-)
+from pml_adversarial.evaluation.scene import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.suites import nearest_wrong, promotion, raising, toward_nearest_wrong
 
 
 @pytest.fixture(scope="module")

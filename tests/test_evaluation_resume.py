@@ -17,7 +17,8 @@ from scenes import images_of, network
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.resume import description
-from pml_adversarial.evaluation.suites import QueryAttack, embedding_shift, quick, raising
+from pml_adversarial.evaluation.scene import QueryAttack
+from pml_adversarial.evaluation.suites import embedding_shift, quick, raising
 
 ATTACKS = quick(steps=4, restarts=2)
 

@@ -18,9 +18,8 @@ from torch.utils.data import Dataset, TensorDataset
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness, scores
 from pml_adversarial.evaluation.bench import Embedder
+from pml_adversarial.evaluation.scene import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.suites import (
-    GalleryAttack,
-    QueryAttack,
     classified,
     demotion,
     embedding_shift,

@@ -9,21 +9,19 @@ import torch
 from scenes import bench_of, embedded, images_of, network
 from torch import nn
 
+from pml_adversarial.evaluation.ascent import momentum_pgd, within
 from pml_adversarial.evaluation.retrieval import unit
+from pml_adversarial.evaluation.scene import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.suites import (
     SUITES,
-    GalleryAttack,
-    QueryAttack,
     demotion,
     embedding_shift,
-    momentum_pgd,
     nearest_right,
     nearest_wrong,
     promotion,
     raising,
     toward_nearest_wrong,
     toward_wrong_class,
-    within,
 )
 from pml_adversarial.objective import Objective
 

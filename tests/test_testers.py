@@ -26,14 +26,8 @@ from pml_adversarial import AdversarialTester, InputError, evaluate_robustness
 from pml_adversarial.evaluation import Gallery
 from pml_adversarial.evaluation.classifier import RetrievalClassifier
 from pml_adversarial.evaluation.retrieval import Sought
-from pml_adversarial.evaluation.suites import (
-    QueryAttack,
-    embedding_shift,
-    quick,
-    raising,
-    standard,
-    toward_nearest_wrong,
-)
+from pml_adversarial.evaluation.scene import QueryAttack
+from pml_adversarial.evaluation.suites import embedding_shift, quick, raising, standard, toward_nearest_wrong
 
 EPS = 0.04
 AS_PML_CALLS_IT = {

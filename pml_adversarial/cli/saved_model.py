@@ -17,7 +17,8 @@ from torch import nn
 from ..datasets import images_from, same_classes
 from ..errors import AdversarialError
 from ..evaluation import evaluate_robustness
-from ..evaluation.suites import SUITES, AnyAttack
+from ..evaluation.scene import AnyAttack
+from ..evaluation.suites import SUITES
 from ..loading import check_model, load_model
 from ..pixels import Normalization, PixelSpace
 from .options import SETTINGS, did_you_mean, parse_call, radii, usable, usable_device

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..pixels import Normalization, PixelSpace
 from .images import Images, ImageSet
 from .retrieval import Gallery, Sought
-from .suites import Scene
+from .scene import Scene
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:

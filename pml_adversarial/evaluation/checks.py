@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ..isolation import random_stream
+from .ascent import in_ball, like, momentum_pgd, within
 from .bench import Bench
 from .report import AttackResult, Check
 from .retrieval import Gallery, Sought, chunks, unit
-from .suites import Scene, in_ball, like, momentum_pgd, toward_nearest_wrong, within
+from .scene import Scene
+from .suites import toward_nearest_wrong
 
 SAMPLE = 64
 """Queries that are asked, at most."""

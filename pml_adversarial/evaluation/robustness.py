@@ -23,7 +23,8 @@ from .report import Report
 from .resume import Folder
 from .retrieval import chunks
 from .run import Run, examples_of, joined, marks, means
-from .suites import SUITES, AnyAttack
+from .scene import AnyAttack
+from .suites import SUITES
 
 NORMS = ("Linf", "L2")
 

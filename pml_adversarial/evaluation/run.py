@@ -15,11 +15,12 @@ from torch import Tensor
 from ..isolation import random_stream
 from ..plan import rank_in_group
 from . import scores
+from .ascent import like
 from .bench import Bench
 from .report import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .retrieval import embed_all, unit
+from .scene import AnyAttack, Scene
 from .scores import PerQuery
-from .suites import AnyAttack, Scene, like
 
 Part = dict[str, Any]
 """What is known of a chunk, in tensors: per-query measures, costs, and what is to be shown."""
