@@ -408,9 +408,11 @@ class TestGradients:
         front = Front(lambda x: torch.where(off_grid(1e-6)(x), reverse(x), x))
         assert checks.gradients_are_true(probe_of(front, pictures)).passed is False
 
-    def test_of_ripples(self, pictures):
+    @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.08), ("L2", 0.3)])
+    def test_of_ripples(self, pictures, norm, eps):
         rippled = Front(lambda x: x + 0.01 * torch.sin(1000 * x))
-        assert checks.gradients_are_true(probe_of(rippled, pictures)).passed is False
+        results = [result(standing="0" * 80, eps=eps)]
+        assert checks.gradients_are_true(probe_of(rippled, pictures, results, norm=norm)).passed is False
 
     def test_that_are_true_of_large_steps_alone(self, pictures):
         """A rising staircase whose stairs fall, with the gradient of a ramp."""
