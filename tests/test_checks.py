@@ -408,9 +408,19 @@ class TestGradients:
         front = Front(lambda x: torch.where(off_grid(1e-6)(x), reverse(x), x))
         assert checks.gradients_are_true(probe_of(front, pictures)).passed is False
 
-    def test_of_ripples(self, pictures):
-        rippled = Front(lambda x: x + 0.01 * torch.sin(1000 * x))
-        assert checks.gradients_are_true(probe_of(rippled, pictures)).passed is False
+    @pytest.mark.parametrize(("norm", "eps", "height", "waves"), [("Linf", 0.08, 0.01, 1000), ("L2", 0.3, 0.005, 600)])
+    def test_of_ripples(self, pictures, norm, eps, height, waves):
+        """In l2, a step along the gradient itself would be made of the few pixels in which it is steep and true."""
+        rippled = Front(lambda x: x + height * torch.sin(waves * x))
+        results = [result(standing="0" * 80, eps=eps)]
+        assert checks.gradients_are_true(probe_of(rippled, pictures, results, norm=norm)).passed is False
+
+    def test_that_are_true_of_large_steps_alone(self, pictures):
+        """A rising staircase whose stairs fall, with the gradient of a ramp."""
+        stairs = Front(lambda x: x + 2 * ((50 * x).round() / 50 - x).detach())
+        passed, line = checks.gradients_are_true(probe_of(stairs, pictures))
+        assert passed is False
+        assert line.startswith("a step of 0.0013 ")
 
     def test_not_asked_where_steps_change_nothing(self, pictures):
         passed, line = checks.gradients_are_true(probe_of(Front(torch.detach), pictures))
