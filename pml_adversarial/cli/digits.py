@@ -22,7 +22,7 @@ from ..attacks import AttackFactory
 from ..datasets import OpenSetSplit, digits
 from ..demo import MODELS, Measured, Settings, run, summary
 from ..errors import AdversarialError
-from ..evaluation.run import choose_queries
+from ..evaluation.run import choose_queries, marked
 from ..plan import ROLES, parse_roles
 from .options import SETTINGS, named, radii, usable, usable_device
 
@@ -144,18 +144,14 @@ def _draw(report: dict[str, Any], measured: list[Measured], data: OpenSetSplit, 
         for kind, m in report["models"].items()
     }
     labels = data.test_labels
-    same = (labels.unsqueeze(0) == labels.unsqueeze(1)).float().sum(1) - 1
-    chance = float((same / (len(labels) - 1)).mean())
-    figures.recall_curves(curves, chance, output / "recall_against_eps.png")
+    figures.recall_curves(curves, measured[0].report.chance, output / "recall_against_eps.png")
     first = {m.kind: m for m in measured[: len(MODELS)]}
     shown = len(report["settings"]["eps"]) // 2
     eps = report["settings"]["eps"][shown]
     attacked = {kind: (m.model.cpu(), m.report.attacked[eps].cpu()) for kind, m in first.items() if m.report.attacked}
     plain = first["plain"].report
-    before, after = (
-        torch.tensor([mark == "1" for mark in marks]) for marks in (plain.clean_standing, plain.worst[shown].standing)
-    )
-    queries = choose_queries(labels, before & ~after, 5).tolist()
+    fell = marked(plain.clean_standing) & ~marked(plain.worst[shown].standing)
+    queries = choose_queries(labels, fell, 5).tolist()
     figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
 
 

@@ -18,7 +18,7 @@ from ..datasets import images_from, same_classes
 from ..errors import AdversarialError
 from ..evaluation import evaluate_robustness
 from ..evaluation.scene import AnyAttack
-from ..evaluation.suites import SUITES
+from ..evaluation.suites import SUITES, by_name
 from ..loading import check_model, load_model
 from ..pixels import Normalization, PixelSpace
 from .options import SETTINGS, did_you_mean, parse_call, radii, usable, usable_device
@@ -142,7 +142,7 @@ def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
 
 def _attacks(text: str) -> list[AnyAttack]:
     """Attacks of the suites by their names."""
-    known = {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}
+    known = by_name()
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:

@@ -55,18 +55,17 @@ class Embedder:
         Raises:
             InputError: the model gives something else.
         """
+        with_gradient = pixels.requires_grad and torch.is_grad_enabled()
         self.forward_passes += len(pixels)
-        self.backward_passes += len(pixels) * (pixels.requires_grad and torch.is_grad_enabled())
+        self.backward_passes += len(pixels) * with_gradient
         embeddings = self.model(self._space.to_inputs(pixels))
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pixels):
             found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
             raise InputError(
                 f"The model gave {found} for {len(pixels)} images; expected embeddings ({len(pixels)}, D)."
             )
-        if pixels.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
-            embeddings = embeddings + 0 * pixels.flatten(1).sum(
-                1, keepdim=True
-            )  # a gradient of 0: the model gives none
+        if with_gradient and not embeddings.requires_grad:  # the model gives none, which is a gradient of 0
+            embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings
 
 

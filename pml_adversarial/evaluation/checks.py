@@ -25,6 +25,7 @@ from .ascent import in_ball, like, momentum_pgd, within
 from .bench import Bench
 from .report import AttackResult, Check
 from .retrieval import Gallery, Sought, chunks, unit
+from .run import marked
 from .scene import Scene
 from .suites import toward_nearest_wrong
 
@@ -99,7 +100,7 @@ class Probe:
         self, bench: Bench, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
     ) -> None:
         self.bench, self.results, self.seed = bench, results, seed
-        right = _marked(clean_standing).nonzero().squeeze(1)
+        right = marked(clean_standing).nonzero().squeeze(1)
         self.num_right = len(right)
         with random_stream(seed, _stream("sample")):
             self.picked = right[torch.randperm(len(right))[:SAMPLE]].sort().values
@@ -136,7 +137,7 @@ class Probe:
         left = torch.ones(len(self.results[0].standing), dtype=torch.bool)
         for result in chosen:
             if result.eps == eps:
-                left &= _marked(result.standing)
+                left &= marked(result.standing)
         return left
 
     def each(self, ask: Callable[[Scene], Tensor], stream: str) -> Tensor:
@@ -482,10 +483,6 @@ def _decided(scene: Scene, precision: float) -> Tensor:
     rounded = [margin(*(vectors * (1 + precision * (torch.rand_like(vectors) - 0.5)))) for _ in range(_DRAWS)]
     change = (torch.stack(rounded) - exact).abs().amax(0)
     return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps)], 1)
-
-
-def _marked(standing: str) -> Tensor:
-    return torch.tensor([mark == "1" for mark in standing], dtype=torch.bool)
 
 
 def _stream(name: str) -> int:

@@ -24,7 +24,7 @@ from .resume import Folder
 from .retrieval import chunks
 from .run import Run, examples_of, joined, marks, means
 from .scene import AnyAttack
-from .suites import SUITES
+from .suites import SUITES, by_name
 
 NORMS = ("Linf", "L2")
 
@@ -185,7 +185,7 @@ def to_suite(attacks: str | Sequence[str | AnyAttack]) -> tuple[str, tuple[AnyAt
             raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
         name, make = SUITES[attacks]
         return name, make()
-    known = {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}
+    known = by_name()
     members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else a for a in attacks)
     names = [getattr(attack, "name", None) for attack in members]
     if not members or not all(isinstance(attack, AnyAttack) for attack in members) or len(set(names)) < len(names):

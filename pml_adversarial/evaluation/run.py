@@ -213,6 +213,15 @@ def marks(measures: PerQuery) -> str:
     return "".join("1" if stands else "0" for stands in (measures["recall_at_1"] > 0).tolist())
 
 
+def marked(standing: str) -> Tensor:
+    """``(Q,)`` bool: what `marks` wrote.
+
+    >>> marked("10")
+    tensor([ True, False])
+    """
+    return torch.tensor([mark == "1" for mark in standing], dtype=torch.bool)
+
+
 def _key(attack: AnyAttack, eps: float) -> str:
     return f"{attack.name}@{eps}"
 

@@ -145,3 +145,8 @@ SUITES: dict[str, tuple[str, Callable[[], tuple[AnyAttack, ...]]]] = {
     "quick": ("quick-v1", quick),
 }
 """What ``attacks="..."`` names -> the suite's name in reports, fixed for what it holds, and its attacks."""
+
+
+def by_name() -> dict[str, AnyAttack]:
+    """All attacks of the suites; those of "standard", where another suite has one of the same name."""
+    return {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}
