@@ -47,6 +47,18 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
     return tuples if reference is None else shift_partners(tuples, batch.num_queries)
 
 
+def own_triplets(wrapped: nn.Module, batch: Batch) -> IndicesTuple:
+    """The caller's triplets, or all of his pairs or of the batch, over the rows of the batch.
+
+    Raises:
+        PlanError: there are neither tuples nor labels.
+    """
+    tuples = own_tuples(wrapped, batch)
+    if tuples is None:
+        raise PlanError("There are neither labels nor tuples, so no triplets; expected loss_func(embeddings, labels).")
+    return tuple(lmu.convert_to_triplets(tuples, batch.labels))
+
+
 def choice_of(wrapped: nn.Module, batch: Batch, tuples: IndicesTuple, chosen: bool) -> IndicesTuple | None:
     """What the loss is to be given as tuples while nothing is perturbed; None: it chooses, and always alike.
 

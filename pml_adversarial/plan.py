@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +73,28 @@ class Plan:
         if batch.shared_labels and len(self.ref_layout) == len(self.layout):
             ref_labels = query_labels  # PML asks for the identity
         return loss(queries, query_labels, self.indices_tuple, reference, ref_labels)
+
+    def members(self, clean: Tensor, adversarial: Tensor) -> tuple[Tensor, ...]:
+        """The rows ``(T, D)`` that stand in each place of the tuples, from ``(N, D)`` clean and ``(M, D)`` of copies.
+
+        Raises:
+            PlanError: the plan leaves the tuples to the loss.
+        """
+        if self.indices_tuple is None:
+            raise PlanError("The plan has no tuples; expected one made from triplets or pairs.")
+        pool = torch.cat([clean, adversarial.to(clean.dtype)])
+        partners = self.layout if self.ref_layout is None else self.ref_layout
+        names = _MEMBERS[len(self.indices_tuple)]
+        return tuple(
+            pool[(self.layout if name == "anchor" else partners)[member]]
+            for member, name in zip(self.indices_tuple, names, strict=True)
+        )
+
+    def only_named(self) -> Plan:
+        """The same plan without the rows that no tuple names; it has to have tuples, and no reference."""
+        members = cast(IndicesTuple, self.indices_tuple)
+        named, member = torch.cat(members).unique(return_inverse=True)
+        return Plan(self.rows, self.layout[named], member.split([len(m) for m in members]))
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
