@@ -140,8 +140,9 @@ class AdversarialMiner(BaseMiner):
 
 
 def _check_asked(adversary: Adversary) -> None:
-    hooks = {type(plugin).__name__: adversary.manager.get_hookcallers(plugin) for plugin in adversary.plugins}
-    idle = [name for name, callers in hooks.items() if [c.name for c in callers] == [f"{PROJECT}_training_loss"]]
+    asked = [(plugin, adversary.manager.get_hookcallers(plugin) or ()) for plugin in adversary.plugins]
+    only = [f"{PROJECT}_training_loss"]
+    idle = [type(plugin).__name__ for plugin, callers in asked if [c.name for c in callers] == only]
     if idle:
         raise PluginError(
             f"{', '.join(idle)} answers nothing but training_loss, which a miner does not ask; expected plugins that "
@@ -154,9 +155,9 @@ def _check_places(plan: Plan, batch: Batch) -> None:
     seen = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
     if not torch.equal(row[seen], row[: len(batch)]):
         raise PlanError(
-            f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what it mines there would "
-            f"not be rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the plugin to "
-            "AdversarialLoss(loss, model, plugins=[...])."
+            f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
+            f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the plugin "
+            "to AdversarialLoss(loss, model, plugins=[...])."
         )
 
 
