@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
@@ -18,7 +19,8 @@ from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
 from .defaults import FixedContext
-from .errors import InputError
+from .errors import InputError, PlanError, PluginError
+from .hookspecs import PROJECT
 from .pixels import Normalization, PixelSpace
 from .plan import Plan, checked_tuples, map_members, shift_partners
 from .plugins import find_all
@@ -84,6 +86,7 @@ class AdversarialMiner(BaseMiner):
         self.adversary = Adversary(
             [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
+        _check_asked(self.adversary)
         records.declare(self, records.STANDARD)
 
     def watch(self, model: Models) -> None:
@@ -110,6 +113,7 @@ class AdversarialMiner(BaseMiner):
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
+            _check_places(plan, batch)
             found = self._mine(plan, batch, adversarial.embeddings)
             records.write(self, self.adversary.records(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
@@ -133,6 +137,28 @@ class AdversarialMiner(BaseMiner):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
+
+
+def _check_asked(adversary: Adversary) -> None:
+    asked = [(plugin, adversary.manager.get_hookcallers(plugin) or ()) for plugin in adversary.plugins]
+    only = [f"{PROJECT}_training_loss"]
+    idle = [type(plugin).__name__ for plugin, callers in asked if [c.name for c in callers] == only]
+    if idle:
+        raise PluginError(
+            f"{', '.join(idle)} answers nothing but training_loss, which a miner does not ask; expected plugins that "
+            "change what is perturbed. Give it to AdversarialLoss(loss, model, plugins=[...])."
+        )
+
+
+def _check_places(plan: Plan, batch: Batch) -> None:
+    row = torch.cat([torch.arange(len(batch), device=plan.rows.device), plan.rows])
+    seen = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
+    if not torch.equal(row[seen], row[: len(batch)]):
+        raise PlanError(
+            f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
+            f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the plugin "
+            "to AdversarialLoss(loss, model, plugins=[...])."
+        )
 
 
 def _in_batch_rows(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
