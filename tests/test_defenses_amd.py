@@ -22,7 +22,7 @@ ONE_PER_ANCHOR = (
     torch.tensor([1, 3, 2, 4, 7]),
     torch.tensor([4, 0, 6, 1, 2]),
 )  # rows play several roles
-MARGIN = 0.3
+MARGIN = 0.1
 
 
 class Spy:
