@@ -176,6 +176,22 @@ class TestTheFormula:
         found = [distance(copies[i], copies[j]) for i in range(8) for j in range(8) if i != j]
         assert spy.score(copies).item() == pytest.approx(sum(found) / 56, abs=1e-5)
 
+    def test_a_batch_of_strangers_has_negatives_only(self, model, images):
+        _, spy = step(model, images, torch.arange(8), AMD("hardness"), loss=losses.ContrastiveLoss())
+        copies = torch.randn(8, 4)
+        found = [distance(copies[i], copies[j]) for i in range(8) for j in range(8) if i != j]
+        assert spy.score(copies).item() == pytest.approx(-sum(found) / 56, abs=1e-5)
+
+    def test_with_a_reference_all_pairs_of_query_and_item(self, model, images, labels):
+        spy = Spy()
+        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[AMD("hardness"), spy])
+        loss_func(model(images[::2]), labels[::2], None, model(images[1::2]), labels[1::2])
+        assert spy.plan.rows.tolist() == list(range(8))
+        copies = torch.randn(8, 4)
+        near = [distance(copies[i], copies[4 + i]) for i in range(4)]
+        far = [distance(copies[i], copies[4 + j]) for i in range(4) for j in range(4) if i != j]
+        assert spy.score(copies).item() == pytest.approx(sum(near) / 4 - sum(far) / 12, abs=1e-5)
+
 
 class TestRevised:
     def test_a_row_that_is_an_anchor_as_well_stays_clean_as_one(self, model, images, labels):
