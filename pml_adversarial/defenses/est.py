@@ -12,7 +12,7 @@ from .rows import beside, perturb_all, shift
 
 
 class EST:
-    """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293, the defence of its title).
+    """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
     Each row becomes ``x' = argmax d(f(x'), f(x))`` within the budget, ``d`` Euclidean between embeddings at unit
     length, and the wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss so; here it is
