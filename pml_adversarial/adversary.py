@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import attacks, distributed
 from .batch import Adversarial, Batch, IndicesTuple
 from .capture import InputCapture
+from .collapse import Strength
 from .errors import InputError, PluginError
 from .hookspecs import PROJECT
 from .intake import Intake
@@ -43,7 +44,7 @@ class Adversary:
         plugins: who answers, in the order in which they are asked; the last is the package's own.
         capture: knows the inputs of embeddings.
         pixels: knows what of them may be changed.
-        warmup: steps over which the strength grows linearly from 0 to 1.
+        strength: the share of an attack's budget that a step may spend; None: all of it.
         seed: of the attack's own random stream; None: ``torch.initial_seed()``. Each rank has a stream of its own.
         joint: whether the processes of ``torch.distributed`` share one batch and each attacks its part.
     """
@@ -53,24 +54,18 @@ class Adversary:
         plugins: Iterable[Any],
         capture: InputCapture,
         pixels: PixelSpace,
-        warmup: int = 0,
+        strength: Strength | None = None,
         seed: int | None = None,
         joint: bool = False,
     ) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise InputError(f"warmup={warmup!r}; expected a whole number of training steps, 0 for none.")
         if seed is not None and not isinstance(seed, int):
             raise InputError(f"seed={seed!r}; expected a whole number, or None for torch.initial_seed().")
         self.plugins = tuple(plugins)
-        self.capture, self.intake, self.warmup = capture, Intake(capture, pixels, joint), warmup
+        self.capture, self.intake = capture, Intake(capture, pixels, joint)
+        self.strength = strength or Strength(guarded=False)
         self.seed = torch.initial_seed() if seed is None else seed
         self.step = 0
         self.manager = make_manager(self.plugins)
-
-    @property
-    def strength(self) -> float:
-        """Share of the attack's budget to be spent in the coming step."""
-        return min(1.0, self.step / self.warmup) if self.warmup else 1.0
 
     def own_randomness(self) -> AbstractContextManager[None]:
         """Within it nobody draws the caller's random numbers; the same ones are drawn until the next step."""
@@ -97,7 +92,7 @@ class Adversary:
         rank_0 = self.seed, self.step
         batch, rank_0 = self.intake.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, rank_0)
         self.seed, self.step = rank_0
-        return replace(batch, strength=self.strength)
+        return replace(batch, strength=self.strength.at(self.step))
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
@@ -144,7 +139,7 @@ class Adversary:
     def state_dict(self) -> dict[str, Any]:
         """Step, seed and what the plugins remember, in types that load with ``weights_only``."""
         states = {name: plugin.state_dict() for name, plugin in self._stateful().items()}
-        return {"step": self.step, "seed": self.seed, "plugins": states}
+        return {"step": self.step, "seed": self.seed, "strength": self.strength.state_dict(), "plugins": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
@@ -159,6 +154,7 @@ class Adversary:
                 "build it with the same plugins in the same order."
             )
         self.step, self.seed = state["step"], state["seed"]
+        self.strength.load_state_dict(state["strength"])
         for name, plugin in stateful.items():
             plugin.load_state_dict(state["plugins"][name])
 

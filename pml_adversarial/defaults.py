@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class FixedContext:
         tuples_per_anchor: keep so many tuples per anchor, each with its own copies; None: keep all, with one
             copy per row and role.
         clean_weight: weight of the unperturbed loss.
+        keep_clean: whether training sees the clean rows beside the perturbed ones.
         for_miner: whether a miner is wrapped; rows are then replaced wherever they stand, since it names them by place.
     """
 
@@ -57,6 +59,7 @@ class FixedContext:
         perturb: str | Iterable[str] = "positive",
         tuples_per_anchor: int | None = None,
         clean_weight: float = 0.0,
+        keep_clean: bool = False,
         for_miner: bool = False,
     ) -> None:
         attacks.check(attack)
@@ -70,7 +73,7 @@ class FixedContext:
         if not (isinstance(clean_weight, int | float) and 0 <= clean_weight < math.inf):
             raise InputError(f"clean_weight={clean_weight!r}; expected a number from 0 on.")
         self.tuples_per_anchor = tuples_per_anchor
-        self.clean_weight = clean_weight
+        self.clean_weight, self.keep_clean = clean_weight, keep_clean
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
         self._addressing: dict[Situation, str] = {}
@@ -82,11 +85,13 @@ class FixedContext:
         self._is_by_row(wrapped, batch)  # what the loss refuses, it refuses before anything is spent
         tuples = own_tuples(wrapped, batch)
         if tuples is None:
-            return replace_rows(_known(batch), len(batch), None).split(batch.num_queries)
-        if self.tuples_per_anchor is not None:
-            tuples = keep_tuples(tuples, self.tuples_per_anchor)
-        self._check_inputs_known(tuples, batch)
-        return self._candidates(wrapped, batch, tuples)
+            plan = replace_rows(_known(batch), len(batch), None).split(batch.num_queries)
+        else:
+            if self.tuples_per_anchor is not None:
+                tuples = keep_tuples(tuples, self.tuples_per_anchor)
+            self._check_inputs_known(tuples, batch)
+            plan = self._candidates(wrapped, batch, tuples)
+        return replace(plan, keeps_clean=self.keep_clean)
 
     @hookimpl(trylast=True)
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
@@ -110,9 +115,18 @@ class FixedContext:
     def pml_adversarial_training_loss(
         self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Tensor:
-        """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one."""
-        loss: Tensor = plan.evaluate(wrapped, batch, adversarial.embeddings)
-        return loss + self.clean_weight * clean_loss(wrapped, batch) if self.clean_weight else loss
+        """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one.
+
+        Where clean rows are kept, it is that of one batch of both. Where rows cannot join it, since copies stand for
+        roles, or since without labels a row and its copy would count as different, it is the mean of the two losses.
+        """
+        trained = trained_on(plan, batch)
+        loss: Tensor = trained.evaluate(wrapped, batch, adversarial.embeddings)
+        apart = plan.keeps_clean and trained is plan
+        if not (apart or self.clean_weight):
+            return loss
+        clean = clean_loss(wrapped, batch)
+        return ((loss + clean) / 2 if apart else loss) + self.clean_weight * clean
 
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
@@ -183,6 +197,14 @@ class FixedContext:
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
                 "model."
             )
+
+
+def trained_on(plan: Plan, batch: Batch) -> Plan:
+    """The plan that training evaluates: with the clean rows beside the perturbed ones, if they are kept and can be."""
+    replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
+    if not (plan.keeps_clean and replaces) or batch.labels is None or batch.shared_labels:
+        return plan
+    return plan.beside_clean(len(batch))
 
 
 def _known(batch: Batch) -> Tensor:

@@ -13,12 +13,13 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import attacks, records
+from . import attacks, collapse, records
 from .addressing import clean_loss
 from .adversary import Adversary
 from .attacks import AttackFactory
-from .batch import Batch, IndicesTuple
+from .batch import Adversarial, Batch, IndicesTuple
 from .capture import InputCapture, Models
+from .collapse import Strength, batch_recall
 from .defaults import FixedContext
 from .errors import InputError, PlanError
 from .isolation import isolated
@@ -49,8 +50,12 @@ class AdversarialLoss(ModuleWithRecords):
         tuples_per_anchor: None keeps all tuples, with one copy per row and role; ``k`` keeps k random tuples
             of each anchor, each with copies of its own (1 is the seed paper's way).
         plugins: objects, classes or names of installed plugins, asked in this order and before the package's own.
+        keep_clean: whether clean rows and tuples stay in the loss beside the perturbed ones, as in a batch that holds
+            both; False: perturbed ones take their place.
         clean_weight: weight of the unperturbed loss, added to the adversarial one.
         warmup: training steps over which eps and alpha grow linearly from 0 to their full values.
+        guard: whether eps and alpha are held back while the embedding is collapsing, see `collapse`. An attack without
+            ``eps`` cannot be held back.
         normalization: ``(mean, std)`` per channel if the model takes normalised inputs; eps counts in pixels.
         seed: of the attack's random stream; None takes ``torch.initial_seed()``.
 
@@ -79,8 +84,10 @@ class AdversarialLoss(ModuleWithRecords):
         perturb: str | Iterable[str] = "positive",
         tuples_per_anchor: int | None = None,
         plugins: Iterable[Any] = (),
+        keep_clean: bool = False,
         clean_weight: float = 0.0,
         warmup: int = 0,
+        guard: bool = False,
         normalization: Normalization | None = None,
         seed: int | None = None,
     ) -> None:
@@ -95,14 +102,15 @@ class AdversarialLoss(ModuleWithRecords):
             )
         _check_wrappers(loss)
         joint = isinstance(loss, DistributedLossWrapper)
-        own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight)
+        own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight, keep_clean)
         if warmup:
             attacks.check_warmup(attack)
         self.loss = loss
         parameters = signature(loss.forward).parameters
         self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
+        strength = Strength(warmup, guard and "eps" in attacks.budget(attack))
         self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
         )
         records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
 
@@ -150,6 +158,10 @@ class AdversarialLoss(ModuleWithRecords):
             change = self._loss_change(loss, batch, plan, adversarial.embeddings)
             value = self.adversary.training_loss(loss, batch, plan, adversarial)
             records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
+        if self.adversary.step % collapse.EVERY == 0:
+            self._look(loss, batch, plan, adversarial)
+        for name, number in self.adversary.strength.records().items():
+            setattr(self, name, number)
         self.adversary.step += 1  # here, so that a step that failed is taken again
         return batch.world_size * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
@@ -172,6 +184,16 @@ class AdversarialLoss(ModuleWithRecords):
             with self.adversary.own_randomness(), isolated(loss), torch.no_grad():
                 values[name] = torch.as_tensor(plan.evaluate(loss, batch, copies))
         return values
+
+    def _look(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
+        """Tells the schedule how well the batch is retrieved."""
+        if batch.labels is None:
+            return
+        copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
+        with torch.no_grad():
+            recall, attacked = batch_recall(loss, batch, plan, copies).tolist()
+        if recall == recall:
+            self.adversary.strength.look(self.adversary.step, recall, attacked if attacked == attacked else None)
 
 
 class TwoViews(nn.Module):

@@ -18,6 +18,7 @@ from .adversary import Adversary
 from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
+from .collapse import Strength
 from .defaults import FixedContext
 from .errors import InputError, PlanError, PluginError
 from .hookspecs import PROJECT
@@ -83,8 +84,9 @@ class AdversarialMiner(BaseMiner):
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner
+        strength = Strength(warmup, guarded=False)
         self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
+            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
         )
         _check_asked(self.adversary)
         records.declare(self, records.STANDARD)

@@ -33,6 +33,7 @@ class Plan:
         layout: ``(K,)`` addresses of the rows that the loss evaluates.
         indices_tuple: tuples over the evaluated rows, or None to let the loss choose.
         ref_layout: addresses of the reference rows, or None if the loss compares the rows with themselves.
+        keeps_clean: whether training is to see the clean rows beside the perturbed ones.
 
     Example:
         >>> triplets = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
@@ -45,6 +46,7 @@ class Plan:
     layout: Tensor
     indices_tuple: IndicesTuple | None
     ref_layout: Tensor | None = None
+    keeps_clean: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,6 +92,32 @@ class Plan:
             for member, name in zip(self.indices_tuple, names, strict=True)
         )
 
+    def beside_clean(self, num_rows: int) -> Plan:
+        """Of a plan that replaces rows, the one in which copies stand beside the rows that they replace.
+
+        Each member of a tuple is once the row and once its copy, in all combinations: of a triplet of which all rows
+        have copies come eight.
+        """
+        replaced = self.layout >= num_rows
+        layout = torch.cat([self._clean_of(self.layout, num_rows), self.layout[replaced]])
+        if self.ref_layout is None:
+            ref_layout, ref_replaced = None, replaced
+        else:
+            ref_replaced = self.ref_layout >= num_rows
+            ref_layout = torch.cat([self._clean_of(self.ref_layout, num_rows), self.ref_layout[ref_replaced]])
+        tuples = None
+        if self.indices_tuple is not None:
+            pairs = (
+                [self.indices_tuple]
+                if len(self.indices_tuple) == 3
+                else [self.indices_tuple[:2], self.indices_tuple[2:]]
+            )
+            tuples = tuple(member for part in pairs for member in _clean_and_copied(part, replaced, ref_replaced))
+        return Plan(self.rows, layout, tuples, ref_layout)
+
+    def _clean_of(self, layout: Tensor, num_rows: int) -> Tensor:
+        return torch.cat([torch.arange(num_rows, device=layout.device), self.rows])[layout]
+
     def only_named(self) -> Plan:
         """The same plan without the rows that no tuple names; it has to have tuples, and no reference."""
         members = cast(IndicesTuple, self.indices_tuple)
@@ -100,7 +128,7 @@ class Plan:
         """The same plan on another device."""
         tuples = None if self.indices_tuple is None else tuple(member.to(device) for member in self.indices_tuple)
         ref_layout = None if self.ref_layout is None else self.ref_layout.to(device)
-        return Plan(self.rows.to(device), self.layout.to(device), tuples, ref_layout)
+        return Plan(self.rows.to(device), self.layout.to(device), tuples, ref_layout, self.keeps_clean)
 
     def split(self, num_queries: int) -> Plan:
         """The same plan for a batch whose rows from ``num_queries`` on are the reference.
@@ -303,6 +331,24 @@ def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int,
         total += len(keys)
     layout = torch.arange(total, device=members[0].device)
     return Plan(torch.cat(rows), layout, tuple(members))
+
+
+def _clean_and_copied(members: IndicesTuple, replaced: Tensor, ref_replaced: Tensor) -> IndicesTuple:
+    """Tuples (anchors first) in which each member that has a copy is once itself and once the copy, which stands last.
+
+    Args:
+        members: of triplets or of one kind of pairs.
+        replaced: bool, which of the rows that anchors count in have copies.
+        ref_replaced: the same of those that positives and negatives count in.
+    """
+    found = members
+    for place in range(len(members)):
+        has = replaced if place == 0 else ref_replaced
+        chosen = has[found[place]]
+        copies = [member[chosen] for member in found]
+        copies[place] = len(has) - 1 + has.cumsum(0)[copies[place]]
+        found = tuple(torch.cat(both) for both in zip(found, copies, strict=True))
+    return found
 
 
 def shift_partners(indices_tuple: IndicesTuple, by: int) -> IndicesTuple:

@@ -23,7 +23,7 @@ STANDARD = (
 )
 """The records of every step; 0 until the first, and for a step in which nobody was perturbed."""
 
-OF_LOSSES = ("loss_before", "loss_after")
+OF_LOSSES = ("loss_before", "loss_after", "batch_recall", "batch_recall_attacked")
 """What a loss records besides."""
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     ["hookspecs"],
     ["addressing"],
     ["scores"],
-    ["plugins", "defaults"],
+    ["plugins", "defaults", "collapse"],
     ["adversary"],
     ["defenses", "evaluation"],
     ["losses", "miners", "datasets", "loading", "testers"],
