@@ -156,8 +156,8 @@ def _check_places(plan: Plan, batch: Batch) -> None:
     if not torch.equal(row[seen], row[: len(batch)]):
         raise PlanError(
             f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
-            f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the plugin "
-            "to AdversarialLoss(loss, model, plugins=[...])."
+            f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the "
+            "plugin to AdversarialLoss(loss, model, plugins=[...])."
         )
 
 
