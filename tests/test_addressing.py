@@ -5,8 +5,9 @@ import torch
 from pytorch_metric_learning import losses
 from torch import nn
 
-from pml_adversarial.addressing import choice_of, finest, own_tuples, sees_rows_apart, situation_of
+from pml_adversarial.addressing import choice_of, finest, own_triplets, own_tuples, sees_rows_apart, situation_of
 from pml_adversarial.batch import Batch
+from pml_adversarial.errors import PlanError
 
 LABELS = torch.arange(8) // 2
 
@@ -113,6 +114,55 @@ class TestTuples:
             tuples = own_tuples(loss, batch)
             assert (choice_of(loss, batch, tuples, chosen) is tuples) == given
         assert choice_of(losses.ContrastiveLoss(), batch, tuples, False) is None
+
+
+class TestTriplets:
+    def sorted_rows(self, loss, batch):
+        return sorted(zip(*(member.tolist() for member in own_triplets(loss, batch)), strict=True))
+
+    def all_triplets(self, anchors=range(8), partners=range(8), offset=0):
+        return sorted(
+            (a, p + offset, n + offset)
+            for a in anchors
+            for p in partners
+            for n in partners
+            if (p != a or offset) and LABELS[p] == LABELS[a] != LABELS[n]
+        )
+
+    def test_are_the_callers(self):
+        triplets = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 2])
+        assert own_triplets(losses.ContrastiveLoss(), batch_of(tuples=triplets)) == triplets
+
+    @pytest.mark.parametrize("labels", [LABELS, None])
+    def test_of_pairs_are_all_that_share_an_anchor(self, labels):
+        pairs = tuple(torch.tensor(m) for m in ([0, 0, 2, 5], [1, 3, 3, 4], [0, 2, 2, 7, 0], [2, 0, 5, 1, 6]))
+        a1, p, a2, n = (member.tolist() for member in pairs)
+        expected = [(a, x, y) for a, x in zip(a1, p, strict=True) for b, y in zip(a2, n, strict=True) if a == b]
+        assert len(expected) == 6
+        assert self.sorted_rows(losses.ContrastiveLoss(), batch_of(labels, pairs)) == sorted(expected)
+
+    def test_of_pairs_that_share_none(self):
+        pairs = tuple(torch.tensor(m) for m in ([0], [1], [2], [4]))
+        assert [len(m) for m in own_triplets(losses.ContrastiveLoss(), batch_of(tuples=pairs))] == [0, 0, 0]
+
+    @pytest.mark.parametrize("loss", [losses.ContrastiveLoss(), losses.TripletMarginLoss()])
+    def test_are_all_of_the_batch(self, loss):
+        assert self.sorted_rows(loss, batch_of()) == self.all_triplets()
+
+    def test_as_many_as_the_loss_takes(self):
+        found = self.sorted_rows(losses.TripletMarginLoss(triplets_per_anchor=5), batch_of())
+        assert set(found) <= set(self.all_triplets())
+        assert [sum(a == anchor for a, _, _ in found) for anchor in range(8)] == [5] * 8
+
+    @pytest.mark.parametrize("loss", [losses.ContrastiveLoss(), losses.TripletMarginLoss()])
+    def test_reach_into_the_reference_in_rows_of_the_batch(self, loss):
+        batch = batch_of(torch.cat([LABELS, LABELS]))
+        batch = Batch(torch.rand(16, 1), torch.randn(16, 4), torch.randn(16, 4), batch.labels, None, 8)
+        assert self.sorted_rows(loss, batch) == self.all_triplets(offset=8)
+
+    def test_without_labels_and_tuples(self):
+        with pytest.raises(PlanError, match="neither labels nor tuples, so no triplets"):
+            own_triplets(losses.VICRegLoss(), batch_of(None))
 
 
 def test_situations_differ():

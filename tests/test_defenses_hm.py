@@ -108,22 +108,22 @@ class TestPlanAndLoss:
         assert len(watch.plan) == 3 * 4
         assert labels[watch.plan.rows[:4]].unique().tolist() == [0, 1, 2, 3]
 
-    def test_source_is_drawn_so(self, model, images, labels):
-        def nearest_only(context):
-            """Of semi-hard negatives within a tiny margin there are none or one."""
-            d = [[euclidean(context[a], context[n]).item() for n in range(8)] for a in range(8)]
-            return {
-                a: {n for n in range(8) if labels[n] != labels[a] and d[a][a ^ 1] < d[a][n] < d[a][a ^ 1] + 0.4}
-                for a in range(8)
-            }
-
-        watch = Watches()
-        build(model, watch, HM(source="semihard", margin=0.4))(model(images), labels)
-        semi_hard = nearest_only(watch.batch.context)
-        assert any(semi_hard.values())
-        for a, p, n in zip(*watch.plan.rows.reshape(3, -1).tolist(), strict=True):
-            assert p == a ^ 1
-            assert n in semi_hard[a] or not semi_hard[a]
+    def test_semihard_source_is_within_the_margin(self, model, images, labels):
+        watch, drawn = Watches(), {}
+        loss_func = build(model, watch, HM(source="semihard", margin=0.4), attack=partial(torchattacks.PGD, eps=0))
+        for _ in range(60):
+            loss_func(model(images), labels)
+            for a, p, n in zip(*watch.plan.rows.reshape(3, -1).tolist(), strict=True):
+                drawn.setdefault(a, set()).add((p, n))
+        embedded = model(images)
+        d = [[euclidean(embedded[a], embedded[n]).item() for n in range(8)] for a in range(8)]
+        beyond_the_default = 0
+        for a in range(8):
+            others = [n for n in range(8) if labels[n] != labels[a]]
+            found = [n for n in others if d[a][a ^ 1] < d[a][n] < d[a][a ^ 1] + 0.4]
+            beyond_the_default += sum(d[a][n] > d[a][a ^ 1] + 0.2 for n in found)
+            assert drawn[a] == {(a ^ 1, n) for n in found or others}
+        assert beyond_the_default
 
     def test_a_batch_without_triplets_is_a_plain_step(self, model, images):
         labels, hm = torch.zeros(8, dtype=torch.long), HM()

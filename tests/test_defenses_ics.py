@@ -85,18 +85,19 @@ class TestTerm:
         expected, _ = term(model, images, [(0, 1, copies[0]), (3, 2, copies[3]), (6, 7, copies[6])])
         same_value_and_gradient(model, loss, 0.5 * expected)
 
-    @pytest.mark.parametrize("given", [None, TRIPLETS])
-    def test_with_reference(self, model, images, labels, given):
+    @pytest.mark.parametrize(("given", "perturb"), [(None, "anchor"), (TRIPLETS, "anchor"), (None, "all")])
+    def test_with_reference(self, model, images, labels, given, perturb):
         zero = Zero()
         queries, reference = images[:6], 0.9 * images.flip(0)
         both, all_labels = torch.cat([queries, reference]), torch.cat([labels[:6], labels.flip(0)])
-        loss_func = build(model, ICS, zero, loss=losses.ContrastiveLoss(), perturb="anchor")
+        loss_func = build(model, ICS, zero, loss=losses.ContrastiveLoss(), perturb=perturb)
         loss = loss_func(model(queries), labels[:6], given, model(reference), labels.flip(0))
         if given is None:
             found = [(a, p) for a in range(6) for p in range(6, 14) if all_labels[a] == all_labels[p]]
         else:
             found = [(a, p + 6) for a, p in zip(*(m.tolist() for m in given[:2]), strict=True)]
-        copies = dict(zip(sorted({a for a, _ in found}), zero.inputs, strict=True))
+        anchors = sorted({a for a, _ in found})
+        copies = dict(zip(anchors, zero.inputs[: len(anchors)], strict=True))  # copies of the queries come first
         expected, gaps = term(model, both, [(a, p, copies[a]) for a, p in found])
         assert any(gap > 0 for gap in gaps)
         same_value_and_gradient(model, loss, 0.5 * expected)

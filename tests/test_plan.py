@@ -211,6 +211,80 @@ class TestByReference:
         assert replace_rows(torch.tensor([0]), N, None).by_reference(N, N) is None
 
 
+class TestMembers:
+    """Row i of the clean ones is (i, 0.0), copy m is (m, 1.0)."""
+
+    clean = torch.stack([torch.arange(N), torch.zeros(N)], 1).float()
+
+    def copies(self, plan):
+        return torch.stack([torch.arange(len(plan)), torch.ones(len(plan))], 1).float()
+
+    def expected(self, plan):
+        pool = [(i, 0) for i in range(N)] + [(m, 1) for m in range(len(plan))]
+        return [[pool[address] for address in member] for member in resolved(plan)]
+
+    def found(self, plan):
+        members = plan.members(self.clean, self.copies(plan))
+        return [[tuple(row) for row in member.tolist()] for member in members]
+
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+    def test_are_the_rows_in_each_place(self, make, kind, roles):
+        plan = make(random_tuples(kind), roles, N)
+        assert self.found(plan) == self.expected(plan)
+
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_of_the_reference(self, kind, roles):
+        tuples = by_queries(random_tuples(kind), 4)
+        whole = plan_rows(tuples, roles, N)
+        assert self.found(whole.split(4)) == self.expected(whole)
+        plan = plan_roles(tuples, roles, N)
+        assert self.found(plan.by_reference(N, 4)) == self.expected(plan)
+
+    def test_by_hand(self):
+        triplets = torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([2, 1])
+        plan = Plan(torch.tensor([1]), torch.tensor([0, N, 2]), triplets)
+        assert self.found(plan) == [[(0, 0), (2, 0)], [(0, 1), (0, 0)], [(2, 0), (0, 1)]]
+
+    def test_gradient_reaches_both(self):
+        clean, copies = self.clean.clone().requires_grad_(), torch.zeros(2, 2, requires_grad=True)
+        plan = plan_roles((torch.tensor([3]), torch.tensor([4]), torch.tensor([5])), ("anchor", "negative"), N)
+        anchors, positives, negatives = plan.members(clean, copies)
+        (anchors + 10 * positives + 100 * negatives).sum().backward()
+        assert copies.grad[:, 0].tolist() == [1, 100]
+        assert {row: value for row, value in enumerate(clean.grad[:, 0].tolist()) if value} == {4: 10}
+
+    def test_are_of_the_clean_type(self):
+        plan = plan_rows(random_tuples("triplets"), ROLES, N)
+        for member in plan.members(self.clean.double(), self.copies(plan).half()):
+            assert member.dtype == torch.float64
+
+    def test_without_tuples(self):
+        with pytest.raises(PlanError, match=r"no tuples; expected one made from triplets or pairs"):
+            replace_rows(torch.tensor([0]), N, None).members(self.clean, self.clean[:1])
+
+
+@pytest.mark.parametrize("roles", SOME_ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+class TestOnlyNamed:
+    def test_keeps_what_tuples_name(self, make, kind, roles):
+        plan = make(random_tuples(kind), roles, N)
+        named_only = plan.only_named()
+        assert resolved(named_only) == resolved(plan)
+        assert set(named_only.layout.tolist()) == {address for member in resolved(plan) for address in member}
+        assert len(set(named_only.layout.tolist())) == len(named_only.layout)
+        assert named_only.rows.tolist() == plan.rows.tolist()
+        assert named_only.ref_layout is None
+
+    def test_drops_bystanders(self, make, kind, roles):
+        few = tuple(member[:2] for member in random_tuples(kind))
+        plan = make(few, roles, N).with_bystander(N).only_named()
+        assert len(plan.layout) == len({address for member in resolved(plan) for address in member}) < N
+
+
 class TestEvaluate:
     clean = torch.arange(5.0).reshape(-1, 1)
     adversarial = torch.tensor([[10.0], [13.0]])

@@ -44,7 +44,7 @@ class HM:
 
     Args:
         source: how triplets are drawn: "softhard", "semihard" or "random", see `sampling.sample_triplets`.
-        destination: "lga": the linear gradual adversary, ``H_D = -margin * min(max(L, 0), cap) / cap``, one number for
+        destination: "lga": the linear gradual adversary, ``H_D = -margin * min(L, cap) / cap``, one number for
             all triplets, L the mean ``[H' + margin]+`` of the perturbed triplets of the step before (in the first step:
             the cap). It asks for more as training goes well. L is the published loss whatever loss is wrapped, so that
             a reducer, another scale, and what other plugins add do not change it. "semihard" or "softhard": the
@@ -128,7 +128,7 @@ class HM:
         """The hardness that is asked for: ``(T,)``, or one number ``()`` for all triplets."""
         if self.destination == "lga":
             last = torch.as_tensor(self.last_loss, dtype=torch.float32, device=batch.context.device)
-            return -self.margin * last.clamp(0, self.cap) / self.cap
+            return -self.margin * last.clamp(max=self.cap) / self.cap
         harder = harder_triplets(self.destination, batch, _in_batch_rows(plan, len(batch)), self.margin)
         return hardness(*(batch.context[member] for member in harder))
 
