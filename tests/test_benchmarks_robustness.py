@@ -106,6 +106,15 @@ class TestMiners:
             assert {p for p, _ in seen[a]} == set(hard)
             assert {n for _, n in seen[a]} == set(near)
 
+    def test_where_none_is_hard_any_is_drawn_but_the_anchor(self):
+        apart = torch.eye(2).repeat_interleave(3, 0)
+        for _ in range(20):
+            anchors, positives, negatives = miners.soft_hard(apart, torch.tensor([0, 0, 0, 1, 1, 1]))
+            assert anchors.tolist() == [0, 3]
+            assert (positives != anchors).all()
+            assert ((positives >= 3) == (anchors >= 3)).all()
+            assert ((negatives >= 3) != (anchors >= 3)).all()
+
 
 class TestBatches:
     def test_classes_side_by_side_with_different_images(self, part):
@@ -125,6 +134,11 @@ class TestBatches:
         assert all(torch.equal(images, first[step][0]) for step, images in enumerate(again, start=2))
         assert not torch.equal(first[2][0], first[3][0])
         assert not torch.equal(first[2][0], Batches(part, protocol, 1)[2][0])
+
+    def test_images_are_augmented_if_asked(self, part):
+        plain, moved = (Batches(part, Protocol(**TINY, steps=1, augment=asked), 0)[0] for asked in (False, True))
+        assert torch.equal(plain[1], moved[1])
+        assert not (plain[0] == moved[0]).all((1, 2, 3)).any()
 
     def test_workers_read_the_same(self, part):
         batches = Batches(part, Protocol(**TINY, steps=1, augment=True), 0)
