@@ -17,7 +17,7 @@ from pml_adversarial import InputError
 from pml_adversarial.evaluation.robustness import to_suite
 
 from . import __doc__ as about
-from .backbones import BACKBONES, build
+from .backbones import BACKBONES, check
 from .batches import Batches
 from .data import Part, hold_out, load
 from .methods import METHODS
@@ -35,6 +35,9 @@ RADII = {
     "sop": (2.0, 8.0),
 }
 """At which models are attacked unless asked otherwise, in 255ths."""
+
+
+RESULTS, TABLE = "results.json", "table.md"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,7 +110,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
         raise InputError(f"--seeds {' '.join(map(str, options.seeds))}; expected different whole numbers from 0 on.")
     train, searched = _parts(options, protocol)
     bench = Bench(protocol, evaluation, train, searched, _device(options.device), options.workers, not options.quiet)
-    build(protocol.backbone, bench.shape())
+    check(protocol.backbone, bench.shape(), protocol.pretrained)
     Batches(train, protocol, 0)
     return bench
 
@@ -143,19 +146,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 logger.exception("%s, seed %d, failed", name, seed)
                 failed[f"{name}, seed {seed}"] = error
             summarise(options.out, bench.settings())
+    if (options.out / TABLE).exists():
+        logger.info("\n%s", (options.out / TABLE).read_text(encoding="utf-8"))
     for run, reason in failed.items():
         logger.error("failed: %s: %s: %s", run, type(reason).__name__, reason)
     return 1 if failed else 0
 
 
 def summarise(out: Path, settings: dict[str, Any]) -> None:
-    """Writes all runs with these settings, and shows their table."""
+    """Writes all runs with these settings, and their table."""
     runs = finished(out, settings)
     if runs:
-        shown = table(runs, METHODS)
-        (out / "results.json").write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-        (out / "table.md").write_text(shown + "\n", encoding="utf-8")
-        logger.info("\n%s", shown)
+        (out / RESULTS).write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        (out / TABLE).write_text(table(runs, METHODS) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,6 @@ def resnet(make: Callable[..., nn.Module], shape: Shape, pretrained: bool) -> nn
     """A ResNet of torchvision with a linear layer to 512 dimensions, and with as many input channels as images have."""
     found: Any = make(weights="IMAGENET1K_V1" if pretrained else None)
     if shape[0] != 3:
-        if pretrained:
-            raise InputError(f"ImageNet's weights are for 3 channels; images have {shape[0]}. Leave out --pretrained.")
         found.conv1 = nn.Conv2d(shape[0], 64, 7, stride=2, padding=3, bias=False)
     found.fc = nn.Linear(found.fc.in_features, 512)
     return nn.Sequential(Standardized(), found) if pretrained else found
@@ -62,19 +60,28 @@ RESNETS = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.mode
 BACKBONES = (*SMALL, *RESNETS)
 
 
-def build(name: str, shape: Shape, pretrained: bool = False) -> nn.Module:
-    """A network for images of one shape.
+def check(name: str, shape: Shape, pretrained: bool = False) -> None:
+    """Refuses what `build` cannot make.
 
     Raises:
         InputError: there is no such network, or it is for other images, or has no weights.
     """
-    if name in RESNETS:
-        return resnet(RESNETS[name], shape, pretrained)
-    if name not in SMALL:
+    if name not in BACKBONES:
         raise InputError(f"backbone={name!r}; expected one of {', '.join(BACKBONES)}.")
-    expected, make = SMALL[name]
+    expected = SMALL[name][0] if name in SMALL else None
     if expected not in (None, shape):
         raise InputError(f"{name} is for images {expected}; found {shape}. Choose another of {', '.join(BACKBONES)}.")
-    if pretrained:
+    if pretrained and name not in RESNETS:
         raise InputError(f"There are no ImageNet weights of {name}; expected one of {', '.join(RESNETS)}.")
-    return make(shape)
+    if pretrained and shape[0] != 3:
+        raise InputError(f"ImageNet's weights are for 3 channels; images have {shape[0]}. Leave out --pretrained.")
+
+
+def build(name: str, shape: Shape, pretrained: bool = False) -> nn.Module:
+    """A network for images of one shape; ImageNet's weights are fetched where they are not there.
+
+    Raises:
+        InputError: see `check`.
+    """
+    check(name, shape, pretrained)
+    return resnet(RESNETS[name], shape, pretrained) if name in RESNETS else SMALL[name][1](shape)

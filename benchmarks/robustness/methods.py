@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
@@ -16,6 +17,7 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError
+from pml_adversarial.evaluation.resume import description
 
 from . import miners
 from .protocol import Protocol
@@ -49,6 +51,18 @@ class Method:
     def steps(self, protocol: Protocol) -> int:
         """Of the optimiser; 0 where a budget decides."""
         return protocol.steps * (2 if self.twice else 1)
+
+    def recipe(self, protocol: Protocol) -> dict[str, Any]:
+        """Loss, miner, plugins and options in JSON's types: whoever changes one of them trains anew."""
+        options = None if self.options is None else self.options(protocol)
+        return {
+            "loss": _told(self.loss()),
+            "miner": None if self.miner is None else _told(self.miner()),
+            "plugins": [_told(plugin) for plugin in self.plugins()],
+            "options": options and {name: description(value) for name, value in options.items()},
+            "warmup": self.warmup,
+            "steps": self.steps(protocol),
+        }
 
     def wrapped(self, protocol: Protocol, model: nn.Module, steps: int, seed: int) -> nn.Module:
         """The loss to train with.
@@ -85,6 +99,16 @@ def _defense(module: str, name: str, **options: Any) -> Any:
             f"This version of pml_adversarial has no {name} in pml_adversarial.defenses.{module}."
         ) from error
     return found(**options)
+
+
+def _told(part: Any) -> str:
+    """The class of an object and the numbers and words that it holds; of a function, its name."""
+    if isinstance(part, FunctionType):
+        return description(part)
+    held = {
+        name: value for name, value in vars(part).items() if isinstance(value, str | int | float) and name[0] != "_"
+    }
+    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(held.items()))})"
 
 
 def _random() -> Miner:

@@ -19,7 +19,7 @@ from .backbones import build
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
-from .train import Training
+from .train import Passed, Training
 
 RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
 
@@ -104,11 +104,17 @@ class Bench:
         """
         folder.mkdir(parents=True, exist_ok=True)
         asked = {"method": name, "seed": seed, **self.settings()}
+        trained = {"method": name, "seed": seed, "recipe": method.recipe(self.protocol), **asked["protocol"]}
+        if (folder / TRAINING).exists():
+            _check_same(trained, folder)
         if (folder / RUN).exists() and all(_read(folder / RUN).get(key) == asked[key] for key in asked):
             return _read(folder / RUN)
         if not (folder / MODEL).exists():
-            self._train(name, method, seed, folder)
-        self._check_same(name, seed, folder)
+            _write(folder / TRAINING, {"settings": trained})
+            passed = self._train(f"{name}, seed {seed}", method, seed, folder)
+            _write(folder / TRAINING, {"settings": trained, "passed": asdict(passed)})
+            os.replace((folder / MODEL).with_suffix(".unfinished"), folder / MODEL)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         model = build(self.protocol.backbone, self.shape(), self.protocol.pretrained).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         report = self.evaluation.measure(model.eval(), self.searched, folder / self.evaluation.folder(), self.progress)
@@ -119,31 +125,11 @@ class Bench:
         _write(folder / RUN, found)
         return found
 
-    def _train(self, name: str, method: Method, seed: int, folder: Path) -> None:
-        if (folder / TRAINING).exists():
-            self._check_same(name, seed, folder)
-        own = {"method": name, "seed": seed, "protocol": self.settings()["protocol"]}
-        _write(folder / TRAINING, own)
+    def _train(self, shown: str, method: Method, seed: int, folder: Path) -> Passed:
         training = Training(method, self.protocol, self.train, seed, self.device)
-        shown = f"{name}, seed {seed}" if self.progress else None
-        model = training.run(folder / CHECKPOINT, self.workers, shown)
-        _write(folder / TRAINING, {**own, "passed": asdict(training.passed)})
-        unfinished = (folder / MODEL).with_suffix(".unfinished")
-        torch.save(model.state_dict(), unfinished)
-        os.replace(unfinished, folder / MODEL)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-
-    def _check_same(self, name: str, seed: int, folder: Path) -> None:
-        asked = {"method": name, "seed": seed, **self.settings()["protocol"]}
-        found = _read(folder / TRAINING)
-        found = {"method": found.get("method"), "seed": found.get("seed"), **found.get("protocol", {})}
-        differ = [
-            f"{key} ({found.get(key)}, asked: {asked.get(key)})"
-            for key in {**found, **asked}
-            if found.get(key) != asked.get(key)
-        ]
-        if differ:
-            raise InputError(f"{folder} holds another training: {', '.join(differ)} differ. Use another --out.")
+        model = training.run(folder / CHECKPOINT, self.workers, shown if self.progress else None)
+        torch.save(model.state_dict(), (folder / MODEL).with_suffix(".unfinished"))
+        return training.passed
 
     def shape(self) -> tuple[int, ...]:
         """Of one image."""
@@ -160,6 +146,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Where this runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def _check_same(asked: Mapping[str, Any], folder: Path) -> None:
+    found = _read(folder / TRAINING).get("settings", {})
+    differ = [f"{key} ({found.get(key)}, asked: {asked[key]})" for key in asked if found.get(key) != asked[key]]
+    if differ:
+        raise InputError(f"{folder} holds another training, by {', '.join(differ)}. Use another --out.")
 
 
 def _brief(report: Report) -> dict[str, Any]:
