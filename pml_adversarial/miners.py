@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
@@ -18,7 +19,7 @@ from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
 from .defaults import FixedContext
-from .errors import InputError
+from .errors import InputError, PlanError
 from .pixels import Normalization, PixelSpace
 from .plan import Plan, checked_tuples, map_members, shift_partners
 from .plugins import find_all
@@ -98,6 +99,9 @@ class AdversarialMiner(BaseMiner):
             labels: ``(N,)``.
             ref_emb: ``(R, D)``, or ``embeddings`` itself where there is no reference.
             ref_labels: ``(R,)``.
+
+        Raises:
+            PlanError: a plugin's plan leaves rows out or puts them elsewhere, so that indices would not be the batch's.
         """
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
@@ -110,6 +114,7 @@ class AdversarialMiner(BaseMiner):
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
+            _check_in_place(plan, batch)
             found = self._mine(plan, batch, adversarial.embeddings)
             records.write(self, self.adversary.records(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
@@ -133,6 +138,17 @@ class AdversarialMiner(BaseMiner):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `get_extra_state` gave."""
         self.adversary.load_state_dict(state)
+
+
+def _check_in_place(plan: Plan, batch: Batch) -> None:
+    every_row = torch.arange(len(batch), device=plan.layout.device)
+    layout = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
+    if len(plan.layout) != batch.num_queries or not torch.equal(torch.cat([every_row, plan.rows])[layout], every_row):
+        raise PlanError(
+            "A plugin's plan leaves rows of the batch out, or puts copies beside them; expected each row, or a copy of "
+            "it, in its place (plan.replace_rows), since a miner names rows by their place. Give this plugin to an "
+            "AdversarialLoss."
+        )
 
 
 def _in_batch_rows(mined: IndicesTuple, batch: Batch) -> IndicesTuple:

@@ -29,10 +29,11 @@ class TRIDE:
     With d the Euclidean distance on the unit sphere, D_ap and D_an are means of d(a, p) and d(a, n) over the triplets
     in which large distances weigh more (`weighted_mean`), and the *collapseness* is ``D_ap - D_an``. An attack on
 
-    - the candidates lowers ``[D_an - D_ap]+``: it raises the collapseness while that is below 0. (a, p', n') is trained.
-    - the anchor lowers ``[D_ap - D_an]+ + gamma [A - S]+``: it undoes a collapse, and leads anchors from where they were
-      (S, the mean of d(a', a)) to their negatives (A, the mean of the smallest half of d(a', n)), the less so the lower
-      the collapseness is: ``gamma = exp(-[D_an - D_ap]+)``, without gradient. (a', p, n) is trained.
+    - the candidates lowers ``[D_an - D_ap]+``: it raises the collapseness while that is below 0;
+      trained is (a, p', n').
+    - the anchor lowers ``[D_ap - D_an]+ + gamma [A - S]+``: it undoes a collapse, and leads anchors from where they
+      were (S, the mean of d(a', a)) to their negatives (A, the mean of the smallest half of d(a', n)), the less so the
+      lower the collapseness is: ``gamma = exp(-[D_an - D_ap]+)``, without gradient; trained is (a', p, n).
 
     The loss is the wrapped one on these triplets, plus
     ``weight * [mean(smallest half of d(a, p)) - mean(smallest half of d(a, n)) + margin]+``. That term is added to
@@ -57,7 +58,8 @@ class TRIDE:
     than the margin or, where there is none, among all. The published batches hold two rows of each class.
 
     Narrower than the package: there are no triplets with reference embeddings, or without both labels and tuples; then
-    a `PlanError` says so. Where processes share one batch, each attacks its copies while the others' stay clean.
+    a `PlanError` says so. An `AdversarialMiner` refuses it: its tuples would name rows that are not the batch's. Where
+    processes share one batch, each attacks its copies while the others' stay clean.
 
     Args:
         sharpness: lambda of the weighted means; 0 for plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
