@@ -138,6 +138,10 @@ def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, mod
         def pml_adversarial_plan(self):
             return self.plan
 
+        @hookimpl
+        def pml_adversarial_score(self):
+            return lambda embeddings: embeddings.sum(1)
+
     planner, rows = Planner(), torch.arange(8)
     miner = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD, plugins=[planner])
     one = torch.tensor([3])
