@@ -165,6 +165,20 @@ def test_score_is_the_published_objective_with_its_gradient(turn, make):
         torch.testing.assert_close(gradient, of_expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("turn", ["candidates", "anchor"])
+def test_below_the_tolerance_the_score_has_its_value_and_no_gradient(turn):
+    batch = batch_of(_random(), tuples=TRIPLETS)
+    found = []
+    for tolerance in (0, 1.9):
+        tride = TRIDE(first=turn, tolerance=tolerance)
+        plan = tride.pml_adversarial_plan(TRIPLET(), batch)
+        copies = batch.context[plan.rows].requires_grad_()
+        score = objective_of(tride, plan, batch)(copies)
+        found.append((score.item(), torch.autograd.grad(score, copies)[0].any().item()))
+    assert found == [(pytest.approx(found[1][0]), True), (found[0][0], False)]
+    assert found[0][0] < 0
+
+
 def test_the_two_batches_have_each_objective_alive_and_the_candidates_dead_once():
     anchors, positives, negatives = TRIPLETS
     found = [

@@ -155,6 +155,7 @@ def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, mod
         planner.plan = Plan(one, layout, None, ref_layout)
         with pytest.raises(PlanError, match="a miner names rows by their place"):
             miner(model(images), labels, *reference)
-    planner.plan = Plan(one, in_place, None, None if with_reference else rows)
+    one_batch = torch.cat([in_place, others]) if with_reference else None  # the reference among the queries
+    planner.plan = Plan(one, in_place, None, rows) if one_batch is None else Plan(one, one_batch, None)
     with pytest.raises(PlanError, match="a miner names rows by their place"):
         miner(model(images), labels, *reference)
