@@ -19,7 +19,8 @@ from .attacks import AttackFactory
 from .batch import Batch, IndicesTuple
 from .capture import InputCapture, Models
 from .defaults import FixedContext
-from .errors import InputError, PlanError
+from .errors import InputError, PlanError, PluginError
+from .hookspecs import PROJECT
 from .pixels import Normalization, PixelSpace
 from .plan import Plan, checked_tuples, map_members, shift_partners
 from .plugins import find_all
@@ -85,6 +86,7 @@ class AdversarialMiner(BaseMiner):
         self.adversary = Adversary(
             [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), warmup, seed, joint
         )
+        _check_asked(self.adversary)
         records.declare(self, records.STANDARD)
 
     def watch(self, model: Models) -> None:
@@ -99,9 +101,6 @@ class AdversarialMiner(BaseMiner):
             labels: ``(N,)``.
             ref_emb: ``(R, D)``, or ``embeddings`` itself where there is no reference.
             ref_labels: ``(R,)``.
-
-        Raises:
-            PlanError: a plugin's plan leaves rows out or puts them elsewhere, so that indices would not be the batch's.
         """
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
@@ -114,7 +113,7 @@ class AdversarialMiner(BaseMiner):
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
-            _check_in_place(plan, batch)
+            _check_places(plan, batch)
             found = self._mine(plan, batch, adversarial.embeddings)
             records.write(self, self.adversary.records(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
@@ -140,14 +139,25 @@ class AdversarialMiner(BaseMiner):
         self.adversary.load_state_dict(state)
 
 
-def _check_in_place(plan: Plan, batch: Batch) -> None:
-    every_row = torch.arange(len(batch), device=plan.layout.device)
-    layout = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
-    if len(plan.layout) != batch.num_queries or not torch.equal(torch.cat([every_row, plan.rows])[layout], every_row):
+def _check_asked(adversary: Adversary) -> None:
+    asked = [(plugin, adversary.manager.get_hookcallers(plugin) or ()) for plugin in adversary.plugins]
+    only = [f"{PROJECT}_training_loss"]
+    idle = [type(plugin).__name__ for plugin, callers in asked if [c.name for c in callers] == only]
+    if idle:
+        raise PluginError(
+            f"{', '.join(idle)} answers nothing but training_loss, which a miner does not ask; expected plugins that "
+            "change what is perturbed. Give it to AdversarialLoss(loss, model, plugins=[...])."
+        )
+
+
+def _check_places(plan: Plan, batch: Batch) -> None:
+    row = torch.cat([torch.arange(len(batch), device=plan.rows.device), plan.rows])
+    seen = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
+    if len(plan.layout) != batch.num_queries or not torch.equal(row[seen], row[: len(batch)]):
         raise PlanError(
-            "A plugin's plan leaves rows of the batch out, or puts copies beside them; expected each row, or a copy of "
-            "it, in its place (plan.replace_rows), since a miner names rows by their place. Give this plugin to an "
-            "AdversarialLoss."
+            f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
+            f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the "
+            "plugin to AdversarialLoss(loss, model, plugins=[...])."
         )
 
 

@@ -33,12 +33,12 @@ class ViolationScore:
     """
 
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
-        self.distance, self.context = distance, _at_least_float(context)
+        self.distance, self.context = distance, at_least_float(context)
         self.not_same, self.not_different = ~same, ~different
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
-        with _exactly(embeddings):
+        with exactly(embeddings):
             distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
         if self.distance.is_inverted:
             distances = -distances
@@ -58,13 +58,13 @@ class OwnLoss:
     """
 
     def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=_at_least_float(batch.context)), plan
+        self.loss, self.batch, self.plan = loss, replace(batch, embeddings=at_least_float(batch.context)), plan
         stands = (plan.layout >= len(batch)).nonzero().flatten()
         self.position = torch.empty_like(plan.rows).scatter_(0, plan.layout[stands] - len(batch), stands)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """The score of embeddings ``(M, D)``: per copy, ``(M,)``, or of all together, ``()``."""
-        with _exactly(embeddings):
+        with exactly(embeddings):
             found: Any = self.plan.evaluate(self.loss, self.batch, embeddings.to(self.batch.embeddings.dtype))
         if isinstance(found, Tensor):
             return found
@@ -98,12 +98,14 @@ def unreduced(wrapped: nn.Module) -> nn.Module:
     return view
 
 
-def _exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
+def exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
+    """Within it, autocast does not touch what is computed where the embeddings are."""
     kind = embeddings.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _at_least_float(values: Tensor) -> Tensor:
+def at_least_float(values: Tensor) -> Tensor:
+    """The values in single precision, if they had less."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

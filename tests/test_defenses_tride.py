@@ -12,7 +12,8 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError, Plan, PlanError, hookimpl
-from pml_adversarial.defenses.tride import TRIDE, semi_hard_triplets, weighted_mean
+from pml_adversarial.defenses.sampling import sample_triplets
+from pml_adversarial.defenses.tride import TRIDE, weighted_mean
 
 PGD = partial(torchattacks.PGD, eps=7.7 / 255, alpha=0.3 / 255, steps=16, random_start=False)  # 16 alpha < eps
 TRIPLET = partial(losses.TripletMarginLoss, margin=0.2, reducer=MeanReducer())
@@ -391,8 +392,8 @@ def test_strength_0_perturbs_nobody_and_the_last_step_almost_all(network, images
 def test_the_mining_margin_shrinks(strength, margin, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "pml_adversarial.defenses.tride.semi_hard_triplets",
-        lambda embeddings, labels, margin: seen.append(margin) or semi_hard_triplets(embeddings, labels, margin),
+        "pml_adversarial.defenses.tride.sample_triplets",
+        lambda kind, batch, margin, anchors: seen.append(margin) or sample_triplets(kind, batch, margin, anchors),
     )
     batch = batch_of(torch.randn(8, 5), torch.arange(8) // 2, strength=strength)
     TRIDE().pml_adversarial_plan(TRIPLET(), batch)
@@ -412,34 +413,25 @@ def eligible(embeddings, labels, anchor, positive, margin):
     return semi_hard or others
 
 
-@pytest.mark.parametrize(
-    ("labels", "pairs"),
-    [
-        ([0, 0, 1, 1, 2, 2], [(0, 1), (2, 3), (4, 5)]),
-        ([5, 3, 5, 3, 5, 5, 9], [(0, 2), (1, 3), (4, 5)]),
-        ([1, 1, 1, 0, 0], [(0, 1), (2, 1), (3, 4)]),
-        ([1, 2, 3], []),
-        ([4, 4, 4, 4], []),
-    ],
-)
-@pytest.mark.parametrize("margin", [0.0, 0.2, 0.6])
-def test_one_random_semi_hard_negative_per_pair(labels, pairs, margin):
-    embeddings, labels = torch.randn(len(labels), 3), torch.tensor(labels)
-    drawn = [set() for _ in pairs]
-    for _ in range(150 if pairs else 1):
-        anchors, positives, negatives = semi_hard_triplets(embeddings, labels, margin)
-        assert list(zip(anchors.tolist(), positives.tolist(), strict=True)) == pairs
-        assert negatives.dtype == torch.long
-        for chosen, negative in zip(drawn, negatives.tolist(), strict=True):
-            chosen.add(negative)
-    for (anchor, positive), chosen in zip(pairs, drawn, strict=True):
-        assert chosen == set(eligible(embeddings, labels, anchor, positive, margin))
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("of_a_class", [None, 1])
+def test_negatives_are_semi_hard_within_the_margin_of_the_strength(of_a_class, strength, labels):
+    batch = batch_of(torch.randn(8, 3), labels, strength=strength)
+    tride = TRIDE(first="anchor", mining_margin=0.8, anchors_per_class=of_a_class)
+    drawn = {}
+    for _ in range(100):
+        plan = tride.pml_adversarial_plan(TRIPLET(), batch)
+        members = plan.members(torch.arange(8)[:, None], plan.rows[:, None])
+        assert len(plan) == (8 if of_a_class is None else 4)
+        for a, p, n in zip(*(member.flatten().tolist() for member in members), strict=True):
+            assert p == a ^ 1
+            drawn.setdefault(a, set()).add(n)
+    assert sorted(drawn) == list(range(8))
+    for a, negatives in drawn.items():
+        assert negatives == set(eligible(batch.context, labels, a, a ^ 1, 0.8 if strength == 0 else 0.2))
 
 
-def test_mined_triplets_are_trained_on_and_a_batch_without_any_is_a_plain_step(network, images, labels):
-    loss_func, _, spy = step(network, images, labels, TRIDE())
-    assert spy.plan.rows[:4].tolist() == [1, 3, 5, 7]
-    assert loss_func.num_perturbed == 8
+def test_a_batch_without_triplets_is_a_plain_step(network, images):
     tride = TRIDE()
     alone = torch.arange(8)
     loss_func = AdversarialLoss(losses.ContrastiveLoss(), network, attack=PGD, plugins=[tride])
@@ -603,7 +595,7 @@ class OwnPlan:
 def test_refuses_plans_of_others_without_triplets(network, images, labels):
     rows = torch.arange(8)
     pairs = tuple(torch.tensor(member) for member in ([0], [1], [0], [2]))
-    for tuples, message in ((pairs, "Name TRIDE before"), (None, "has no tuples")):
+    for tuples, message in ((pairs, "Name the method on triplets first"), (None, "has no tuples")):
         plan = Plan(rows, rows + 8, tuples)
         loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
         with pytest.raises(PlanError, match=message):
@@ -648,20 +640,40 @@ def test_trains_with_losses_and_tuples(make, tuples, network, images, labels):
         assert all(p.grad.abs().sum() > 0 for p in network.parameters())
 
 
-def test_refuses_references_and_batches_without_labels_and_tuples(network, images, labels):
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[TRIDE()])
-    with pytest.raises(PlanError, match="reference embeddings"):
-        loss_func(network(images), labels, None, network(images), labels.clone())
-    views = AdversarialLoss(losses.SelfSupervisedLoss(losses.NTXentLoss()), network, attack=PGD, plugins=[TRIDE()])
-    with pytest.raises(PlanError, match="second view"):
-        views(network(images), network(images))
-    with pytest.raises(PlanError, match="neither labels nor tuples"):
+@pytest.mark.parametrize("turn", ["candidates", "anchor"])
+def test_triplets_reach_into_a_reference(turn, network, images, labels):
+    spy = Spy()
+    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[TRIDE(first=turn), spy])
+    others = images.flip(0)
+    value = loss_func(network(images), labels, None, network(others), labels.flip(0))
+    clean, copies = network(torch.cat([images, others])), network(spy.adversarial.inputs)
+    anchors, positives, negatives = spy.plan.members(clean, copies)
+    rows = [member.flatten() for member in spy.plan.members(torch.arange(16)[:, None], spy.plan.rows[:, None])]
+    of_row = torch.cat([labels, labels.flip(0)])
+    assert rows[0].tolist() == list(range(8))
+    assert rows[1].min() >= 8 <= rows[2].min()
+    assert torch.equal(of_row[rows[0]], of_row[rows[1]])
+    assert (of_row[rows[0]] != of_row[rows[2]]).all()
+    triplet = sum(hinge(apart(a, p) - apart(a, n) + 0.2) for a, p, n in zip(anchors, positives, negatives, strict=True))
+    expected = triplet / 8 + 0.5 * published(anchors, positives, negatives, anchors)["term"]
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_of_two_views_refuses_it(network, images):
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss())
+    loss_func = AdversarialLoss(loss, network, attack=PGD, plugins=[TRIDE()])
+    with pytest.raises(PlanError, match="no plugin that plans with triplets"):
+        loss_func(network(images), network(images))
+
+
+def test_refuses_batches_without_labels_and_tuples():
+    with pytest.raises(PlanError, match="no labels to draw triplets by"):
         TRIDE().pml_adversarial_plan(TRIPLET(), batch_of(torch.randn(8, 5)))
 
 
 def test_a_miner_refuses_it(network, images, labels):
     miner = AdversarialMiner(miners.BatchHardMiner(), network, attack=PGD, plugins=[TRIDE()])
-    with pytest.raises(PlanError, match="Give this plugin to an AdversarialLoss"):
+    with pytest.raises(PlanError, match="replaces rows in place"):
         miner(network(images), labels)
 
 
@@ -683,6 +695,8 @@ def test_shares_are_at_most_1_and_turns_have_names():
         TRIDE(first="positive")
     with pytest.raises(InputError, match="'candidates' or 'anchor'"):
         TRIDE(first=["anchor"])
+    with pytest.raises(InputError, match="anchors_per_class=0"):
+        TRIDE(anchors_per_class=0)
 
 
 def test_the_last_digits_of_the_published_defaults():

@@ -153,9 +153,9 @@ def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, mod
     elsewhere = in_place.flip(0)
     for layout, ref_layout in ((in_place[:-1], others), (in_place[[*range(8), 0]], others), (elsewhere, others)):
         planner.plan = Plan(one, layout, None, ref_layout)
-        with pytest.raises(PlanError, match="a miner names rows by their place"):
+        with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
             miner(model(images), labels, *reference)
     one_batch = torch.cat([in_place, others]) if with_reference else None  # the reference among the queries
     planner.plan = Plan(one, in_place, None, rows) if one_batch is None else Plan(one, one_batch, None)
-    with pytest.raises(PlanError, match="a miner names rows by their place"):
+    with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
         miner(model(images), labels, *reference)

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from .. import attacks
 from ..addressing import own_triplets
 from ..attacks import Attack
-from ..batch import Adversarial, Batch, IndicesTuple
-from ..errors import InputError, PlanError
+from ..batch import Adversarial, Batch
+from ..errors import InputError
 from ..hookspecs import hookimpl
 from ..objective import Objective, Score
-from ..plan import Plan, rank_in_group
-from .triplets import distance, perturb_members
+from ..plan import Plan
+from ..scores import at_least_float
+from .sampling import check_options, sample_triplets
+from .triplets import distance, perturb_members, three_members
 
 _ROLES = {"candidates": ("positive", "negative"), "anchor": ("anchor",)}
 
@@ -52,14 +53,15 @@ class TRIDE:
     step, not from epoch to epoch: unperturbed is the first step, not the whole first epoch. Without ``warmup``, attack
     and margin are those of the end.
 
-    **Triplets** are the caller's; of pairs, all that they form. Where none are given, they are mined on the clean
-    embeddings, as published: rows of a class are paired in batch order (first and second, third and fourth; a last one
-    with the one before), and each pair has one random negative among those that are further than the positive by less
-    than the margin or, where there is none, among all. The published batches hold two rows of each class.
+    Triplets are the caller's; of pairs, all that they form. Where none are given they are drawn on the clean
+    embeddings: for each row that has a positive and a negative, a positive, and among the negatives that are further
+    than it by less than the margin one at random or, where there is none, among all. The published batches hold two
+    images of each class, of which the first is the anchor: half as many triplets, as with ``anchors_per_class=1``,
+    which draws the anchor.
 
-    Narrower than the package: there are no triplets with reference embeddings, or without both labels and tuples; then
-    a `PlanError` says so. An `AdversarialMiner` refuses it: its tuples would name rows that are not the batch's. Where
-    processes share one batch, each attacks its copies while the others' stay clean.
+    A loss that looks at rows beyond its triplets sees all copies, also those of one row. With reference rows, triplets
+    reach into these, and the loss is taken on the members without a reference. An `AdversarialMiner` refuses the
+    method. Where processes share a batch, each moves its copies while those of the others stay clean.
 
     Args:
         sharpness: lambda of the weighted means; 0 for plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
@@ -71,9 +73,10 @@ class TRIDE:
         mining_shrinkage: at strength s it is ``mining_margin * (1 - mining_shrinkage * s) ** 2``.
         tolerance: below it an objective is satisfied.
         first: "candidates" or "anchor", what the first step perturbs.
+        anchors_per_class: draw at most so many anchors of each class; None: every row is one.
 
     Raises:
-        InputError: an option is no number or out of its range.
+        InputError: an option cannot be.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class TRIDE:
         mining_shrinkage: float = 0.5,
         tolerance: float = 1e-5,
         first: str = "candidates",
+        anchors_per_class: int | None = None,
     ) -> None:
+        check_options("semihard", anchors_per_class)
         self.sharpness = _number("sharpness", sharpness)
         self.pull = _number("pull", pull)
         self.smallest = _number("smallest", smallest, 1)
@@ -98,7 +103,7 @@ class TRIDE:
         self.tolerance = _number("tolerance", tolerance)
         if first not in tuple(_ROLES):
             raise InputError(f"first={first!r}; expected 'candidates' or 'anchor', what the first step perturbs.")
-        self.first = first
+        self.first, self.anchors_per_class = first, anchors_per_class
         self.steps = 0
         self._scored: Plan | None = None
 
@@ -111,14 +116,9 @@ class TRIDE:
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The candidates of each triplet, or its anchor."""
-        if batch.num_queries < len(batch):
-            raise PlanError(
-                "TRIDE found reference embeddings (ref_emb, or a second view); expected triplets within one batch. "
-                "Call the loss without ref_emb, with the rows of both in one batch."
-            )
-        if batch.indices_tuple is None and batch.labels is not None:
+        if batch.indices_tuple is None:
             margin = self.mining_margin * (1 - self.mining_shrinkage * batch.strength) ** 2
-            triplets = semi_hard_triplets(batch.context, batch.labels, margin)
+            triplets = sample_triplets("semihard", batch, margin, self.anchors_per_class)
         else:
             triplets = own_triplets(wrapped, batch)
         return perturb_members(triplets, _ROLES[self.perturbs], batch)
@@ -127,12 +127,12 @@ class TRIDE:
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """What the perturbation lowers, with the opposite sign."""
         self._scored = plan
-        context = _at_least_float(batch.context)
+        context = at_least_float(batch.context)
         clean = context[plan.rows]
         objective = self.of_candidates if self.perturbs == "candidates" else self.of_anchor
 
         def score(embeddings: Tensor) -> Tensor:
-            value = objective(*_triplets(plan, context, embeddings), _triplets(plan, context, clean)[0])
+            value = objective(*three_members(plan, context, embeddings), three_members(plan, context, clean)[0])
             return -torch.where(value < self.tolerance, value.detach(), value)
 
         return score
@@ -150,8 +150,8 @@ class TRIDE:
     ) -> Generator[None, Tensor, Tensor]:
         """What the others answer, and the weighted term."""
         loss = yield
-        clean = _at_least_float(batch.embeddings)
-        anchors, positives, negatives = _triplets(plan, clean, adversarial.embeddings)
+        clean = at_least_float(batch.embeddings)
+        anchors, positives, negatives = three_members(plan, clean, adversarial.embeddings)
         to_positive, to_negative = distance(anchors, positives), distance(anchors, negatives)
         gap = self._near(to_positive) - self._near(to_negative) + self.margin
         return loss + self.weight * gap.relu()
@@ -164,10 +164,10 @@ class TRIDE:
         """
         turn = self.perturbs
         self.steps += 1
-        clean = _at_least_float(batch.embeddings)
+        clean = at_least_float(batch.embeddings)
         return {
-            "collapseness_before": self.collapseness(*_triplets(plan, clean, clean[plan.rows])),
-            "collapseness_after": self.collapseness(*_triplets(plan, clean, adversarial.embeddings)),
+            "collapseness_before": self.collapseness(*three_members(plan, clean, clean[plan.rows])),
+            "collapseness_after": self.collapseness(*three_members(plan, clean, adversarial.embeddings)),
             "anchors_perturbed": float(turn == "anchor"),
         }
 
@@ -204,50 +204,6 @@ class TRIDE:
 def weighted_mean(distances: Tensor, sharpness: float) -> Tensor:
     """Mean of ``(T,)`` with weights ``exp(sharpness * (d - max d))``, which carry gradient as well."""
     return (torch.softmax(sharpness * distances, 0) * distances).sum()
-
-
-def semi_hard_triplets(embeddings: Tensor, labels: Tensor, margin: float) -> IndicesTuple:
-    """One triplet per pair of a class, with a random semi-hard negative.
-
-    Args:
-        embeddings: ``(N, D)``.
-        labels: ``(N,)``.
-        margin: a negative is semi-hard where it is further than the positive by less than that.
-
-    Returns:
-        Anchors, positives and negatives, each ``(T,)``. Rows that are alone in their class, or have no negative, are no
-        anchors.
-    """
-    same = labels[:, None] == labels
-    rank = rank_in_group(labels)
-    following = same & (rank == rank[:, None] + 1)
-    preceding = same & (rank == rank[:, None] - 1)
-    partner = torch.where(following.any(1, keepdim=True), following, preceding)
-    anchors = ((rank % 2 == 0) & partner.any(1) & ~same.all(1)).nonzero().flatten()
-    positives = partner[anchors].int().argmax(1)
-    unit = normalize(_at_least_float(embeddings))
-    distances = torch.cdist(unit[anchors], unit, compute_mode="donot_use_mm_for_euclid_dist")
-    further = distances - distances.gather(1, positives[:, None])
-    others = ~same[anchors]
-    semi_hard = others & (further > 0) & (further < margin)
-    eligible = torch.where(semi_hard.any(1, keepdim=True), semi_hard, others)
-    if not len(anchors):
-        return anchors, positives, anchors
-    return anchors, positives, torch.multinomial(eligible.float(), 1).flatten()
-
-
-def _triplets(plan: Plan, clean: Tensor, copies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    members = plan.members(clean, copies)
-    if len(members) != 3:
-        raise PlanError(
-            "TRIDE found a plan with pairs, made by another plugin; expected triplets. Name TRIDE before that plugin."
-        )
-    anchors, positives, negatives = members
-    return anchors, positives, negatives
-
-
-def _at_least_float(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _number(name: str, value: float, highest: float = math.inf) -> float:

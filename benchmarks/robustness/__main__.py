@@ -1,0 +1,162 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pml_adversarial import InputError
+from pml_adversarial.evaluation.robustness import to_suite
+
+from . import __doc__ as about
+from .backbones import BACKBONES, build
+from .batches import Batches
+from .data import Part, hold_out, load
+from .methods import METHODS
+from .protocol import DATA, PRECISIONS, PROTOCOLS, SCHEDULES, Protocol, named
+from .run import Bench, Evaluation, finished
+from .table import table
+
+logger = logging.getLogger("robustness")
+
+RADII = {
+    "digits": (13.0, 26.0),
+    "omniglot": (13.0, 26.0, 77.0),
+    "cub": (2.0, 8.0),
+    "cars": (2.0, 8.0),
+    "sop": (2.0, 8.0),
+}
+"""At which models are attacked unless asked otherwise, in 255ths."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options; those of the protocol without a default, since that is the protocol's."""
+    made = argparse.ArgumentParser(
+        "benchmarks.robustness", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, either = made.add_argument, argparse.BooleanOptionalAction
+    add("--data", required=True, choices=list(DATA))
+    add("--root", type=Path, default=Path("data"), help="folder of downloads; photographs in root/cub, cars, sop")
+    add("--file", type=Path, help="omniglot from an npz, see benchmarks/omniglot.py")
+    add("--download", action="store_true", help="fetch what is not there")
+    add("--out", type=Path, default=Path("robustness_run"), help="folder of all results")
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--protocol", choices=list(PROTOCOLS), default="peers")
+    add("--backbone", choices=BACKBONES)
+    add("--steps", type=int, help="of the optimiser; twice as many for plain training")
+    add("--budget", type=int, help="image passes of training, in place of steps")
+    add("--batch", type=int, nargs=2, metavar=("CLASSES", "IMAGES"), help="classes, and images of each")
+    add("--learning-rate", type=float)
+    add("--weight-decay", type=float)
+    add("--schedule", choices=SCHEDULES)
+    add("--augment", action=either, help="change training images at random")
+    add("--rotations", action=either, help="quarter turns of a class are further classes")
+    add("--train-eps", type=float, help="radius of training attacks, in 255ths")
+    add("--train-alpha", type=float, help="their step, in 255ths")
+    add("--attack-steps", type=int, help="how many")
+    add("--precision", choices=PRECISIONS, help="bfloat16: autocast, channels last")
+    add("--size", type=int, help="side of photographs (224)")
+    add("--pretrained", action=either, help="start from ImageNet weights")
+    add("--frozen-batchnorm", action=either, help="BatchNorm stays in eval mode")
+    add("--validation-classes", type=int, help="search so many held-out training classes in place of the test classes")
+    add("--eps", type=float, nargs="+", help="radii of the evaluation, in 255ths")
+    add("--suite", nargs="+", default=["standard"], help="standard, quick, or names of attacks")
+    add("--queries", type=int, default=500, help="images that are attacked; 0: all")
+    add("--threads", type=int, help="of torch")
+    add("--workers", type=int, default=0, help="processes that read images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quiet", action="store_true", help="no progress bars")
+    return made
+
+
+def protocol_of(options: argparse.Namespace) -> Protocol:
+    """The named protocol, with what was asked otherwise."""
+    asked = {part.name: getattr(options, part.name, None) for part in fields(Protocol)}
+    in_255ths = {"eps": options.train_eps, "alpha": options.train_alpha}
+    asked.update({name: None if value is None else value / 255 for name, value in in_255ths.items()})
+    asked["classes"], asked["per_class"] = options.batch or (None, None)
+    if options.size is None and options.data in ("cub", "cars", "sop"):
+        asked["size"] = 224
+    return named(options.protocol, options.data, asked)
+
+
+def bench_of(options: argparse.Namespace) -> Bench:
+    """Everything that can be refused is refused here, before anything is trained.
+
+    Raises:
+        InputError: options that cannot be used.
+    """
+    protocol = protocol_of(options)
+    radii = tuple(sorted(set(options.eps or RADII[options.data])))
+    evaluation = Evaluation(radii, tuple(options.suite), options.queries)
+    if not all(0 < radius <= 255 for radius in radii):
+        raise InputError(f"--eps {' '.join(f'{radius:g}' for radius in radii)}; expected radii above 0 up to 255.")
+    to_suite(evaluation.named())
+    if options.queries < 0 or options.workers < 0 or (options.threads is not None and options.threads < 1):
+        raise InputError("Expected --queries and --workers from 0 on, and --threads from 1 on.")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        raise InputError(f"--seeds {' '.join(map(str, options.seeds))}; expected different whole numbers from 0 on.")
+    train, searched = _parts(options, protocol)
+    bench = Bench(protocol, evaluation, train, searched, _device(options.device), options.workers, not options.quiet)
+    build(protocol.backbone, bench.shape())
+    Batches(train, protocol, 0)
+    return bench
+
+
+def _parts(options: argparse.Namespace, protocol: Protocol) -> tuple[Part, Part]:
+    train, test = load(options.data, options.root, options.file, options.download, options.size)
+    return hold_out(train, protocol.validation_classes) if protocol.validation_classes else (train, test)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains and attacks what is asked for and not there yet; 1 where something failed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        bench = bench_of(options)
+    except InputError as error:
+        parser().error(str(error))
+    failed: dict[str, Exception] = {}
+    for seed in options.seeds:
+        for name in options.methods:
+            try:
+                bench.run(name, METHODS[name], seed, options.out / name / f"seed_{seed}")
+            except Exception as error:
+                logger.exception("%s, seed %d, failed", name, seed)
+                failed[f"{name}, seed {seed}"] = error
+            summarise(options.out, bench.settings())
+    for run, reason in failed.items():
+        logger.error("failed: %s: %s: %s", run, type(reason).__name__, reason)
+    return 1 if failed else 0
+
+
+def summarise(out: Path, settings: dict[str, Any]) -> None:
+    """Writes all runs with these settings, and shows their table."""
+    runs = finished(out, settings)
+    if runs:
+        shown = table(runs, METHODS)
+        (out / "results.json").write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        (out / "table.md").write_text(shown + "\n", encoding="utf-8")
+        logger.info("\n%s", shown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

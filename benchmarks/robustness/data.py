@@ -1,0 +1,205 @@
+"""Images of training classes, and of classes that are searched: in memory, or read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from pytorch_metric_learning import datasets as pml_datasets
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2 as transforms
+
+from benchmarks import omniglot
+from pml_adversarial.datasets import digits
+from pml_adversarial.errors import InputError
+
+PHOTOS = {
+    "cub": pml_datasets.CUB,
+    "cars": pml_datasets.Cars196,
+    "sop": pml_datasets.StanfordOnlineProducts,
+}
+"""PML's own classes: where they look for files, they say; training and test classes are disjoint."""
+
+SIDE = 224  # of photographs
+
+
+class Part(Protocol):
+    """Labelled images, of which some can be read and some can be kept."""
+
+    @property
+    def labels(self) -> Tensor:
+        """``(N,)``."""
+
+    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+        """``(n, C, H, W)`` in [0, 1]."""
+
+    def keep(self, rows: Tensor) -> Part:
+        """These rows alone."""
+
+    def to_evaluate(self) -> Any:
+        """As `evaluate_robustness` takes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Small images, all of them in one tensor.
+
+    Attributes:
+        images: ``(N, C, H, W)`` in [0, 1].
+        labels: ``(N,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+        """Augmented as Omniglot's: turned, scaled, sheared and moved a little, on a background of 0."""
+        images = self.images[rows]
+        return omniglot.augment(images) if augment else images
+
+    def keep(self, rows: Tensor) -> InMemory:
+        """These rows alone."""
+        return InMemory(self.images[rows], self.labels[rows])
+
+    def to_evaluate(self) -> tuple[Tensor, Tensor]:
+        """Both tensors."""
+        return self.images, self.labels
+
+
+@dataclass(frozen=True, eq=False)
+class Photographs(Dataset[tuple[Tensor, int]]):
+    """Photographs that PML's classes know, read when they are asked for; a data set of (pixels, label).
+
+    Attributes:
+        source: one of PML's data sets, without a transform.
+        rows: ``(N,)`` rows of the source.
+        labels: ``(N,)``.
+        side: pixels of a side.
+    """
+
+    source: Any
+    rows: Tensor
+    labels: Tensor
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels(torch.tensor([index]))[0], int(self.labels[index])
+
+    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+        """Resized by 8/7 and cut to the square in the middle; augmented: a square anywhere, half of them mirrored."""
+        change = self._augmented() if augment else transforms.CenterCrop(self.side)
+        return torch.stack([change(self._resized(int(self.rows[row]))) for row in rows])
+
+    def keep(self, rows: Tensor) -> Photographs:
+        """These rows alone."""
+        return replace(self, rows=self.rows[rows], labels=self.labels[rows])
+
+    def to_evaluate(self) -> Photographs:
+        """Itself, a data set with ``labels``."""
+        return self
+
+    def _resized(self, row: int) -> Tensor:
+        image: Image.Image = self.source[row][0]
+        larger = image.convert("RGB").resize([self.side * 8 // 7] * 2, Image.Resampling.BILINEAR)
+        pixels: Tensor = transforms.functional.pil_to_tensor(larger)
+        return pixels.float() / 255
+
+    def _augmented(self) -> Callable[[Tensor], Tensor]:
+        change: Callable[[Tensor], Tensor] = transforms.Compose(
+            [transforms.RandomCrop(self.side), transforms.RandomHorizontalFlip()]
+        )
+        return change
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """Further classes: those of another part, turned by one, two and three quarters.
+
+    Attributes:
+        part: what is turned; its images are squares.
+    """
+
+    part: Part
+
+    @property
+    def labels(self) -> Tensor:
+        """``(4 N,)``: class ``c`` of ``C`` turned ``k`` times is class ``k C + c``."""
+        _, labels = self.part.labels.unique(return_inverse=True)
+        return torch.cat([labels + turn * (int(labels.max()) + 1) for turn in range(4)])
+
+    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+        """Augmented before they are turned."""
+        total = len(self.part.labels)
+        images = self.part.pixels(rows % total, augment)
+        return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, rows // total, strict=True)])
+
+
+def load(
+    name: str, root: Path, file: Path | None = None, download: bool = False, size: int | None = None
+) -> tuple[Part, Part]:
+    """Images to train on, and images of other classes.
+
+    Args:
+        name: "digits", "omniglot", "cub", "cars" or "sop".
+        root: folder of downloads; photographs are looked for in a folder of it, named as the data.
+        file: of "omniglot", an npz as `omniglot.load` reads it, in place of torchvision's data set.
+        download: whether torchvision or PML may fetch what is not there.
+        size: side of photographs; None: 224.
+
+    Raises:
+        InputError: there is nothing there, or options are for other data.
+    """
+    if file is not None and name != "omniglot":
+        raise InputError(f"--file {file} is for omniglot; {name} is not read from one file.")
+    if size and name not in PHOTOS:
+        raise InputError(f"--size {size} is for photographs ({', '.join(PHOTOS)}); images of {name} stay as they are.")
+    if name in PHOTOS:
+        return _photographs(name, root / name, download, size or SIDE)
+    split = digits() if name == "digits" else _omniglot(root, file, download)
+    train = InMemory(split.train_images, split.train_labels)
+    return train, InMemory(split.test_images, split.test_labels)
+
+
+def hold_out(part: Part, classes: int) -> tuple[Part, Part]:
+    """Parts the last classes, by label, from the others, as the data sets themselves part training from test classes.
+
+    Raises:
+        InputError: either part would have fewer than two classes.
+    """
+    known = part.labels.unique()
+    if not 2 <= classes <= len(known) - 2:
+        raise InputError(
+            f"--validation-classes {classes} of {len(known)} training classes; expected from 2 to {len(known) - 2}."
+        )
+    held = torch.isin(part.labels, known[-classes:])
+    return part.keep((~held).nonzero().flatten()), part.keep(held.nonzero().flatten())
+
+
+def _omniglot(root: Path, file: Path | None, download: bool) -> Any:
+    try:
+        return omniglot.fetch(root, download) if file is None else omniglot.load(file)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        hint = "add --download, or give an npz with --file" if file is None else "see benchmarks/omniglot.py, load"
+        raise InputError(f"Omniglot cannot be read from {file or root}: {error}; {hint}.") from error
+
+
+def _photographs(name: str, root: Path, download: bool, side: int) -> tuple[Photographs, Photographs]:
+    try:
+        train, test = (PHOTOS[name](str(root), split=split, download=download) for split in ("train", "test"))
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{name} cannot be read from {root}: {error} Add --download, or see --root.") from error
+    return _all_of(train, side), _all_of(test, side)
+
+
+def _all_of(source: Any, side: int) -> Photographs:
+    if not len(source):
+        raise InputError(f"{source.root} lists no images of the {source.split} classes.")
+    return Photographs(source, torch.arange(len(source)), torch.tensor(source.labels), side)

@@ -1,0 +1,149 @@
+"""The methods that are compared: what each wraps, perturbs and mines. The budget of their attacks is the protocol's.
+
+Each is one entry of `METHODS`; a method of your own is one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import DistanceWeightedMiner
+from pytorch_metric_learning.reducers import MeanReducer
+from torch import nn
+
+from pml_adversarial import AdversarialLoss, InputError
+
+from . import miners
+from .protocol import Protocol
+
+Miner = Callable[..., Any]
+"""``(embeddings, labels)`` -> tuples; one of PML's fits."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method trains.
+
+    Attributes:
+        said: what it is, in a few words.
+        loss: makes the loss that is wrapped.
+        miner: makes what chooses tuples; None: the loss does.
+        plugins: makes the plugins, at the moment that they are needed.
+        options: of `AdversarialLoss`, by protocol; None: the loss is not wrapped.
+        warmup: share of the training over which the attack grows.
+        twice: whether it takes twice the protocol's steps, as training without an attack does.
+    """
+
+    said: str
+    loss: Callable[[], nn.Module]
+    miner: Callable[[], Miner] | None = None
+    plugins: Callable[[], list[Any]] = list
+    options: Callable[[Protocol], dict[str, Any]] | None = None
+    warmup: float = 0.0
+    twice: bool = False
+
+    def steps(self, protocol: Protocol) -> int:
+        """Of the optimiser; 0 where a budget decides."""
+        return protocol.steps * (2 if self.twice else 1)
+
+    def wrapped(self, protocol: Protocol, model: nn.Module, steps: int, seed: int) -> nn.Module:
+        """The loss to train with.
+
+        Args:
+            protocol: gives the attack's budget.
+            model: what is trained.
+            steps: how many there will be, for the warm-up; 0: full strength from the start.
+            seed: of the attack.
+        """
+        if self.options is None:
+            return self.loss()
+        options = {"warmup": int(self.warmup * steps), "seed": seed, **self.options(protocol)}
+        return AdversarialLoss(self.loss(), model, plugins=self.plugins(), **options)
+
+
+def triplet() -> nn.Module:
+    """``mean [d(a, p) - d(a, n) + 0.2]+`` over all triplets, satisfied ones too."""
+    loss: nn.Module = TripletMarginLoss(margin=0.2, reducer=MeanReducer())
+    return loss
+
+
+def multi_similarity() -> nn.Module:
+    """The loss of the package's own recipe."""
+    loss: nn.Module = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
+    return loss
+
+
+def _defense(module: str, name: str, **options: Any) -> Any:
+    try:
+        found = getattr(import_module(f"pml_adversarial.defenses.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"This version of pml_adversarial has no {name} in pml_adversarial.defenses.{module}."
+        ) from error
+    return found(**options)
+
+
+def _random() -> Miner:
+    return miners.random_negatives
+
+
+def _soft_hard() -> Miner:
+    return miners.soft_hard
+
+
+def _peers_attack(protocol: Protocol) -> dict[str, Any]:
+    return {"attack": protocol.pgd()}
+
+
+def _half_the_steps(protocol: Protocol) -> dict[str, Any]:
+    return {"attack": protocol.pgd(steps=max(1, protocol.attack_steps // 2))}
+
+
+def _seed_paper(protocol: Protocol) -> dict[str, Any]:
+    attack = protocol.pgd(alpha=2 * protocol.eps / 5, steps=5, random_start=True)
+    return {"attack": attack, "perturb": "positive", "tuples_per_anchor": 1}
+
+
+def _preset(protocol: Protocol) -> dict[str, Any]:
+    return {"attack": protocol.pgd(alpha=protocol.eps / 2, steps=5, random_start=True), "perturb": "all"}
+
+
+def _on_triplets(
+    said: str, *plugins: tuple[Any, ...], miner: Callable[[], Miner] | None = _random, **more: Any
+) -> Method:
+    """A published defence: the triplet loss, and plugins as (module, class, options)."""
+
+    def made() -> list[Any]:
+        return [_defense(module, name, **(options[0] if options else {})) for module, name, *options in plugins]
+
+    return Method(said, triplet, miner, made, **{"options": _peers_attack, **more})
+
+
+_OWN_COPIES = {"raises": "hardness", "tuples_per_anchor": 1}
+METHODS: dict[str, Method] = {
+    "plain": Method("triplets, random negatives", triplet, _random, twice=True),
+    "plain-softhard": Method("triplets, soft-hard negatives", triplet, _soft_hard, twice=True),
+    "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
+    "seed-paper": Method(
+        "arXiv 2102.07265: positives of one tuple per anchor, 5 steps from a random start",
+        lambda: TripletMarginLoss(margin=0.2),
+        lambda: DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4),
+        options=_seed_paper,
+    ),
+    "amd": _on_triplets("arXiv 1706.06083 on triplets: all members, as RobRank's code", ("amd", "AMD", _OWN_COPIES)),
+    "ramd": _on_triplets("the same, anchors clean", ("amd", "RAMD", _OWN_COPIES)),
+    "est": _on_triplets("arXiv 2002.11293: rows moved off themselves", ("est", "EST")),
+    "ses": _on_triplets("the same as a penalty", ("ses", "SES")),
+    "act": _on_triplets("arXiv 2106.03614: positives and negatives pulled together", ("act", "ACT")),
+    "hm-lga": _on_triplets("arXiv 2203.01439: HM[S, LGA]", ("hm", "HM"), miner=_soft_hard),
+    "hm-lga-ics": _on_triplets("HM[S, LGA] & ICS", ("hm", "HM"), ("ics", "ICS"), miner=_soft_hard),
+    "tride": _on_triplets(
+        "arXiv 2312.07364: CA-TRIDE", ("tride", "TRIDE"), miner=None, options=_half_the_steps, warmup=1.0
+    ),
+    "trades": _on_triplets("arXiv 1901.08573, on neighbours", ("trades", "TRADES")),
+    "preset": Method("all rows, MultiSimilarityLoss, eps grows", multi_similarity, options=_preset, warmup=0.5),
+}

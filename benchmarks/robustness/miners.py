@@ -1,0 +1,53 @@
+"""One triplet per pair of images of a class, as RobRank's code draws them (arXiv 2106.03614, 2203.01439).
+
+Images of a class stand side by side in a batch: the first is an anchor, the second its positive, the third an anchor,
+and so on. With two images per class that is one triplet per class. They draw from torch's global generator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def random_negatives(embeddings: Tensor, labels: Tensor) -> Triplets:
+    """Any image of another class is the negative."""
+    anchors, positives = _pairs(labels)
+    return anchors, positives, _one_of(labels[anchors, None] != labels)
+
+
+def soft_hard(embeddings: Tensor, labels: Tensor) -> Triplets:
+    """A negative nearer than the furthest positive, a positive further than the nearest negative; else any.
+
+    RobRank's code, where no positive is hard, may choose the anchor itself as its positive; here it never is.
+    """
+    anchors, _ = _pairs(labels)
+    unit = normalize(embeddings.detach().float())
+    distances = torch.cdist(unit[anchors], unit, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels[anchors, None] == labels
+    positive = same.scatter(1, anchors[:, None], False)
+    furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    nearest = distances.masked_fill(same, torch.inf).amin(1, keepdim=True)
+    positives = _one_of(_if_any(positive & (distances > nearest), positive))
+    return anchors, positives, _one_of(_if_any(~same & (distances < furthest), ~same))
+
+
+def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors and positives: neighbours in the batch of one class, no image twice."""
+    row = torch.arange(len(labels), device=labels.device)
+    starts = torch.ones_like(labels, dtype=torch.bool)
+    starts[1:] = labels[1:] != labels[:-1]
+    place = row - torch.where(starts, row, 0).cummax(0).values  # within its class
+    anchors = row[:-1][(place[:-1] % 2 == 0) & ~starts[1:]]
+    return anchors, anchors + 1
+
+
+def _if_any(preferred: Tensor, otherwise: Tensor) -> Tensor:
+    return torch.where(preferred.any(1, keepdim=True), preferred, otherwise)
+
+
+def _one_of(eligible: Tensor) -> Tensor:
+    return torch.multinomial(eligible.float(), 1).squeeze(1)

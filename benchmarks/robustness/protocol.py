@@ -1,0 +1,127 @@
+"""Everything that defines a training run, and the two protocols that have names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torchattacks
+
+from pml_adversarial.errors import InputError
+
+PRECISIONS, SCHEDULES = ("float32", "bfloat16"), ("constant", "cosine")
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "peers": {"steps": 300, "schedule": "constant", "augment": False, "rotations": False},
+    "helped": {"budget": 500_000, "schedule": "cosine", "augment": True, "rotations": True},
+}
+"""``peers``: short, as other papers' code trains at 28x28. ``helped``: with what plain training profits from too."""
+
+_SMALL = {"eps": 77 / 255, "alpha": 3 / 255, "learning_rate": 1e-3}
+_PHOTOS = {"eps": 8 / 255, "alpha": 1 / 255, "learning_rate": 1e-5, "weight_decay": 4e-4, "backbone": "resnet18"}
+DATA: dict[str, dict[str, Any]] = {
+    "digits": {**_SMALL, "backbone": "cnn", "classes": 5, "per_class": 22},
+    "omniglot": {**_SMALL, "backbone": "c2f2"},
+    "cub": _PHOTOS,
+    "cars": _PHOTOS,
+    "sop": _PHOTOS,
+}
+"""What differs by data: that of RobRank's code at 28x28 and at 224x224 (arXiv 2106.03614)."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all methods have in common.
+
+    Attributes:
+        data: name of the data.
+        backbone: name of the network.
+        steps: optimiser steps; plain training takes twice as many. 0 where there is a budget.
+        budget: image passes after which training ends, in place of steps; 0 for none.
+        classes: classes of a batch.
+        per_class: images of each of them.
+        learning_rate: of Adam.
+        weight_decay: of Adam.
+        schedule: of the learning rate, "constant" or "cosine" (down to 0).
+        augment: whether training images are changed at random.
+        rotations: whether quarter turns of a class are further classes.
+        eps: l-inf radius of training attacks, in pixels of [0, 1].
+        alpha: their step.
+        attack_steps: how many.
+        precision: "float32", or "bfloat16" for autocast around model and loss.
+        size: side of photographs; 0 where data has its own.
+        pretrained: whether networks start from ImageNet weights.
+        frozen_batchnorm: whether BatchNorm stays in eval mode.
+        validation_classes: training classes, the last by label, that are held out and searched in place of the test
+            classes; 0: none.
+    """
+
+    data: str
+    backbone: str
+    steps: int = 0
+    budget: int = 0
+    classes: int = 56
+    per_class: int = 2
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    augment: bool = False
+    rotations: bool = False
+    eps: float = 77 / 255
+    alpha: float = 3 / 255
+    attack_steps: int = 32
+    precision: str = "float32"
+    size: int = 0
+    pretrained: bool = False
+    frozen_batchnorm: bool = False
+    validation_classes: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha")
+        wrong = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)}; expected numbers above 0.")
+        if self.classes < 2 or self.per_class < 2:
+            raise InputError(
+                f"A batch of {self.classes} classes with {self.per_class} images each holds no triplets; expected two "
+                "of each at least."
+            )
+        if (self.steps > 0) == (self.budget > 0) or min(self.steps, self.budget) < 0:
+            raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
+        if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
+            raise InputError(
+                f"precision={self.precision!r}, schedule={self.schedule!r}; expected one of {PRECISIONS} and of "
+                f"{SCHEDULES}."
+            )
+
+    @property
+    def batch(self) -> int:
+        """Images of a batch."""
+        return self.classes * self.per_class
+
+    def pgd(self, **changed: Any) -> partial[Any]:
+        """The attack that methods train with: sign steps from the image itself, projected to the l-inf ball."""
+        budget = {"eps": self.eps, "alpha": self.alpha, "steps": self.attack_steps, "random_start": False}
+        return partial(torchattacks.PGD, **{**budget, **changed})
+
+    def described(self) -> dict[str, Any]:
+        """In JSON's types."""
+        return asdict(self)
+
+
+def named(name: str, data: str, changed: Mapping[str, Any]) -> Protocol:
+    """A protocol by name, for some data, with what was asked otherwise; None is no wish.
+
+    Raises:
+        InputError: there is no such protocol or data, or options contradict one another.
+    """
+    for value, known in ((name, PROTOCOLS), (data, DATA)):
+        if value not in known:
+            raise InputError(f"Found {value!r}; expected one of {', '.join(known)}.")
+    wishes = {key: value for key, value in changed.items() if value is not None}
+    chosen = {**DATA[data], **PROTOCOLS[name], "data": data}
+    if "steps" in wishes or "budget" in wishes:
+        chosen.pop("steps", None), chosen.pop("budget", None)
+    return Protocol(**{**chosen, **wishes})

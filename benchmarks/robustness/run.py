@@ -1,0 +1,186 @@
+"""One method with one seed: trained, attacked and noted in a folder of its own; what is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pml_adversarial import InputError, Report, evaluate_robustness
+
+from .backbones import build
+from .data import Part
+from .methods import Method
+from .protocol import Protocol
+from .train import Training
+
+RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are attacked, all alike.
+
+    Attributes:
+        eps: radii, in 255ths.
+        suite: "standard", "quick", or names of attacks.
+        queries: how many images are attacked, drawn once for all models; 0: all.
+    """
+
+    eps: tuple[float, ...]
+    suite: tuple[str, ...] = ("standard",)
+    queries: int = 500
+
+    def rows(self, total: int) -> list[int] | None:
+        """The images that are attacked; None: all."""
+        if not 0 < self.queries < total:
+            return None
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        return drawn[: self.queries].sort().values.tolist()
+
+    def measure(self, model: nn.Module, part: Part, resume: Path, progress: bool) -> Report:
+        """What is left of retrieval; chunks that are in the folder already are not attacked again."""
+        return evaluate_robustness(
+            model,
+            part.to_evaluate(),
+            eps=[radius / 255 for radius in self.eps],
+            attacks=self.named(),
+            subset=self.rows(len(part.labels)),
+            checks=self.named() == "standard",
+            resume=resume,
+            progress=progress,
+        )
+
+    def named(self) -> str | list[str]:
+        """A suite's name, or the attacks' names."""
+        return self.suite[0] if self.suite in (("standard",), ("quick",)) else list(self.suite)
+
+    def folder(self) -> str:
+        """A name that differs where what is measured differs."""
+        return "_".join(["evaluation", *self.suite, *(f"{radius:g}" for radius in self.eps), f"{self.queries}queries"])
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What the runs of one command have in common.
+
+    Attributes:
+        protocol: of training.
+        evaluation: of what came out.
+        train: images to train on.
+        searched: images of other classes.
+        device: of models.
+        workers: processes that read images.
+        progress: whether to show bars.
+    """
+
+    protocol: Protocol
+    evaluation: Evaluation
+    train: Part
+    searched: Part
+    device: torch.device
+    workers: int = 0
+    progress: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """In JSON's types."""
+        images = {"trained_on": len(self.train.labels), "searched": len(self.searched.labels)}
+        parts = {"protocol": self.protocol.described(), "images": images, "evaluation": asdict(self.evaluation)}
+        described: dict[str, Any] = json.loads(json.dumps(parts))
+        return described
+
+    def run(self, name: str, method: Method, seed: int, folder: Path) -> dict[str, Any]:
+        """What was measured of a model, trained now if it is not there yet.
+
+        Raises:
+            InputError: the folder holds a model that was trained otherwise.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = {"method": name, "seed": seed, **self.settings()}
+        if (folder / RUN).exists() and all(_read(folder / RUN).get(key) == asked[key] for key in asked):
+            return _read(folder / RUN)
+        if not (folder / MODEL).exists():
+            self._train(name, method, seed, folder)
+        self._check_same(name, seed, folder)
+        model = build(self.protocol.backbone, self.shape(), self.protocol.pretrained).to(self.device)
+        model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
+        report = self.evaluation.measure(model.eval(), self.searched, folder / self.evaluation.folder(), self.progress)
+        report.save_json(folder / "report.json")
+        report.save_html(folder / "report.html")
+        training = _read(folder / TRAINING)
+        found = {**asked, "training": training["passed"], "report": _brief(report), "machine": machine(self.device)}
+        _write(folder / RUN, found)
+        return found
+
+    def _train(self, name: str, method: Method, seed: int, folder: Path) -> None:
+        if (folder / TRAINING).exists():
+            self._check_same(name, seed, folder)
+        own = {"method": name, "seed": seed, "protocol": self.settings()["protocol"]}
+        _write(folder / TRAINING, own)
+        training = Training(method, self.protocol, self.train, seed, self.device)
+        shown = f"{name}, seed {seed}" if self.progress else None
+        model = training.run(folder / CHECKPOINT, self.workers, shown)
+        _write(folder / TRAINING, {**own, "passed": asdict(training.passed)})
+        unfinished = (folder / MODEL).with_suffix(".unfinished")
+        torch.save(model.state_dict(), unfinished)
+        os.replace(unfinished, folder / MODEL)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _check_same(self, name: str, seed: int, folder: Path) -> None:
+        asked = {"method": name, "seed": seed, **self.settings()["protocol"]}
+        found = _read(folder / TRAINING)
+        found = {"method": found.get("method"), "seed": found.get("seed"), **found.get("protocol", {})}
+        differ = [
+            f"{key} ({found.get(key)}, asked: {asked.get(key)})"
+            for key in {**found, **asked}
+            if found.get(key) != asked.get(key)
+        ]
+        if differ:
+            raise InputError(f"{folder} holds another training: {', '.join(differ)} differ. Use another --out.")
+
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.train.pixels(torch.tensor([0])).shape[1:])
+
+
+def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All runs in a folder that were made with these settings."""
+    found = [_read(path) for path in sorted(out.glob(f"*/*/{RUN}"))]
+    return [run for run in found if all(run.get(key) == settings[key] for key in settings)]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where this runs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def _brief(report: Report) -> dict[str, Any]:
+    """The report without the fate of each query, which is in the report's own file."""
+    kept = report.to_dict()
+    for part in (*kept["attacks"], *kept["worst"]):
+        part.pop("standing")
+    return {key: value for key, value in kept.items() if key not in ("settings", "clean_standing")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}. Delete its folder.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no settings. Delete its folder.")
+    return found
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,191 @@
+"""One loop for all methods. A run that was cut off goes on where it stopped, and ends where it would have ended."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pml_adversarial.isolation import random_stream
+
+from .backbones import build
+from .batches import Batches
+from .data import Part
+from .methods import Method
+from .protocol import Protocol
+
+KEPT_EVERY, NOTED_EVERY = 50, 25  # steps
+_OWN = 1 << 41  # a stream of random numbers that neither the attack nor the batches draw from
+
+
+@dataclass
+class Passed:
+    """How far training has come, and what it has cost.
+
+    Attributes:
+        steps: of the optimiser.
+        forward: images that went forward with gradient: the clean ones, those of each attack step, the perturbed ones.
+            These are the image passes that a budget counts.
+        backward: images that a gradient came back to.
+        seconds: wall-clock.
+        losses: every `NOTED_EVERY` steps.
+    """
+
+    steps: int = 0
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def counted(model: nn.Module, passed: Passed) -> Iterator[None]:
+    """Within it, images that pass the model with gradient are counted."""
+
+    def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            passed.forward += len(output)
+            output.register_hook(backward)
+
+    def backward(gradient: Tensor) -> None:
+        passed.backward += len(gradient)
+
+    handle = model.register_forward_hook(forward)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Training:
+    """One model, one method, one seed.
+
+    Args:
+        method: how.
+        protocol: under which conditions.
+        part: images to train on.
+        seed: of initial weights, batches and attacks.
+        device: of model and batches.
+    """
+
+    def __init__(self, method: Method, protocol: Protocol, part: Part, seed: int, device: torch.device) -> None:
+        self.method, self.protocol, self.seed, self.device = method, protocol, seed, device
+        self.batches, self.passed = Batches(part, protocol, seed), Passed()
+        self.steps = method.steps(protocol) or self._affordable()
+        self._make(self.steps)
+
+    def run(self, checkpoint: Path, workers: int = 0, progress: str | None = None) -> nn.Module:
+        """Trains to the end.
+
+        Args:
+            checkpoint: file of what a run that is cut off needs to go on.
+            workers: processes that read batches; 0: this one.
+            progress: description of a bar; None: none.
+
+        Raises:
+            ArithmeticError: the loss is not finite any more.
+        """
+        if checkpoint.exists():
+            self._restore(checkpoint)
+        start, before = time.perf_counter(), self.passed.seconds
+        ahead = self.batches.after(self.passed.steps, workers)
+        with tqdm(desc=progress, total=self._goal, initial=self._done, disable=progress is None, ncols=100) as bar:
+            while self._done < self._goal:
+                images, labels = next(ahead)
+                loss = self._step(images.to(self.device), labels.to(self.device))
+                self.passed.seconds = before + time.perf_counter() - start
+                if self.passed.steps % NOTED_EVERY == 0 or self._done >= self._goal:
+                    self._note(loss.item())
+                    bar.set_postfix_str(f"loss {self.passed.losses[-1]:.4f}")
+                bar.update(min(self._done, self._goal) - bar.n)
+                if self.passed.steps % KEPT_EVERY == 0:
+                    self._keep(checkpoint)
+        self.passed.seconds = before + time.perf_counter() - start
+        return self.model.eval()
+
+    def _make(self, steps: int) -> None:
+        with random_stream(self.seed, -1):  # all methods start from the same weights
+            shape = tuple(self.batches[0][0].shape[1:])
+            self.model = build(self.protocol.backbone, shape, self.protocol.pretrained).to(self.device)
+            if self.protocol.precision == "bfloat16":
+                self.model.to(memory_format=torch.channels_last)
+            self.loss = self.method.wrapped(self.protocol, self.model, steps, self.seed).to(self.device)
+            self.miner = None if self.method.miner is None else self.method.miner()
+        self.optimizer = torch.optim.Adam(
+            [*self.model.parameters(), *self.loss.parameters()],
+            self.protocol.learning_rate,
+            weight_decay=self.protocol.weight_decay,
+        )
+        self._set_mode()
+
+    def _set_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if self.protocol.frozen_batchnorm and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    def _affordable(self) -> int:
+        """How many steps of full strength the budget pays for, by a trial of one."""
+        self._make(0)
+        with random_stream(self.seed + _OWN, -1):
+            self._step(*(part.to(self.device) for part in self.batches[0]))
+        spent, self.passed = self.passed.forward, Passed()
+        return max(1, self.protocol.budget // spent)
+
+    @property
+    def _goal(self) -> int:
+        return self.protocol.budget or self.steps
+
+    @property
+    def _done(self) -> int:
+        return self.passed.forward if self.protocol.budget else self.passed.steps
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Everything random in it is drawn from a stream of this step's own."""
+        bfloat16 = self.protocol.precision == "bfloat16"
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        if bfloat16:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with random_stream(self.seed + _OWN, self.passed.steps), counted(self.model, self.passed):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                embeddings = self.model(images)
+                tuples = None if self.miner is None else self.miner(embeddings, labels)
+                loss: Tensor = self.loss(embeddings, labels, tuples)
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+        self.passed.steps += 1
+        return loss.detach()
+
+    def _learning_rate(self) -> float:
+        """Of the coming step."""
+        if self.protocol.schedule == "constant":
+            return self.protocol.learning_rate
+        return 0.5 * self.protocol.learning_rate * (1 + math.cos(math.pi * min(1.0, self._done / self._goal)))
+
+    def _note(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"The loss is {loss} after {self.passed.steps} steps.")
+        self.passed.losses.append(loss)
+
+    def _keep(self, checkpoint: Path) -> None:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "loss", "optimizer")}
+        unfinished = checkpoint.with_suffix(".unfinished")
+        torch.save({**parts, "passed": asdict(self.passed)}, unfinished)
+        os.replace(unfinished, checkpoint)
+
+    def _restore(self, checkpoint: Path) -> None:
+        kept = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        for name in ("model", "loss", "optimizer"):
+            getattr(self, name).load_state_dict(kept[name])
+        self.passed = Passed(**kept["passed"])
