@@ -203,16 +203,18 @@ class TwoViews(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Any = None, ref_labels: Any = None
+    ) -> Tensor:
         """The loss of the two views; each image is its own class, whatever the labels.
 
         Raises:
-            PlanError: tuples were given, or are to be kept.
+            PlanError: tuples were given, or are to be kept, or a plugin planned with some.
         """
         if indices_tuple is not None:
             raise PlanError(
                 f"{type(self.loss).__name__} takes no tuples, it compares two views of the same images; expected "
-                "indices_tuple=None and tuples_per_anchor=None."
+                "indices_tuple=None and tuples_per_anchor=None, and no plugin that plans with triplets or pairs."
             )
         return self.loss(embeddings, ref_emb)
 

@@ -155,7 +155,7 @@ def _check_asked(adversary: Adversary) -> None:
 def _check_places(plan: Plan, batch: Batch) -> None:
     row = torch.cat([torch.arange(len(batch), device=plan.rows.device), plan.rows])
     seen = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
-    if not torch.equal(row[seen], row[: len(batch)]):
+    if len(plan.layout) != batch.num_queries or not torch.equal(row[seen], row[: len(batch)]):
         raise PlanError(
             f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
             f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the "

@@ -7,7 +7,7 @@ import torchattacks
 from pytorch_metric_learning import losses, miners
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialMiner, CaptureError, InputError, PluginError, hookimpl
+from pml_adversarial import AdversarialMiner, CaptureError, InputError, Plan, PlanError, PluginError, hookimpl
 
 PGD = partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=4)
 MINERS = {
@@ -129,3 +129,33 @@ def test_bad_input(model, images, labels):
         AdversarialMiner(miners.BatchHardMiner(), model)(torch.randn(8, 4), labels)
     with pytest.raises(InputError, match="range from"):
         AdversarialMiner(miners.BatchHardMiner(), model)(model(images * 9), labels)
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, model, images, labels):
+    class Planner:
+        @hookimpl
+        def pml_adversarial_plan(self):
+            return self.plan
+
+        @hookimpl
+        def pml_adversarial_score(self):
+            return lambda embeddings: embeddings.sum(1)
+
+    planner, rows = Planner(), torch.arange(8)
+    miner = AdversarialMiner(miners.BatchHardMiner(), model, attack=PGD, plugins=[planner])
+    one = torch.tensor([3])
+    reference = (model(images), labels.clone()) if with_reference else ()
+    in_place = torch.cat([rows[:3], rows[:1] + (16 if with_reference else 8), rows[4:]])
+    others = rows + 8 if with_reference else None
+    planner.plan = Plan(one, in_place, None, others)
+    miner(model(images), labels, *reference)
+    elsewhere = in_place.flip(0)
+    for layout, ref_layout in ((in_place[:-1], others), (in_place[[*range(8), 0]], others), (elsewhere, others)):
+        planner.plan = Plan(one, layout, None, ref_layout)
+        with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
+            miner(model(images), labels, *reference)
+    one_batch = torch.cat([in_place, others]) if with_reference else None  # the reference among the queries
+    planner.plan = Plan(one, in_place, None, rows) if one_batch is None else Plan(one, one_batch, None)
+    with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
+        miner(model(images), labels, *reference)
