@@ -187,7 +187,7 @@ class AdversarialLoss(ModuleWithRecords):
 
     def _look(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
         """Tells the schedule how well the batch is retrieved."""
-        if batch.labels is None:
+        if batch.labels is None or not len(batch):
             return
         copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
         with torch.no_grad():

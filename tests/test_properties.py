@@ -689,7 +689,8 @@ def test_hooks_that_raise(kind, question, nth):
     twin = copy.deepcopy(model)
 
     def make(of):
-        plugin = type("Raises", (), {f"pml_adversarial_{question}": hookimpl(answer)})
+        nothing = {"pml_adversarial_record": hookimpl(lambda self: {})}  # a miner refuses one that it would never ask
+        plugin = type("Raises", (), {**nothing, f"pml_adversarial_{question}": hookimpl(answer)})
         return wrap(kind, of, plugins=[plugin] if of is model else [])
 
     value = fails_and_retries(kind, make, model, twin, images, labels)
