@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -202,9 +202,15 @@ class FixedContext:
 def trained_on(plan: Plan, batch: Batch) -> Plan:
     """The plan that training evaluates: with the clean rows beside the perturbed ones, if they are kept and can be."""
     replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
-    if not (plan.keeps_clean and replaces) or batch.labels is None or batch.shared_labels:
+    if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
         return plan
     return plan.beside_clean(len(batch))
+
+
+def _tells_images_apart(batch: Batch) -> bool:
+    """Whether queries have positives in the reference alone, as two views of images have; a copy would be a third."""
+    queries = cast(Tensor, batch.labels)[: batch.num_queries]
+    return batch.num_queries < len(batch) and (batch.shared_labels or len(queries.unique()) == len(queries))
 
 
 def _known(batch: Batch) -> Tensor:

@@ -1,3 +1,4 @@
+import itertools
 import random
 from collections import Counter
 
@@ -413,3 +414,54 @@ class TestParseRoles:
         with pytest.raises(PlanError, match=found) as caught:
             parse_roles(perturb)
         assert "'anchor', 'positive', 'negative'" in str(caught.value)
+
+
+class TestBesideClean:
+    """Of a plan that replaces rows; tuples by loops over who is clean and who is a copy."""
+
+    TRIPLETS = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 3]), torch.tensor([2, 3, 0])
+    PAIRS = torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([1, 0, 3]), torch.tensor([2, 3, 1])
+
+    @staticmethod
+    def seen(plan, num_rows, rows):
+        """Tuples as names: "2" for clean row 2, "2'" for its copy."""
+        name = [str(row) for row in range(num_rows)] + [f"{row}'" for row in rows]
+        partners = plan.layout if plan.ref_layout is None else plan.ref_layout
+        members = plan.indices_tuple
+        anchors = {0} if len(members) == 3 else {0, 2}
+        named = [
+            [name[(plan.layout if place in anchors else partners)[i]] for i in member]
+            for place, member in enumerate(members)
+        ]
+        halves = [named] if len(members) == 3 else [named[:2], named[2:]]
+        return [sorted(zip(*half, strict=True)) for half in halves]
+
+    @staticmethod
+    def expected(tuples, copied):
+        halves = [tuples] if len(tuples) == 3 else [tuples[:2], tuples[2:]]
+        found = []
+        for half in halves:
+            of_half = []
+            for members in zip(*(member.tolist() for member in half), strict=True):
+                choices = [[str(row), f"{row}'"] if row in copied else [str(row)] for row in members]
+                of_half += itertools.product(*choices)
+            found.append(sorted(of_half))
+        return found
+
+    @pytest.mark.parametrize("tuples", [TRIPLETS, PAIRS], ids=["triplets", "pairs"])
+    @pytest.mark.parametrize("copied", [[0, 1, 2, 3], [1, 3], [2]], ids=str)
+    def test_each_member_is_once_itself_and_once_its_copy(self, tuples, copied):
+        plan = replace_rows(torch.tensor(copied), 4, tuples).beside_clean(4)
+        assert plan.layout.tolist() == [0, 1, 2, 3, *range(4, 4 + len(copied))]
+        assert self.seen(plan, 4, copied) == self.expected(tuples, copied)
+
+    def test_the_loss_chooses_where_it_did(self):
+        plan = replace_rows(torch.tensor([1, 2]), 4, None).beside_clean(4)
+        assert (plan.layout.tolist(), plan.indices_tuple, plan.ref_layout) == ([0, 1, 2, 3, 4, 5], None, None)
+
+    def test_with_a_reference(self):
+        triplets = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([3, 4])  # two queries, three references
+        plan = replace_rows(torch.tensor([0, 2, 4]), 5, triplets).split(2).beside_clean(5)
+        assert plan.layout.tolist() == [0, 1, 5]
+        assert plan.ref_layout.tolist() == [2, 3, 4, 6, 7]
+        assert self.seen(plan, 5, [0, 2, 4]) == self.expected(triplets, [0, 2, 4])
