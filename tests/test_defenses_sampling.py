@@ -203,11 +203,13 @@ class TestSharedByMethods:
         plan = perturb_members(empty, ROLES, batch_of(known=4))
         assert len(plan) == len(plan.layout) == 0
 
-    def test_members_without_inputs_are_refused(self):
-        batch = batch_of(num_queries=5, known=5)
+    @pytest.mark.parametrize("known", [5, 7])  # row 7 is the highest that is perturbed
+    def test_members_without_inputs_are_refused(self, known):
+        batch = batch_of(num_queries=known, known=known)
         with pytest.raises(PlanError, match=r"members in ref_emb.*positive, negative"):
             perturb_members(self.triplets, ("positive", "negative"), batch)
         assert len(perturb_members(self.triplets, ("anchor",), batch)) == 3
+        assert len(perturb_members(self.triplets, ROLES, batch_of(num_queries=8, known=8))) == 9
 
     def test_values_per_copy(self):
         values = torch.tensor([1.0, 10.0, 100.0])

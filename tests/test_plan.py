@@ -257,10 +257,11 @@ class TestMembers:
         assert copies.grad[:, 0].tolist() == [1, 100]
         assert {row: value for row, value in enumerate(clean.grad[:, 0].tolist()) if value} == {4: 10}
 
-    def test_are_of_the_clean_type(self):
+    @pytest.mark.parametrize(("clean", "copies"), [(torch.float64, torch.float16), (torch.float16, torch.float64)])
+    def test_are_of_the_clean_type(self, clean, copies):
         plan = plan_rows(random_tuples("triplets"), ROLES, N)
-        for member in plan.members(self.clean.double(), self.copies(plan).half()):
-            assert member.dtype == torch.float64
+        for member in plan.members(self.clean.to(clean), self.copies(plan).to(copies)):
+            assert member.dtype == clean
 
     def test_without_tuples(self):
         with pytest.raises(PlanError, match=r"no tuples; expected one made from triplets or pairs"):
