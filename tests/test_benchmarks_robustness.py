@@ -325,6 +325,10 @@ class TestPhotographs:
         image, label = searched.to_evaluate()[1]
         assert image.shape == (3, 14, 14)
         assert label == searched.labels[1]
+        kept = data.keep(torch.tensor([3, 1]))
+        assert kept.labels.tolist() == data.labels[[3, 1]].tolist()
+        assert torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([3])))
+        assert not torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([0])))
         protocol = Protocol(name, "mlp", steps=1, classes=2, augment=True, attack_steps=1)
         Training(METHODS["preset"], protocol, data, 0, CPU).run(tmp_path / "checkpoint.pt")
 
@@ -405,6 +409,12 @@ class TestCommand:
         assert command.main([*asked, "--methods", "plain"]) == 0
         assert command.main([*asked, "--methods", "plain", "--learning-rate", "0.5"]) == 1
         assert "holds another training, by learning_rate (0.001, asked: 0.5)" in caplog.text
+
+    def test_another_recipe_of_the_method_is_refused(self, asked, caplog, monkeypatch):
+        assert command.main([*asked, "--methods", "plain"]) == 0
+        monkeypatch.setitem(METHODS, "plain", METHODS["plain-softhard"])
+        assert command.main([*asked, "--methods", "plain"]) == 1
+        assert "holds another training, by recipe" in caplog.text
 
     def test_a_failure_does_not_lose_the_others(self, asked, tmp_path, monkeypatch, caplog):
         def broken(*_):
