@@ -94,7 +94,15 @@ def train(
     loss_func: nn.Module = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
     if adversarial:
         loss_func = AdversarialLoss(
-            loss_func, model, attack=ATTACK, perturb="all", clean_weight=clean_weight, warmup=steps // 2, seed=seed
+            loss_func,
+            model,
+            attack=ATTACK,
+            perturb="all",
+            keep_clean=False,
+            clean_weight=clean_weight,
+            warmup=steps // 2,
+            guard=False,
+            seed=seed,
         )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

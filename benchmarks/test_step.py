@@ -98,7 +98,9 @@ class Bench:
         self.labels = torch.arange(case.batch, device=DEVICE) // 2
         self.loss = MultiSimilarityLoss(2, 40, 0.5)
         attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=True)
-        self.adversarial_loss = AdversarialLoss(self.loss, self.model, attack=attack, perturb="all")
+        self.adversarial_loss = AdversarialLoss(
+            self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False
+        )
 
     def library(self) -> Tensor:
         """One step with `AdversarialLoss`."""

@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, Plan, distributed, hookimpl
+from pml_adversarial import AdversarialMiner, Plan, distributed, hookimpl
 
 WORLD, PER_RANK, SEED = 2, 6, 3
 LABELS = torch.tensor([0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 3, 3])  # each class on both ranks
@@ -156,7 +157,7 @@ def train(case, model, wrap, part, first_rank=0):
     spy = Spy()
     wrap_loss, wrap_miner = wrap
     options = {"attack": PGD, "seed": SEED, "perturb": case.perturb, "plugins": [spy], **case.options}
-    loss_func = AdversarialLoss(wrap_loss(case.loss()), model, **options)
+    loss_func = seed_paper_loss(wrap_loss(case.loss()), model, **options)
     miner = case.miner and wrap_miner(case.miner())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(case.steps):
@@ -224,7 +225,7 @@ def setting(loss=Triplet, model="plain", **options):
     ddp = parallel(make_model(model))
     spy = Spy()
     options = {"attack": PGD, "seed": SEED, "plugins": [spy], **options}
-    return ddp, AdversarialLoss(DistributedLossWrapper(loss()), ddp, **options), spy
+    return ddp, seed_paper_loss(DistributedLossWrapper(loss()), ddp, **options), spy
 
 
 def message(work):
@@ -318,7 +319,7 @@ def noise(seed, steps=1, loaded=None, wrap=DistributedLossWrapper):
     """What was added to one and the same image on each rank; seed and step count afterwards."""
     ddp = parallel(make_model())
     spy = Spy()
-    loss_func = AdversarialLoss(wrap(Triplet()), ddp, attack=NOISY, perturb="all", seed=seed, plugins=[spy])
+    loss_func = seed_paper_loss(wrap(Triplet()), ddp, attack=NOISY, perturb="all", seed=seed, plugins=[spy])
     if loaded is not None:
         loss_func.load_state_dict(loaded)
     for _ in range(steps):
@@ -363,7 +364,7 @@ def proxies(wrap_loss, attack):
 
 
 def adversarial_proxies(loss, ddp, attack):
-    return AdversarialLoss(DistributedLossWrapper(loss), ddp, attack=attack, perturb="all", seed=SEED)
+    return seed_paper_loss(DistributedLossWrapper(loss), ddp, attack=attack, perturb="all", seed=SEED)
 
 
 MINERS = {
@@ -470,7 +471,7 @@ class RepeatsRowsOfRank0:
 def others():
     ddp, loss_func, _ = setting()
     x, y = own_part(images(12, 0)), own_part(LABELS)
-    unbound = AdversarialLoss(DistributedLossWrapper(Triplet()), attack=PGD, seed=SEED)
+    unbound = seed_paper_loss(DistributedLossWrapper(Triplet()), attack=PGD, seed=SEED)
     found = {
         "named": loss_func(ddp(x), y).detach(),
         "found by itself": unbound(ddp(x), y).detach(),

@@ -7,8 +7,9 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
+from seed_paper import seed_paper_loss
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, Batch, InputError, PlanError, hookimpl
 from pml_adversarial.defenses.act import ACT
 
 PGD = partial(torchattacks.PGD, eps=0.1, alpha=0.02, steps=10, random_start=False)
@@ -22,7 +23,7 @@ def euclidean(left, right):
 
 def build(model, *plugins, loss=None, attack=PGD, **options):
     loss = losses.TripletMarginLoss(margin=0.2, reducer=MeanReducer()) if loss is None else loss
-    return AdversarialLoss(loss, model, attack=attack, plugins=plugins, seed=0, **options)
+    return seed_paper_loss(loss, model, attack=attack, plugins=plugins, seed=0, **options)
 
 
 class Watches:

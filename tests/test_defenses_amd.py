@@ -9,9 +9,10 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
+from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError, InputError, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, AttackError, InputError, PlanError, hookimpl
 from pml_adversarial.defenses.amd import AMD, RAMD
 from pml_adversarial.defenses.ses import SES
 
@@ -48,7 +49,7 @@ def hinge_loss():
 
 def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
     spy = Spy()
-    loss_func = AdversarialLoss(loss or hinge_loss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
+    loss_func = seed_paper_loss(loss or hinge_loss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
     loss_func(model(images), labels, tuples)
     return loss_func, spy
 
@@ -184,7 +185,7 @@ class TestTheFormula:
 
     def test_with_a_reference_all_pairs_of_query_and_item(self, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[AMD("hardness"), spy])
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[AMD("hardness"), spy])
         loss_func(model(images[::2]), labels[::2], None, model(images[1::2]), labels[1::2])
         assert spy.plan.rows.tolist() == list(range(8))
         copies = torch.randn(8, 4)
@@ -224,7 +225,7 @@ class TestRevised:
 
     def test_in_a_reference_positives_and_negatives_move(self, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.NCALoss(), model, attack=PEERS_PGD, plugins=[RAMD(), spy])
+        loss_func = seed_paper_loss(losses.NCALoss(), model, attack=PEERS_PGD, plugins=[RAMD(), spy])
         loss_func(model(images[::2]), labels[::2], None, model(images[1::2]), labels[1::2])
         assert spy.plan.rows.tolist() == [4, 5, 6, 7]
         assert loss_func.loss_after > loss_func.loss_before
@@ -235,7 +236,7 @@ class TestRevised:
         assert spy.loss > losses.ContrastiveLoss()(model(images), labels)
 
     def test_a_loss_without_labels_is_refused(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, plugins=[RAMD()])
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, plugins=[RAMD()])
         with pytest.raises(PlanError, match="does not tell a row as an anchor"):
             loss_func(model(images), ref_emb=model(images.flip(3)))
 
@@ -355,7 +356,7 @@ class TestAnAttackThatFails:
 class TestAround:
     def test_leaves_no_trace(self, moody_model, images, labels):
         loss = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 16)
-        loss_func = AdversarialLoss(loss, moody_model, attack=PEERS_PGD, plugins=[AMD()])
+        loss_func = seed_paper_loss(loss, moody_model, attack=PEERS_PGD, plugins=[AMD()])
         embeddings = moody_model(images)
         before, state = copy.deepcopy(moody_model.state_dict()), torch.get_rng_state()
         loss_func.adversary.rehearse(loss, loss_func.adversary.batch(embeddings, labels, None))
@@ -399,13 +400,13 @@ class TestAround:
 
     def test_two_views(self, model, images):
         loss = losses.SelfSupervisedLoss(losses.TripletMarginLoss())
-        loss_func = AdversarialLoss(loss, model, attack=PEERS_PGD, plugins=[AMD()])
+        loss_func = seed_paper_loss(loss, model, attack=PEERS_PGD, plugins=[AMD()])
         loss_func(model(images), model((images + 0.05).clamp(0, 1)))
         assert loss_func.num_perturbed == 16
         assert loss_func.loss_after > loss_func.loss_before
 
     def test_copies_and_saved_states(self, model, images, labels):
-        loss_func = AdversarialLoss(hinge_loss(), model, attack=PEERS_PGD, plugins=[AMD()], seed=0)
+        loss_func = seed_paper_loss(hinge_loss(), model, attack=PEERS_PGD, plugins=[AMD()], seed=0)
         other = copy.deepcopy(loss_func)
         other.load_state_dict(loss_func.state_dict())
         other.watch(model)
@@ -424,12 +425,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("method", [AMD, RAMD])
     def test_a_reference_with_unknown_inputs(self, method, model, images, labels):
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, plugins=[method()])
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, plugins=[method()])
         with pytest.raises(PlanError, match=rf"{method.__name__} perturbs.*ref_emb"):
             loss_func(model(images), labels, None, torch.randn(8, 4), labels.clone())
 
     def test_hardness_without_labels(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, plugins=[AMD("hardness")])
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, plugins=[AMD("hardness")])
         views = model(images), model(images.flip(3))
         with pytest.raises(PlanError, match="neither labels nor tuples"):
             loss_func(views[0], ref_emb=views[1])

@@ -8,8 +8,9 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
+from seed_paper import seed_paper_loss
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialMiner, hookimpl
 from pml_adversarial.defenses.est import EST
 
 EPS, ALPHA, STEPS = 0.05, 0.015, 5
@@ -51,7 +52,7 @@ class Spy:
 def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
     spy = Spy()
     loss = loss or losses.TripletMarginLoss(margin=0.2, reducer=MeanReducer())
-    loss_func = AdversarialLoss(loss, model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
+    loss_func = seed_paper_loss(loss, model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
     loss_func(model(images), labels, tuples)
     return loss_func, spy
 
@@ -157,7 +158,7 @@ class TestAround:
         assert loss_func.share_score_rose == 1
 
     def test_leaves_no_trace(self, moody_model, images, labels):
-        loss_func = AdversarialLoss(losses.NCALoss(), moody_model, attack=PEERS_PGD, plugins=[EST()])
+        loss_func = seed_paper_loss(losses.NCALoss(), moody_model, attack=PEERS_PGD, plugins=[EST()])
         embeddings = moody_model(images)
         before = {name: value.clone() for name, value in moody_model.state_dict().items()}
         state = torch.get_rng_state()
@@ -182,19 +183,19 @@ class TestAround:
 
     def test_rows_of_a_reference_with_unknown_inputs_stay_clean(self, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[EST(), spy])
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[EST(), spy])
         loss_func(model(images), labels, None, torch.randn(6, 4), torch.arange(6) // 2)
         assert spy.plan.rows.tolist() == list(range(8))
         assert spy.plan.layout.tolist() == list(range(14, 22))
         assert spy.plan.ref_layout.tolist() == list(range(8, 14))
 
     def test_rows_of_a_reference_that_the_model_made_move(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[EST()])
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[EST()])
         loss_func(model(images[::2]), labels[::2], None, model(images[1::2]), labels[1::2])
         assert loss_func.num_perturbed == 8
 
     def test_two_views_without_labels(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[EST()])
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[EST()])
         loss_func(model(images), ref_emb=model(images.flip(3)))
         assert loss_func.num_perturbed == 16
         assert loss_func.share_score_rose == 1

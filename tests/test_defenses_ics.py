@@ -7,8 +7,9 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
+from seed_paper import seed_paper_loss
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError, PlanError, PluginError, hookimpl
+from pml_adversarial import AdversarialMiner, InputError, PlanError, PluginError, hookimpl
 from pml_adversarial.defenses.act import ACT
 from pml_adversarial.defenses.hm import HM
 from pml_adversarial.defenses.ics import ICS
@@ -49,7 +50,7 @@ def same_value_and_gradient(model, loss, expected):
 
 def build(model, *plugins, loss=None, attack=PGD, **options):
     loss = losses.TripletMarginLoss(margin=0.2) if loss is None else loss
-    return AdversarialLoss(loss, model, attack=attack, plugins=plugins, seed=0, **options)
+    return seed_paper_loss(loss, model, attack=attack, plugins=plugins, seed=0, **options)
 
 
 class TestTerm:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
+from seed_paper import seed_paper_loss
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError, hookimpl
+from pml_adversarial import AdversarialMiner, InputError, hookimpl
 from pml_adversarial.defenses.est import EST
 from pml_adversarial.defenses.ses import SES
 from pml_adversarial.plan import replace_rows
@@ -41,7 +42,7 @@ class Spy:
 
 def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
     spy = Spy()
-    loss_func = AdversarialLoss(
+    loss_func = seed_paper_loss(
         loss or losses.TripletMarginLoss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options
     )
     loss_func(model(images), labels, tuples)
@@ -85,7 +86,7 @@ class TestTheFormula:
         assert torch.equal(one.adversarial.inputs, other.adversarial.inputs)
 
     def test_training_makes_the_shift_smaller(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PEERS_PGD, plugins=[SES(weight=5.0)])
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=PEERS_PGD, plugins=[SES(weight=5.0)])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         shifts = []
         for _ in range(15):
@@ -137,7 +138,7 @@ class TestAround:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
     def test_two_views_without_labels(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[SES()])
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[SES()])
         assert loss_func(model(images), ref_emb=model(images.flip(3))).isfinite()
 
     @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan, "1", None, True])

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
+from seed_paper import seed_paper_loss
 from torch.nn.functional import cosine_similarity, normalize
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, InputError, PlanError, hookimpl
 from pml_adversarial.defenses.amd import RAMD
 from pml_adversarial.defenses.trades import TRADES
 
@@ -48,7 +49,7 @@ class Spy:
 
 def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
     spy = Spy()
-    loss_func = AdversarialLoss(
+    loss_func = seed_paper_loss(
         loss or losses.TripletMarginLoss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options
     )
     loss_func(model(images), labels, tuples)
@@ -219,7 +220,7 @@ class TestAround:
 
     def test_rows_of_a_reference_are_neighbours(self, model, images, labels):
         spy, loss = Spy(), losses.ContrastiveLoss()
-        loss_func = AdversarialLoss(loss, model, attack=PEERS_PGD, plugins=[TRADES(), spy])
+        loss_func = seed_paper_loss(loss, model, attack=PEERS_PGD, plugins=[TRADES(), spy])
         reference = torch.randn(6, 4), torch.arange(6) // 2
         loss_func(model(images), labels, None, *reference)
         clean = torch.cat([model(images), reference[0]])
@@ -236,13 +237,13 @@ class TestAround:
         assert miner.divergence > 0
 
     def test_two_views_without_labels(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[TRADES()])
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, attack=PEERS_PGD, plugins=[TRADES()])
         loss_func(model(images), ref_emb=model(images.flip(3)))
         assert loss_func.num_perturbed == 16
         assert loss_func.share_score_rose == 1
 
     def test_leaves_no_trace(self, moody_model, images, labels):
-        loss_func = AdversarialLoss(losses.NCALoss(), moody_model, attack=PEERS_PGD, plugins=[TRADES()])
+        loss_func = seed_paper_loss(losses.NCALoss(), moody_model, attack=PEERS_PGD, plugins=[TRADES()])
         embeddings = moody_model(images)
         before = {name: value.clone() for name, value in moody_model.state_dict().items()}
         state = torch.get_rng_state()

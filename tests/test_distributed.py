@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -299,7 +300,7 @@ class TestEachItsOwnLoss:
             values = []
             for rank in RANKS:
                 model.zero_grad()
-                loss_func = AdversarialLoss(case.loss(), model, attack=worker.PGD, perturb=case.perturb)
+                loss_func = seed_paper_loss(case.loss(), model, attack=worker.PGD, perturb=case.perturb)
                 embeddings, labels = model(part[rank](worker.images(12, step))), part[rank](worker.LABELS)
                 loss = loss_func(embeddings, labels, case.miner()(embeddings, labels) if case.miner else None)
                 loss.backward()
@@ -385,7 +386,7 @@ class TestLossesWithParameters:
         torch.manual_seed(11)
         model = worker.make_model()
         proxies = losses.ProxyAnchorLoss(4, 4).double()
-        loss_func = AdversarialLoss(proxies, model, attack=worker.PGD, perturb="all")
+        loss_func = seed_paper_loss(proxies, model, attack=worker.PGD, perturb="all")
         optimizer = torch.optim.SGD(
             [{"params": model.parameters()}, {"params": proxies.parameters(), "lr": 0.02}], 0.01
         )
@@ -423,7 +424,7 @@ class TestOtherUses:
 
     def test_gradients_can_be_accumulated(self, seen):
         model = worker.make_model()
-        loss_func = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD)
+        loss_func = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD)
         for step in range(2):
             loss_func(model(worker.images(12, step)), worker.LABELS).backward()
         for rank in RANKS:
@@ -434,7 +435,7 @@ class TestOtherUses:
     )
     def test_plugins(self, name, plugin, seen):
         spy, model = worker.Spy(), worker.make_model()
-        loss = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD, plugins=[plugin, spy])(
+        loss = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD, plugins=[plugin, spy])(
             model(worker.images(12, 0)), worker.LABELS
         )
         loss.backward()
@@ -468,7 +469,7 @@ class TestOneProcess:
     def step(self, wrap_loss, wrap_miner, model, images, labels):
         """Loss, gradients and tuples of a step with a random start."""
         options = {"attack": worker.NOISY, "seed": 1}
-        loss_func = AdversarialLoss(wrap_loss(worker.Triplet()), model, **options)
+        loss_func = seed_paper_loss(wrap_loss(worker.Triplet()), model, **options)
         miner = AdversarialMiner(wrap_miner(miners.BatchHardMiner()), model, **options)
         embeddings = model(images)
         mined = miner(embeddings, labels)
@@ -493,18 +494,18 @@ class TestOneProcess:
             return losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 16)
 
         options = {"attack": worker.PGD}
-        wrapped = AdversarialLoss(DistributedLossWrapper(memory()), model, **options)(model(images), labels)
-        assert torch.equal(wrapped, AdversarialLoss(memory(), model, **options)(model(images), labels))
+        wrapped = seed_paper_loss(DistributedLossWrapper(memory()), model, **options)(model(images), labels)
+        assert torch.equal(wrapped, seed_paper_loss(memory(), model, **options)(model(images), labels))
 
     @pytest.mark.usefixtures("single")
     @pytest.mark.parametrize("static_graph", [False, True])
     def test_model_in_ddp(self, static_graph, model, images, labels):
-        loss = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD, perturb="all")(model(images), labels)
+        loss = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD, perturb="all")(model(images), labels)
         expected = torch.autograd.grad(loss, [*model.parameters()])
         passes = []
         ddp = DistributedDataParallel(model, static_graph=static_graph)
         ddp.register_forward_hook(lambda *_: passes.append(1))
-        AdversarialLoss(worker.Triplet(), ddp, attack=worker.PGD, perturb="all")(ddp(images), labels).backward()
+        seed_paper_loss(worker.Triplet(), ddp, attack=worker.PGD, perturb="all")(ddp(images), labels).backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], [*expected], rtol=0, atol=1e-7)
         assert len(passes) == 1  # the others go past it
 
@@ -606,6 +607,6 @@ def test_models_that_are_no_ddp_are_called_as_they_are(images):
             return x.flatten(1)[:, :4] * self.module.weight
 
     model = Model()
-    loss_func = AdversarialLoss(worker.Triplet(), model, attack=worker.PGD)
+    loss_func = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD)
     loss_func(model(images), torch.arange(8) // 2).backward()
     assert model.module.weight.grad is not None

@@ -12,11 +12,12 @@ import torch._dynamo
 import torchattacks
 from accelerate.state import AcceleratorState
 from pytorch_metric_learning import distances, losses, miners
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, CaptureError, PlanError, capture
+from pml_adversarial import AdversarialMiner, CaptureError, PlanError, capture
 from pml_adversarial.capture import InputCapture
 
 EPS = 0.1
@@ -29,7 +30,7 @@ def pgd(eps=EPS):
 
 def wrapped(model=None, loss=None, **options):
     loss = losses.TripletMarginLoss(margin=0.5) if loss is None else loss
-    return AdversarialLoss(loss, model, **{"attack": pgd(), "seed": 3, **options})
+    return seed_paper_loss(loss, model, **{"attack": pgd(), "seed": 3, **options})
 
 
 def gradients(*models):

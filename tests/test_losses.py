@@ -11,6 +11,7 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -92,18 +93,18 @@ class TestIsTheWrappedLoss:
         mined = tuples_of(kind, labels, embeddings)
         plain = copy.deepcopy(wrapped)(embeddings, labels, mined)
         expected = gradients(model, plain)
-        loss = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb=perturb)(model(images), labels, mined)
+        loss = seed_paper_loss(wrapped, model, attack=NO_BUDGET, perturb=perturb)(model(images), labels, mined)
         torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-4, atol=1e-6)
 
     def test_with_batchnorm_and_dropout_when_eps_is_0(self, moody_model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), moody_model, attack=NO_BUDGET)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), moody_model, attack=NO_BUDGET)
         embeddings = moody_model(images)
         assert torch.equal(loss_func(embeddings, labels), losses.TripletMarginLoss()(embeddings, labels))
 
     def test_on_the_tuples_that_it_keeps(self, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(
+        loss_func = seed_paper_loss(
             losses.ContrastiveLoss(), model, attack=NO_BUDGET, tuples_per_anchor=1, plugins=[spy]
         )
         embeddings = model(images)
@@ -119,7 +120,7 @@ class TestIsTheWrappedLoss:
     @pytest.mark.parametrize("name", ["multi-similarity", "triplet", "contrastive", "NT-Xent", "lifted structure"])
     def test_with_a_reference_of_the_same_model_when_eps_is_0(self, name, perturb, shared, model, images, labels):
         wrapped = LOSSES[name]()
-        loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb=perturb)
+        loss_func = seed_paper_loss(wrapped, model, attack=NO_BUDGET, perturb=perturb)
         embeddings, reference = model(images), model(images.flip(3))
         ref_labels = labels if shared else labels.clone()  # PML leaves pairs (i, i) out where both are one tensor
         loss = loss_func(embeddings, labels, ref_emb=reference, ref_labels=ref_labels)
@@ -151,7 +152,7 @@ class TestFixedContext:
     @pytest.mark.parametrize("role", ["anchor", "positive", "negative"])
     def test_each_member_is_perturbed_as_if_it_were_alone(self, role, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=STILL, perturb=role, plugins=[spy])
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=STILL, perturb=role, plugins=[spy])
         embeddings = model(images)
         triplets = miners.TripletMarginMiner(margin=2)(embeddings, labels)
         loss_func(embeddings, labels, triplets)
@@ -171,7 +172,7 @@ class TestFixedContext:
 
     def test_moving_one_copy_moves_no_other_score(self, model, images, labels):
         grab = Grab()
-        AdversarialLoss(losses.ContrastiveLoss(), model, perturb=("anchor", "positive"), plugins=[grab])(
+        seed_paper_loss(losses.ContrastiveLoss(), model, perturb=("anchor", "positive"), plugins=[grab])(
             model(images), labels
         )
         copies = grab.adversarial.embeddings.detach()
@@ -184,7 +185,7 @@ class TestFixedContext:
     @pytest.mark.parametrize("kind", ["TripletMarginMiner", "none"])
     def test_loss_is_that_of_the_copies_in_their_roles(self, kind, model, images, labels):
         spy, margin = Spy(), 0.2
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(margin), model, attack=PGD, plugins=[spy])
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(margin), model, attack=PGD, plugins=[spy])
         embeddings = model(images)
         mined = tuples_of(kind, labels, embeddings)
         loss = loss_func(embeddings, labels, mined)
@@ -211,7 +212,7 @@ class TestFixedContext:
     def test_gradient_is_that_of_the_re_evaluation_alone(self, model, images, labels):
         spy = Spy()
         triplets = torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4]), torch.tensor([2, 7, 0])
-        loss = AdversarialLoss(losses.TripletMarginLoss(2.0), model, attack=PGD, plugins=[spy])(
+        loss = seed_paper_loss(losses.TripletMarginLoss(2.0), model, attack=PGD, plugins=[spy])(
             model(images), labels, triplets
         )
         found = gradients(model, loss)
@@ -229,11 +230,11 @@ class TestFixedContext:
     def test_every_role_has_its_own_copy(self, model, images, labels):
         spy = Spy()
         triplets = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2, 2])
-        AdversarialLoss(losses.TripletMarginLoss(), model, perturb=("anchor", "positive", "negative"), plugins=[spy])(
+        seed_paper_loss(losses.TripletMarginLoss(), model, perturb=("anchor", "positive", "negative"), plugins=[spy])(
             model(images), labels, triplets
         )
         assert [sorted(set(member.tolist())) for member in spy.plan.indices_tuple] == [[0, 1], [0, 1], [2]]
-        spied = AdversarialLoss(
+        spied = seed_paper_loss(
             losses.TripletMarginLoss(),
             model,
             perturb=("anchor", "positive"),
@@ -249,7 +250,7 @@ class TestCost:
     def spent(self, images, labels, *extra, frozen=False, **options):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
         model[2].train(not frozen)
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
         embeddings = model(images)
         passes = counting(model)
         loss_func(embeddings, labels)
@@ -330,7 +331,7 @@ class TestLeavesNoTrace:
 
     def test_of_an_attack_that_raises(self, moody_model, images, labels):
         wrapped = self.prepared(moody_model, images, labels)
-        loss_func = AdversarialLoss(wrapped, moody_model, attack=Raising, perturb="all")
+        loss_func = seed_paper_loss(wrapped, moody_model, attack=Raising, perturb="all")
         embeddings = moody_model(images)
         before, rng = everything_of(moody_model, wrapped), rng_states()
         with pytest.raises(RuntimeError, match="halfway"):
@@ -342,7 +343,7 @@ class TestLeavesNoTrace:
     def test_of_an_attack_in_the_model(self, moody_model, images, labels):
         wrapped = self.prepared(moody_model, images, labels)
         moody_model.eval()
-        loss_func = AdversarialLoss(wrapped, moody_model, attack=PGD, perturb="all")
+        loss_func = seed_paper_loss(wrapped, moody_model, attack=PGD, perturb="all")
         embeddings = moody_model(images)
         before, rng = everything_of(moody_model), rng_states()
         loss = loss_func(embeddings, labels)
@@ -352,14 +353,14 @@ class TestLeavesNoTrace:
 
     def test_in_the_queue_of_a_cross_batch_memory(self, model, images, labels):
         wrapped = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64)
-        loss_func = AdversarialLoss(wrapped, model, attack=PGD)
+        loss_func = seed_paper_loss(wrapped, model, attack=PGD)
         for step in range(1, 4):
             loss_func(model(images), labels)
             assert wrapped.queue_idx == 8 * step
 
     def test_in_proxies(self, model, images, labels):
         wrapped = losses.ProxyAnchorLoss(4, 4)
-        loss_func = AdversarialLoss(wrapped, model, attack=PGD)
+        loss_func = seed_paper_loss(wrapped, model, attack=PGD)
         before = wrapped.proxies.detach().clone()
         loss = loss_func(model(images), labels)
         assert torch.equal(wrapped.proxies, before)
@@ -378,7 +379,7 @@ class TestRandomStream:
         def run(seed):
             spy = Spy()
             only_noise = partial(torchattacks.PGD, eps=EPS, alpha=0.0, steps=1)
-            loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=only_noise, plugins=[spy], seed=seed)
+            loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=only_noise, plugins=[spy], seed=seed)
             return [self.noise(loss_func, spy, model, images, labels) for _ in range(3)]
 
         first, again, other = run(1), run(1), run(2)
@@ -390,20 +391,20 @@ class TestRandomStream:
 
 class TestCopiesAndStates:
     def test_deepcopy(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
         loss_func(model(images), labels)
         copied = copy.deepcopy(loss_func)
         embeddings = model(images)
         assert torch.equal(copied(embeddings, labels), loss_func(embeddings, labels))
 
     def test_deepcopy_with_the_model(self, model, images, labels):
-        pair = copy.deepcopy({"loss": AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD), "model": model})
+        pair = copy.deepcopy({"loss": seed_paper_loss(losses.TripletMarginLoss(), model, attack=PGD), "model": model})
         pair["loss"](pair["model"](images), labels).backward()
         assert all(p.grad is not None for p in pair["model"].parameters())
         assert all(p.grad is None for p in model.parameters())
 
     def test_pickle(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=PGD, seed=3)
         loss_func(model(images), labels)
         written = pickle.dumps(loss_func)
         assert len(written) < 20_000  # without the model
@@ -416,7 +417,7 @@ class TestCopiesAndStates:
 
     def test_state_dict_goes_on_where_it_was(self, model, images, labels, tmp_path):
         def make():
-            return AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD, warmup=4, seed=5)
+            return seed_paper_loss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD, warmup=4, seed=5)
 
         torch.manual_seed(0)
         first = make()
@@ -438,7 +439,7 @@ class TestCopiesAndStates:
         ],
     )
     def test_what_losses_remember_outside_of_their_buffers(self, make, model, labels, tmp_path):
-        first, second = (AdversarialLoss(make(), model, attack=PGD, seed=5) for _ in range(2))
+        first, second = (seed_paper_loss(make(), model, attack=PGD, seed=5) for _ in range(2))
         batches = torch.rand(5, 8, 1, 6, 6)
         for images in batches[:3]:
             first(model(images), labels)
@@ -449,7 +450,7 @@ class TestCopiesAndStates:
             assert torch.equal(first(embeddings, labels), second(embeddings, labels))
 
     def test_the_model_is_no_submodule(self, model):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         assert list(loss_func.parameters()) == []
         assert loss_func.loss in list(loss_func.children())
 
@@ -478,7 +479,7 @@ class TestAfterAFailedStep:
     def test_a_retry_is_the_step(self, nth, model, images, labels):
         flaky = nn.Sequential(*model, Fails(nth))
         loss_func, unbroken = (
-            AdversarialLoss(losses.TripletMarginLoss(), m, attack=PGD, seed=1, warmup=1) for m in (flaky, model)
+            seed_paper_loss(losses.TripletMarginLoss(), m, attack=PGD, seed=1, warmup=1) for m in (flaky, model)
         )
         loss_func.adversary.step = unbroken.adversary.step = 1
         with pytest.raises(ZeroDivisionError):
@@ -488,7 +489,7 @@ class TestAfterAFailedStep:
         assert loss_func.adversary.step == 2
 
     def test_a_loss_that_fails_does_not_count(self, model, images):
-        loss_func = AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD)
+        loss_func = seed_paper_loss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD)
         with pytest.raises(RuntimeError):
             loss_func(model(images), torch.arange(8) // 2 + 10)  # there are four proxies
         assert loss_func.adversary.step == 0
@@ -497,7 +498,7 @@ class TestAfterAFailedStep:
 class TestWarmup:
     def test_grows_linearly_from_0(self, model, images, labels):
         noise = partial(torchattacks.PGD, eps=0.08, alpha=0.08, steps=2)
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=noise, warmup=4)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=noise, warmup=4)
         found = []
         for _ in range(6):
             loss_func(model(images), labels)
@@ -506,7 +507,7 @@ class TestWarmup:
         assert [linf for _, linf in found] == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.08], abs=1e-6)
 
     def test_does_not_count_in_eval_mode(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD, warmup=4).eval()
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=PGD, warmup=4).eval()
         loss_func(model(images), labels)
         assert loss_func.adversary.step == 0
 
@@ -514,7 +515,7 @@ class TestWarmup:
 class TestOptions:
     def test_clean_weight(self, model, images, labels):
         plain = losses.TripletMarginLoss()
-        loss_funcs = [AdversarialLoss(plain, model, attack=STILL, clean_weight=weight) for weight in (0, 0.5)]
+        loss_funcs = [seed_paper_loss(plain, model, attack=STILL, clean_weight=weight) for weight in (0, 0.5)]
         embeddings = model(images)
         values = [loss_func(embeddings, labels) for loss_func in loss_funcs]
         torch.testing.assert_close(values[1], values[0] + 0.5 * plain(embeddings, labels))
@@ -532,8 +533,8 @@ class TestOptions:
 
         spies = Spy(), Spy()
         whole = Normalized()
-        on_pixels = AdversarialLoss(losses.TripletMarginLoss(), whole, attack=PGD, plugins=[spies[0]], seed=1)
-        on_normalized = AdversarialLoss(
+        on_pixels = seed_paper_loss(losses.TripletMarginLoss(), whole, attack=PGD, plugins=[spies[0]], seed=1)
+        on_normalized = seed_paper_loss(
             losses.TripletMarginLoss(), model, attack=PGD, plugins=[spies[1]], seed=1, normalization=(mean, std)
         )
         values = on_pixels(whole(images), labels), on_normalized(model((images - 0.4) / 0.25), labels)
@@ -543,7 +544,7 @@ class TestOptions:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("inside", [True, False])
     def test_autocast(self, inside, dtype, model, images, labels):
-        loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, attack=PGD)
+        loss_func = seed_paper_loss(losses.MultiSimilarityLoss(), model, attack=PGD)
         with torch.autocast("cpu", dtype=dtype):
             embeddings = model(images)
             assert embeddings.dtype == dtype
@@ -559,26 +560,26 @@ class TestOptions:
         def brighter(objective):
             return lambda inputs, _: (inputs + 0.03).clamp(0, 1)
 
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=brighter)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=brighter)
         loss_func(model(images), labels)
         assert loss_func.perturbation_linf == pytest.approx(0.03, abs=1e-6)
 
     def test_a_number_per_row(self, labels):
         model = nn.Sequential(nn.Unflatten(0, (8, 1)), nn.Linear(1, 4))
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=PGD)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=PGD)
         loss_func(model(torch.linspace(0.1, 0.9, 8)), labels).backward()
         assert loss_func.perturbation_l2 <= loss_func.perturbation_linf == pytest.approx(EPS, abs=1e-6)
 
     def test_model_is_found(self, model, images, labels):
         torch.manual_seed(0)
         trunk, embedder = model[:2], model[2:]
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), attack=PGD)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), attack=PGD)
         loss_func(embedder(trunk(images)), labels).backward()
         assert loss_func.adversary.capture.modules == (trunk, embedder)
 
     def test_two_calls_of_the_model_each_keep_their_inputs(self, model, images, labels):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, plugins=[spy])
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, plugins=[spy])
         first, second = model(images), model(images.flip(0))
         loss_func(first, labels)
         assert torch.equal(spy.batch.inputs, images)
@@ -588,16 +589,16 @@ class TestOptions:
     def test_a_reference_without_inputs_lets_anchors_be_perturbed(self, model, images, labels):
         reference = torch.randn(6, 4)
         arguments = {"ref_emb": reference, "ref_labels": torch.tensor([0, 0, 1, 1, 2, 3])}
-        AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor")(model(images), labels, **arguments)
+        seed_paper_loss(losses.MultiSimilarityLoss(), model, perturb="anchor")(model(images), labels, **arguments)
         with pytest.raises(PlanError, match="ref_emb"):
-            AdversarialLoss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
+            seed_paper_loss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
 
     @pytest.mark.parametrize(
         ("dtype", "ref_labels"),
         [(torch.uint8, torch.tensor([256, 257, 0])), (torch.long, torch.tensor([0.5, 1.5, 0.0]))],
     )
     def test_labels_of_a_reference_keep_their_values(self, dtype, ref_labels, model, images, labels):
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=NO_BUDGET, perturb="anchor")
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, attack=NO_BUDGET, perturb="anchor")
         reference = {"ref_emb": torch.randn(3, 4), "ref_labels": ref_labels}
         embeddings = model(images)
         plain = losses.ContrastiveLoss()(embeddings, labels.to(dtype), **reference)
@@ -606,7 +607,7 @@ class TestOptions:
 
     def test_a_classifier_of_two_classes_is_attacked_by_its_own_value(self, model, images):
         spy = Spy()
-        loss_func = AdversarialLoss(losses.ArcFaceLoss(2, 4, scale=4), model, attack=PGD, perturb="all", plugins=[spy])
+        loss_func = seed_paper_loss(losses.ArcFaceLoss(2, 4, scale=4), model, attack=PGD, perturb="all", plugins=[spy])
         for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % 2):
             loss_func(model(images), labels)
             assert loss_func.loss_after > loss_func.loss_before
@@ -618,7 +619,7 @@ class TestOptions:
     @pytest.mark.parametrize("make", [lambda: losses.ArcFaceLoss(4, 4), losses.ContrastiveLoss])
     def test_scores_are_exact_in_mixed_precision(self, make, model, images, labels):
         grab = Grab()
-        loss_func = AdversarialLoss(make(), model, attack=PGD, plugins=[grab])
+        loss_func = seed_paper_loss(make(), model, attack=PGD, plugins=[grab])
         with torch.autocast("cpu", torch.bfloat16):
             loss_func(model(images), labels)
             found = grab.score(grab.adversarial.embeddings)
@@ -628,7 +629,7 @@ class TestOptions:
 
     @pytest.mark.skipif(not hasattr(losses, "SmoothAPLoss"), reason="since 2.9")
     def test_a_loss_that_wants_classes_of_one_size_is_asked_once(self, model, images, labels, caplog):
-        loss_func = AdversarialLoss(losses.SmoothAPLoss(), model, attack=PGD)
+        loss_func = seed_paper_loss(losses.SmoothAPLoss(), model, attack=PGD)
         with caplog.at_level("DEBUG", "pml_adversarial"):
             for _ in range(2):
                 loss_func(model(images), labels)
@@ -637,7 +638,7 @@ class TestOptions:
         ]
 
     def test_of_a_loss_without_labels_its_own_value_is_raised(self, model, images):
-        loss_func = AdversarialLoss(losses.VICRegLoss(), model, attack=PGD)
+        loss_func = seed_paper_loss(losses.VICRegLoss(), model, attack=PGD)
         loss_func(model(images), ref_emb=model(images.flip(3))).backward()
         assert loss_func.num_perturbed == 16
         assert loss_func.share_score_rose == 1
@@ -647,7 +648,7 @@ class TestOptions:
     def test_a_loss_of_two_views(self, symmetric, model, images):
         wrapped = losses.SelfSupervisedLoss(losses.NTXentLoss(), symmetric=symmetric)
         spy = Spy()
-        loss_func = AdversarialLoss(wrapped, model, attack=PGD, perturb="positive", plugins=[spy])
+        loss_func = seed_paper_loss(wrapped, model, attack=PGD, perturb="positive", plugins=[spy])
         first, second = model(images), model(images.flip(3))
         loss = loss_func(first, second)
         assert spy.plan.rows.tolist() == [*range(8, 16)]  # the second view
@@ -659,10 +660,10 @@ class TestOptions:
     def test_a_loss_of_two_views_takes_no_tuples(self, model, images):
         wrapped = losses.SelfSupervisedLoss(losses.NTXentLoss())
         with pytest.raises(PlanError, match="takes no tuples"):
-            AdversarialLoss(wrapped, model, tuples_per_anchor=1)(model(images), model(images.flip(3)))
+            seed_paper_loss(wrapped, model, tuples_per_anchor=1)(model(images), model(images.flip(3)))
         for second, found in ((None, "NoneType"), (model(images)[:7], r"\(7, 4\)")):
             with pytest.raises(InputError, match=f"second view is {found}"):
-                AdversarialLoss(wrapped, model)(model(images), second)
+                seed_paper_loss(wrapped, model)(model(images), second)
 
 
 def changing(change):
@@ -681,11 +682,11 @@ class TestBadInput:
     )
     def test_inputs(self, change, message, model, images, labels):
         with pytest.raises(InputError, match=message):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(change(images)), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(change(images)), labels)
 
     def test_one_copy_and_batchnorm_that_takes_statistics_of_rows(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4))
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         one_triplet = tuple(torch.tensor([row]) for row in (0, 1, 2))
         with pytest.raises(InputError, match="cannot embed one row alone: Expected more than 1 value"):
             loss_func(model(images), labels, one_triplet)
@@ -704,11 +705,11 @@ class TestBadInput:
 
         model = TakesBytes()
         with pytest.raises(InputError, match=r"torch.uint8.*floating point"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
     def test_labels_of_another_length(self, model, images, labels):
         with pytest.raises(InputError, match="labels of shape"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels[:-1])
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels[:-1])
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -716,7 +717,7 @@ class TestBadInput:
     )
     def test_labels_of_another_form(self, change, message, model, images, labels):
         with pytest.raises(InputError, match=message):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), change(labels))
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), change(labels))
 
     @pytest.mark.parametrize(
         ("change", "shape"), [(nn.Flatten(0), r"\(32,\)"), (nn.Unflatten(1, (1, 4)), r"\(8, 1, 4\)")]
@@ -724,26 +725,26 @@ class TestBadInput:
     def test_embeddings_of_another_form(self, change, shape, model, images, labels):
         whole = nn.Sequential(*model, change)
         with pytest.raises(InputError, match=rf"embeddings of shape {shape}; expected .* \(N, D\)"):
-            AdversarialLoss(losses.TripletMarginLoss(), whole)(whole(images), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), whole)(whole(images), labels)
 
     def test_embeddings_without_rows_or_dimensions(self, labels):
         model = nn.Sequential(nn.Linear(8, 1), Sum())
         with pytest.raises(InputError, match=r"embeddings of shape \(\)"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(torch.rand(8, 8)), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(torch.rand(8, 8)), labels)
 
     @pytest.mark.parametrize(("ref_emb", "found"), [([[0.0] * 4], "are list"), (torch.zeros(4), r"of shape \(4,\)")])
     def test_a_reference_of_another_form(self, ref_emb, found, model, images, labels):
         with pytest.raises(InputError, match=f"ref_emb {found}"):
-            AdversarialLoss(losses.ContrastiveLoss(), model)(model(images), labels, ref_emb=ref_emb, ref_labels=labels)
+            seed_paper_loss(losses.ContrastiveLoss(), model)(model(images), labels, ref_emb=ref_emb, ref_labels=labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
         with pytest.raises(InputError, match="embeddings are list"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images).tolist(), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images).tolist(), labels)
 
     def test_a_model_that_changes_the_number_of_rows(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(0, 1))
         with pytest.raises(InputError, match="8 inputs gave 16 embeddings"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels.repeat(2))
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels.repeat(2))
 
     @pytest.mark.parametrize(
         ("tuples", "message"),
@@ -761,10 +762,10 @@ class TestBadInput:
     )
     def test_tuples(self, tuples, message, model, images, labels):
         with pytest.raises(PlanError, match=message):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
 
     def test_tuples_are_counted_in_the_reference(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, perturb="anchor")
+        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, perturb="anchor")
         reference = {"ref_emb": torch.randn(9, 4), "ref_labels": torch.arange(9) // 2}
         row, last = torch.tensor([0]), torch.tensor([8])
         loss_func(model(images), labels, (row, row, row, last), **reference)
@@ -774,11 +775,11 @@ class TestBadInput:
     @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
     def test_embeddings_of_no_watched_model(self, change, model, images, labels):
         with pytest.raises(CaptureError, match="not known"):
-            AdversarialLoss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
+            seed_paper_loss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_no_gradient_while_training(self, mode, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         with mode(), pytest.raises(InputError, match=r"training mode.*eval"):
             loss_func(model(images), labels)
         with mode():
@@ -797,18 +798,18 @@ class TestBadInput:
         ],
     )
     def test_attacks(self, change, message, model, images, labels):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=changing(change))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=changing(change))
         with pytest.raises(AttackError, match=message):
             loss_func(model(images), labels)
 
     def test_attacks_that_take_rows_one_by_one(self, model, images, labels):
         with pytest.raises(AttackError, match="DeepFool cannot be used in training"):
-            AdversarialLoss(losses.TripletMarginLoss(), model, attack=partial(torchattacks.DeepFool, steps=2))
+            seed_paper_loss(losses.TripletMarginLoss(), model, attack=partial(torchattacks.DeepFool, steps=2))
 
         def one_by_one(objective):
             return lambda inputs, labels: torch.cat([objective(row) for row in inputs.split(1)])
 
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, attack=one_by_one)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=one_by_one)
         with pytest.raises(AttackError, match=r"1 of 8 perturbed rows"):
             loss_func(model(images), labels)
 
@@ -849,7 +850,7 @@ class TestBadInput:
         nobody = torch.empty(0, dtype=torch.long)
         labels = torch.zeros(8, dtype=torch.long) if mined else torch.zeros(1, dtype=torch.long)
         images = images if mined else images[:1]
-        loss_func = AdversarialLoss(LOSSES[name](), model)
+        loss_func = seed_paper_loss(LOSSES[name](), model)
         loss_func.num_perturbed = 7
         loss = loss_func(model(images), labels, (nobody,) * 3 if mined else None)
         loss.backward()
@@ -858,14 +859,14 @@ class TestBadInput:
         assert (loss_func.num_perturbed, loss_func.strength) == (0, 1)
 
     def test_tuples_that_a_loss_cannot_keep_apart(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.MultiSimilarityLoss(), model, perturb="anchor", tuples_per_anchor=2)
+        loss_func = seed_paper_loss(losses.MultiSimilarityLoss(), model, perturb="anchor", tuples_per_anchor=2)
         with pytest.raises(PlanError, match="does not keep its value"):
             loss_func(model(images), labels)
 
     @pytest.mark.parametrize("name", ["PNPLoss", "InstanceLoss", "P2SGradLoss"])
     def test_tuples_of_a_loss_that_takes_none(self, name, model, images, labels):
         arguments = (4, 4) if name == "P2SGradLoss" else ()
-        loss_func = AdversarialLoss(getattr(losses, name)(*arguments), model, tuples_per_anchor=1)
+        loss_func = seed_paper_loss(getattr(losses, name)(*arguments), model, tuples_per_anchor=1)
         with pytest.raises(PlanError, match=f"{name} takes no tuples"):
             loss_func(model(images), labels)
 
@@ -876,7 +877,7 @@ class TestAddressing:
     @pytest.mark.parametrize("name", LOSSES)
     @pytest.mark.parametrize("perturb", ["positive", ("anchor", "positive")], ids=str)
     def test_a_first_batch_of_one_tuple_does_not_decide(self, name, perturb, model, images, labels):
-        loss_func = AdversarialLoss(LOSSES[name](), model, attack=NO_BUDGET, perturb=perturb)
+        loss_func = seed_paper_loss(LOSSES[name](), model, attack=NO_BUDGET, perturb=perturb)
         one = tuple(torch.tensor([row]) for row in (0, 1, 0, 2))
         mined = tuple(torch.tensor(rows) for rows in ([0, 0, 3], [1, 0, 2], [0, 1], [5, 2]))
         for tuples in (one, mined):
@@ -885,7 +886,7 @@ class TestAddressing:
             torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
 
     def test_a_first_batch_of_one_class_does_not_decide(self, model, images, labels):
-        loss_func = AdversarialLoss(losses.LiftedStructureLoss(), model, attack=NO_BUDGET)
+        loss_func = seed_paper_loss(losses.LiftedStructureLoss(), model, attack=NO_BUDGET)
         for given in (torch.zeros(8, dtype=torch.long), labels):
             embeddings = model(images)
             plain = losses.LiftedStructureLoss()(embeddings, given)
@@ -894,14 +895,14 @@ class TestAddressing:
     def test_a_batch_in_which_two_plans_have_one_value_by_chance(self, model, images):
         tuples = torch.tensor([1]), torch.tensor([0]), torch.tensor([1])
         wrapped = losses.ArcFaceLoss(4, 4)
-        loss_func = AdversarialLoss(wrapped, model, attack=NO_BUDGET, perturb="negative")
+        loss_func = seed_paper_loss(wrapped, model, attack=NO_BUDGET, perturb="negative")
         embeddings, labels = model(images[:2]), torch.tensor([0, 1])
         plain = wrapped(embeddings, labels, tuples)
         torch.testing.assert_close(loss_func(embeddings, labels, tuples), plain)
 
     def test_finding_it_out_moves_no_random_stream(self, model, images, labels):
         def make():
-            return AdversarialLoss(losses.NPairsLoss(), model, attack=PGD, perturb="positive", seed=1)
+            return seed_paper_loss(losses.NPairsLoss(), model, attack=PGD, perturb="positive", seed=1)
 
         asked, asks = make(), make()
         asked(model(images), labels)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
+from seed_paper import seed_paper_loss
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError, PluginError, hookimpl
 from pml_adversarial.plan import replace_rows
@@ -148,7 +149,7 @@ class TestFind:
 
     def test_installed_plugins_act_only_when_named(self, installed, model):
         installed(recorder=here("Recorder"))
-        loss_func = AdversarialLoss(TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(TripletMarginLoss(), model)
         assert [type(plugin).__name__ for plugin in loss_func.adversary.plugins] == ["FixedContext"]
 
 
@@ -178,7 +179,7 @@ class TestRefusals:
 
 
 def step(model, images, labels, *plugins, **options):
-    loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=plugins, seed=0, **options)
+    loss_func = seed_paper_loss(TripletMarginLoss(), model, plugins=plugins, seed=0, **options)
     return loss_func, loss_func(model(images), labels)
 
 
@@ -230,8 +231,8 @@ class TestTwoWrappers:
     def test_do_not_influence_one_another(self, model, images, labels):
         _, expected = step(model, images, labels)
         one_plugin, other_plugin = Silent(), Recorder()
-        one = AdversarialLoss(TripletMarginLoss(), model, plugins=[one_plugin], seed=0)
-        other = AdversarialLoss(TripletMarginLoss(), model, plugins=[other_plugin, MovesAllBy(0.05)], seed=0)
+        one = seed_paper_loss(TripletMarginLoss(), model, plugins=[one_plugin], seed=0)
+        other = seed_paper_loss(TripletMarginLoss(), model, plugins=[other_plugin, MovesAllBy(0.05)], seed=0)
         embeddings = model(images)
         other(embeddings, labels)
         assert one_plugin.asked == []
@@ -241,7 +242,7 @@ class TestTwoWrappers:
 
     def test_copies_have_plugins_of_their_own(self, model, images, labels):
         plugin = Counter()
-        loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[plugin])
+        loss_func = seed_paper_loss(TripletMarginLoss(), model, plugins=[plugin])
         copied = copy.deepcopy(loss_func)
         copied(model(images), labels)
         assert plugin.steps == 0
@@ -356,7 +357,7 @@ class TestWrongAnswers:
 
 class TestState:
     def build(self, model, *plugins):
-        return AdversarialLoss(TripletMarginLoss(), model, plugins=plugins, seed=3)
+        return seed_paper_loss(TripletMarginLoss(), model, plugins=plugins, seed=3)
 
     def test_round_trip(self, model, images, labels):
         saved = self.build(model, Silent(), Counter())

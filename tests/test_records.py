@@ -7,11 +7,12 @@ from pytorch_metric_learning.miners import BatchHardMiner
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from seed_paper import seed_paper_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, PluginError, hookimpl
+from pml_adversarial import AdversarialMiner, PluginError, hookimpl
 from pml_adversarial.attacks import SEED_PAPER
 from pml_adversarial.records import OF_LOSSES, STANDARD, clear, declare, write
 
@@ -104,12 +105,12 @@ def check_moves(module, seen):
 
 class TestOfLoss:
     def test_all_names_are_there_before_the_first_step(self, model):
-        loss_func = AdversarialLoss(TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(TripletMarginLoss(), model)
         assert recorded(loss_func) == dict.fromkeys((*STANDARD, *OF_LOSSES), 0)
 
     def test_values(self, model, images, labels):
         seen = Remembers()
-        loss_func = AdversarialLoss(TripletMarginLoss(margin=1.0), model, plugins=[seen])
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, plugins=[seen])
         loss = loss_func(model(images), labels)
         check_moves(loss_func, seen)
         assert loss_func.strength == 1.0
@@ -120,17 +121,17 @@ class TestOfLoss:
         assert loss_func.loss_after > loss_func.loss_before
 
     def test_loss_values_do_not_hold_the_clean_loss(self, model, images, labels):
-        loss_func = AdversarialLoss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0)
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0)
         loss = loss_func(model(images), labels)
         assert loss.item() == pytest.approx(loss_func.loss_after + 2 * loss_func.loss_before)
 
     def test_numbers_are_pythons(self, model, images, labels):
-        loss_func = AdversarialLoss(TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(TripletMarginLoss(), model)
         loss_func(model(images), labels)
         assert {type(value) for value in recorded(loss_func).values()} <= {int, float}
 
     def test_warmup(self, model, images, labels):
-        loss_func = AdversarialLoss(TripletMarginLoss(), model, warmup=4)
+        loss_func = seed_paper_loss(TripletMarginLoss(), model, warmup=4)
         found = []
         for _ in range(6):
             loss_func(model(images), labels)
@@ -140,7 +141,7 @@ class TestOfLoss:
         assert [linf for _, linf in found] == pytest.approx([EPS * strength for strength in strengths], rel=1e-4)
 
     def test_a_step_without_strength(self, model, images, labels):
-        loss_func = AdversarialLoss(TripletMarginLoss(margin=1.0), model, warmup=1)
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, warmup=1)
         loss = loss_func(model(images), labels)
         zeros = {*STANDARD, "attack_seconds"} - {"num_perturbed"}
         assert {name: value for name, value in recorded(loss_func).items() if name in zeros} == dict.fromkeys(zeros, 0)
@@ -148,7 +149,7 @@ class TestOfLoss:
         assert loss_func.loss_before == loss_func.loss_after == pytest.approx(loss.item())
 
     def test_a_step_in_which_nobody_is_perturbed(self, model, images):
-        loss_func = AdversarialLoss(TripletMarginLoss(), model)
+        loss_func = seed_paper_loss(TripletMarginLoss(), model)
         loss_func(model(images), torch.arange(8) // 2)
         assert loss_func.num_perturbed == 8
         loss_func(model(images), torch.arange(8))
@@ -156,7 +157,7 @@ class TestOfLoss:
         assert recorded(loss_func) == {**dict.fromkeys((*STANDARD, *OF_LOSSES), 0), "strength": 1.0, **kept}
 
     def test_eval_mode_records_nothing(self, model, images, labels):
-        loss_func = AdversarialLoss(TripletMarginLoss(), model).eval()
+        loss_func = seed_paper_loss(TripletMarginLoss(), model).eval()
         loss_func(model(images), labels)
         assert recorded(loss_func) == dict.fromkeys((*STANDARD, *OF_LOSSES), 0)
 
@@ -207,7 +208,7 @@ class Run:
         models = {"trunk": nn.Sequential(nn.Flatten(), nn.Linear(36, 8)), "embedder": nn.Linear(8, 4)}
         images, labels = torch.rand(24, 1, 6, 6), torch.arange(24) % 4
         watched = models if name_model else None
-        self.loss = AdversarialLoss(TripletMarginLoss(margin=1.0), watched, plugins=[RecordsStep()], warmup=2)
+        self.loss = seed_paper_loss(TripletMarginLoss(margin=1.0), watched, plugins=[RecordsStep()], warmup=2)
         self.miner = AdversarialMiner(BatchHardMiner(), watched, attack=SEED_PAPER, seed=1)
         keeper, self.writer, self.tensorboard = logging_presets.get_record_keeper(
             str(folder / "csv"), str(folder / "tensorboard")
@@ -295,7 +296,7 @@ class TestNames:
                 return {name: 5.0}
 
         with pytest.raises(PluginError, match=f"'{name}'.*rename"):
-            AdversarialLoss(TripletMarginLoss(), model, plugins=[Rude])(model(images), labels)
+            seed_paper_loss(TripletMarginLoss(), model, plugins=[Rude])(model(images), labels)
 
     def test_of_plugins_are_cleared_too(self, model, images, labels):
         class Polite:
@@ -303,7 +304,7 @@ class TestNames:
             def pml_adversarial_record(self):
                 return {"answer": 42}
 
-        loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[Polite])
+        loss_func = seed_paper_loss(TripletMarginLoss(), model, plugins=[Polite])
         loss_func(model(images), labels)
         assert loss_func.answer == 42
         loss_func(model(images), torch.zeros(8, dtype=torch.long))

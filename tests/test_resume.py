@@ -14,9 +14,10 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
+from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialMiner, hookimpl
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 11, 4
@@ -57,7 +58,7 @@ class Run:
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(48, 4)
         )
         self.miner = AdversarialMiner(miners.MultiSimilarityMiner(), self.model, attack=PGD, warmup=3, plugins=[Drifts])
-        self.loss = AdversarialLoss(
+        self.loss = seed_paper_loss(
             LOSSES[name](), self.model, attack=PGD, warmup=7, tuples_per_anchor=1, clean_weight=0.5, plugins=[Drifts]
         )
         self.optimizer = torch.optim.Adam([*self.model.parameters(), *self.loss.parameters()], 0.05)

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners, samplers, trainers
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, CaptureError
+from pml_adversarial import AdversarialMiner, CaptureError
 from pml_adversarial.records import OF_LOSSES, STANDARD
 
 CLASSES, WIDTH, EPS = 4, 6, 0.1
@@ -177,7 +178,7 @@ RUNS = [
 
 def adversarial(run, eps, given, **options):
     return run(
-        lambda loss, models: AdversarialLoss(loss, models if given else None, attack=pgd(eps), **options),
+        lambda loss, models: seed_paper_loss(loss, models if given else None, attack=pgd(eps), **options),
         lambda miner, models: AdversarialMiner(miner, models if given else None, attack=pgd(eps), seed=5),
     )
 
@@ -296,7 +297,7 @@ def dataset():
 
 @pytest.fixture
 def loss_func(model):
-    return AdversarialLoss(losses.TripletMarginLoss(margin=0.5), model, attack=pgd(EPS))
+    return seed_paper_loss(losses.TripletMarginLoss(margin=0.5), model, attack=pgd(EPS))
 
 
 class TestSamplers:

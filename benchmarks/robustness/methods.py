@@ -25,6 +25,9 @@ from .protocol import Protocol
 Miner = Callable[..., Any]
 """``(embeddings, labels)`` -> tuples; one of PML's fits."""
 
+_METHOD_ALONE = {"perturb": "positive", "keep_clean": False, "guard": False}
+"""Of `AdversarialLoss`, where a method's options say nothing else: nothing of the package's own is added to it."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -75,7 +78,7 @@ class Method:
         """
         if self.options is None:
             return self.loss()
-        options = {"warmup": int(self.warmup * steps), "seed": seed, **self.options(protocol)}
+        options = {**_METHOD_ALONE, "warmup": int(self.warmup * steps), "seed": seed, **self.options(protocol)}
         return AdversarialLoss(self.loss(), model, plugins=self.plugins(), **options)
 
 
