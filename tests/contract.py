@@ -19,6 +19,7 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from seed_paper import seed_paper_loss
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, hookimpl
@@ -179,7 +180,7 @@ class Scene:
 
     def adversarial(self, perturb, eps=EPS, **options):
         attack = partial(PGD, eps=eps)
-        return AdversarialLoss(copy.deepcopy(self.loss), self.model, attack=attack, perturb=perturb, seed=0, **options)
+        return seed_paper_loss(copy.deepcopy(self.loss), self.model, attack=attack, perturb=perturb, seed=0, **options)
 
 
 class Spy:

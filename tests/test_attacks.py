@@ -6,9 +6,10 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import ContrastiveLoss
+from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AttackError, hookimpl
+from pml_adversarial import AttackError, hookimpl
 from pml_adversarial.attacks import SEED_PAPER, budget, build, check, check_warmup, run, unchanged
 from pml_adversarial.isolation import random_stream
 from pml_adversarial.objective import Objective
@@ -339,7 +340,7 @@ class TestEveryTorchattack:
             (scene.model, (scene.inputs - shift) / scale, (mean, std)),
         ):
             spy = Spy()
-            loss_func = AdversarialLoss(
+            loss_func = seed_paper_loss(
                 ContrastiveLoss(),
                 model,
                 attack=partial(getattr(torchattacks, name), **options),

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import hardsigmoid, normalize
 
-from pml_adversarial import AdversarialLoss
 from pml_adversarial.datasets import digits
 from pml_adversarial.evaluation import checks, evaluate_robustness
 from pml_adversarial.evaluation.bench import Bench
@@ -607,7 +607,7 @@ def train(model, adversarial=False, steps=200):
     data, loss = digits(), MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
     if adversarial:
         attack = partial(torchattacks.PGD, eps=0.2, alpha=0.1, steps=4)
-        loss = AdversarialLoss(loss, model, attack=attack, perturb="all", warmup=steps // 2)
+        loss = seed_paper_loss(loss, model, attack=attack, perturb="all", warmup=steps // 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(steps):
         rows = torch.randperm(len(data.train_images))[:112]

@@ -10,8 +10,9 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
+from seed_paper import seed_paper_loss
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, Batch, InputError, PlanError, hookimpl
 from pml_adversarial.defenses.hm import HM
 from pml_adversarial.plan import plan_roles, replace_rows
 
@@ -33,7 +34,7 @@ def triplet_loss():
 
 
 def build(model, *plugins, loss=None, attack=PGD, **options):
-    return AdversarialLoss(loss or triplet_loss(), model, attack=attack, plugins=plugins, seed=0, **options)
+    return seed_paper_loss(loss or triplet_loss(), model, attack=attack, plugins=plugins, seed=0, **options)
 
 
 def triplets_of(labels, count=6, seed=0):

@@ -9,9 +9,10 @@ import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
+from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError, Plan, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, Batch, InputError, Plan, PlanError, hookimpl
 from pml_adversarial.defenses.sampling import sample_triplets
 from pml_adversarial.defenses.tride import TRIDE, weighted_mean
 
@@ -105,7 +106,7 @@ def network():
 def step(model, images, labels, tride, tuples=None, loss=None, attack=PGD, warmup=0, steps=0):
     """One training step, and what it did."""
     spy = Spy()
-    loss_func = AdversarialLoss(loss or TRIPLET(), model, attack=attack, plugins=[tride, spy], warmup=warmup)
+    loss_func = seed_paper_loss(loss or TRIPLET(), model, attack=attack, plugins=[tride, spy], warmup=warmup)
     loss_func.adversary.step = steps
     value = loss_func(model(images), labels, tuples)
     return loss_func, value, spy
@@ -116,7 +117,7 @@ def step(model, images, labels, tride, tuples=None, loss=None, attack=PGD, warmu
 
 def test_candidates_and_anchors_in_turn(network, images, labels):
     spy, tride = Spy(), TRIDE()
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[tride, spy])
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[tride, spy])
     anchors, positives, negatives = TRIPLETS
     for turn in ("candidates", "anchor", "candidates", "anchor"):
         assert tride.perturbs == turn
@@ -369,7 +370,7 @@ def test_another_score_is_raised_though_ours_would_be_satisfied(network, images,
             return lambda embeddings: (embeddings - batch.context[plan.rows] + 0.1).norm(dim=1)
 
     wrong = _wrong_triplets(network(images).detach(), labels)
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[Shift(), TRIDE()])
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[Shift(), TRIDE()])
     loss_func(network(images), labels, wrong)
     assert loss_func.perturbation_linf > 0.01
 
@@ -379,7 +380,7 @@ def test_another_score_is_raised_though_ours_would_be_satisfied(network, images,
 
 def test_strength_0_perturbs_nobody_and_the_last_step_almost_all(network, images, labels):
     tride = TRIDE()
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[tride], warmup=4)
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[tride], warmup=4)
     found = []
     for _ in range(5):
         loss_func(network(images), labels, TRIPLETS)
@@ -434,7 +435,7 @@ def test_negatives_are_semi_hard_within_the_margin_of_the_strength(of_a_class, s
 def test_a_batch_without_triplets_is_a_plain_step(network, images):
     tride = TRIDE()
     alone = torch.arange(8)
-    loss_func = AdversarialLoss(losses.ContrastiveLoss(), network, attack=PGD, plugins=[tride])
+    loss_func = seed_paper_loss(losses.ContrastiveLoss(), network, attack=PGD, plugins=[tride])
     assert loss_func(network(images), alone).item() == losses.ContrastiveLoss()(network(images), alone).item()
     assert tride.steps == loss_func.num_perturbed == 0
 
@@ -502,7 +503,7 @@ def test_records_are_the_collapseness_before_and_after(network, images, labels):
 
 def test_a_resumed_run_goes_on_with_the_same_turn(network, images, labels):
     def made():
-        return AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[TRIDE()], warmup=6, seed=1)
+        return seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[TRIDE()], warmup=6, seed=1)
 
     unbroken = made()
     for _ in range(3):
@@ -531,7 +532,7 @@ def test_a_step_that_failed_is_taken_again(network, images, labels):
             return loss
 
     tride, fails = TRIDE(), Fails()
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[tride, fails])
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[tride, fails])
     with pytest.raises(RuntimeError):
         loss_func(network(images), labels)
     assert tride.steps == 0
@@ -542,7 +543,7 @@ def test_a_step_that_failed_is_taken_again(network, images, labels):
 
 @pytest.mark.parametrize("turn", ["candidates", "anchor"])
 def test_leaves_no_trace_but_the_passes_that_are_trained_on(turn, moody_model, images, labels):
-    loss_func = AdversarialLoss(TRIPLET(), moody_model, attack=PGD, plugins=[TRIDE(first=turn)], seed=0)
+    loss_func = seed_paper_loss(TRIPLET(), moody_model, attack=PGD, plugins=[TRIDE(first=turn)], seed=0)
     weights = copy.deepcopy(dict(moody_model.named_parameters()))
     embeddings = moody_model(images)
     passes = moody_model[1].num_batches_tracked.item()
@@ -556,7 +557,7 @@ def test_leaves_no_trace_but_the_passes_that_are_trained_on(turn, moody_model, i
 
 
 def test_the_callers_random_numbers_do_not_depend_on_the_mining(network, images, labels):
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[TRIDE()], seed=0)
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[TRIDE()], seed=0)
     embeddings = network(images)
     state = torch.get_rng_state()
     loss_func(embeddings, labels)
@@ -579,7 +580,7 @@ class Penalty:
 def test_adds_to_what_others_add(first, network, images, labels):
     alone = step(network, images, labels, TRIDE(), TRIPLETS)[1].item()
     plugins = [Penalty(), TRIDE()] if first else [TRIDE(), Penalty()]
-    both = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=plugins)(network(images), labels, TRIPLETS)
+    both = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=plugins)(network(images), labels, TRIPLETS)
     assert both.item() == pytest.approx(alone + 10, abs=1e-5)
 
 
@@ -597,7 +598,7 @@ def test_refuses_plans_of_others_without_triplets(network, images, labels):
     pairs = tuple(torch.tensor(member) for member in ([0], [1], [0], [2]))
     for tuples, message in ((pairs, "Name the method on triplets first"), (None, "has no tuples")):
         plan = Plan(rows, rows + 8, tuples)
-        loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
+        loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
         with pytest.raises(PlanError, match=message):
             loss_func(network(images), labels)
 
@@ -605,7 +606,7 @@ def test_refuses_plans_of_others_without_triplets(network, images, labels):
 def test_takes_a_plan_of_others_with_triplets(network, images, labels):
     rows = torch.arange(8)
     plan = Plan(rows, rows + 8, TRIPLETS)
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
     loss_func(network(images), labels).backward()
     assert loss_func.num_perturbed == 8
     assert loss_func.collapseness_after > loss_func.collapseness_before
@@ -629,7 +630,7 @@ TUPLES = {
 @pytest.mark.parametrize("tuples", TUPLES.values(), ids=TUPLES)
 @pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 def test_trains_with_losses_and_tuples(make, tuples, network, images, labels):
-    loss_func = AdversarialLoss(make(), network, attack=PGD, plugins=[TRIDE()])
+    loss_func = seed_paper_loss(make(), network, attack=PGD, plugins=[TRIDE()])
     for _ in range(2):
         embeddings = network(images)
         value = loss_func(embeddings, labels, tuples(embeddings, labels))
@@ -643,7 +644,7 @@ def test_trains_with_losses_and_tuples(make, tuples, network, images, labels):
 @pytest.mark.parametrize("turn", ["candidates", "anchor"])
 def test_triplets_reach_into_a_reference(turn, network, images, labels):
     spy = Spy()
-    loss_func = AdversarialLoss(TRIPLET(), network, attack=PGD, plugins=[TRIDE(first=turn), spy])
+    loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[TRIDE(first=turn), spy])
     others = images.flip(0)
     value = loss_func(network(images), labels, None, network(others), labels.flip(0))
     clean, copies = network(torch.cat([images, others])), network(spy.adversarial.inputs)
@@ -661,7 +662,7 @@ def test_triplets_reach_into_a_reference(turn, network, images, labels):
 
 def test_a_loss_of_two_views_refuses_it(network, images):
     loss = losses.SelfSupervisedLoss(losses.NTXentLoss())
-    loss_func = AdversarialLoss(loss, network, attack=PGD, plugins=[TRIDE()])
+    loss_func = seed_paper_loss(loss, network, attack=PGD, plugins=[TRIDE()])
     with pytest.raises(PlanError, match="no plugin that plans with triplets"):
         loss_func(network(images), network(images))
 

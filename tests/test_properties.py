@@ -16,9 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialError, AdversarialLoss, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialError, AdversarialMiner, hookimpl
 
 EPS, STEPS = 0.05, 2
 PGD = partial(torchattacks.PGD, eps=EPS, alpha=0.03, steps=STEPS)
@@ -353,7 +354,7 @@ def finite_gradients(model, loss):
 def check_unperturbed(scene):
     """With a budget of 0 the value is the wrapped loss's."""
     model, loss, images, labels, tuples = scene.build()
-    loss_func = AdversarialLoss(
+    loss_func = seed_paper_loss(
         copy.deepcopy(loss), model, attack=NO_BUDGET, perturb=scene.perturb, tuples_per_anchor=scene.tuples_per_anchor
     )
     embeddings, error = outcome(lambda: model(images))
@@ -374,7 +375,7 @@ def check_perturbed(scene):
     """Perturbed pixels stay in bounds, the loss is the planned one, and only copies that were asked for are made."""
     model, loss, images, labels, tuples = scene.build()
     spy = Spy()
-    loss_func = AdversarialLoss(
+    loss_func = seed_paper_loss(
         copy.deepcopy(loss),
         model,
         attack=PGD,
@@ -509,7 +510,7 @@ def wrap(kind, model, name="triplet", **options):
         return AdversarialMiner(
             miners.MultiSimilarityMiner(), model, attack=options.pop("attack", PGD), seed=1, **options
         )
-    return AdversarialLoss(LOSSES[name](3), model, attack=options.pop("attack", PGD), seed=1, **options)
+    return seed_paper_loss(LOSSES[name](3), model, attack=options.pop("attack", PGD), seed=1, **options)
 
 
 def equal(one, other):
@@ -703,8 +704,8 @@ def test_a_loss_that_raises_in_any_evaluation(options):
     expected_evaluations = 5 if "clean_weight" in options else 4  # refused?, before, after, and to be optimised
     for nth in range(1, 9):
         model, images, labels = ordinary()
-        unbroken = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PGD, seed=1, **options)
-        loss_func = AdversarialLoss(FaultyLoss(nth), model, attack=PGD, seed=1, **options)
+        unbroken = seed_paper_loss(losses.ContrastiveLoss(), model, attack=PGD, seed=1, **options)
+        loss_func = seed_paper_loss(FaultyLoss(nth), model, attack=PGD, seed=1, **options)
         embeddings = model(images)
         found = Found(model, loss_func.loss, tensors=[images, labels])
         _, error = outcome(partial(loss_func, embeddings, labels))
