@@ -81,17 +81,18 @@ class Adversary:
     ) -> Batch:
         """The arguments of a PML loss, checked, as one `Batch`; nothing is spent yet.
 
-        Where the processes share one batch, it is the union of what they hold, with the tuples of rank 0. Seed and step
-        are those of rank 0 from then on, as `DistributedDataParallel` does it with the weights.
+        Where the processes share one batch, it is the union of what they hold, with the tuples of rank 0. Seed, step
+        and strength are those of rank 0 from then on, as `DistributedDataParallel` does it with the weights.
 
         Raises:
             CaptureError: the inputs behind the embeddings are not known.
             InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
-        rank_0 = self.seed, self.step
+        rank_0 = self.seed, self.step, self.strength.state_dict()
         batch, rank_0 = self.intake.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, rank_0)
-        self.seed, self.step = rank_0
+        self.seed, self.step, strength = rank_0
+        self.strength.load_state_dict(strength)
         return replace(batch, strength=self.strength.at(self.step))
 
     def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:

@@ -3,6 +3,7 @@
 Run by torchrun with a folder as its argument; each rank leaves there what it saw. Nothing in here checks anything.
 """
 
+import copy
 import gc
 import sys
 from dataclasses import dataclass, field
@@ -331,6 +332,9 @@ def noises():
     rank = dist.get_rank()
     second, state = noise(5, 2)
     _, one_step = noise(5, 1)
+    weaker = copy.deepcopy(one_step)
+    weaker["_extra_state"]["strength"]["share"] = 0.5
+    _, held_back = noise(6, 1, None if rank else weaker)
     return {
         "seed 5": noise(5)[0],
         "seed 5 again": noise(5)[0],
@@ -340,6 +344,7 @@ def noises():
         "second step, loaded by rank 0": noise(6, 1, None if rank else one_step)[0],
         "each its own loss": noise(5, wrap=lambda loss: loss)[0],
         "state": state["_extra_state"],
+        "share, loaded by rank 0": held_back["_extra_state"]["strength"]["share"],
     }
 
 

@@ -250,7 +250,14 @@ class TestRandomNumbers:
         noise = seen[rank]["noise"]
         assert torch.equal(noise["seed 5"], noise["seeds of their own"])
         assert torch.equal(noise["second step"], noise["second step, loaded by rank 0"])
-        assert noise["state"] == {"step": 2, "seed": 5, "plugins": {}, "attributes": {}}
+        assert {**noise["state"], "strength": None} == {
+            "step": 2,
+            "seed": 5,
+            "strength": None,
+            "plugins": {},
+            "attributes": {},
+        }
+        assert noise["share, loaded by rank 0"] == 0.5
 
 
 @pytest.mark.slow
