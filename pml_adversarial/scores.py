@@ -76,12 +76,15 @@ class OwnLoss:
 
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """``(M, N)`` masks of each copy's fixed partners of its own and of other labels."""
-    tuples = plan.indices_tuple
-    if tuples is None:
-        tuples = cast(IndicesTuple, own_tuples(wrapped, batch))
-        if plan.ref_layout is not None:
-            tuples = shift_partners(tuples, -batch.num_queries)
-    return plan.partners(tuples, len(batch))
+    return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
+
+
+def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
+    """The plan's tuples, or the loss's own where it leaves them to the loss, counted as the plan counts; None: none."""
+    if plan.indices_tuple is not None:
+        return plan.indices_tuple
+    tuples = own_tuples(wrapped, batch)
+    return tuples if tuples is None or plan.ref_layout is None else shift_partners(tuples, -batch.num_queries)
 
 
 def distance_of(wrapped: nn.Module) -> BaseDistance:

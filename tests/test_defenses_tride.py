@@ -393,7 +393,7 @@ def test_strength_0_perturbs_nobody_and_the_last_step_almost_all(network, images
 def test_the_mining_margin_shrinks(strength, margin, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "pml_adversarial.defenses.tride.sample_triplets",
+        "pml_adversarial.defenses.sampling.sample_triplets",
         lambda kind, batch, margin, anchors: seen.append(margin) or sample_triplets(kind, batch, margin, anchors),
     )
     batch = batch_of(torch.randn(8, 5), torch.arange(8) // 2, strength=strength)

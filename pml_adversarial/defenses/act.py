@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..addressing import own_triplets
 from ..batch import Batch
 from ..hookspecs import hookimpl
 from ..objective import Score
 from ..plan import Plan
-from .sampling import check_options, sample_triplets
+from .sampling import check_options, triplets_for
 from .triplets import distance, per_copy, perturb_members, three_members
 
 
@@ -43,10 +42,7 @@ class ACT:
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The positives and negatives of the triplets."""
-        if batch.indices_tuple is None:
-            triplets = sample_triplets(self.source, batch, anchors_per_class=self.anchors_per_class)
-        else:
-            triplets = own_triplets(wrapped, batch)
+        triplets = triplets_for(wrapped, batch, self.source, anchors_per_class=self.anchors_per_class)
         return perturb_members(triplets, ("positive", "negative"), batch)
 
     @hookimpl

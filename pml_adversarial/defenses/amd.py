@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks
-from ..addressing import own_tuples
 from ..attacks import Attack
 from ..batch import Batch
 from ..defaults import FixedContext
@@ -18,8 +17,8 @@ from ..errors import AttackError, InputError, PlanError
 from ..hookspecs import hookimpl
 from ..isolation import preserved
 from ..objective import Objective, Score
-from ..plan import ROLES, Plan, shift_partners
-from ..scores import OwnLoss, at_least_float
+from ..plan import ROLES, Plan
+from ..scores import OwnLoss, at_least_float, tuples_of
 from .triplets import distance
 
 _RAISED = ("loss", "hardness")
@@ -147,12 +146,9 @@ def _anchors(indices_tuple: tuple[Tensor, ...]) -> Tensor:
 
 def _hardness(wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
     """Mean distance of positive pairs minus that of negative ones; a kind that there is none of counts 0."""
-    tuples = plan.indices_tuple
+    tuples = tuples_of(plan, wrapped, batch)
     if tuples is None:
-        tuples = own_tuples(wrapped, batch)
-        if tuples is None:
-            raise PlanError("There are neither labels nor tuples, so no hardness; use AMD(raises='loss').")
-        tuples = tuples if plan.ref_layout is None else shift_partners(tuples, -batch.num_queries)
+        raise PlanError("There are neither labels nor tuples, so no hardness; use AMD(raises='loss').")
     placed, context = replace(plan, indices_tuple=tuples), at_least_float(batch.context)
 
     def hardness(embeddings: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks
-from ..addressing import own_triplets
 from ..attacks import Attack
 from ..batch import Adversarial, Batch, IndicesTuple
 from ..errors import InputError
 from ..hookspecs import hookimpl
 from ..objective import Objective, Score
 from ..plan import ROLES, Plan
-from .sampling import check_options, harder_triplets, sample_triplets
+from .sampling import check_options, harder_triplets, triplets_for
 from .triplets import hardness, per_copy, perturb_members, three_members
 
 _DESTINATIONS = ("lga", "semihard", "softhard")
@@ -80,10 +79,7 @@ class HM:
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """All members of the triplets."""
-        if batch.indices_tuple is None:
-            triplets = sample_triplets(self.source, batch, self.margin, self.anchors_per_class)
-        else:
-            triplets = own_triplets(wrapped, batch)
+        triplets = triplets_for(wrapped, batch, self.source, self.margin, self.anchors_per_class)
         return perturb_members(triplets, ROLES, batch)
 
     @hookimpl

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..addressing import own_tuples
 from ..batch import Adversarial, Batch
-from ..errors import InputError, PlanError
+from ..errors import PlanError
 from ..hookspecs import hookimpl
-from ..plan import Plan, shift_partners
+from ..plan import Plan
+from ..scores import tuples_of
+from .rows import check_weight
 from .triplets import distance
 
 
@@ -35,8 +35,7 @@ class ICS:
     """
 
     def __init__(self, weight: float = 0.5) -> None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise InputError(f"weight={weight!r}; expected a finite number from 0 on, such as 0.5.")
+        check_weight(weight)
         self.weight = float(weight)
 
     @hookimpl(wrapper=True)
@@ -54,12 +53,9 @@ class ICS:
 
 def _with_tuples(wrapped: nn.Module, batch: Batch, plan: Plan) -> Plan:
     """The plan with tuples, those of the loss itself where it leaves them to the loss, and with perturbed anchors."""
-    tuples = plan.indices_tuple
+    tuples = tuples_of(plan, wrapped, batch)
     if tuples is None:
-        tuples = own_tuples(wrapped, batch)
-        if tuples is None:
-            raise PlanError("There are neither labels nor tuples, so ICS knows no positives; expected either.")
-        tuples = tuples if plan.ref_layout is None else shift_partners(tuples, -batch.num_queries)
+        raise PlanError("There are neither labels nor tuples, so ICS knows no positives; expected either.")
     if len(tuples[0]) and not (plan.layout[tuples[0]] >= len(batch)).any():
         raise PlanError(
             "ICS compares anchors with their perturbed copies, and no anchor is perturbed here. Use it with "

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from torch import Tensor, nn
 
+from ..addressing import own_triplets
 from ..batch import Batch, IndicesTuple
 from ..errors import InputError, PlanError
 from ..plan import rank_in_group
+from .rows import on_sphere
 
 KINDS = ("random", "semihard", "softhard")
 
@@ -46,6 +47,19 @@ def sample_triplets(kind: str, batch: Batch, margin: float = 0.2, anchors_per_cl
         positives,
         _draw_negatives(kind, positive[anchors], negative[anchors], distances[anchors], positives, margin),
     )
+
+
+def triplets_for(
+    wrapped: nn.Module, batch: Batch, kind: str, margin: float = 0.2, anchors_per_class: int | None = None
+) -> IndicesTuple:
+    """The caller's triplets, or those that his pairs form; where he gave neither, drawn by `sample_triplets`.
+
+    Raises:
+        PlanError: there are neither tuples nor labels.
+    """
+    if batch.indices_tuple is None:
+        return sample_triplets(kind, batch, margin, anchors_per_class)
+    return own_triplets(wrapped, batch)
 
 
 def harder_triplets(kind: str, batch: Batch, triplets: IndicesTuple, margin: float = 0.2) -> IndicesTuple:
@@ -100,7 +114,7 @@ def _candidates(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     else:
         among = torch.ones_like(itself)
     same = labels[:queries, None] == labels
-    unit = normalize(batch.context.to(torch.promote_types(batch.context.dtype, torch.float32)))
+    unit = on_sphere(batch.context)
     distances = torch.cdist(unit[:queries], unit, compute_mode="donot_use_mm_for_euclid_dist")
     return same & among & ~itself, ~same & among, distances
 

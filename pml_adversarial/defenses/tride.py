@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks
-from ..addressing import own_triplets
 from ..attacks import Attack
 from ..batch import Adversarial, Batch
 from ..errors import InputError
@@ -18,7 +17,7 @@ from ..hookspecs import hookimpl
 from ..objective import Objective, Score
 from ..plan import Plan
 from ..scores import at_least_float
-from .sampling import check_options, sample_triplets
+from .sampling import check_options, triplets_for
 from .triplets import distance, perturb_members, three_members
 
 _ROLES = {"candidates": ("positive", "negative"), "anchor": ("anchor",)}
@@ -116,11 +115,8 @@ class TRIDE:
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The candidates of each triplet, or its anchor."""
-        if batch.indices_tuple is None:
-            margin = self.mining_margin * (1 - self.mining_shrinkage * batch.strength) ** 2
-            triplets = sample_triplets("semihard", batch, margin, self.anchors_per_class)
-        else:
-            triplets = own_triplets(wrapped, batch)
+        margin = self.mining_margin * (1 - self.mining_shrinkage * batch.strength) ** 2
+        triplets = triplets_for(wrapped, batch, "semihard", margin, self.anchors_per_class)
         return perturb_members(triplets, _ROLES[self.perturbs], batch)
 
     @hookimpl

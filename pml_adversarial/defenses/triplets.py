@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pairwise_distance
+from torch.nn.functional import pairwise_distance
 
 from ..batch import Batch, IndicesTuple
 from ..errors import PlanError
 from ..plan import Plan, plan_tuples
+from .rows import on_sphere
 
 
 def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) -> Plan:
@@ -33,8 +34,7 @@ def distance(left: Tensor, right: Tensor) -> Tensor:
 
     In single precision at least: in mixed precision close embeddings would all have the same one.
     """
-    wide = torch.promote_types(left.dtype, torch.float32)
-    return pairwise_distance(normalize(left.to(wide)), normalize(right.to(wide)))
+    return pairwise_distance(on_sphere(left), on_sphere(right))
 
 
 def hardness(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
