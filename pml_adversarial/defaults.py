@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from pytorch_metric_learning.losses import HistogramLoss, TupletMarginLoss
 from torch import Tensor, nn
 
 from . import attacks
@@ -38,6 +39,9 @@ from .records import STANDARD
 from .scores import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 
 logger = logging.getLogger("pml_adversarial")
+
+_FAILS_AT_EQUALS = (HistogramLoss, TupletMarginLoss)
+"""Losses of PML that fail, or have no gradient, where an image and its copy have equal embeddings as early on."""
 
 
 class FixedContext:
@@ -117,10 +121,11 @@ class FixedContext:
     ) -> Tensor:
         """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one.
 
-        Where clean rows are kept, it is that of one batch of both. Where rows cannot join it, since copies stand for
-        roles, or since without labels a row and its copy would count as different, it is the mean of the two losses.
+        Where clean rows are kept, it is that of one batch of both. Where rows cannot join it, it is the mean of the two
+        losses: copies stand for roles, or without labels a row and its copy would count as different, or the loss fails
+        where they are equal.
         """
-        trained = trained_on(plan, batch)
+        trained = trained_on(plan, wrapped, batch)
         loss: Tensor = trained.evaluate(wrapped, batch, adversarial.embeddings)
         apart = plan.keeps_clean and trained is plan
         if not (apart or self.clean_weight):
@@ -199,10 +204,12 @@ class FixedContext:
             )
 
 
-def trained_on(plan: Plan, batch: Batch) -> Plan:
+def trained_on(plan: Plan, wrapped: Callable[..., Tensor], batch: Batch) -> Plan:
     """The plan that training evaluates: with the clean rows beside the perturbed ones, if they are kept and can be."""
     replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
     if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
+        return plan
+    if isinstance(wrapped, nn.Module) and any(isinstance(module, _FAILS_AT_EQUALS) for module in wrapped.modules()):
         return plan
     return plan.beside_clean(len(batch))
 

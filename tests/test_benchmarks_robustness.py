@@ -171,7 +171,7 @@ class TestTraining:
         ("method", "passes"),
         [
             ("plain", 6 * 6),  # twice three steps of six images
-            ("preset", 6 + 2 * 6 * (1 + 5 + 1)),  # the first step of the warm-up has no attack
+            ("preset", 6 + 2 * 6 * (1 + 3 + 1)),  # the first step of the warm-up has no attack
         ],
     )
     def test_counts_passes(self, method, passes, part, tmp_path):
@@ -228,8 +228,8 @@ class TestTraining:
 
     def test_a_budget_ends_it(self, part, tmp_path):
         training, _ = trained("preset", part, tmp_path, steps=0, budget=200)
-        assert training.loss.adversary.strength.warmup == 200 // 42 // 2
-        assert 200 <= training.passed.forward < 200 + 42
+        assert training.loss.adversary.strength.warmup == 200 // 30 // 2
+        assert 200 <= training.passed.forward < 200 + 30
 
     def test_methods_start_from_the_same_weights(self, part):
         protocol = Protocol(**TINY, steps=1)
@@ -267,8 +267,8 @@ class TestMethods:
     def test_the_recipe_tells_options(self):
         protocol = Protocol(**TINY, steps=3)
         recipe = METHODS["preset"].recipe(protocol)
-        assert recipe != METHODS["preset"].recipe(Protocol(**TINY, steps=3, eps=0.1))
-        assert "alpha=2" in recipe["loss"]
+        assert recipe != METHODS["preset"].recipe(Protocol(**TINY, steps=3, preset_eps=0.1))
+        assert "temperature=0.1" in recipe["loss"]
         assert json.loads(json.dumps(recipe)) == recipe
 
     def test_a_plugin_is_made_for_each_loss(self, model):

@@ -6,12 +6,14 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import (
     ArcFaceLoss,
+    HistogramLoss,
     MultiSimilarityLoss,
     NTXentLoss,
     ProxyAnchorLoss,
     SelfSupervisedLoss,
     SupConLoss,
     TripletMarginLoss,
+    TupletMarginLoss,
     VICRegLoss,
 )
 from pytorch_metric_learning.reducers import MeanReducer
@@ -46,6 +48,19 @@ def test_it_is_the_loss_of_one_batch_of_both(loss, model, images, labels):
         torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # PML's HistogramLoss
+@pytest.mark.parametrize("loss", [HistogramLoss(), TupletMarginLoss()], ids=lambda loss: type(loss).__name__)
+def test_the_mean_of_two_where_the_loss_fails_at_equal_embeddings(loss, model, images, labels):
+    hardly = AdversarialLoss(
+        loss, model, attack=lambda objective: lambda x, y: x + 1e-7, perturb="all", keep_clean=True
+    )
+    hardly(model(images), labels).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    _, found = training_loss(loss, model, images, labels)
+    clean, perturbed = (loss(model(rows), labels) for rows in (images, images + 0.05))
+    assert found.item() == pytest.approx((clean + perturbed).item() / 2, rel=1e-5)
 
 
 def test_each_member_of_a_triplet_is_clean_and_perturbed(model, images, labels):

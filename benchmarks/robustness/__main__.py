@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--train-eps", type=float, help="radius of training attacks, in 255ths")
     add("--train-alpha", type=float, help="their step, in 255ths")
     add("--attack-steps", type=int, help="how many")
+    add("--preset-eps", type=float, help="radius of the preset's training attack, in 255ths")
     add("--precision", choices=PRECISIONS, help="bfloat16: autocast, channels last")
     add("--size", type=int, help="side of photographs (224)")
     add("--pretrained", action=either, help="start from ImageNet weights")
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 def protocol_of(options: argparse.Namespace) -> Protocol:
     """The named protocol, with what was asked otherwise."""
     asked = {part.name: getattr(options, part.name, None) for part in fields(Protocol)}
-    in_255ths = {"eps": options.train_eps, "alpha": options.train_alpha}
+    in_255ths = {"eps": options.train_eps, "alpha": options.train_alpha, "preset_eps": options.preset_eps}
     asked.update({name: None if value is None else value / 255 for name, value in in_255ths.items()})
     asked["classes"], asked["per_class"] = options.batch or (None, None)
     if options.size is None and options.data in ("cub", "cars", "sop"):

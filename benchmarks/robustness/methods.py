@@ -11,7 +11,7 @@ from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import MultiSimilarityLoss, SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
@@ -88,8 +88,14 @@ def triplet() -> nn.Module:
     return loss
 
 
+def sup_con() -> nn.Module:
+    """The loss that the preset is measured with."""
+    loss: nn.Module = SupConLoss(temperature=0.1)
+    return loss
+
+
 def multi_similarity() -> nn.Module:
-    """The loss of the package's own recipe."""
+    """Another that is measured without an attack."""
     loss: nn.Module = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
     return loss
 
@@ -136,7 +142,9 @@ def _seed_paper(protocol: Protocol) -> dict[str, Any]:
 
 
 def _preset(protocol: Protocol) -> dict[str, Any]:
-    return {"attack": protocol.pgd(alpha=protocol.eps / 2, steps=5, random_start=True), "perturb": "all"}
+    eps = protocol.preset_eps
+    attack = protocol.pgd(eps=eps, alpha=2.5 * eps / 3, steps=3, random_start=True)
+    return {"attack": attack, "perturb": "all", "keep_clean": True, "guard": True}
 
 
 def _on_triplets(
@@ -155,6 +163,7 @@ METHODS: dict[str, Method] = {
     "plain": Method("triplets, random negatives", triplet, _random, twice=True),
     "plain-softhard": Method("triplets, soft-hard negatives", triplet, _soft_hard, twice=True),
     "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
+    "plain-supcon": Method("SupConLoss", sup_con, twice=True),
     "seed-paper": Method(
         "arXiv 2102.07265: positives of one tuple per anchor, 5 steps from a random start",
         lambda: TripletMarginLoss(margin=0.2),
@@ -172,5 +181,5 @@ METHODS: dict[str, Method] = {
         "arXiv 2312.07364: CA-TRIDE", ("tride", "TRIDE"), miner=None, options=_half_the_steps, warmup=1.0
     ),
     "trades": _on_triplets("arXiv 1901.08573, on neighbours", ("trades", "TRADES")),
-    "preset": Method("all rows, MultiSimilarityLoss, eps grows", multi_similarity, options=_preset, warmup=0.5),
+    "preset": Method("AdversarialLoss(SupConLoss(0.1), model), eps grows", sup_con, options=_preset, warmup=0.5),
 }

@@ -19,8 +19,15 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 """``peers``: short, as other papers' code trains at 28x28. ``helped``: with what plain training profits from too."""
 
-_SMALL = {"eps": 77 / 255, "alpha": 3 / 255, "learning_rate": 1e-3}
-_PHOTOS = {"eps": 8 / 255, "alpha": 1 / 255, "learning_rate": 1e-5, "weight_decay": 4e-4, "backbone": "resnet18"}
+_SMALL = {"eps": 77 / 255, "alpha": 3 / 255, "preset_eps": 40 / 255, "learning_rate": 1e-3}
+_PHOTOS = {
+    "eps": 8 / 255,
+    "alpha": 1 / 255,
+    "preset_eps": 8 / 255,
+    "learning_rate": 1e-5,
+    "weight_decay": 4e-4,
+    "backbone": "resnet18",
+}
 DATA: dict[str, dict[str, Any]] = {
     "digits": {**_SMALL, "backbone": "cnn", "classes": 5, "per_class": 22},
     "omniglot": {**_SMALL, "backbone": "c2f2"},
@@ -50,6 +57,7 @@ class Protocol:
         eps: l-inf radius of training attacks, in pixels of [0, 1].
         alpha: their step.
         attack_steps: how many.
+        preset_eps: the radius that the package's own preset trains with.
         precision: "float32", or "bfloat16" for autocast around model and loss.
         size: side of photographs; 0 where data has its own.
         pretrained: whether networks start from ImageNet weights.
@@ -72,6 +80,7 @@ class Protocol:
     eps: float = 77 / 255
     alpha: float = 3 / 255
     attack_steps: int = 32
+    preset_eps: float = 40 / 255
     precision: str = "float32"
     size: int = 0
     pretrained: bool = False
@@ -79,7 +88,7 @@ class Protocol:
     validation_classes: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha")
+        positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha", "preset_eps")
         wrong = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         if wrong:
             raise InputError(f"{', '.join(wrong)}; expected numbers above 0.")

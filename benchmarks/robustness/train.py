@@ -116,8 +116,7 @@ class Training:
         with random_stream(self.seed, -1):  # all methods start from the same weights
             shape = tuple(self.batches[0][0].shape[1:])
             self.model = build(self.protocol.backbone, shape, self.protocol.pretrained).to(self.device)
-            if self.protocol.precision == "bfloat16":
-                self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # the faster layout for pooling and convolution
             self.loss = self.method.wrapped(self.protocol, self.model, steps, self.seed).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
         self.optimizer = torch.optim.Adam(
@@ -154,8 +153,7 @@ class Training:
         bfloat16 = self.protocol.precision == "bfloat16"
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        if bfloat16:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
         with random_stream(self.seed + _OWN, self.passed.steps), counted(self.model, self.passed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
                 embeddings = self.model(images)

@@ -1,0 +1,160 @@
+"""Does training with the preset collapse? All losses of PML that take labels, several seeds, eps out of reach as well.
+
+    python -m benchmarks.robustness.collapse --data digits
+
+Each loss trains on the same batches with the preset, at each eps, and without an attack. A model has collapsed where it
+finds less than half of what plain training finds among unseen classes. Runs are kept one a line in ``collapse.jsonl``;
+what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from torch import nn
+from tqdm import tqdm
+
+from pml_adversarial import AdversarialLoss, evaluate_robustness
+
+from .batches import Batches
+from .data import Part, load
+from .methods import METHODS, Method
+from .protocol import Protocol, named
+from .train import Training
+
+COLLAPSED = 0.5  # of the R@1 of plain training
+_DIMENSIONS = {"cnn": 64, "mlp": 64}  # else 512
+_NOT_OF_LABELLED_ROWS = {"GenericPairLoss", "ManifoldLoss", "SelfSupervisedLoss", "VICRegLoss"}
+
+
+def all_losses(classes: int, dimensions: int) -> dict[str, Callable[[], nn.Module]]:
+    """Every loss of PML that takes labels, with its own defaults; what has none is filled in."""
+    known = {"num_classes": classes, "embedding_size": dimensions, "descriptors_dim": dimensions}
+    known |= {"l": dimensions, "margin": 0.4, "Tn": 10}
+    found = {}
+    for name, kind in sorted(vars(pml_losses).items()):
+        if not name.endswith("Loss") or name in _NOT_OF_LABELLED_ROWS or not issubclass(kind, nn.Module):
+            continue
+        of_all = [part for base in kind.__mro__ for part in inspect.signature(base.__init__).parameters.values()]
+        needed = {part.name for part in of_all if part.default is part.empty}
+        found[name] = partial(kind, **{key: value for key, value in known.items() if key in needed})
+    return found
+
+
+def measure(method: Method, protocol: Protocol, train: Part, searched: Part, seed: int, eps: float) -> dict[str, Any]:
+    """What is left of the retrieval of unseen classes, and what training recorded.
+
+    Raises:
+        Exception: whatever the loss raises.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(method, protocol, train, seed, torch.device("cpu"))
+        model = training.run(Path(folder) / "checkpoint.pt")
+    some = torch.randperm(len(searched.labels), generator=torch.Generator().manual_seed(0))[:200].tolist()
+    report = evaluate_robustness(model, searched.to_evaluate(), eps=eps, attacks=["margin"], subset=some, checks=False)
+    found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(eps)}
+    if isinstance(training.loss, AdversarialLoss):
+        strength = training.loss.adversary.strength
+        found |= {**strength.records(), "share": strength.share}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the runs that are not there yet, and prints the table."""
+    parser = argparse.ArgumentParser("benchmarks.robustness.collapse", description=__doc__)
+    add = parser.add_argument
+    add("--data", choices=["digits", "omniglot"], default="digits")
+    add("--file", type=Path, help="omniglot from an npz, see benchmarks/omniglot.py")
+    add("--losses", nargs="+", default=None, help="names in PML; all by default")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add("--eps", type=float, nargs="+", default=[26, 51, 77], help="of the training attack, in 255ths")
+    add("--steps", type=int, default=300, help="of the optimiser")
+    add("--out", type=Path, default=Path("collapse.jsonl"))
+    add("--threads", type=int)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train, searched = load(options.data, Path("data"), options.file)
+    protocol = named("helped", options.data, {"steps": options.steps, "classes": 10, "per_class": 4})
+    classes = int(Batches(train, protocol, 0).labels.max()) + 1
+    made = all_losses(classes, _DIMENSIONS.get(protocol.backbone, 512))
+    runs = _read(options.out)
+    known = {_key(run) for run in runs}
+    asked = [
+        {"data": options.data, "steps": options.steps, "loss": name, "eps": eps, "seed": seed}
+        for seed in options.seeds
+        for name in options.losses or made
+        for eps in (0.0, *options.eps)  # 0: plain training
+    ]
+    logging.getLogger("pml_adversarial").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
+        which = "plain" if run["eps"] == 0 else "preset"
+        method = replace(METHODS[which], loss=made[run["loss"]], miner=None, twice=False)
+        radius = (run["eps"] or max(options.eps)) / 255
+        try:
+            found = measure(method, replace(protocol, preset_eps=radius), train, searched, run["seed"], radius)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        runs.append(run | found)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+    same = [run for run in runs if run["data"] == options.data and run["steps"] == options.steps]
+    logging.getLogger("robustness").info("\n%s", table(same))
+    return 0
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """One line per loss: R@1 of unseen classes in percent, the mean and the least of all seeds; how many collapsed."""
+    radii = sorted({run["eps"] for run in runs})
+    heads = ["loss", *("plain" if eps == 0 else f"{eps:g}/255" for eps in radii), "collapsed", "failed", "runs"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name in sorted({run["loss"] for run in runs}):
+        of_loss = [run for run in runs if run["loss"] == name]
+        cells = [_cell([run for run in of_loss if run["eps"] == eps]) for eps in radii]
+        failed = sum("error" in run for run in of_loss)
+        lines.append([name, *cells, *(str(n) for n in (len(collapsed(of_loss)), failed, len(of_loss)))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def collapsed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with an attack that find less than half of what plain training with the same loss and seed finds."""
+    good = [run for run in runs if "error" not in run]
+    plain = {(run["loss"], run["seed"]): run["recall_at_1"] for run in good if run["eps"] == 0}
+    return [
+        run
+        for run in good
+        if run["eps"] and run["recall_at_1"] < COLLAPSED * plain.get((run["loss"], run["seed"]), 0.0)
+    ]
+
+
+def _cell(runs: Sequence[dict[str, Any]]) -> str:
+    found = [100 * run["recall_at_1"] for run in runs if "error" not in run]
+    return f"{statistics.fmean(found):.1f} ({min(found):.1f})" if found else "-"
+
+
+def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("data", "steps", "loss", "eps", "seed"))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
