@@ -25,6 +25,9 @@ logger = logging.getLogger("pml_adversarial")
 EVERY = 5
 """Steps between two looks."""
 
+WARMUP = 200
+"""Steps over which `AdversarialLoss` lets an attack grow if it is not told."""
+
 _MEMORY = 20  # looks over which R@1 is averaged
 _LOST = 0.5  # of its best R@1 so far: an embedding that has less left is collapsing
 _BEARABLE = 0.1  # of the clean R@1: where an attack leaves less, its eps is out of reach

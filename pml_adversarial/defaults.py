@@ -59,11 +59,11 @@ class FixedContext:
 
     def __init__(
         self,
-        attack: AttackFactory = attacks.SEED_PAPER,
-        perturb: str | Iterable[str] = "positive",
+        attack: AttackFactory = attacks.PRESET,
+        perturb: str | Iterable[str] = "all",
         tuples_per_anchor: int | None = None,
         clean_weight: float = 0.0,
-        keep_clean: bool = False,
+        keep_clean: bool = True,
         for_miner: bool = False,
     ) -> None:
         attacks.check(attack)

@@ -210,8 +210,10 @@ def _adversarial(
         model,
         attack=attack,
         perturb=settings.perturb,
+        keep_clean=False,
         clean_weight=settings.clean_weight,
         warmup=int(settings.warmup * steps),
+        guard=False,
         seed=seed,
     )
 

@@ -34,9 +34,12 @@ class AdversarialLoss(ModuleWithRecords):
     """Wraps a PML loss: while training, chosen members of its tuples are perturbed against a fixed batch context.
 
     The method of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), open to others through
-    ``plugins``. It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
-    `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 it equals that loss on the
-    tuples that it keeps.
+    ``plugins``. The defaults are the package's own preset: all rows are perturbed, and clean rows stay beside them. The
+    paper's own way is ``attack=attacks.SEED_PAPER, perturb="positive", keep_clean=False, guard=False, warmup=0``.
+
+    It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
+    `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 and ``keep_clean=False`` it
+    equals that loss on the tuples that it keeps.
 
     Around PML's ``DistributedLossWrapper`` all processes perturb one batch, the union of theirs.
 
@@ -45,7 +48,8 @@ class AdversarialLoss(ModuleWithRecords):
         model: what turns inputs into embeddings: a module, modules in forward order, or a PML trainer's
             ``models``. None: the chain of modules is found at the first call. It is not a submodule of the loss.
         attack: called with the objective, returns a callable ``(inputs, labels) -> inputs``, such as
-            ``partial(torchattacks.PGD, eps=8/255)``. It moves the whole batch and returns where it arrived.
+            ``attacks.preset(eps=4/255)`` or ``partial(torchattacks.PGD, eps=8/255)``. It moves the whole batch and
+            returns where it arrived.
         perturb: "anchor", "positive", "negative", several of them, or "all" (every row, wherever it stands).
         tuples_per_anchor: None keeps all tuples, with one copy per row and role; ``k`` keeps k random tuples
             of each anchor, each with copies of its own (1 is the seed paper's way).
@@ -53,7 +57,9 @@ class AdversarialLoss(ModuleWithRecords):
         keep_clean: whether clean rows and tuples stay in the loss beside the perturbed ones, as in a batch that holds
             both; False: perturbed ones take their place.
         clean_weight: weight of the unperturbed loss, added to the adversarial one.
-        warmup: training steps over which eps and alpha grow linearly from 0 to their full values.
+        warmup: training steps over which eps and alpha grow linearly from 0 to their full values. Half of all training
+            steps is best where one knows how many there are. None: `collapse.WARMUP`, or 0 for an attack without
+            ``eps``, which cannot grow.
         guard: whether eps and alpha are held back while the embedding is collapsing, see `collapse`. An attack without
             ``eps`` cannot be held back.
         normalization: ``(mean, std)`` per channel if the model takes normalised inputs; eps counts in pixels.
@@ -67,12 +73,12 @@ class AdversarialLoss(ModuleWithRecords):
         >>> from pytorch_metric_learning.losses import TripletMarginLoss
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-        >>> loss_func = AdversarialLoss(TripletMarginLoss(margin=0.2), model)
+        >>> loss_func = AdversarialLoss(TripletMarginLoss(margin=0.2), model, warmup=0)
         >>> images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) // 2
         >>> loss = loss_func(model(images), labels)
         >>> loss.backward()
         >>> bool(loss_func.loss_after > loss_func.loss_before), round(loss_func.perturbation_linf, 3)
-        (True, 0.01)
+        (True, 0.031)
     """
 
     def __init__(
@@ -80,14 +86,14 @@ class AdversarialLoss(ModuleWithRecords):
         loss: nn.Module,
         model: Models | None = None,
         *,
-        attack: AttackFactory = attacks.SEED_PAPER,
-        perturb: str | Iterable[str] = "positive",
+        attack: AttackFactory = attacks.PRESET,
+        perturb: str | Iterable[str] = "all",
         tuples_per_anchor: int | None = None,
         plugins: Iterable[Any] = (),
-        keep_clean: bool = False,
+        keep_clean: bool = True,
         clean_weight: float = 0.0,
-        warmup: int = 0,
-        guard: bool = False,
+        warmup: int | None = None,
+        guard: bool = True,
         normalization: Normalization | None = None,
         seed: int | None = None,
     ) -> None:
@@ -103,12 +109,15 @@ class AdversarialLoss(ModuleWithRecords):
         _check_wrappers(loss)
         joint = isinstance(loss, DistributedLossWrapper)
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight, keep_clean)
-        if warmup:
+        has_eps = "eps" in attacks.budget(attack)
+        if warmup is None:
+            warmup = collapse.WARMUP if has_eps else 0
+        elif warmup:
             attacks.check_warmup(attack)
         self.loss = loss
         parameters = signature(loss.forward).parameters
         self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
-        strength = Strength(warmup, guard and "eps" in attacks.budget(attack))
+        strength = Strength(warmup, guard and has_eps)
         self.adversary = Adversary(
             [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
         )

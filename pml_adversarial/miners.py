@@ -42,7 +42,7 @@ class AdversarialMiner(BaseMiner):
         attack: as in `AdversarialLoss`.
         perturb: rows that play one of these roles in a mined tuple are perturbed wherever they stand; "all" by default.
         plugins: as in `AdversarialLoss`; ``training_loss`` is not asked.
-        warmup: as in `AdversarialLoss`.
+        warmup: as in `AdversarialLoss`; 0 by default, as nothing here is trained.
         normalization: as in `AdversarialLoss`.
         seed: as in `AdversarialLoss`.
 
@@ -63,7 +63,7 @@ class AdversarialMiner(BaseMiner):
         miner: BaseMiner,
         model: Models | None = None,
         *,
-        attack: AttackFactory = attacks.SEED_PAPER,
+        attack: AttackFactory = attacks.PRESET,
         perturb: str | Iterable[str] = "all",
         plugins: Iterable[Any] = (),
         warmup: int = 0,
@@ -80,7 +80,7 @@ class AdversarialMiner(BaseMiner):
                 "DistributedMinerWrapper has efficient=True: each rank then mines for its own rows only. Use "
                 "efficient=False, with which the ranks share one batch."
             )
-        own = FixedContext(attack, perturb, for_miner=True)
+        own = FixedContext(attack, perturb, keep_clean=False, for_miner=True)
         if warmup:
             attacks.check_warmup(attack)
         self.miner = miner

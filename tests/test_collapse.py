@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from seed_paper import seed_paper_loss
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError
@@ -163,7 +164,7 @@ def tiny(perturb="all", **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8))
     attack = partial(torchattacks.PGD, eps=0.05, alpha=0.05, steps=1)
-    return model, AdversarialLoss(TripletMarginLoss(), model, attack=attack, perturb=perturb, seed=0, **options)
+    return model, seed_paper_loss(TripletMarginLoss(), model, attack=attack, perturb=perturb, seed=0, **options)
 
 
 class TestInTraining:

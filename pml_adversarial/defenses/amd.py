@@ -56,7 +56,7 @@ class AMD:
         if raises not in _RAISED:
             raise InputError(f"raises={raises!r}; expected {' or '.join(map(repr, _RAISED))}.")
         self.raises = raises
-        self._members = FixedContext(perturb=self.roles, tuples_per_anchor=tuples_per_anchor)
+        self._members = FixedContext(perturb=self.roles, tuples_per_anchor=tuples_per_anchor, keep_clean=False)
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
