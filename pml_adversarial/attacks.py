@@ -26,7 +26,6 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 AttackFactory = Callable[..., Attack]
 
 
-
 def preset(eps: float, steps: int = 3) -> AttackFactory:
     """l-inf PGD from a random start, with steps of ``alpha = 2.5 eps / steps``.
 

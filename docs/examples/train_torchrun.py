@@ -36,7 +36,9 @@ def train(device):
     miner = DistributedMinerWrapper(MultiSimilarityMiner())
     attack = partial(torchattacks.PGD, eps=0.05, alpha=0.02, steps=5)
     loss_func = DistributedLossWrapper(MultiSimilarityLoss(alpha=2, beta=40, base=0.5))
-    loss_func = AdversarialLoss(loss_func, model, attack=attack, perturb="all", keep_clean=False, warmup=16, guard=False)
+    loss_func = AdversarialLoss(
+        loss_func, model, attack=attack, perturb="all", keep_clean=False, warmup=16, guard=False
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     images = data_set()
