@@ -7,7 +7,7 @@ import torch
 import torchattacks
 from pytorch_metric_learning.losses import ContrastiveLoss, TupletMarginLoss
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError
+from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError, demo
 from pml_adversarial.attacks import PRESET, SEED_PAPER, budget, preset
 from pml_adversarial.collapse import WARMUP
 
@@ -139,3 +139,10 @@ def test_an_eps_that_is_no_radius_is_refused(eps):
 def test_steps_that_are_no_number_are_refused(steps):
     with pytest.raises(AttackError, match=r"steps=.*; expected a whole number"):
         preset(0.1, steps)
+
+
+def test_the_run_on_digits_keeps_the_settings_of_its_figures(model, images, labels):
+    loss_func = demo._adversarial(demo.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
+    value = loss_func(model(images), labels)
+    assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # perturbed rows in place of the clean ones
+    assert not loss_func.adversary.strength.guarded
