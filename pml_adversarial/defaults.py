@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from pytorch_metric_learning.losses import HistogramLoss, TupletMarginLoss
+from pytorch_metric_learning.losses import CrossBatchMemory, HistogramLoss, TupletMarginLoss
 from torch import Tensor, nn
 
 from . import attacks
@@ -209,7 +209,9 @@ def trained_on(plan: Plan, wrapped: Callable[..., Tensor], batch: Batch) -> Plan
     replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
     if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
         return plan
-    if isinstance(wrapped, nn.Module) and any(isinstance(module, _FAILS_AT_EQUALS) for module in wrapped.modules()):
+    parts = list(wrapped.modules()) if isinstance(wrapped, nn.Module) else []
+    small = any(isinstance(part, CrossBatchMemory) and part.memory_size < 2 * batch.num_queries for part in parts)
+    if small or any(isinstance(part, _FAILS_AT_EQUALS) for part in parts):
         return plan
     return plan.beside_clean(len(batch))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import (
     ArcFaceLoss,
+    CrossBatchMemory,
     HistogramLoss,
     MultiSimilarityLoss,
     NTXentLoss,
@@ -61,6 +62,15 @@ def test_the_mean_of_two_where_the_loss_fails_at_equal_embeddings(loss, model, i
     _, found = training_loss(loss, model, images, labels)
     clean, perturbed = (loss(model(rows), labels) for rows in (images, images + 0.05))
     assert found.item() == pytest.approx((clean + perturbed).item() / 2, rel=1e-5)
+
+
+def test_a_memory_that_is_too_small_for_both_takes_one_after_the_other(model, images, labels):
+    sizes = 2 * len(images), 2 * len(images) - 1
+    large, small = (CrossBatchMemory(SupConLoss(), 4, memory_size=size) for size in sizes)
+    found = [training_loss(memory, model, images, labels)[1].isfinite().item() for memory in (large, small)]
+    assert found == [True, True]
+    kept = [memory.embedding_memory.norm(dim=1) > 0 for memory in (large, small)]
+    assert [int(rows.sum()) for rows in kept] == list(sizes)
 
 
 def test_each_member_of_a_triplet_is_clean_and_perturbed(model, images, labels):
