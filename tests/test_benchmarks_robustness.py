@@ -12,7 +12,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not installed
 
 from benchmarks.robustness import __main__ as command
-from benchmarks.robustness import miners, train
+from benchmarks.robustness import collapse, miners, train
 from benchmarks.robustness.backbones import build
 from benchmarks.robustness.batches import Batches
 from benchmarks.robustness.data import InMemory, Rotated, hold_out, load
@@ -456,3 +456,48 @@ class TestCommand:
             command.main([*asked, *wrong.split()])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+class TestCollapse:
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy in PML's LargeMarginSoftmaxLoss
+    def test_all_losses_that_take_labels(self):
+        found = collapse.all_losses(classes=3, dimensions=4)
+        assert {"TripletMarginLoss", "CosFaceLoss", "P2SGradLoss", "RankedListLoss", "SupConLoss"} <= set(found)
+        assert {"VICRegLoss", "ManifoldLoss", "SelfSupervisedLoss", "CrossBatchMemory"}.isdisjoint(found)
+        for make in found.values():
+            assert isinstance(make(), nn.Module)
+        assert found["TripletMarginLoss"]().margin == 0.05  # its own default
+
+    def test_less_than_half_of_plain_training_is_collapse(self):
+        runs = [
+            {"loss": "A", "seed": seed, "eps": eps, "recall_at_1": recall}
+            for seed, eps, recall in [
+                (0, 0, 0.8),
+                (0, 26, 0.41),
+                (0, 77, 0.39),
+                (1, 0, 0.4),
+                (1, 26, 0.3),
+                (1, 77, 0.1),
+            ]
+        ]
+        assert [(run["seed"], run["eps"]) for run in collapse.collapsed(runs)] == [(0, 77), (1, 77)]
+        failed = {"loss": "B", "seed": 0, "eps": 77, "error": "ArithmeticError: nan"}
+        lines = collapse.table([*runs, failed]).splitlines()
+        assert lines[0] == "| loss | plain | 26/255 | 77/255 | collapsed | failed | runs |"
+        assert lines[2] == "| A | 60.0 (40.0) | 35.5 (30.0) | 24.5 (10.0) | 2 | 0 | 6 |"
+        assert lines[3] == "| B | - | - | - | 0 | 1 | 1 |"
+
+    def test_runs_that_are_there_are_not_made_again(self, tmp_path, monkeypatch):
+        asked = ["--losses", "SupConLoss", "DynamicSoftMarginLoss", "--seeds", "0", "--eps", "77", "--steps", "4"]
+        out = tmp_path / "runs.jsonl"
+        collapse.main([*asked, "--out", str(out)])
+        runs = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [(run["loss"], run["eps"]) for run in runs] == [
+            (loss, eps) for loss in ("SupConLoss", "DynamicSoftMarginLoss") for eps in (0, 77)
+        ]
+        assert 0 < runs[1]["recall_at_1"] <= 1
+        assert runs[1]["batch_recall"] >= 0
+        assert "error" in runs[2]  # PML keeps a graph there
+        monkeypatch.setattr(collapse, "measure", None)
+        collapse.main([*asked, "--out", str(out)])
+        assert len(out.read_text().splitlines()) == 4

@@ -43,8 +43,13 @@ _NOT_OF_LABELLED_ROWS = {"GenericPairLoss", "ManifoldLoss", "SelfSupervisedLoss"
 
 def all_losses(classes: int, dimensions: int) -> dict[str, Callable[[], nn.Module]]:
     """Every loss of PML that takes labels, with its own defaults; what has none is filled in."""
-    known = {"num_classes": classes, "embedding_size": dimensions, "descriptors_dim": dimensions}
-    known |= {"l": dimensions, "margin": 0.4, "Tn": 10}
+    known = {
+        "num_classes": classes,
+        "embedding_size": dimensions,
+        "descriptors_dim": dimensions,
+        "margin": 0.4,
+        "Tn": 10,
+    }
     found = {}
     for name, kind in sorted(vars(pml_losses).items()):
         if not name.endswith("Loss") or name in _NOT_OF_LABELLED_ROWS or not issubclass(kind, nn.Module):
