@@ -459,7 +459,7 @@ class TestCommand:
 
 
 class TestCollapse:
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy in PML's LargeMarginSoftmaxLoss
+    @pytest.mark.filterwarnings("ignore")  # of PML, in constructors
     def test_all_losses_that_take_labels(self):
         found = collapse.all_losses(classes=3, dimensions=4)
         assert {"TripletMarginLoss", "CosFaceLoss", "P2SGradLoss", "RankedListLoss", "SupConLoss"} <= set(found)
