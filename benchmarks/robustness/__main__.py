@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--schedule", choices=SCHEDULES)
     add("--augment", action=either, help="change training images at random")
     add("--rotations", action=either, help="quarter turns of a class are further classes")
+    add("--composites", type=float, help="share of a batch's classes that are two classes drawn over one another")
     add("--train-eps", type=float, help="radius of training attacks, in 255ths")
     add("--train-alpha", type=float, help="their step, in 255ths")
     add("--attack-steps", type=int, help="how many")

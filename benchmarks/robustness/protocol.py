@@ -54,6 +54,8 @@ class Protocol:
         schedule: of the learning rate, "constant" or "cosine" (down to 0).
         augment: whether training images are changed at random.
         rotations: whether quarter turns of a class are further classes.
+        composites: share of a batch's classes that are further ones: two classes drawn over one another, the brighter
+            pixel of each two.
         eps: l-inf radius of training attacks, in pixels of [0, 1].
         alpha: their step.
         attack_steps: how many.
@@ -77,6 +79,7 @@ class Protocol:
     schedule: str = "constant"
     augment: bool = False
     rotations: bool = False
+    composites: float = 0.0
     eps: float = 77 / 255
     alpha: float = 3 / 255
     attack_steps: int = 32
@@ -99,6 +102,8 @@ class Protocol:
             )
         if (self.steps > 0) == (self.budget > 0) or min(self.steps, self.budget) < 0:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
+        if not 0 <= self.composites <= 1:
+            raise InputError(f"composites={self.composites}; expected a share from 0 to 1.")
         if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
             raise InputError(
                 f"precision={self.precision!r}, schedule={self.schedule!r}; expected one of {PRECISIONS} and of "

@@ -21,7 +21,7 @@ def table(runs: Sequence[Run], order: Iterable[str]) -> str:
     """
     radii = sorted({worst["eps"] for run in runs for worst in run["report"]["worst"] if worst["target"] == "query"})
     heads = ["method", "R@1", "mAP@R", *(f"R@1 at {255 * eps:g}/255" for eps in radii)]
-    lines = [[*heads, "steps", "image passes", "seconds", "seeds"]]
+    lines = [[*heads, "steps", "image passes", "seeds"]]
     for method in order:
         of_method = [run for run in runs if run["method"] == method]
         if of_method:
@@ -49,7 +49,7 @@ def worst_case(run: Run, eps: float, measure: str = "recall_at_1", target: str =
 def _line(runs: Sequence[Run], radii: Sequence[float]) -> list[str]:
     clean = [[100 * run["report"]["clean"][name] for run in runs] for name in ("recall_at_1", "map_at_r")]
     attacked = [[worst_case(run, eps) for run in runs] for eps in radii]
-    cost = [[run["training"][name] for run in runs] for name in ("steps", "forward", "seconds")]
+    cost = [[run["training"][name] for run in runs] for name in ("steps", "forward")]
     seeds = str(len(runs))
     return [
         *map(spread, clean),
