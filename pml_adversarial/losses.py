@@ -57,9 +57,8 @@ class AdversarialLoss(ModuleWithRecords):
         keep_clean: whether clean rows and tuples stay in the loss beside the perturbed ones, as in a batch that holds
             both; False: perturbed ones take their place.
         clean_weight: weight of the unperturbed loss, added to the adversarial one.
-        warmup: training steps over which eps and alpha grow linearly from 0 to their full values. Half of all training
-            steps is best where one knows how many there are. None: `collapse.WARMUP`, or 0 for an attack without
-            ``eps``, which cannot grow.
+        warmup: training steps over which eps and alpha grow linearly from 0 to their full values; half of all steps is
+            a good choice. None: `collapse.WARMUP`, or 0 for an attack without ``eps``, which cannot grow.
         guard: whether eps and alpha are held back while the embedding is collapsing, see `collapse`. An attack without
             ``eps`` cannot be held back.
         normalization: ``(mean, std)`` per channel if the model takes normalised inputs; eps counts in pixels.
