@@ -1,4 +1,4 @@
-"""How copies may stand in a loss, and whether rows meet in it: asked from the loss itself, never from its name.
+"""How copies may stand in a loss, and whether rows meet in it: asked from the loss itself, hardly ever from its name.
 
 Losses are asked on a batch in which nothing is degenerate, not on the one at hand: with few tuples, or classes of
 equal size, a loss may give one value for every plan.
@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory, HistogramLoss, TupletMarginLoss
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
@@ -26,11 +27,21 @@ logger = logging.getLogger("pml_adversarial")
 Situation = tuple[int | None, bool, bool, bool]
 """How a loss is called: with which tuples, a reference, labels of its own, none at all."""
 
+_FAILS_AT_EQUALS = (HistogramLoss, TupletMarginLoss)
+"""Losses of PML that raise, or have no finite gradient, where a row and its copy have equal embeddings."""
+
 
 def situation_of(batch: Batch) -> Situation:
     """What a loss's answers depend on."""
     members = None if batch.indices_tuple is None else len(batch.indices_tuple)
     return members, batch.num_queries < len(batch), batch.shared_labels, batch.labels is None
+
+
+def takes_copies(wrapped: Callable[..., Any], rows: int) -> bool:
+    """Whether one batch of so many rows may hold rows and their copies, which early in training are nearly equal."""
+    parts = list(wrapped.modules()) if isinstance(wrapped, nn.Module) else []
+    small = any(isinstance(part, CrossBatchMemory) and part.memory_size < rows for part in parts)
+    return not small and not any(isinstance(part, _FAILS_AT_EQUALS) for part in parts)
 
 
 def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:

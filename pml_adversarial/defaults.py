@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from pytorch_metric_learning.losses import CrossBatchMemory, HistogramLoss, TupletMarginLoss
 from torch import Tensor, nn
 
 from . import attacks
@@ -26,6 +25,7 @@ from .addressing import (
     own_tuples,
     sees_rows_apart,
     situation_of,
+    takes_copies,
     with_copies,
 )
 from .attacks import Attack, AttackFactory
@@ -39,9 +39,6 @@ from .records import STANDARD
 from .scores import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 
 logger = logging.getLogger("pml_adversarial")
-
-_FAILS_AT_EQUALS = (HistogramLoss, TupletMarginLoss)
-"""Losses of PML that fail, or have no gradient, where an image and its copy have equal embeddings as early on."""
 
 
 class FixedContext:
@@ -209,9 +206,7 @@ def trained_on(plan: Plan, wrapped: Callable[..., Tensor], batch: Batch) -> Plan
     replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
     if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
         return plan
-    parts = list(wrapped.modules()) if isinstance(wrapped, nn.Module) else []
-    small = any(isinstance(part, CrossBatchMemory) and part.memory_size < 2 * batch.num_queries for part in parts)
-    if small or any(isinstance(part, _FAILS_AT_EQUALS) for part in parts):
+    if not takes_copies(wrapped, 2 * batch.num_queries):
         return plan
     return plan.beside_clean(len(batch))
 
