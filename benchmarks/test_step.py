@@ -99,7 +99,7 @@ class Bench:
         self.loss = MultiSimilarityLoss(2, 40, 0.5)
         attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=True)
         self.adversarial_loss = AdversarialLoss(
-            self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False
+            self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False, warmup=0
         )
 
     def library(self) -> Tensor:
