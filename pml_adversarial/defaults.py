@@ -206,9 +206,7 @@ def trained_on(plan: Plan, wrapped: Callable[..., Tensor], batch: Batch) -> Plan
     replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
     if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
         return plan
-    if not takes_copies(wrapped, 2 * batch.num_queries):
-        return plan
-    return plan.beside_clean(len(batch))
+    return plan.beside_clean(len(batch)) if takes_copies(wrapped, 2 * batch.num_queries) else plan
 
 
 def _tells_images_apart(batch: Batch) -> bool:

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--train-alpha", type=float, help="their step, in 255ths")
     add("--attack-steps", type=int, help="how many")
     add("--preset-eps", type=float, help="radius of the preset's training attack, in 255ths")
-    add("--precision", choices=PRECISIONS, help="bfloat16: autocast, channels last")
+    add("--precision", choices=PRECISIONS, help="bfloat16: autocast")
     add("--size", type=int, help="side of photographs (224)")
     add("--pretrained", action=either, help="start from ImageNet weights")
     add("--frozen-batchnorm", action=either, help="BatchNorm stays in eval mode")

@@ -28,16 +28,18 @@ from pytorch_metric_learning import losses as pml_losses
 from torch import nn
 from tqdm import tqdm
 
-from pml_adversarial import AdversarialLoss, evaluate_robustness
+from pml_adversarial import AdversarialLoss
 
+from .backbones import build
 from .batches import Batches
 from .data import Part, load
 from .methods import METHODS, Method
 from .protocol import Protocol, named
+from .run import Evaluation
+from .table import markdown
 from .train import Training
 
 COLLAPSED = 0.5  # of the R@1 of plain training
-_DIMENSIONS = {"cnn": 64, "mlp": 64}  # else 512
 _NOT_OF_LABELLED_ROWS = {"GenericPairLoss", "ManifoldLoss", "SelfSupervisedLoss", "VICRegLoss"}
 
 
@@ -60,8 +62,10 @@ def all_losses(classes: int, dimensions: int) -> dict[str, Callable[[], nn.Modul
     return found
 
 
-def measure(method: Method, protocol: Protocol, train: Part, searched: Part, seed: int, eps: float) -> dict[str, Any]:
-    """What is left of the retrieval of unseen classes, and what training recorded.
+def measure(
+    method: Method, protocol: Protocol, train: Part, searched: Part, seed: int, radius: float
+) -> dict[str, Any]:
+    """What is left of the retrieval of unseen classes, and under an attack in 255ths; what training recorded.
 
     Raises:
         Exception: whatever the loss raises.
@@ -69,9 +73,9 @@ def measure(method: Method, protocol: Protocol, train: Part, searched: Part, see
     with tempfile.TemporaryDirectory() as folder:
         training = Training(method, protocol, train, seed, torch.device("cpu"))
         model = training.run(Path(folder) / "checkpoint.pt")
-    some = torch.randperm(len(searched.labels), generator=torch.Generator().manual_seed(0))[:200].tolist()
-    report = evaluate_robustness(model, searched.to_evaluate(), eps=eps, attacks=["margin"], subset=some, checks=False)
-    found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(eps)}
+        evaluation = Evaluation((radius,), ("margin",), queries=200)
+        report = evaluation.measure(model, searched, Path(folder) / "evaluation", progress=False)
+    found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(radius / 255)}
     if isinstance(training.loss, AdversarialLoss):
         strength = training.loss.adversary.strength
         found |= {**strength.records(), "share": strength.share}
@@ -96,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     train, searched = load(options.data, Path("data"), options.file)
     protocol = named("helped", options.data, {"steps": options.steps, "classes": 10, "per_class": 4})
-    classes = int(Batches(train, protocol, 0).labels.max()) + 1
-    made = all_losses(classes, _DIMENSIONS.get(protocol.backbone, 512))
+    batches = Batches(train, protocol, 0)
+    images, _ = batches[0]
+    dimensions = build(protocol.backbone, tuple(images.shape[1:]))(images).shape[1]
+    made = all_losses(int(batches.labels.max()) + 1, dimensions)
     runs = _read(options.out)
     known = {_key(run) for run in runs}
     asked = [
@@ -111,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
         which = "plain" if run["eps"] == 0 else "preset"
         method = replace(METHODS[which], loss=made[run["loss"]], miner=None, twice=False)
-        radius = (run["eps"] or max(options.eps)) / 255
+        radius = run["eps"] or max(options.eps)
         try:
-            found = measure(method, replace(protocol, preset_eps=radius), train, searched, run["seed"], radius)
+            found = measure(method, replace(protocol, preset_eps=radius / 255), train, searched, run["seed"], radius)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         runs.append(run | found)
@@ -128,13 +134,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     """One line per loss: R@1 of unseen classes in percent, the mean and the least of all seeds; how many collapsed."""
     radii = sorted({run["eps"] for run in runs})
     heads = ["loss", *("plain" if eps == 0 else f"{eps:g}/255" for eps in radii), "collapsed", "failed", "runs"]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = [heads]
     for name in sorted({run["loss"] for run in runs}):
         of_loss = [run for run in runs if run["loss"] == name]
         cells = [_cell([run for run in of_loss if run["eps"] == eps]) for eps in radii]
         failed = sum("error" in run for run in of_loss)
         lines.append([name, *cells, *(str(n) for n in (len(collapsed(of_loss)), failed, len(of_loss)))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def collapsed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pytorch_metric_learning.miners import DistanceWeightedMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, InputError
+from pml_adversarial import AdversarialLoss, InputError, attacks
 from pml_adversarial.evaluation.resume import description
 
 from . import miners
@@ -142,9 +142,7 @@ def _seed_paper(protocol: Protocol) -> dict[str, Any]:
 
 
 def _preset(protocol: Protocol) -> dict[str, Any]:
-    eps = protocol.preset_eps
-    attack = protocol.pgd(eps=eps, alpha=2.5 * eps / 3, steps=3, random_start=True)
-    return {"attack": attack, "perturb": "all", "keep_clean": True, "guard": True}
+    return {"attack": attacks.preset(protocol.preset_eps), "perturb": "all", "keep_clean": True, "guard": True}
 
 
 def _on_triplets(

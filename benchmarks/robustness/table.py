@@ -26,6 +26,11 @@ def table(runs: Sequence[Run], order: Iterable[str]) -> str:
         of_method = [run for run in runs if run["method"] == method]
         if of_method:
             lines.append([method, *_line(of_method, radii)])
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells; the first line is its head, the first column is set left."""
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
