@@ -117,9 +117,10 @@ def train(
     return model.eval()
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     """A random rotation, scaling, shearing and translation of each image; what moves in is background, 0."""
-    angle, shear_x, shear_y, shift_x, shift_y, scale_x, scale_y = (2 * torch.rand(7, len(images)) - 1).unbind()
+    drawn = strength * (2 * torch.rand(7, len(images)) - 1)
+    angle, shear_x, shear_y, shift_x, shift_y, scale_x, scale_y = drawn.unbind()
     cos, sin = torch.cos(0.25 * angle), torch.sin(0.25 * angle)  # radians: up to 14 degrees each way
     turned = torch.stack([cos, -sin, sin, cos], -1).reshape(-1, 2, 2)
     bent = torch.stack([1 + 0.15 * scale_x, 0.2 * shear_x, 0.2 * shear_y, 1 + 0.15 * scale_y], -1).reshape(-1, 2, 2)

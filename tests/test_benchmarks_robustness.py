@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not instal
 
 from benchmarks.robustness import __main__ as command
 from benchmarks.robustness import collapse, miners, train
-from benchmarks.robustness.backbones import build
+from benchmarks.robustness.backbones import WIDTH, build, check, start_as_thresholds
 from benchmarks.robustness.batches import Batches
 from benchmarks.robustness.data import InMemory, Rotated, hold_out, load
 from benchmarks.robustness.methods import METHODS, Method, triplet
@@ -44,7 +44,7 @@ class TestProtocol:
     def test_the_peers_at_28x28(self):
         found = named("peers", "omniglot", {"steps": None})
         assert (found.backbone, found.steps, found.budget, found.batch) == ("c2f2", 300, 0, 112)
-        assert (found.learning_rate, found.schedule, found.augment, found.rotations) == (1e-3, "constant", False, False)
+        assert (found.learning_rate, found.schedule, found.augment, found.rotations) == (1e-3, "constant", 0, False)
         options = found.pgd().keywords
         assert options == {"eps": 77 / 255, "alpha": 3 / 255, "steps": 32, "random_start": False}
         assert [METHODS[name].steps(found) for name in ("plain", "plain-softhard", "act")] == [600, 600, 300]
@@ -72,6 +72,8 @@ class TestProtocol:
             ({"eps": -1.0}, r"eps=-1\.0; expected numbers above 0"),
             ({"per_class": 1}, "holds no triplets"),
             ({"precision": "float16"}, "expected one of"),
+            ({"augment": -1.0}, r"augment=-1\.0; expected"),
+            ({"composites": 0.5, "size": 224}, "not of photographs"),
         ],
     )
     def test_refuses(self, wrong, message):
@@ -130,7 +132,7 @@ class TestBatches:
         assert found == labels.tolist()
 
     def test_a_function_of_seed_and_step(self, part):
-        protocol = Protocol(**TINY, steps=1, augment=True)
+        protocol = Protocol(**TINY, steps=1, augment=1.0)
         first = Batches(part, protocol, 0)
         torch.rand(5)
         again = [images for (images, _), _ in zip(Batches(part, protocol, 0).after(2), range(3), strict=False)]
@@ -139,12 +141,12 @@ class TestBatches:
         assert not torch.equal(first[2][0], Batches(part, protocol, 1)[2][0])
 
     def test_images_are_augmented_if_asked(self, part):
-        plain, moved = (Batches(part, Protocol(**TINY, steps=1, augment=asked), 0)[0] for asked in (False, True))
+        plain, moved = (Batches(part, Protocol(**TINY, steps=1, augment=asked), 0)[0] for asked in (0.0, 0.5))
         assert torch.equal(plain[1], moved[1])
         assert not (plain[0] == moved[0]).all((1, 2, 3)).any()
 
     def test_workers_read_the_same(self, part):
-        batches = Batches(part, Protocol(**TINY, steps=1, augment=True), 0)
+        batches = Batches(part, Protocol(**TINY, steps=1, augment=1.0), 0)
         ahead = batches.after(1, workers=2)
         assert all(torch.equal(next(ahead)[0], batches[step][0]) for step in (1, 2, 3))
 
@@ -169,7 +171,7 @@ class TestBatches:
         assert all(len(pixels) in (1, 2) for pixels in lit[:4])
         assert lit[0] == lit[1] != lit[2] == lit[3]
         assert any(len(pixels) == 2 for pixels in lit[:4])
-        with pytest.raises(InputError, match=r"composites=1\.5; expected a share"):
+        with pytest.raises(InputError, match=r"composites=1\.5.*expected a share"):
             Protocol(**TINY, steps=1, composites=1.5)
 
     def test_too_few_classes(self, part):
@@ -227,7 +229,7 @@ class TestTraining:
     def test_goes_on_after_an_exception(self, method, part, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "KEPT_EVERY", 2)
         (tmp_path / "whole").mkdir()
-        protocol = {"steps": 5, "augment": True, "schedule": "cosine"}
+        protocol = {"steps": 5, "augment": 1.0, "schedule": "cosine"}
         whole, expected = trained(method, part, tmp_path / "whole", **protocol)
         step = Training._step
 
@@ -287,7 +289,7 @@ class TestMethods:
         protocol = Protocol(**TINY, steps=3)
         recipe = METHODS["preset"].recipe(protocol)
         assert recipe != METHODS["preset"].recipe(Protocol(**TINY, steps=3, preset_eps=0.1))
-        assert "temperature=0.1" in recipe["loss"]
+        assert recipe["loss"].startswith("MultiSimilarityLoss(alpha=2, base=0.5, beta=40")
         assert json.loads(json.dumps(recipe)) == recipe
 
     def test_a_plugin_is_made_for_each_loss(self, model):
@@ -348,7 +350,7 @@ class TestPhotographs:
         assert kept.labels.tolist() == data.labels[[3, 1]].tolist()
         assert torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([3])))
         assert not torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([0])))
-        protocol = Protocol(name, "mlp", steps=1, classes=2, augment=True, attack_steps=1)
+        protocol = Protocol(name, "mlp", steps=1, classes=2, augment=1.0, attack_steps=1)
         Training(METHODS["preset"], protocol, data, 0, CPU).run(tmp_path / "checkpoint.pt")
 
     def test_that_are_not_there(self, name, tmp_path):
@@ -360,6 +362,48 @@ class TestPhotographs:
 def test_resnets_take_as_many_channels_as_there_are(name):
     model = build(name, (1, 32, 32)).eval()
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 512)
+
+
+@pytest.mark.parametrize("name", ["cnn", "c2f2", "c2f2-batchnorm", "resnet18"])
+def test_thresholds_are_ramps_of_single_pixels(name):
+    side = 8 if name == "cnn" else 28
+    images = torch.rand(64, 1, side, side)
+    model = build(name, (1, side, side))
+    start_as_thresholds(model, images)
+    first, second, *_ = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][:1]
+    seen = nn.Sequential(first, *norms, nn.ReLU())(images)
+    wide, step = torch.nn.functional.pad(images, (0, 1, 0, 1)), first.stride[0]
+    torch.testing.assert_close(second.weight[:, 0::2], -second.weight[:, 1::2], rtol=0, atol=0)
+    count = first.out_channels // 16
+    for pair in range(first.out_channels // 2):
+        middle = 0.3 + 0.4 * (pair // 8 + 0.5) / count
+        down, right, falls = pair % 8 // 4, pair % 4 // 2, pair % 2
+        pixel = wide[:, 0, down : side + down : step, right : side + right : step]
+        ramp = ((pixel - middle) / WIDTH + 0.5).clamp(0, 1)
+        found = seen[:, 2 * pair] - seen[:, 2 * pair + 1]
+        torch.testing.assert_close(found, 1 - ramp if falls else ramp, rtol=0, atol=1e-3)  # BatchNorm adds 1e-5
+
+
+@pytest.mark.parametrize("name", ["c2f2", "c2f2-batchnorm"])
+def test_what_moves_no_pixel_into_a_ramp_moves_no_embedding(name):
+    strokes = torch.rand(64, 1, 28, 28).round()
+    noisy = (strokes + 0.24 * (2 * torch.rand(strokes.shape) - 1)).clamp(0, 1)
+    model = build(name, (1, 28, 28))
+    for start, moves in ((lambda: None, True), (lambda: start_as_thresholds(model, strokes), False)):
+        start()
+        for module in model.modules():
+            module.momentum = None  # the statistics of all that passes from here on
+            isinstance(module, nn.BatchNorm2d) and module.reset_running_stats()
+        model.train()(strokes)
+        found, expected = (model.eval()(images).detach() for images in (noisy, strokes))
+        assert ((found - expected).norm() > 0.01 * expected.norm()) == moves
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (1, 8, 8)), ("resnet18", (3, 8, 8))])
+def test_thresholds_need_a_convolution_over_one_channel(name, shape):
+    with pytest.raises(InputError, match=rf"first weights of a convolution.*found {name}, {shape[0]} channels"):
+        check(name, shape, thresholds=True)
 
 
 @pytest.mark.parametrize(

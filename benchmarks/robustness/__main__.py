@@ -61,9 +61,10 @@ def parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float)
     add("--weight-decay", type=float)
     add("--schedule", choices=SCHEDULES)
-    add("--augment", action=either, help="change training images at random")
+    add("--augment", type=float, help="how much to change training images at random: 0, or 1 for Omniglot's")
     add("--rotations", action=either, help="quarter turns of a class are further classes")
     add("--composites", type=float, help="share of a batch's classes that are two classes drawn over one another")
+    add("--thresholds", action=either, help="the first convolution starts as thresholds of pixels")
     add("--train-eps", type=float, help="radius of training attacks, in 255ths")
     add("--train-alpha", type=float, help="their step, in 255ths")
     add("--attack-steps", type=int, help="how many")
@@ -112,7 +113,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
         raise InputError(f"--seeds {' '.join(map(str, options.seeds))}; expected different whole numbers from 0 on.")
     train, searched = _parts(options, protocol)
     bench = Bench(protocol, evaluation, train, searched, _device(options.device), options.workers, not options.quiet)
-    check(protocol.backbone, bench.shape(), protocol.pretrained)
+    check(protocol.backbone, bench.shape(), protocol.pretrained, protocol.thresholds)
     Batches(train, protocol, 0)
     return bench
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from pml_adversarial.errors import InputError
 
 Shape = tuple[int, ...]
 """Of one image: channels, height, width."""
+
+WIDTH = 0.3  # of the range of brightness over which a threshold rises
 
 
 class Standardized(nn.Module):
@@ -48,6 +51,42 @@ def resnet(make: Callable[..., nn.Module], shape: Shape, pretrained: bool) -> nn
     return nn.Sequential(Standardized(), found) if pretrained else found
 
 
+@torch.no_grad()
+def start_as_thresholds(network: nn.Module, images: Tensor) -> None:
+    """Gives a network first weights with which it sees which pixels are bright, and not how bright they are.
+
+    Where strokes are nearly white on nearly black, what moves a pixel by less than its distance to the middle then
+    changes nothing. Networks that are trained adversarially on MNIST come to such filters by themselves (Madry et al.,
+    arXiv 1706.06083, appendix C); this spares the training that it takes. All weights are trained as ever.
+
+    Each of the first convolution's filters looks at one pixel, of four neighbours. Filters come in pairs: the
+    difference of their outputs rises from 0 to 1 over a range of `WIDTH` of the pixel's brightness, or falls; the
+    second convolution starts with opposite weights for the two. Ranges lie around different middles.
+
+    Args:
+        network: whose modules start with a convolution over one channel, with 16 filters or more, perhaps a BatchNorm,
+            a ReLU and another convolution.
+        images: ``(N, 1, H, W)``, for the statistics that BatchNorm will find.
+    """
+    modules = list(network.modules())
+    first, second = [module for module in modules if isinstance(module, nn.Conv2d)][:2]
+    after, centre = modules[modules.index(first) + 1], first.kernel_size[0] // 2
+    middles = 0.3 + 0.4 * (torch.arange(count := first.out_channels // 16) + 0.5) / count
+    offsets = []
+    for pair, (middle, down, right, sign) in enumerate(product(middles.tolist(), (0, 1), (0, 1), (1, -1))):
+        first.weight[2 * pair : 2 * pair + 2] = 0
+        first.weight[2 * pair : 2 * pair + 2, 0, centre + down, centre + right] = sign / WIDTH
+        second.weight[:, 2 * pair + 1] = -second.weight[:, 2 * pair]
+        offsets += [0.5 - sign * middle / WIDTH, -0.5 - sign * middle / WIDTH]
+    filters, offset = slice(len(offsets)), torch.tensor(offsets)
+    if first.bias is not None:
+        first.bias[filters] = offset
+    if isinstance(after, nn.BatchNorm2d):
+        deviation, mean = torch.std_mean(first(images), (0, 2, 3))
+        after.weight[filters] = deviation[filters]
+        after.bias[filters] = mean[filters] + (0 if first.bias is not None else offset)
+
+
 SMALL: dict[str, tuple[Shape | None, Callable[[Shape], nn.Module]]] = {
     "mlp": (None, mlp),
     "cnn": ((1, 8, 8), lambda shape: small_network()),
@@ -60,11 +99,11 @@ RESNETS = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.mode
 BACKBONES = (*SMALL, *RESNETS)
 
 
-def check(name: str, shape: Shape, pretrained: bool = False) -> None:
-    """Refuses what `build` cannot make.
+def check(name: str, shape: Shape, pretrained: bool = False, thresholds: bool = False) -> None:
+    """Refuses what `build` and `start_as_thresholds` cannot make.
 
     Raises:
-        InputError: there is no such network, or it is for other images, or has no weights.
+        InputError: there is no such network, or it is for other images, or has no weights, or no place for thresholds.
     """
     if name not in BACKBONES:
         raise InputError(f"backbone={name!r}; expected one of {', '.join(BACKBONES)}.")
@@ -75,6 +114,11 @@ def check(name: str, shape: Shape, pretrained: bool = False) -> None:
         raise InputError(f"There are no ImageNet weights of {name}; expected one of {', '.join(RESNETS)}.")
     if pretrained and shape[0] != 3:
         raise InputError(f"ImageNet's weights are for 3 channels; images have {shape[0]}. Leave out --pretrained.")
+    if thresholds and (shape[0] != 1 or name == "mlp"):
+        raise InputError(
+            f"Thresholds are the first weights of a convolution over one channel; found {name}, {shape[0]} channels. "
+            "Leave out --thresholds."
+        )
 
 
 def build(name: str, shape: Shape, pretrained: bool = False) -> nn.Module:

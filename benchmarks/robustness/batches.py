@@ -22,7 +22,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         part: images of the training classes.
-        protocol: says P, K, whether images are augmented, whether classes are turned, and how many are composites.
+        protocol: says P, K, how much images are augmented, whether classes are turned, and how many are composites.
         seed: of the choice.
 
     Raises:

@@ -35,7 +35,7 @@ class Part(Protocol):
     def labels(self) -> Tensor:
         """``(N,)``."""
 
-    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+    def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
         """``(n, C, H, W)`` in [0, 1]."""
 
     def keep(self, rows: Tensor) -> Part:
@@ -57,10 +57,10 @@ class InMemory:
     images: Tensor
     labels: Tensor
 
-    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+    def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
         """Augmented as Omniglot's: turned, scaled, sheared and moved a little, on a background of 0."""
         images = self.images[rows]
-        return omniglot.augment(images) if augment else images
+        return omniglot.augment(images, augment) if augment else images
 
     def keep(self, rows: Tensor) -> InMemory:
         """These rows alone."""
@@ -93,7 +93,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pixels(torch.tensor([index]))[0], int(self.labels[index])
 
-    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+    def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
         """Resized by 8/7 and cut to the square in the middle; augmented: a square anywhere, half of them mirrored."""
         change = self._augmented() if augment else transforms.CenterCrop(self.side)
         return torch.stack([change(self._resized(int(self.rows[row]))) for row in rows])
@@ -135,7 +135,7 @@ class Rotated:
         _, labels = self.part.labels.unique(return_inverse=True)
         return torch.cat([labels + turn * (int(labels.max()) + 1) for turn in range(4)])
 
-    def pixels(self, rows: Tensor, augment: bool = False) -> Tensor:
+    def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
         """Augmented before they are turned."""
         total = len(self.part.labels)
         images = self.part.pixels(rows % total, augment)

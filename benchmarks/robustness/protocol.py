@@ -52,10 +52,11 @@ class Protocol:
         learning_rate: of Adam.
         weight_decay: of Adam.
         schedule: of the learning rate, "constant" or "cosine" (down to 0).
-        augment: whether training images are changed at random.
+        augment: how much training images are changed at random; 0: not at all, 1: as `benchmarks.omniglot` does.
         rotations: whether quarter turns of a class are further classes.
         composites: share of a batch's classes that are further ones: two classes drawn over one another, the brighter
-            pixel of each two.
+            pixel of each two. For strokes, and losses without a weight per class.
+        thresholds: whether the first convolution starts as thresholds of pixels, see `backbones.start_as_thresholds`.
         eps: l-inf radius of training attacks, in pixels of [0, 1].
         alpha: their step.
         attack_steps: how many.
@@ -77,9 +78,10 @@ class Protocol:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: str = "constant"
-    augment: bool = False
+    augment: float = 0.0
     rotations: bool = False
     composites: float = 0.0
+    thresholds: bool = False
     eps: float = 77 / 255
     alpha: float = 3 / 255
     attack_steps: int = 32
@@ -102,8 +104,13 @@ class Protocol:
             )
         if (self.steps > 0) == (self.budget > 0) or min(self.steps, self.budget) < 0:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
-        if not 0 <= self.composites <= 1:
-            raise InputError(f"composites={self.composites}; expected a share from 0 to 1.")
+        if not 0 <= self.composites <= 1 or self.augment < 0:
+            raise InputError(
+                f"composites={self.composites}, augment={self.augment}; expected a share from 0 to 1, and a strength "
+                "from 0 on."
+            )
+        if self.composites and self.size:
+            raise InputError("Composites are of strokes, not of photographs; leave out --composites.")
         if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
             raise InputError(
                 f"precision={self.precision!r}, schedule={self.schedule!r}; expected one of {PRECISIONS} and of "

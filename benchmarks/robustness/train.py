@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pml_adversarial.isolation import random_stream
 
-from .backbones import build
+from .backbones import build, start_as_thresholds
 from .batches import Batches
 from .data import Part
 from .methods import Method
@@ -116,6 +116,8 @@ class Training:
         with random_stream(self.seed, -1):  # all methods start from the same weights
             shape = tuple(self.batches[0][0].shape[1:])
             self.model = build(self.protocol.backbone, shape, self.protocol.pretrained).to(self.device)
+            if self.protocol.thresholds:
+                start_as_thresholds(self.model, self.batches[0][0])
             self.model.to(memory_format=torch.channels_last)  # the faster layout for pooling and convolution
             self.loss = self.method.wrapped(self.protocol, self.model, steps, self.seed).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
