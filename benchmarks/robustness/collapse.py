@@ -2,9 +2,9 @@
 
     python -m benchmarks.robustness.collapse --data digits
 
-Each loss trains on the same batches with the preset, at each eps, and without an attack. A model has collapsed where it
-finds less than half of what plain training finds among unseen classes. Runs are kept one a line in ``collapse.jsonl``;
-what is there is not made again.
+Each loss trains on the same batches as ``AdversarialLoss(loss, model, attack=attacks.preset(eps))``, at each eps, and
+without an attack. A model has collapsed where it finds less than half of what plain training finds among unseen
+classes. Runs are kept one a line in ``collapse.jsonl``; what is there is not made again.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
         which = "plain" if run["eps"] == 0 else "preset"
-        method = replace(METHODS[which], loss=made[run["loss"]], miner=None, twice=False)
+        method = replace(METHODS[which], loss=made[run["loss"]], miner=None, warmup=None, twice=False)
         radius = run["eps"] or max(options.eps)
         try:
             found = measure(method, replace(protocol, preset_eps=radius / 255), train, searched, run["seed"], radius)

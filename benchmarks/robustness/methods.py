@@ -26,7 +26,7 @@ Miner = Callable[..., Any]
 """``(embeddings, labels)`` -> tuples; one of PML's fits."""
 
 _METHOD_ALONE = {"perturb": "positive", "keep_clean": False, "guard": False}
-"""Of `AdversarialLoss`, where a method's options say nothing else: nothing of the package's own is added to it."""
+"""Of `AdversarialLoss`, for published methods: nothing of the package's own is added to them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Method:
         miner: makes what chooses tuples; None: the loss does.
         plugins: makes the plugins, at the moment that they are needed.
         options: of `AdversarialLoss`, by protocol; None: the loss is not wrapped.
-        warmup: share of the training over which the attack grows.
+        warmup: share of the training over which the attack grows; None: as long as the package grows it by default.
         twice: whether it takes twice the protocol's steps, as training without an attack does.
     """
 
@@ -48,7 +48,7 @@ class Method:
     miner: Callable[[], Miner] | None = None
     plugins: Callable[[], list[Any]] = list
     options: Callable[[Protocol], dict[str, Any]] | None = None
-    warmup: float = 0.0
+    warmup: float | None = 0.0
     twice: bool = False
 
     def steps(self, protocol: Protocol) -> int:
@@ -78,7 +78,8 @@ class Method:
         """
         if self.options is None:
             return self.loss()
-        options = {**_METHOD_ALONE, "warmup": int(self.warmup * steps), "seed": seed, **self.options(protocol)}
+        warmup = None if self.warmup is None and steps else int((self.warmup or 0.0) * steps)
+        options = {"warmup": warmup, "seed": seed, **self.options(protocol)}
         return AdversarialLoss(self.loss(), model, plugins=self.plugins(), **options)
 
 
@@ -123,20 +124,20 @@ def _soft_hard() -> Miner:
 
 
 def _peers_attack(protocol: Protocol) -> dict[str, Any]:
-    return {"attack": protocol.pgd()}
+    return {"attack": protocol.pgd(), **_METHOD_ALONE}
 
 
 def _half_the_steps(protocol: Protocol) -> dict[str, Any]:
-    return {"attack": protocol.pgd(steps=max(1, protocol.attack_steps // 2))}
+    return {"attack": protocol.pgd(steps=max(1, protocol.attack_steps // 2)), **_METHOD_ALONE}
 
 
 def _seed_paper(protocol: Protocol) -> dict[str, Any]:
     attack = protocol.pgd(alpha=2 * protocol.eps / 5, steps=5, random_start=True)
-    return {"attack": attack, "perturb": "positive", "tuples_per_anchor": 1}
+    return {"attack": attack, "tuples_per_anchor": 1, **_METHOD_ALONE}
 
 
 def _preset(protocol: Protocol) -> dict[str, Any]:
-    return {"attack": attacks.preset(protocol.preset_eps), "perturb": "all", "keep_clean": True, "guard": True}
+    return {"attack": attacks.preset(protocol.preset_eps)}
 
 
 def _on_triplets(
