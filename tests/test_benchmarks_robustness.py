@@ -52,14 +52,18 @@ class TestProtocol:
 
     def test_help_is_augmentation_rotation_and_a_schedule(self):
         found = named("helped", "cub", {"budget": 7000})
-        assert (found.steps, found.budget, found.schedule, found.augment, found.rotations) == (
-            0,
-            7000,
-            "cosine",
-            True,
-            True,
-        )
+        assert (found.steps, found.budget) == (0, 7000)
+        assert (found.schedule, found.augment, found.rotations, found.composites) == ("cosine", 1.0, True, 0.0)
         assert (found.eps, found.alpha, found.learning_rate, found.backbone) == (8 / 255, 1 / 255, 1e-5, "resnet18")
+
+    def test_help_differs_by_data(self):
+        strokes, digits, peers = (
+            named(name, data, {})
+            for name, data in (("helped", "omniglot"), ("helped", "digits"), ("peers", "omniglot"))
+        )
+        assert (strokes.thresholds, strokes.composites, strokes.preset_eps) == (True, 0.5, 77 / 255)
+        for other in (digits, peers):
+            assert (other.thresholds, other.composites, other.preset_eps) == (False, 0.0, 40 / 255)
 
     def test_steps_take_the_place_of_a_budget(self):
         assert (named("helped", "digits", {"steps": 5}).steps, named("helped", "digits", {"steps": 5}).budget) == (5, 0)

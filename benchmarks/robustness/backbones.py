@@ -117,7 +117,7 @@ def check(name: str, shape: Shape, pretrained: bool = False, thresholds: bool = 
     if thresholds and (shape[0] != 1 or name == "mlp"):
         raise InputError(
             f"Thresholds are the first weights of a convolution over one channel; found {name}, {shape[0]} channels. "
-            "Leave out --thresholds."
+            "Say --no-thresholds."
         )
 
 
