@@ -175,7 +175,7 @@ class TestBatches:
         assert all(len(pixels) in (1, 2) for pixels in lit[:4])
         assert lit[0] == lit[1] != lit[2] == lit[3]
         assert any(len(pixels) == 2 for pixels in lit[:4])
-        with pytest.raises(InputError, match=r"composites=1\.5.*expected a share"):
+        with pytest.raises(InputError, match=r"composites=1\.5; expected a share"):
             Protocol(**TINY, steps=1, composites=1.5)
 
     def test_too_few_classes(self, part):

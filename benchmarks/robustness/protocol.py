@@ -63,6 +63,7 @@ class Protocol:
         weight_decay: of Adam.
         schedule: of the learning rate, "constant" or "cosine" (down to 0).
         augment: how much training images are changed at random; 0: not at all, 1: as `benchmarks.omniglot` does.
+            Photographs know only whether.
         rotations: whether quarter turns of a class are further classes.
         composites: share of a batch's classes that are further ones: two classes drawn over one another, the brighter
             pixel of each two. For strokes, and losses without a weight per class.
@@ -114,11 +115,10 @@ class Protocol:
             )
         if (self.steps > 0) == (self.budget > 0) or min(self.steps, self.budget) < 0:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
-        if not 0 <= self.composites <= 1 or self.augment < 0:
-            raise InputError(
-                f"composites={self.composites}, augment={self.augment}; expected a share from 0 to 1, and a strength "
-                "from 0 on."
-            )
+        if self.augment < 0:
+            raise InputError(f"augment={self.augment}; expected a strength from 0 on.")
+        if not 0 <= self.composites <= 1:
+            raise InputError(f"composites={self.composites}; expected a share from 0 to 1.")
         if self.composites and self.size:
             raise InputError("Composites are of strokes, not of photographs; leave out --composites.")
         if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:

@@ -114,11 +114,11 @@ class Training:
 
     def _make(self, steps: int) -> None:
         with random_stream(self.seed, -1):  # all methods start from the same weights
-            shape = tuple(self.batches[0][0].shape[1:])
-            self.model = build(self.protocol.backbone, shape, self.protocol.pretrained).to(self.device)
+            images, _ = self.batches[0]
+            self.model = build(self.protocol.backbone, tuple(images.shape[1:]), self.protocol.pretrained)
             if self.protocol.thresholds:
-                start_as_thresholds(self.model, self.batches[0][0])
-            self.model.to(memory_format=torch.channels_last)  # the faster layout for pooling and convolution
+                start_as_thresholds(self.model, images)
+            self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
             self.loss = self.method.wrapped(self.protocol, self.model, steps, self.seed).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
         self.optimizer = torch.optim.Adam(
