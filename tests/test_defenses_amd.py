@@ -1,12 +1,13 @@
 """AMD and RAMD against the paper's formulas, written out triplet by triplet."""
 
 import copy
-import math
 from functools import partial
 
 import pytest
 import torch
 import torchattacks
+from one_step import ALPHA, EPS, LOSSES, MINERS, PEERS_PGD, STEPS, WITH_MEMORY, Spy, distance
+from one_step import step as step_with
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
 from seed_paper import seed_paper_loss
@@ -16,48 +17,20 @@ from pml_adversarial import AdversarialMiner, AttackError, InputError, PlanError
 from pml_adversarial.defenses.amd import AMD, RAMD
 from pml_adversarial.defenses.ses import SES
 
-EPS, ALPHA, STEPS = 0.05, 0.015, 5
-PEERS_PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False)
 ONE_PER_ANCHOR = (
     torch.tensor([0, 2, 3, 5, 6]),
     torch.tensor([1, 3, 2, 4, 7]),
     torch.tensor([4, 0, 6, 1, 2]),
 )  # rows play several roles
 MARGIN = 0.1
-
-
-class Spy:
-    """Keeps what the others answered."""
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_score(self, batch, plan):
-        score = yield
-        if not hasattr(self, "score"):
-            self.score, self.batch, self.plan = score, batch, plan
-        return score
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_training_loss(self, adversarial):
-        self.adversarial = adversarial
-        self.loss = yield
-        return self.loss
+ALL = LOSSES | WITH_MEMORY
 
 
 def hinge_loss():
     return losses.TripletMarginLoss(margin=MARGIN, reducer=MeanReducer())
 
 
-def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
-    spy = Spy()
-    loss_func = seed_paper_loss(loss or hinge_loss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
-    loss_func(model(images), labels, tuples)
-    return loss_func, spy
-
-
-def distance(left, right):
-    left, right = left.tolist(), right.tolist()
-    left_length, right_length = (math.sqrt(sum(x * x for x in v)) for v in (left, right))
-    return math.sqrt(sum((x / left_length - y / right_length) ** 2 for x, y in zip(left, right, strict=True)))
+step = partial(step_with, loss=hinge_loss())
 
 
 def mean_over_triplets(anchors, positives, negatives, hinge):
@@ -241,29 +214,12 @@ class TestRevised:
             loss_func(model(images), ref_emb=model(images.flip(3)))
 
 
-LOSSES = {
-    "triplets": losses.TripletMarginLoss,
-    "pairs": losses.ContrastiveLoss,
-    "MultiSimilarity": losses.MultiSimilarityLoss,
-    "NCA": losses.NCALoss,
-    "SupCon": losses.SupConLoss,
-    "ArcFace": partial(losses.ArcFaceLoss, 4, 4),
-    "ProxyNCA": partial(losses.ProxyNCALoss, 4, 4),
-    "CrossBatchMemory": partial(losses.CrossBatchMemory, losses.ContrastiveLoss(), 4, 16),
-}
-MINERS = {
-    "none": None,
-    "triplets": miners.TripletMarginMiner(margin=1.0),
-    "pairs": miners.MultiSimilarityMiner(epsilon=1.0),
-}
-
-
 @pytest.mark.parametrize("mined", MINERS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 class TestAnyLoss:
     def test_rises_on_rows_that_move_as_one(self, name, mined, model, images, labels):
         tuples = None if mined == "none" else MINERS[mined](model(images), labels)
-        loss_func, spy = step(model, images, labels, AMD(), loss=LOSSES[name](), tuples=tuples)
+        loss_func, spy = step(model, images, labels, AMD(), loss=ALL[name](), tuples=tuples)
         assert loss_func.share_score_rose == 1
         assert loss_func.loss_after > loss_func.loss_before
         assert spy.loss.isfinite()

@@ -1,66 +1,24 @@
 """EST against the paper's formula, written out row by row."""
 
-import math
 from functools import partial
 
 import pytest
 import torch
 import torchattacks
+from one_step import ALPHA, EPS, LOSSES, MINERS, PEERS_PGD, STEPS, WITH_MEMORY, Spy, distance
+from one_step import step as step_with
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
 from seed_paper import seed_paper_loss
 
-from pml_adversarial import AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialMiner
 from pml_adversarial.defenses.est import EST
 
-EPS, ALPHA, STEPS = 0.05, 0.015, 5
-PEERS_PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False)
 TRIPLETS = torch.tensor([0, 2, 3, 5, 6]), torch.tensor([1, 3, 2, 4, 7]), torch.tensor([4, 0, 6, 1, 2])
 BESIDE = 1e-4
-LOSSES = {
-    "triplets": losses.TripletMarginLoss,
-    "pairs": losses.ContrastiveLoss,
-    "MultiSimilarity": losses.MultiSimilarityLoss,
-    "NCA": losses.NCALoss,
-    "SupCon": losses.SupConLoss,
-    "ArcFace": partial(losses.ArcFaceLoss, 4, 4),
-    "ProxyNCA": partial(losses.ProxyNCALoss, 4, 4),
-    "CrossBatchMemory": partial(losses.CrossBatchMemory, losses.ContrastiveLoss(), 4, 16),
-}
-MINERS = {
-    "none": None,
-    "triplets": miners.TripletMarginMiner(margin=1.0),
-    "pairs": miners.MultiSimilarityMiner(epsilon=1.0),
-}
+ALL = LOSSES | WITH_MEMORY
 
-
-class Spy:
-    @hookimpl(wrapper=True)
-    def pml_adversarial_score(self, batch, plan):
-        score = yield
-        if not hasattr(self, "score"):
-            self.score, self.batch, self.plan = score, batch, plan
-        return score
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_training_loss(self, adversarial):
-        self.adversarial = adversarial
-        self.loss = yield
-        return self.loss
-
-
-def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
-    spy = Spy()
-    loss = loss or losses.TripletMarginLoss(margin=0.2, reducer=MeanReducer())
-    loss_func = seed_paper_loss(loss, model, attack=attack, plugins=[*plugins, spy], seed=0, **options)
-    loss_func(model(images), labels, tuples)
-    return loss_func, spy
-
-
-def distance(left, right):
-    left, right = left.tolist(), right.tolist()
-    left_length, right_length = (math.sqrt(sum(x * x for x in v)) for v in (left, right))
-    return math.sqrt(sum((x / left_length - y / right_length) ** 2 for x, y in zip(left, right, strict=True)))
+step = partial(step_with, loss=losses.TripletMarginLoss(margin=0.2, reducer=MeanReducer()))
 
 
 class TestTheFormula:
@@ -124,10 +82,10 @@ class TestTheFormula:
 
 
 @pytest.mark.parametrize("mined", MINERS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 def test_any_loss(name, mined, model, images, labels):
     tuples = None if mined == "none" else MINERS[mined](model(images), labels)
-    loss_func, spy = step(model, images, labels, EST(), loss=LOSSES[name](), tuples=tuples)
+    loss_func, spy = step(model, images, labels, EST(), loss=ALL[name](), tuples=tuples)
     shifts = [distance(one, other) for one, other in zip(spy.adversarial.embeddings, model(images), strict=True)]
     assert min(shifts) > 0.05
     assert spy.adversarial.score_after.tolist() == pytest.approx(shifts, abs=2 * BESIDE)

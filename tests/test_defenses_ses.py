@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
+from one_step import LOSSES, MINERS, PEERS_PGD, distance, step
 from pytorch_metric_learning import losses, miners
 from seed_paper import seed_paper_loss
 from torch.nn.functional import normalize
@@ -14,45 +15,6 @@ from pml_adversarial import AdversarialMiner, InputError, hookimpl
 from pml_adversarial.defenses.est import EST
 from pml_adversarial.defenses.ses import SES
 from pml_adversarial.plan import replace_rows
-
-PEERS_PGD = partial(torchattacks.PGD, eps=0.05, alpha=0.015, steps=5, random_start=False)
-LOSSES = {
-    "triplets": losses.TripletMarginLoss,
-    "pairs": losses.ContrastiveLoss,
-    "MultiSimilarity": losses.MultiSimilarityLoss,
-    "NCA": losses.NCALoss,
-    "SupCon": losses.SupConLoss,
-    "ArcFace": partial(losses.ArcFaceLoss, 4, 4),
-    "ProxyNCA": partial(losses.ProxyNCALoss, 4, 4),
-}
-MINERS = {
-    "none": None,
-    "triplets": miners.TripletMarginMiner(margin=1.0),
-    "pairs": miners.MultiSimilarityMiner(epsilon=1.0),
-}
-
-
-class Spy:
-    @hookimpl(wrapper=True)
-    def pml_adversarial_training_loss(self, adversarial):
-        self.adversarial = adversarial
-        self.loss = yield
-        return self.loss
-
-
-def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
-    spy = Spy()
-    loss_func = seed_paper_loss(
-        loss or losses.TripletMarginLoss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options
-    )
-    loss_func(model(images), labels, tuples)
-    return loss_func, spy
-
-
-def distance(left, right):
-    left, right = left.tolist(), right.tolist()
-    left_length, right_length = (math.sqrt(sum(x * x for x in v)) for v in (left, right))
-    return math.sqrt(sum((x / left_length - y / right_length) ** 2 for x, y in zip(left, right, strict=True)))
 
 
 @pytest.mark.parametrize("mined", MINERS)

@@ -6,54 +6,14 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
+from one_step import ALPHA, EPS, LOSSES, MINERS, PEERS_PGD, STEPS, Spy, step
 from pytorch_metric_learning import losses, miners
 from seed_paper import seed_paper_loss
 from torch.nn.functional import cosine_similarity, normalize
 
-from pml_adversarial import AdversarialMiner, InputError, PlanError, hookimpl
+from pml_adversarial import AdversarialMiner, InputError, PlanError
 from pml_adversarial.defenses.amd import RAMD
 from pml_adversarial.defenses.trades import TRADES
-
-EPS, ALPHA, STEPS = 0.05, 0.015, 5
-PEERS_PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False)
-LOSSES = {
-    "triplets": losses.TripletMarginLoss,
-    "pairs": losses.ContrastiveLoss,
-    "MultiSimilarity": losses.MultiSimilarityLoss,
-    "NCA": losses.NCALoss,
-    "SupCon": losses.SupConLoss,
-    "ArcFace": partial(losses.ArcFaceLoss, 4, 4),
-    "ProxyNCA": partial(losses.ProxyNCALoss, 4, 4),
-}
-MINERS = {
-    "none": None,
-    "triplets": miners.TripletMarginMiner(margin=1.0),
-    "pairs": miners.MultiSimilarityMiner(epsilon=1.0),
-}
-
-
-class Spy:
-    @hookimpl(wrapper=True)
-    def pml_adversarial_score(self, batch, plan):
-        score = yield
-        if not hasattr(self, "score"):
-            self.score, self.batch, self.plan = score, batch, plan
-        return score
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_training_loss(self, adversarial):
-        self.adversarial = adversarial
-        self.loss = yield
-        return self.loss
-
-
-def step(model, images, labels, *plugins, loss=None, tuples=None, attack=PEERS_PGD, **options):
-    spy = Spy()
-    loss_func = seed_paper_loss(
-        loss or losses.TripletMarginLoss(), model, attack=attack, plugins=[*plugins, spy], seed=0, **options
-    )
-    loss_func(model(images), labels, tuples)
-    return loss_func, spy
 
 
 def cosine(left, right):
