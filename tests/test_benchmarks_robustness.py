@@ -53,7 +53,7 @@ class TestProtocol:
     def test_help_is_augmentation_rotation_and_a_schedule(self):
         found = named("helped", "cub", {"budget": 7000})
         assert (found.steps, found.budget) == (0, 7000)
-        assert (found.schedule, found.augment, found.rotations, found.composites) == ("cosine", 1.0, True, 0.0)
+        assert (found.schedule, found.augment, found.rotations) == ("cosine", 1.0, True)
         assert (found.eps, found.alpha, found.learning_rate, found.backbone) == (8 / 255, 1 / 255, 1e-5, "resnet18")
 
     def test_help_differs_by_data(self):
@@ -61,9 +61,9 @@ class TestProtocol:
             named(name, data, {})
             for name, data in (("helped", "omniglot"), ("helped", "digits"), ("peers", "omniglot"))
         )
-        assert (strokes.thresholds, strokes.composites, strokes.preset_eps) == (True, 0.5, 77 / 255)
+        assert (strokes.thresholds, strokes.learning_rate, strokes.preset_eps) == (True, 5e-4, 77 / 255)
         for other in (digits, peers):
-            assert (other.thresholds, other.composites, other.preset_eps) == (False, 0.0, 40 / 255)
+            assert (other.thresholds, other.learning_rate, other.preset_eps) == (False, 1e-3, 40 / 255)
 
     def test_steps_take_the_place_of_a_budget(self):
         assert (named("helped", "digits", {"steps": 5}).steps, named("helped", "digits", {"steps": 5}).budget) == (5, 0)
@@ -77,7 +77,6 @@ class TestProtocol:
             ({"per_class": 1}, "holds no triplets"),
             ({"precision": "float16"}, "expected one of"),
             ({"augment": -1.0}, r"augment=-1\.0; expected"),
-            ({"composites": 0.5, "size": 224}, "not of photographs"),
         ],
     )
     def test_refuses(self, wrong, message):
@@ -162,22 +161,6 @@ class TestBatches:
         batch = Batches(part, Protocol(**{**TINY, "classes": 16}, steps=1, rotations=True), 0)[0]
         assert sorted(batch[1].unique().tolist()) == list(range(16))
 
-    def test_composites_are_two_classes_drawn_over_one_another(self):
-        """Each class lights one pixel."""
-        images = torch.eye(12)[torch.arange(4).repeat(3)].reshape(12, 1, 3, 4)
-        part = InMemory(images, torch.arange(4).repeat(3))
-        batch, labels = Batches(part, Protocol(**{**TINY, "classes": 4}, steps=1, composites=0.5), 0)[3]
-        assert labels.tolist()[:4] == [4, 4, 5, 5]
-        assert len(set(labels.tolist()[4:])) == 2
-        assert max(labels.tolist()[4:]) < 4
-        lit = [set(image.flatten().nonzero().flatten().tolist()) for image in batch]
-        assert [len(pixels) for pixels in lit[4:]] == [1] * 4
-        assert all(len(pixels) in (1, 2) for pixels in lit[:4])
-        assert lit[0] == lit[1] != lit[2] == lit[3]
-        assert any(len(pixels) == 2 for pixels in lit[:4])
-        with pytest.raises(InputError, match=r"composites=1\.5; expected a share"):
-            Protocol(**TINY, steps=1, composites=1.5)
-
     def test_too_few_classes(self, part):
         with pytest.raises(InputError, match="A batch of 3 classes with 4 images each; found 0"):
             Batches(part, Protocol(**{**TINY, "per_class": 4}, steps=1), 0)
@@ -196,7 +179,7 @@ class TestTraining:
         ("method", "passes"),
         [
             ("plain", 6 * 6),  # twice three steps of six images
-            ("preset", 6 + 2 * 6 * (1 + 3 + 1)),  # the first step of the warm-up has no attack
+            ("preset-ms", 6 + 2 * 6 * (1 + 3 + 1)),  # the first step of the warm-up has no attack
         ],
     )
     def test_counts_passes(self, method, passes, part, tmp_path):
@@ -229,7 +212,7 @@ class TestTraining:
             schedule.step()
         torch.testing.assert_close(found.state_dict(), model.state_dict())
 
-    @pytest.mark.parametrize("method", ["plain-softhard", "seed-paper", "preset"])
+    @pytest.mark.parametrize("method", ["plain-softhard", "seed-paper", "preset-ms"])
     def test_goes_on_after_an_exception(self, method, part, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "KEPT_EVERY", 2)
         (tmp_path / "whole").mkdir()
@@ -252,7 +235,7 @@ class TestTraining:
         assert (again.passed.forward, again.passed.losses) == (whole.passed.forward, whole.passed.losses)
 
     def test_a_budget_ends_it(self, part, tmp_path):
-        training, _ = trained("preset", part, tmp_path, steps=0, budget=200)
+        training, _ = trained("preset-ms", part, tmp_path, steps=0, budget=200)
         assert training.loss.adversary.strength.warmup == 200 // 30 // 2
         assert 200 <= training.passed.forward < 200 + 30
 
@@ -260,15 +243,15 @@ class TestTraining:
         protocol = Protocol(**TINY, steps=1)
         one, two, other = (
             Training(METHODS[name], protocol, part, seed, CPU).model.state_dict()
-            for name, seed in (("plain", 0), ("preset", 0), ("plain", 1))
+            for name, seed in (("plain", 0), ("preset-ms", 0), ("plain", 1))
         )
         torch.testing.assert_close(one, two, rtol=0, atol=0)
         assert not torch.equal(one["1.weight"], other["1.weight"])
 
     def test_half_precision_stays_near(self, part, tmp_path):
         (tmp_path / "half").mkdir()
-        _, full = trained("preset", part, tmp_path)
-        training, half = trained("preset", part, tmp_path / "half", precision="bfloat16")
+        _, full = trained("preset-ms", part, tmp_path)
+        training, half = trained("preset-ms", part, tmp_path / "half", precision="bfloat16")
         assert all(weight.dtype == torch.float32 for weight in half.parameters())
         assert not torch.equal(full[1].weight, half[1].weight)
         torch.testing.assert_close(full[1].weight, half[1].weight, rtol=0, atol=2 * 3 * 1e-3)  # Adam's reach
@@ -291,8 +274,8 @@ class TestTraining:
 class TestMethods:
     def test_the_recipe_tells_options(self):
         protocol = Protocol(**TINY, steps=3)
-        recipe = METHODS["preset"].recipe(protocol)
-        assert recipe != METHODS["preset"].recipe(Protocol(**TINY, steps=3, preset_eps=0.1))
+        recipe = METHODS["preset-ms"].recipe(protocol)
+        assert recipe != METHODS["preset-ms"].recipe(Protocol(**TINY, steps=3, preset_eps=0.1))
         assert recipe["loss"].startswith("MultiSimilarityLoss(alpha=2, base=0.5, beta=40")
         assert json.loads(json.dumps(recipe)) == recipe
 
@@ -355,7 +338,7 @@ class TestPhotographs:
         assert torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([3])))
         assert not torch.equal(kept.pixels(torch.tensor([0])), data.pixels(torch.tensor([0])))
         protocol = Protocol(name, "mlp", steps=1, classes=2, augment=1.0, attack_steps=1)
-        Training(METHODS["preset"], protocol, data, 0, CPU).run(tmp_path / "checkpoint.pt")
+        Training(METHODS["preset-ms"], protocol, data, 0, CPU).run(tmp_path / "checkpoint.pt")
 
     def test_that_are_not_there(self, name, tmp_path):
         with pytest.raises(InputError, match=f"{name} cannot be read from .*--download"):
@@ -464,9 +447,9 @@ class TestCommand:
         return [*short.split(), "--quiet", "--device", "cpu", "--out", str(tmp_path / "out")]
 
     def test_trains_attacks_and_puts_it_into_a_table(self, asked, tmp_path):
-        assert command.main([*asked, "--methods", "plain", "preset", "--seeds", "3"]) == 0
+        assert command.main([*asked, "--methods", "plain", "preset-ms", "--seeds", "3"]) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert [(run["method"], run["seed"]) for run in results["runs"]] == [("plain", 3), ("preset", 3)]
+        assert [(run["method"], run["seed"]) for run in results["runs"]] == [("plain", 3), ("preset-ms", 3)]
         assert results["runs"][0]["training"]["steps"] == 4
         assert results["runs"][0]["report"]["num_queries"] == 6
         assert {"torch", "pml-adversarial"} <= set(results["runs"][0]["report"]["versions"])

@@ -63,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
     add("--schedule", choices=SCHEDULES)
     add("--augment", type=float, help="how much to change training images at random: 0, or 1 for Omniglot's")
     add("--rotations", action=either, help="quarter turns of a class are further classes")
-    add("--composites", type=float, help="share of a batch's classes that are two classes drawn over one another")
     add("--thresholds", action=either, help="the first convolution starts as thresholds of pixels")
     add("--train-eps", type=float, help="radius of training attacks, in 255ths")
     add("--train-alpha", type=float, help="their step, in 255ths")

@@ -22,7 +22,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         part: images of the training classes.
-        protocol: says P, K, how much images are augmented, whether classes are turned, and how many are composites.
+        protocol: says P, K, how much images are augmented, and whether classes are turned.
         seed: of the choice.
 
     Raises:
@@ -46,24 +46,15 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return 1 << 31  # there is no last one
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images ``(P K, C, H, W)`` and labels ``(P K,)`` from 0 on; those of composites are of this batch alone."""
+        """Images ``(P K, C, H, W)`` and labels ``(P K,)`` from 0 on."""
         with random_stream(self.seed + _OWN, step):
             chosen = torch.randperm(len(self.members))[: self.protocol.classes].tolist()
-            images, labels = self._of(chosen)
-            if composites := round(self.protocol.composites * self.protocol.classes):
-                over, _ = self._of(torch.randperm(len(self.members))[:composites].tolist())
-                images[: len(over)] = images[: len(over)].maximum(over)
-                new = self.labels.max() + 1 + torch.arange(composites)
-                labels[: len(over)] = new.repeat_interleave(self.protocol.per_class)
-            return images, labels
+            rows = torch.cat([self._some_of(self.members[label]) for label in chosen])
+            return self.images.pixels(rows, self.protocol.augment), self.labels[rows]
 
     def after(self, step: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from a step on, read by other processes if there are workers."""
         return iter(DataLoader(self, batch_size=None, sampler=range(step, len(self)), num_workers=workers))
-
-    def _of(self, classes: list[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.cat([self._some_of(self.members[label]) for label in classes])
-        return self.images.pixels(rows, self.protocol.augment), self.labels[rows]
 
     def _some_of(self, rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows))[: self.protocol.per_class]]

@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("pml_adversarial").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
-        which = "plain" if run["eps"] == 0 else "preset"
-        method = replace(METHODS[which], loss=made[run["loss"]], miner=None, warmup=None, twice=False)
+        which = "plain-ms" if run["eps"] == 0 else "preset-ms"
+        method = replace(METHODS[which], loss=made[run["loss"]], warmup=None, twice=False)
         radius = run["eps"] or max(options.eps)
         try:
             found = measure(method, replace(protocol, preset_eps=radius / 255), train, searched, run["seed"], radius)

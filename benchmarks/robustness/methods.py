@@ -11,7 +11,7 @@ from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import MultiSimilarityLoss, SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
@@ -90,8 +90,14 @@ def triplet() -> nn.Module:
 
 
 def multi_similarity() -> nn.Module:
-    """The loss that the preset is measured with."""
+    """One of the two losses that the preset is measured with; it cares most for negatives that are near."""
     loss: nn.Module = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
+    return loss
+
+
+def sup_con() -> nn.Module:
+    """The other; it cares for all negatives."""
+    loss: nn.Module = SupConLoss(temperature=0.1)
     return loss
 
 
@@ -151,11 +157,13 @@ def _on_triplets(
     return Method(said, triplet, miner, made, **{"options": _peers_attack, **more})
 
 
+_PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
 _OWN_COPIES = {"raises": "hardness", "tuples_per_anchor": 1}
 METHODS: dict[str, Method] = {
     "plain": Method("triplets, random negatives", triplet, _random, twice=True),
     "plain-softhard": Method("triplets, soft-hard negatives", triplet, _soft_hard, twice=True),
     "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
+    "plain-supcon": Method("SupConLoss", sup_con, twice=True),
     "seed-paper": Method(
         "arXiv 2102.07265: positives of one tuple per anchor, 5 steps from a random start",
         lambda: TripletMarginLoss(margin=0.2),
@@ -173,7 +181,6 @@ METHODS: dict[str, Method] = {
         "arXiv 2312.07364: CA-TRIDE", ("tride", "TRIDE"), miner=None, options=_half_the_steps, warmup=1.0
     ),
     "trades": _on_triplets("arXiv 1901.08573, on neighbours", ("trades", "TRADES")),
-    "preset": Method(
-        "AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, options=_preset, warmup=0.5
-    ),
+    "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
+    "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
 }

@@ -22,7 +22,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 HELPED: dict[str, dict[str, Any]] = {
     "omniglot": {
         "augment": 0.5,
-        "composites": 0.5,
+        "learning_rate": 5e-4,
         "thresholds": True,
         "preset_eps": 77 / 255,
     }
@@ -65,8 +65,6 @@ class Protocol:
         augment: how much training images are changed at random; 0: not at all, 1: as `benchmarks.omniglot` does.
             Photographs know only whether.
         rotations: whether quarter turns of a class are further classes.
-        composites: share of a batch's classes that are further ones: two classes drawn over one another, the brighter
-            pixel of each two. For strokes, and losses without a weight per class.
         thresholds: whether the first convolution starts as thresholds of pixels, see `backbones.start_as_thresholds`.
         eps: l-inf radius of training attacks, in pixels of [0, 1].
         alpha: their step.
@@ -91,7 +89,6 @@ class Protocol:
     schedule: str = "constant"
     augment: float = 0.0
     rotations: bool = False
-    composites: float = 0.0
     thresholds: bool = False
     eps: float = 77 / 255
     alpha: float = 3 / 255
@@ -117,10 +114,6 @@ class Protocol:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
         if self.augment < 0:
             raise InputError(f"augment={self.augment}; expected a strength from 0 on.")
-        if not 0 <= self.composites <= 1:
-            raise InputError(f"composites={self.composites}; expected a share from 0 to 1.")
-        if self.composites and self.size:
-            raise InputError("Composites are of strokes, not of photographs; leave out --composites.")
         if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
             raise InputError(
                 f"precision={self.precision!r}, schedule={self.schedule!r}; expected one of {PRECISIONS} and of "
