@@ -279,6 +279,11 @@ class TestMethods:
         assert recipe["loss"].startswith("MultiSimilarityLoss(alpha=2, base=0.5, beta=40")
         assert json.loads(json.dumps(recipe)) == recipe
 
+    def test_the_recipe_tells_what_a_loss_is_made_of(self):
+        loss = METHODS["plain-both"].recipe(Protocol(**TINY, steps=3))["loss"]
+        assert "losses=[SupConLoss(" in loss and "temperature=0.1" in loss and "MultiSimilarityLoss(alpha=2" in loss
+        assert loss.endswith("weights=[0.5, 0.5])")
+
     def test_a_plugin_is_made_for_each_loss(self, model):
         method = Method("", triplet, plugins=lambda: [SimpleNamespace()], options=lambda protocol: {})
         with pytest.raises(Exception, match="answers no hook"):

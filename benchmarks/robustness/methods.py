@@ -11,7 +11,7 @@ from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from pytorch_metric_learning.losses import MultiSimilarityLoss, SupConLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss, SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
@@ -90,14 +90,20 @@ def triplet() -> nn.Module:
 
 
 def multi_similarity() -> nn.Module:
-    """One of the two losses that the preset is measured with; it cares most for negatives that are near."""
+    """One of the losses that the preset is measured with; it cares most for negatives that are near."""
     loss: nn.Module = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
     return loss
 
 
 def sup_con() -> nn.Module:
-    """The other; it cares for all negatives."""
+    """Another; it cares for all negatives."""
     loss: nn.Module = SupConLoss(temperature=0.1)
+    return loss
+
+
+def both() -> nn.Module:
+    """The mean of the two."""
+    loss: nn.Module = MultipleLosses([sup_con(), multi_similarity()], weights=[0.5, 0.5])
     return loss
 
 
@@ -112,13 +118,18 @@ def _defense(module: str, name: str, **options: Any) -> Any:
 
 
 def _told(part: Any) -> str:
-    """The class of an object and the numbers and words that it holds; of a function, its name."""
+    """The class of an object and the numbers, words and lists that it holds; of a function, its name."""
     if isinstance(part, FunctionType):
         return description(part)
-    held = {
-        name: value for name, value in vars(part).items() if isinstance(value, str | int | float) and name[0] != "_"
-    }
-    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(held.items()))})"
+    if isinstance(part, nn.ModuleList):
+        return f"[{', '.join(map(_told, part))}]"
+    held = {**vars(part), **vars(part).get("_modules", {})}
+    said = [
+        f"{name}={_told(value) if isinstance(value, nn.ModuleList) else repr(value)}"
+        for name, value in sorted(held.items())
+        if name[0] != "_" and isinstance(value, str | int | float | list | nn.ModuleList)
+    ]
+    return f"{type(part).__name__}({', '.join(said)})"
 
 
 def _random() -> Miner:
@@ -164,6 +175,7 @@ METHODS: dict[str, Method] = {
     "plain-softhard": Method("triplets, soft-hard negatives", triplet, _soft_hard, twice=True),
     "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
     "plain-supcon": Method("SupConLoss", sup_con, twice=True),
+    "plain-both": Method("mean of the two", both, twice=True),
     "seed-paper": Method(
         "arXiv 2102.07265: positives of one tuple per anchor, 5 steps from a random start",
         lambda: TripletMarginLoss(margin=0.2),
@@ -183,4 +195,5 @@ METHODS: dict[str, Method] = {
     "trades": _on_triplets("arXiv 1901.08573, on neighbours", ("trades", "TRADES")),
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
+    "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
 }
