@@ -119,13 +119,13 @@ def _defense(module: str, name: str, **options: Any) -> Any:
 
 def _told(part: Any) -> str:
     """The class of an object and the numbers, words and lists that it holds; of a function, its name."""
-    if isinstance(part, FunctionType):
-        return description(part)
-    if isinstance(part, nn.ModuleList):
+    if isinstance(part, list | nn.ModuleList):
         return f"[{', '.join(map(_told, part))}]"
+    if isinstance(part, FunctionType) or not hasattr(part, "__dict__"):
+        return description(part)
     held = {**vars(part), **vars(part).get("_modules", {})}
     said = [
-        f"{name}={_told(value) if isinstance(value, nn.ModuleList) else repr(value)}"
+        f"{name}={_told(value)}"
         for name, value in sorted(held.items())
         if name[0] != "_" and isinstance(value, str | int | float | list | nn.ModuleList)
     ]
