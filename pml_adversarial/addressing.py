@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, HistogramLoss, TupletMarginLoss
@@ -42,6 +42,24 @@ def takes_copies(wrapped: Callable[..., Any], rows: int) -> bool:
     parts = list(wrapped.modules()) if isinstance(wrapped, nn.Module) else []
     small = any(isinstance(part, CrossBatchMemory) and part.memory_size < rows for part in parts)
     return not small and not any(isinstance(part, _FAILS_AT_EQUALS) for part in parts)
+
+
+def sees_copies(wrapped: nn.Module, batch: Batch) -> bool:
+    """Whether the loss takes one labelled batch of rows and their copies, and copies of rows that are not alone count.
+
+    Where a loss takes one pair of each class (`NPairsLoss`), it takes the first, and that one is clean if it can be.
+    """
+    with random_stream(0, 0):
+        trial = _trial_for(wrapped, batch)
+        labels = cast(Tensor, trial.labels)[:, None]
+        in_company = ((labels == labels.T).sum(1) > len(trial) // trial.num_queries)[:, None]
+        once, again = torch.randn_like(trial.embeddings), torch.randn_like(trial.embeddings)
+    plan = replace_rows(torch.arange(len(trial)), len(trial), trial.indices_tuple).split(trial.num_queries)
+    plan = plan.beside_clean(len(trial))
+    found = [_value(wrapped, trial, plan, copies) for copies in (once, torch.where(in_company, again, once))]
+    if None in found:
+        return _value(wrapped, trial, untouched(trial, trial.indices_tuple)) is None  # then nothing is decided by it
+    return found[0] != found[1]
 
 
 def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from .addressing import (
     clean_loss,
     finest,
     own_tuples,
+    sees_copies,
     sees_rows_apart,
     situation_of,
     takes_copies,
@@ -79,6 +80,7 @@ class FixedContext:
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
         self._addressing: dict[Situation, str] = {}
         self._by_row: dict[Situation, bool] = {}
+        self._sees_copies: dict[Situation, bool] = {}
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -114,15 +116,15 @@ class FixedContext:
 
     @hookimpl(trylast=True)
     def pml_adversarial_training_loss(
-        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
+        self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Tensor:
         """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one.
 
         Where clean rows are kept, it is that of one batch of both. Where rows cannot join it, it is the mean of the two
         losses: copies stand for roles, or without labels a row and its copy would count as different, or the loss fails
-        where they are equal.
+        where they are equal or picks only clean ones.
         """
-        trained = trained_on(plan, wrapped, batch)
+        trained = self._trained_on(plan, wrapped, batch)
         loss: Tensor = trained.evaluate(wrapped, batch, adversarial.embeddings)
         apart = plan.keeps_clean and trained is plan
         if not (apart or self.clean_weight):
@@ -187,6 +189,18 @@ class FixedContext:
             self._by_row[situation] = sees_rows_apart(wrapped, batch)
         return self._by_row[situation]
 
+    def _trained_on(self, plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
+        """The plan that training evaluates: with clean rows beside the perturbed ones, if they are kept and can be."""
+        replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
+        if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
+            return plan
+        if not takes_copies(wrapped, 2 * batch.num_queries):
+            return plan
+        situation = situation_of(batch)
+        if situation not in self._sees_copies:
+            self._sees_copies[situation] = sees_copies(wrapped, batch)
+        return plan.beside_clean(len(batch)) if self._sees_copies[situation] else plan
+
     def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
         known = batch.num_attackable
         if (
@@ -199,14 +213,6 @@ class FixedContext:
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
                 "model."
             )
-
-
-def trained_on(plan: Plan, wrapped: Callable[..., Tensor], batch: Batch) -> Plan:
-    """The plan that training evaluates: with the clean rows beside the perturbed ones, if they are kept and can be."""
-    replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
-    if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
-        return plan
-    return plan.beside_clean(len(batch)) if takes_copies(wrapped, 2 * batch.num_queries) else plan
 
 
 def _tells_images_apart(batch: Batch) -> bool:

@@ -28,7 +28,7 @@ from contract import (
 from pytorch_metric_learning import losses
 from torch import nn
 
-from pml_adversarial import AdversarialMiner
+from pml_adversarial import AdversarialLoss, AdversarialMiner
 from pml_adversarial.scores import ViolationScore, distance_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
@@ -268,6 +268,26 @@ class TestAttack:
         assert counts == [attacked, loss, score]
         assert neither < 0.01 * attacked
         assert neither >= len(EXCEPTIONS)
+
+
+class TestKeepsClean:
+    @every_case
+    def test_and_trains_on_the_copies_as_well(self, name, situation):
+        scene = Scene(name, situation)
+        if isinstance(scene.plain(), Exception):
+            return
+        if name == "ThresholdConsistentMarginLoss" and situation.reference:
+            pytest.skip("PML looks for members of the reference among the queries, of which there may be fewer")
+        found = []
+        for shift in (0.1, -0.1):
+            attack = partial(_moved, shift=shift)
+            loss_func = AdversarialLoss(copy.deepcopy(scene.loss), scene.model, attack=attack, seed=0)
+            found.append(scene.call(loss_func).item())
+        assert found[0] != found[1] or not loss_func.num_perturbed
+
+
+def _moved(objective, shift):
+    return lambda inputs, labels: (inputs + shift).clamp(0, 1)
 
 
 class Moody(nn.Sequential):

@@ -9,6 +9,7 @@ from pytorch_metric_learning.losses import (
     CrossBatchMemory,
     HistogramLoss,
     MultiSimilarityLoss,
+    NPairsLoss,
     NTXentLoss,
     ProxyAnchorLoss,
     SelfSupervisedLoss,
@@ -17,6 +18,7 @@ from pytorch_metric_learning.losses import (
     TupletMarginLoss,
     VICRegLoss,
 )
+from pytorch_metric_learning.miners import MultiSimilarityMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
@@ -61,6 +63,16 @@ def test_the_mean_of_two_where_the_loss_fails_at_equal_embeddings(loss, model, i
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     _, found = training_loss(loss, model, images, labels)
     clean, perturbed = (loss(model(rows), labels) for rows in (images, images + 0.05))
+    assert found.item() == pytest.approx((clean + perturbed).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("miner", [None, MultiSimilarityMiner(epsilon=2)], ids=["no miner", "miner"])
+def test_the_mean_of_two_where_the_loss_picks_only_clean_rows(miner, model, images, labels):
+    loss = NPairsLoss()
+    tuples = () if miner is None else (miner(model(images), labels),)
+    _, found = training_loss(loss, model, images, labels, *tuples)
+    clean, perturbed = (loss(model(rows), labels, *tuples) for rows in (images, images + 0.05))
+    assert clean.item() != perturbed.item()
     assert found.item() == pytest.approx((clean + perturbed).item() / 2, rel=1e-5)
 
 
