@@ -28,9 +28,11 @@ EVERY = 5
 WARMUP = 200
 """Steps over which `AdversarialLoss` lets an attack grow if it is not told."""
 
+BEARABLE = 0.1
+"""Of the clean R@1 within the batch: where an attack leaves less, its eps is out of reach."""
+
 _MEMORY = 20  # looks over which R@1 is averaged
 _LOST = 0.5  # of its best R@1 so far: an embedding that has less left is collapsing
-_BEARABLE = 0.1  # of the clean R@1: where an attack leaves less, its eps is out of reach
 _RECOVERY = 100  # steps in which the attack on a collapsing embedding gives way entirely, or comes back
 
 
@@ -81,8 +83,13 @@ class Strength:
             self.attacked = _averaged(self.attacked, attacked, self.strong_looks)
         if collapsing and self.looks % _MEMORY == 0:
             self._warn_of_collapse()
-        elif self.strong_looks and self.strong_looks % (5 * _MEMORY) == 0 and attacked is not None:
+        elif attacked is not None and self.out_of_reach and self.strong_looks % (5 * _MEMORY) == _MEMORY:
             self._warn_of_reach(step)
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether hardly anything withstands the attack at full strength, after 100 steps of it."""
+        return self.strong_looks >= _MEMORY and self.attacked < BEARABLE * self.recall
 
     def records(self) -> dict[str, float]:
         """R@1 within the batch, without attack and under it, averaged over the last looks."""
@@ -108,15 +115,14 @@ class Strength:
         )
 
     def _warn_of_reach(self, step: int) -> None:
-        if self.attacked < _BEARABLE * self.recall:
-            logger.warning(
-                "The eps of this attack is out of reach so far: after %d steps R@1 within the batch is %.0f %% without "
-                "attack and %.0f %% under it. Expect no robustness at it. Smaller eps may be learned better with a "
-                "smaller eps in training; else train for longer, or use a larger network.",
-                step + 1,
-                100 * self.recall,
-                100 * self.attacked,
-            )
+        logger.warning(
+            "The eps of this attack is out of reach so far: after %d steps R@1 within the batch is %.0f %% without "
+            "attack and %.0f %% under it. Expect no robustness at it. Smaller eps may be learned better with a "
+            "smaller eps in training; else train for longer, or use a larger network.",
+            step + 1,
+            100 * self.recall,
+            100 * self.attacked,
+        )
 
 
 def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -> Tensor:

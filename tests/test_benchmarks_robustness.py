@@ -1,4 +1,5 @@
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,22 +537,25 @@ class TestCollapse:
 
     def test_less_than_half_of_plain_training_is_collapse(self):
         runs = [
-            {"loss": "A", "seed": seed, "eps": eps, "recall_at_1": recall}
-            for seed, eps, recall in [
-                (0, 0, 0.8),
-                (0, 26, 0.41),
-                (0, 77, 0.39),
-                (1, 0, 0.4),
-                (1, 26, 0.3),
-                (1, 77, 0.1),
+            {"loss": "A", "seed": seed, "eps": eps, "recall_at_1": recall, "attacked": recall / 2, **batch}
+            for seed, eps, recall, batch in [
+                (0, 0, 0.8, {}),
+                (0, 26, 0.41, {"batch_recall": 0.4, "batch_recall_attacked": 0.05}),
+                (0, 77, 0.39, {"batch_recall": 0.4, "batch_recall_attacked": 0.03}),
+                (1, 0, 0.4, {}),
+                (1, 26, 0.3, {"batch_recall": 0.0, "batch_recall_attacked": 0.0}),
+                (1, 77, 0.1, {"batch_recall": 0.2, "batch_recall_attacked": 0.01}),
             ]
         ]
         assert [(run["seed"], run["eps"]) for run in collapse.collapsed(runs)] == [(0, 77), (1, 77)]
+        assert [(run["seed"], run["eps"]) for run in collapse.out_of_reach(runs)] == [(0, 77), (1, 77)]
         failed = {"loss": "B", "seed": 0, "eps": 77, "error": "ArithmeticError: nan"}
         lines = collapse.table([*runs, failed]).splitlines()
-        assert lines[0] == "| loss | plain | 26/255 | 77/255 | collapsed | failed | runs |"
-        assert lines[2] == "| A | 60.0 (40.0) | 35.5 (30.0) | 24.5 (10.0) | 2 | 0 | 6 |"
-        assert lines[3] == "| B | - | - | - | 0 | 1 | 1 |"
+        assert lines[0] == (
+            "| loss | plain | 26/255 | 77/255 | collapsed | out of reach, and said so | failed | runs |"
+        )
+        assert lines[2] == "| A | 60.0 (40.0) | 35.5 (30.0) / 17.8 | 24.5 (10.0) / 12.2 | 2 | 2 | 0 | 6 |"
+        assert lines[3] == "| B | - | - | - | 0 | 0 | 1 | 1 |"
 
     def test_runs_that_are_there_are_not_made_again(self, tmp_path, monkeypatch):
         asked = ["--losses", "SupConLoss", "DynamicSoftMarginLoss", "--seeds", "0", "--eps", "77", "--steps", "4"]
@@ -564,6 +568,7 @@ class TestCollapse:
         assert 0 < runs[1]["recall_at_1"] <= 1
         assert runs[1]["batch_recall"] >= 0
         assert "error" in runs[2]  # PML keeps a graph there
+        assert logging.getLogger("pml_adversarial").level == logging.NOTSET  # quiet while it trains only
         monkeypatch.setattr(collapse, "measure", None)
         collapse.main([*asked, "--out", str(out)])
         assert len(out.read_text().splitlines()) == 4

@@ -92,9 +92,19 @@ class TestWarnings:
         assert "held back" not in caplog.text
 
     def test_of_an_eps_out_of_reach(self, caplog):
-        looked([0.8] * 100, attacked=0.05)
-        assert "after 496 steps R@1 within the batch is 80 % without attack and 5 % under it" in caplog.text
+        strength = looked([0.8] * LOOKS, attacked=0.05)
+        assert strength.out_of_reach
+        assert "after 96 steps R@1 within the batch is 80 % without attack and 5 % under it" in caplog.text
         assert len(caplog.records) == 1
+
+    def test_which_is_repeated_every_500_steps(self, caplog):
+        looked([0.8] * 6 * LOOKS, attacked=0.05)
+        assert [record.args[0] for record in caplog.records] == [96, 596]
+
+    def test_not_after_fewer_steps_at_full_strength(self, caplog):
+        strength = looked([0.8] * 2 * LOOKS, attacked=0.05, warmup=150)
+        assert not strength.out_of_reach
+        assert caplog.records == []
 
     def test_none_of_a_good_run(self, caplog):
         with caplog.at_level(logging.DEBUG):

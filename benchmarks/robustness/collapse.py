@@ -17,7 +17,8 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss
+from pml_adversarial.collapse import BEARABLE
 
 from .backbones import build
 from .batches import Batches
@@ -112,35 +114,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.losses or made
         for eps in (0.0, *options.eps)  # 0: plain training
     ]
-    logging.getLogger("pml_adversarial").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
-        which = "plain-ms" if run["eps"] == 0 else "preset-ms"
-        method = replace(METHODS[which], loss=made[run["loss"]], warmup=None, twice=False)
-        radius = run["eps"] or max(options.eps)
-        try:
-            found = measure(method, replace(protocol, preset_eps=radius / 255), train, searched, run["seed"], radius)
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}"}
-        runs.append(run | found)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
+    with _quiet():
+        for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
+            which = "plain-ms" if run["eps"] == 0 else "preset-ms"
+            method = replace(METHODS[which], loss=made[run["loss"]], warmup=None, twice=False)
+            radius = run["eps"] or max(options.eps)
+            same_eps = replace(protocol, preset_eps=radius / 255)
+            try:
+                found = measure(method, same_eps, train, searched, run["seed"], radius)
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {error}"}
+            runs.append(run | found)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(runs[-1]) + "\n")
     same = [run for run in runs if run["data"] == options.data and run["steps"] == options.steps]
     logging.getLogger("robustness").info("\n%s", table(same))
     return 0
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What losses and training have to say is in the records."""
+    logger = logging.getLogger("pml_adversarial")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """One line per loss: R@1 of unseen classes in percent, the mean and the least of all seeds; how many collapsed."""
+    """One line per loss, in percent, each the mean of all seeds.
+
+    R@1 of unseen classes, with the least of all seeds in brackets, without an attack in training and with one at each
+    eps; after the slash, what an attack at that eps leaves of it. How many runs collapsed, how many said that their eps
+    is out of reach, and how many failed.
+    """
     radii = sorted({run["eps"] for run in runs})
-    heads = ["loss", *("plain" if eps == 0 else f"{eps:g}/255" for eps in radii), "collapsed", "failed", "runs"]
-    lines = [heads]
+    counted = ("collapsed", "out of reach, and said so", "failed", "runs")
+    lines = [["loss", *("plain" if eps == 0 else f"{eps:g}/255" for eps in radii), *counted]]
     for name in sorted({run["loss"] for run in runs}):
         of_loss = [run for run in runs if run["loss"] == name]
         cells = [_cell([run for run in of_loss if run["eps"] == eps]) for eps in radii]
-        failed = sum("error" in run for run in of_loss)
-        lines.append([name, *cells, *(str(n) for n in (len(collapsed(of_loss)), failed, len(of_loss)))])
+        failed = [run for run in of_loss if "error" in run]
+        counts = (len(found) for found in (collapsed(of_loss), out_of_reach(of_loss), failed, of_loss))
+        lines.append([name, *cells, *map(str, counts)])
     return markdown(lines)
+
+
+def out_of_reach(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that ended with a warning that their eps is out of reach: it goes by R@1 within the batch."""
+    return [run for run in runs if run.get("batch_recall_attacked", 1.0) < BEARABLE * run.get("batch_recall", 0.0)]
 
 
 def collapsed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,8 +182,12 @@ def collapsed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cell(runs: Sequence[dict[str, Any]]) -> str:
-    found = [100 * run["recall_at_1"] for run in runs if "error" not in run]
-    return f"{statistics.fmean(found):.1f} ({min(found):.1f})" if found else "-"
+    good = [run for run in runs if "error" not in run]
+    if not good:
+        return "-"
+    found, left = ([100 * run[name] for run in good] for name in ("recall_at_1", "attacked"))
+    mean = f"{statistics.fmean(found):.1f} ({min(found):.1f})"
+    return f"{mean} / {statistics.fmean(left):.1f}" if good[0]["eps"] else mean
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
