@@ -445,6 +445,16 @@ def test_the_tables_of_the_page_are_those_of_the_committed_runs(experiment):
     assert table(runs, METHODS) in PAGE
 
 
+@pytest.mark.parametrize("file", sorted(path.name for path in RESULTS.glob("collapse-*.jsonl")))
+def test_no_committed_run_of_the_preset_collapsed_and_the_page_has_their_table(file):
+    runs = [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
+    assert [run for run in collapse.collapsed(runs) if not run["bare"]] == []
+    assert {0, 77} <= {run["eps"] for run in runs}
+    assert {run["loss"] for run in runs} >= set(collapse.all_losses(classes=3, dimensions=4))
+    assert {run["loss"] for run in runs if "error" in run} <= {"DynamicSoftMarginLoss"}  # PML's own failure
+    assert collapse.table(runs) in PAGE
+
+
 class TestCommand:
     @pytest.fixture
     def asked(self, tmp_path):
@@ -536,39 +546,55 @@ class TestCollapse:
         assert found["TripletMarginLoss"]().margin == 0.05  # its own default
 
     def test_less_than_half_of_plain_training_is_collapse(self):
-        runs = [
-            {"loss": "A", "seed": seed, "eps": eps, "recall_at_1": recall, "attacked": recall / 2, **batch}
-            for seed, eps, recall, batch in [
-                (0, 0, 0.8, {}),
-                (0, 26, 0.41, {"batch_recall": 0.4, "batch_recall_attacked": 0.05}),
-                (0, 77, 0.39, {"batch_recall": 0.4, "batch_recall_attacked": 0.03}),
-                (1, 0, 0.4, {}),
-                (1, 26, 0.3, {"batch_recall": 0.0, "batch_recall_attacked": 0.0}),
-                (1, 77, 0.1, {"batch_recall": 0.2, "batch_recall_attacked": 0.01}),
-            ]
+        found = [
+            (0, 0, False, 0.8, {}),
+            (0, 26, False, 0.41, {"batch_recall": 0.4, "batch_recall_attacked": 0.1}),
+            (0, 77, False, 0.39, {"batch_recall": 0.4, "batch_recall_attacked": 0.03}),
+            (1, 0, False, 0.4, {}),
+            (1, 26, False, 0.3, {"batch_recall": 0.0, "batch_recall_attacked": 0.0}),
+            (1, 77, False, 0.1, {"batch_recall": 0.2, "batch_recall_attacked": 0.01}),
+            (1, 77, True, 0.12, {"batch_recall": 0.2, "batch_recall_attacked": 0.01}),
         ]
-        assert [(run["seed"], run["eps"]) for run in collapse.collapsed(runs)] == [(0, 77), (1, 77)]
-        assert [(run["seed"], run["eps"]) for run in collapse.out_of_reach(runs)] == [(0, 77), (1, 77)]
-        failed = {"loss": "B", "seed": 0, "eps": 77, "error": "ArithmeticError: nan"}
+        runs = [
+            {
+                "loss": "A",
+                "seed": seed,
+                "eps": eps,
+                "bare": bare,
+                "recall_at_1": recall,
+                "attacked": recall / 2,
+                **batch,
+            }
+            for seed, eps, bare, recall, batch in found
+        ]
+        for part in (collapse.collapsed(runs), collapse.out_of_reach(runs)):
+            assert [(run["seed"], run["eps"], run["bare"]) for run in part] == [
+                (0, 77, False),
+                (1, 77, False),
+                (1, 77, True),
+            ]
+        failed = {"loss": "B", "seed": 0, "eps": 77, "bare": False, "error": "ArithmeticError: nan"}
         lines = collapse.table([*runs, failed]).splitlines()
         assert lines[0] == (
-            "| loss | plain | 26/255 | 77/255 | collapsed | out of reach, and said so | failed | runs |"
+            "| loss | plain | 26/255 | 77/255 | 77/255, bare | collapsed | out of reach, and said so | failed | runs |"
         )
-        assert lines[2] == "| A | 60.0 (40.0) | 35.5 (30.0) / 17.8 | 24.5 (10.0) / 12.2 | 2 | 2 | 0 | 6 |"
-        assert lines[3] == "| B | - | - | - | 0 | 0 | 1 | 1 |"
+        ours = "60.0 (40.0) | 35.5 (30.0) / 17.8 | 24.5 (10.0) / 12.2"
+        assert lines[2] == f"| A | {ours} | 12.0 (12.0) / 6.0 | 2 | 2 | 0 | 6 |"
+        assert lines[3] == "| B | - | - | - | - | 0 | 0 | 1 | 1 |"
 
     def test_runs_that_are_there_are_not_made_again(self, tmp_path, monkeypatch):
         asked = ["--losses", "SupConLoss", "DynamicSoftMarginLoss", "--seeds", "0", "--eps", "77", "--steps", "4"]
+        asked += ["--bare", "26"]
         out = tmp_path / "runs.jsonl"
         collapse.main([*asked, "--out", str(out)])
         runs = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [(run["loss"], run["eps"]) for run in runs] == [
-            (loss, eps) for loss in ("SupConLoss", "DynamicSoftMarginLoss") for eps in (0, 77)
+        assert [(run["loss"], run["eps"], run["bare"]) for run in runs] == [
+            (loss, *way) for loss in asked[1:3] for way in ((0, False), (77, False), (26, True))
         ]
         assert 0 < runs[1]["recall_at_1"] <= 1
         assert runs[1]["batch_recall"] >= 0
-        assert "error" in runs[2]  # PML keeps a graph there
+        assert "error" in runs[3]  # PML keeps a graph there
         assert logging.getLogger("pml_adversarial").level == logging.NOTSET  # quiet while it trains only
         monkeypatch.setattr(collapse, "measure", None)
         collapse.main([*asked, "--out", str(out)])
-        assert len(out.read_text().splitlines()) == 4
+        assert len(out.read_text().splitlines()) == 6

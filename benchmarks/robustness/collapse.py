@@ -4,7 +4,9 @@
 
 Each loss trains on the same batches as ``AdversarialLoss(loss, model, attack=attacks.preset(eps))``, at each eps, and
 without an attack. A model has collapsed where it finds less than half of what plain training finds among unseen
-classes. Runs are kept one a line in ``collapse.jsonl``; what is there is not made again.
+classes. Whether it would without the preset's precautions says ``--bare``: from the first step perturbed rows, at full
+strength, take the place of the clean ones. Runs are kept one a line in ``collapse.jsonl``; what is there is not made
+again.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from pytorch_metric_learning import losses as pml_losses
 from torch import nn
 from tqdm import tqdm
 
-from pml_adversarial import AdversarialLoss
+from pml_adversarial import AdversarialLoss, attacks
 from pml_adversarial.collapse import BEARABLE
 
 from .backbones import build
 from .batches import Batches
 from .data import Part, load
 from .methods import METHODS, Method
-from .protocol import Protocol, named
+from .protocol import PROTOCOLS, Protocol, named
 from .run import Evaluation
 from .table import markdown
 from .train import Training
@@ -65,9 +67,9 @@ def all_losses(classes: int, dimensions: int) -> dict[str, Callable[[], nn.Modul
 
 
 def measure(
-    method: Method, protocol: Protocol, train: Part, searched: Part, seed: int, radius: float
+    method: Method, protocol: Protocol, train: Part, searched: Part, seed: int, evaluation: Evaluation
 ) -> dict[str, Any]:
-    """What is left of the retrieval of unseen classes, and under an attack in 255ths; what training recorded.
+    """What is left of the retrieval of unseen classes, and under an attack; what training recorded.
 
     Raises:
         Exception: whatever the loss raises.
@@ -75,9 +77,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         training = Training(method, protocol, train, seed, torch.device("cpu"))
         model = training.run(Path(folder) / "checkpoint.pt")
-        evaluation = Evaluation((radius,), ("margin",), queries=200)
         report = evaluation.measure(model, searched, Path(folder) / "evaluation", progress=False)
-    found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(radius / 255)}
+    found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(evaluation.eps[0] / 255)}
     if isinstance(training.loss, AdversarialLoss):
         strength = training.loss.adversary.strength
         found |= {**strength.records(), "share": strength.share}
@@ -93,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--losses", nargs="+", default=None, help="names in PML; all by default")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--eps", type=float, nargs="+", default=[26, 51, 77], help="of the training attack, in 255ths")
+    add("--bare", type=float, nargs="+", default=[], help="the same, but without the preset's precautions")
+    add("--protocol", choices=list(PROTOCOLS), default="helped")
     add("--steps", type=int, default=300, help="of the optimiser")
+    add("--queries", type=int, default=200, help="images that are attacked")
     add("--out", type=Path, default=Path("collapse.jsonl"))
     add("--threads", type=int)
     options = parser.parse_args(arguments)
@@ -101,35 +105,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     train, searched = load(options.data, Path("data"), options.file)
-    protocol = named("helped", options.data, {"steps": options.steps, "classes": 10, "per_class": 4})
+    protocol = named(options.protocol, options.data, {"steps": options.steps, "classes": 10, "per_class": 4})
     batches = Batches(train, protocol, 0)
     images, _ = batches[0]
     dimensions = build(protocol.backbone, tuple(images.shape[1:]))(images).shape[1]
     made = all_losses(int(batches.labels.max()) + 1, dimensions)
     runs = _read(options.out)
     known = {_key(run) for run in runs}
+    ways = [(0.0, False), *((eps, False) for eps in options.eps), *((eps, True) for eps in options.bare)]
+    which = {"data": options.data, "protocol": options.protocol, "steps": options.steps}
     asked = [
-        {"data": options.data, "steps": options.steps, "loss": name, "eps": eps, "seed": seed}
+        {**which, "loss": name, "eps": eps, "bare": bare, "seed": seed}
         for seed in options.seeds
         for name in options.losses or made
-        for eps in (0.0, *options.eps)  # 0: plain training
+        for eps, bare in ways
     ]
     with _quiet():
         for run in tqdm([run for run in asked if _key(run) not in known], ncols=100):
-            which = "plain-ms" if run["eps"] == 0 else "preset-ms"
-            method = replace(METHODS[which], loss=made[run["loss"]], warmup=None, twice=False)
             radius = run["eps"] or max(options.eps)
             same_eps = replace(protocol, preset_eps=radius / 255)
+            attacked = Evaluation((radius,), ("margin",), options.queries)
             try:
-                found = measure(method, same_eps, train, searched, run["seed"], radius)
+                found = measure(_method(made[run["loss"]], run), same_eps, train, searched, run["seed"], attacked)
             except Exception as error:
                 found = {"error": f"{type(error).__name__}: {error}"}
             runs.append(run | found)
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
-    same = [run for run in runs if run["data"] == options.data and run["steps"] == options.steps]
+    same = [run for run in runs if all(run[name] == value for name, value in which.items())]
     logging.getLogger("robustness").info("\n%s", table(same))
     return 0
+
+
+def _method(loss: Callable[[], nn.Module], run: dict[str, Any]) -> Method:
+    if not run["eps"]:
+        return Method("plain", loss)
+    if run["bare"]:
+        return Method("bare", loss, options=_bare)
+    return replace(METHODS["preset-ms"], loss=loss, warmup=None)
+
+
+def _bare(protocol: Protocol) -> dict[str, Any]:
+    return {"attack": attacks.preset(protocol.preset_eps), "keep_clean": False, "guard": False}
 
 
 @contextmanager
@@ -153,14 +170,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     eps; after the slash, what an attack at that eps leaves of it. How many runs collapsed, how many said that their eps
     is out of reach, and how many failed.
     """
-    radii = sorted({run["eps"] for run in runs})
-    counted = ("collapsed", "out of reach, and said so", "failed", "runs")
-    lines = [["loss", *("plain" if eps == 0 else f"{eps:g}/255" for eps in radii), *counted]]
+    ways = sorted({(run["bare"], run["eps"]) for run in runs})
+    named_ways = ["plain" if not eps else f"{eps:g}/255{', bare' * bare}" for bare, eps in ways]
+    lines = [["loss", *named_ways, "collapsed", "out of reach, and said so", "failed", "runs"]]
     for name in sorted({run["loss"] for run in runs}):
         of_loss = [run for run in runs if run["loss"] == name]
-        cells = [_cell([run for run in of_loss if run["eps"] == eps]) for eps in radii]
-        failed = [run for run in of_loss if "error" in run]
-        counts = (len(found) for found in (collapsed(of_loss), out_of_reach(of_loss), failed, of_loss))
+        cells = [_cell([run for run in of_loss if (run["bare"], run["eps"]) == way]) for way in ways]
+        ours = [run for run in of_loss if not run["bare"]]
+        failed = [run for run in ours if "error" in run]
+        counts = (len(found) for found in (collapsed(ours), out_of_reach(ours), failed, ours))
         lines.append([name, *cells, *map(str, counts)])
     return markdown(lines)
 
@@ -191,7 +209,7 @@ def _cell(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in ("data", "steps", "loss", "eps", "seed"))
+    return tuple(run[name] for name in ("data", "protocol", "steps", "loss", "eps", "bare", "seed"))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
