@@ -167,8 +167,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     """One line per loss, in percent, each the mean of all seeds.
 
     R@1 of unseen classes, with the least of all seeds in brackets, without an attack in training and with one at each
-    eps; after the slash, what an attack at that eps leaves of it. How many runs collapsed, how many said that their eps
-    is out of reach, and how many failed.
+    eps; after the slash, what an attack at that eps leaves of it. Of the runs that are not bare, how many collapsed,
+    how many said that their eps is out of reach, and how many failed.
     """
     ways = sorted({(run["bare"], run["eps"]) for run in runs})
     named_ways = ["plain" if not eps else f"{eps:g}/255{', bare' * bare}" for bare, eps in ways]
