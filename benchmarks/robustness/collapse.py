@@ -32,7 +32,6 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss, attacks
-from pml_adversarial.collapse import BEARABLE
 
 from .backbones import build
 from .batches import Batches
@@ -81,7 +80,7 @@ def measure(
     found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(evaluation.eps[0] / 255)}
     if isinstance(training.loss, AdversarialLoss):
         strength = training.loss.adversary.strength
-        found |= {**strength.records(), "share": strength.share}
+        found |= {**strength.records(), "share": strength.share, "out_of_reach": strength.out_of_reach}
     return found
 
 
@@ -178,14 +177,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         cells = [_cell([run for run in of_loss if (run["bare"], run["eps"]) == way]) for way in ways]
         ours = [run for run in of_loss if not run["bare"]]
         failed = [run for run in ours if "error" in run]
-        counts = (len(found) for found in (collapsed(ours), out_of_reach(ours), failed, ours))
+        out_of_reach = [run for run in ours if run.get("out_of_reach")]
+        counts = (len(found) for found in (collapsed(ours), out_of_reach, failed, ours))
         lines.append([name, *cells, *map(str, counts)])
     return markdown(lines)
-
-
-def out_of_reach(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that ended with a warning that their eps is out of reach: it goes by R@1 within the batch."""
-    return [run for run in runs if run.get("batch_recall_attacked", 1.0) < BEARABLE * run.get("batch_recall", 0.0)]
 
 
 def collapsed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
