@@ -445,10 +445,15 @@ def test_the_tables_of_the_page_are_those_of_the_committed_runs(experiment):
     assert table(runs, METHODS) in PAGE
 
 
+NOT_TRAINED = {"collapse-omniglot.jsonl": {"InstanceLoss", "SoftTripleLoss"}}
+"""Losses with which plain training leaves less than an untrained network finds, as the page says."""
+
+
 @pytest.mark.parametrize("file", sorted(path.name for path in RESULTS.glob("collapse-*.jsonl")))
 def test_no_committed_run_of_the_preset_collapsed_and_the_page_has_their_table(file):
     runs = [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
-    assert [run for run in collapse.collapsed(runs) if not run["bare"]] == []
+    collapsed = {run["loss"] for run in collapse.collapsed(runs) if not run["bare"]}
+    assert collapsed <= NOT_TRAINED.get(file, set())
     assert {0, 77} <= {run["eps"] for run in runs}
     assert {run["loss"] for run in runs} >= set(collapse.all_losses(classes=3, dimensions=4))
     assert {run["loss"] for run in runs if "error" in run} <= {"DynamicSoftMarginLoss"}  # PML's own failure
