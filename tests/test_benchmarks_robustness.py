@@ -26,6 +26,7 @@ from pml_adversarial import InputError
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "robustness" / "results"
 PAGE = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
 TINY = {"data": "digits", "backbone": "mlp", "classes": 3, "per_class": 2, "attack_steps": 2}
 
@@ -443,6 +444,12 @@ def test_the_tables_of_the_page_are_those_of_the_committed_runs(experiment):
     settings = [{name: run[name] for name in ("protocol", "images", "evaluation")} for run in runs]
     assert all(found == settings[0] for found in settings)
     assert table(runs, METHODS) in PAGE
+
+
+def test_the_omniglot_table_of_the_readme_is_of_the_page():
+    rows = README.split("| method |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 3
+    assert set(rows) <= set(PAGE.split("<!-- omniglot-1700k -->")[1].split("\n\n")[0].splitlines())
 
 
 NOT_TRAINED = {"collapse-omniglot.jsonl": {"InstanceLoss", "SoftTripleLoss"}}
