@@ -28,10 +28,8 @@ EVERY = 5
 WARMUP = 200
 """Steps over which `AdversarialLoss` lets an attack grow if it is not told."""
 
-BEARABLE = 0.2
-"""Of the clean R@1 within the batch: where an attack leaves less, its eps is out of reach."""
-
 _MEMORY = 20  # looks over which R@1 is averaged
+_BEARABLE = 0.2  # of the clean R@1: where an attack leaves less, its eps is out of reach
 _LOST = 0.5  # of its best R@1 so far: an embedding that has less left is collapsing
 _RECOVERY = 100  # steps in which the attack on a collapsing embedding gives way entirely, or comes back
 
@@ -89,7 +87,7 @@ class Strength:
     @property
     def out_of_reach(self) -> bool:
         """Whether hardly anything withstands the attack at full strength, after 100 steps of it."""
-        return self.strong_looks >= _MEMORY and self.attacked < BEARABLE * self.recall
+        return self.strong_looks >= _MEMORY and self.attacked < _BEARABLE * self.recall
 
     def records(self) -> dict[str, float]:
         """R@1 within the batch, without attack and under it, averaged over the last looks."""

@@ -72,7 +72,7 @@ def make_manager(plugins: Iterable[Any]) -> pluggy.PluginManager:
 def _load(name: str) -> Any:
     installed = {entry.name: entry for entry in entry_points(group=PROJECT)}
     if name not in installed:
-        close = difflib.get_close_matches(name, installed, n=1)
+        close = difflib.get_close_matches(name.lower(), installed, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise PluginError(
             f"No plugin named {name!r} is installed; found {sorted(installed) or 'none'}.{hint} Install the "

@@ -123,6 +123,7 @@ class TestFind:
         ("name", "message"),
         [
             ("recoder", r"No plugin named 'recoder'.*found \['counter', 'recorder'\].*Did you mean 'recorder'\?"),
+            ("RECORDER", r"No plugin named 'RECORDER'.*Did you mean 'recorder'\?"),
             ("act", r"No plugin named 'act' is installed; found \['counter', 'recorder'\]\. Install"),
         ],
     )
