@@ -99,19 +99,21 @@ class TestMiners:
         drawn = {int(miners.random_negatives(torch.rand(6, 2), labels)[2][0]) for _ in range(100)}
         assert drawn == {2, 3, 4, 5}
 
-    def test_soft_hard_by_a_loop(self):
+    @pytest.mark.parametrize("itself", [False, True])
+    def test_soft_hard_by_a_loop(self, itself):
+        draw = miners.soft_hard_as_coded if itself else miners.soft_hard
         embeddings = torch.randn(12, 2)
         labels = torch.arange(4).repeat_interleave(3)
         unit = embeddings / embeddings.norm(dim=1, keepdim=True)
         seen = {0: set(), 3: set(), 6: set(), 9: set()}
         for _ in range(200):
-            for a, p, n in zip(*(m.tolist() for m in miners.soft_hard(embeddings, labels)), strict=True):
+            for a, p, n in zip(*(m.tolist() for m in draw(embeddings, labels)), strict=True):
                 seen[a].add((p, n))
         for a in seen:
             away = (unit - unit[a]).norm(dim=1).tolist()
             same = [i for i in range(12) if labels[i] == labels[a] and i != a]
             others = [i for i in range(12) if labels[i] != labels[a]]
-            hard = [i for i in same if away[i] > min(away[j] for j in others)] or same
+            hard = [i for i in same if away[i] > min(away[j] for j in others)] or same + [a] * itself
             near = [i for i in others if away[i] < max(away[j] for j in same)] or others
             assert {p for p, _ in seen[a]} == set(hard)
             assert {n for _, n in seen[a]} == set(near)
@@ -124,6 +126,11 @@ class TestMiners:
             assert (positives != anchors).all()
             assert ((positives >= 3) == (anchors >= 3)).all()
             assert ((negatives >= 3) != (anchors >= 3)).all()
+
+    def test_as_coded_an_anchor_may_be_its_own(self):
+        apart, labels = torch.eye(2).repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1])
+        drawn = {int(miners.soft_hard_as_coded(apart, labels)[1][0]) for _ in range(50)}
+        assert drawn == {0, 1}
 
 
 class TestBatches:

@@ -140,6 +140,10 @@ def _soft_hard() -> Miner:
     return miners.soft_hard
 
 
+def _soft_hard_as_coded() -> Miner:
+    return miners.soft_hard_as_coded
+
+
 def _peers_attack(protocol: Protocol) -> dict[str, Any]:
     return {"attack": protocol.pgd(), **_METHOD_ALONE}
 
@@ -189,6 +193,9 @@ METHODS: dict[str, Method] = {
     "act": _on_triplets("arXiv 2106.03614: positives and negatives pulled together", ("act", "ACT")),
     "hm-lga": _on_triplets("arXiv 2203.01439: HM[S, LGA]", ("hm", "HM"), miner=_soft_hard),
     "hm-lga-ics": _on_triplets("HM[S, LGA] & ICS", ("hm", "HM"), ("ics", "ICS"), miner=_soft_hard),
+    "hm-lga-ics-as-coded": _on_triplets(
+        "the same; an anchor may be its own positive", ("hm", "HM"), ("ics", "ICS"), miner=_soft_hard_as_coded
+    ),
     "tride": _on_triplets(
         "arXiv 2312.07364: CA-TRIDE", ("tride", "TRIDE"), miner=None, options=_half_the_steps, warmup=1.0
     ),

@@ -19,10 +19,13 @@ def random_negatives(embeddings: Tensor, labels: Tensor) -> Triplets:
     return anchors, positives, _one_of(labels[anchors, None] != labels)
 
 
-def soft_hard(embeddings: Tensor, labels: Tensor) -> Triplets:
+def soft_hard(embeddings: Tensor, labels: Tensor, itself: bool = False) -> Triplets:
     """A negative nearer than the furthest positive, a positive further than the nearest negative; else any.
 
-    RobRank's code, where no positive is hard, may choose the anchor itself as its positive; here it never is.
+    Args:
+        embeddings: ``(N, D)``.
+        labels: ``(N,)``.
+        itself: whether, where no positive is hard, the anchor may be its own positive.
     """
     anchors, _ = _pairs(labels)
     unit = normalize(embeddings.detach().float())
@@ -31,8 +34,13 @@ def soft_hard(embeddings: Tensor, labels: Tensor) -> Triplets:
     positive = same.scatter(1, anchors[:, None], False)
     furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     nearest = distances.masked_fill(same, torch.inf).amin(1, keepdim=True)
-    positives = _one_of(_if_any(positive & (distances > nearest), positive))
+    positives = _one_of(_if_any(positive & (distances > nearest), same if itself else positive))
     return anchors, positives, _one_of(_if_any(~same & (distances < furthest), ~same))
+
+
+def soft_hard_as_coded(embeddings: Tensor, labels: Tensor) -> Triplets:
+    """As RobRank's code draws them: where no positive is hard, the anchor may be its own."""
+    return soft_hard(embeddings, labels, itself=True)
 
 
 def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
