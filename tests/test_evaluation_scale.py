@@ -28,7 +28,9 @@ def benchmark():
 
 
 def measured(queries):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # glibc raises this threshold as it runs; what it then keeps for itself varied by 0.1 GiB from run to run
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **allocator}
     found = subprocess.run(
         [sys.executable, str(BENCHMARK), str(queries)], env=environment, capture_output=True, text=True, check=True
     )
@@ -40,7 +42,7 @@ def test_memory_does_not_grow_with_the_queries_and_passes_grow_with_them_alone()
     for found in (few, many):
         assert 0 < found["extra_bytes"] < 2 * GIBIBYTE
         assert found["worst_case"] < found["recall_at_1"] <= 1
-    assert many["extra_bytes"] < few["extra_bytes"] + 0.1 * GIBIBYTE
+    assert many["extra_bytes"] < few["extra_bytes"] + 0.02 * GIBIBYTE
     assert many["forward_passes"] == 3 * few["forward_passes"]
     assert many["backward_passes"] == 3 * few["backward_passes"]
 
