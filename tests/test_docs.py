@@ -1,5 +1,6 @@
 import inspect
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_record_is_documented(name):
     assert f"| `{name}` |" in (DOCS / "records.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def same_log_level():
+    logger = logging.getLogger(PROJECT)
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("same_log_level")
 @pytest.mark.parametrize("page", [p for p in [ROOT / "README.md", *PAGES] if python_blocks(p)], ids=lambda p: p.name)
 def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

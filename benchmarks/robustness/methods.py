@@ -132,16 +132,9 @@ def _told(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(said)})"
 
 
-def _random() -> Miner:
-    return miners.random_negatives
-
-
-def _soft_hard() -> Miner:
-    return miners.soft_hard
-
-
-def _soft_hard_as_coded() -> Miner:
-    return miners.soft_hard_as_coded
+def _always(miner: Miner) -> Callable[[], Miner]:
+    """Of a miner that holds nothing, one serves all."""
+    return lambda: miner
 
 
 def _peers_attack(protocol: Protocol) -> dict[str, Any]:
@@ -161,8 +154,11 @@ def _preset(protocol: Protocol) -> dict[str, Any]:
     return {"attack": attacks.preset(protocol.preset_eps)}
 
 
+_RANDOM, _SOFT_HARD = _always(miners.random_negatives), _always(miners.soft_hard)
+
+
 def _on_triplets(
-    said: str, *plugins: tuple[Any, ...], miner: Callable[[], Miner] | None = _random, **more: Any
+    said: str, *plugins: tuple[Any, ...], miner: Callable[[], Miner] | None = _RANDOM, **more: Any
 ) -> Method:
     """A published defence: the triplet loss, and plugins as (module, class, options)."""
 
@@ -175,8 +171,8 @@ def _on_triplets(
 _PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
 _OWN_COPIES = {"raises": "hardness", "tuples_per_anchor": 1}
 METHODS: dict[str, Method] = {
-    "plain": Method("triplets, random negatives", triplet, _random, twice=True),
-    "plain-softhard": Method("triplets, soft-hard negatives", triplet, _soft_hard, twice=True),
+    "plain": Method("triplets, random negatives", triplet, _RANDOM, twice=True),
+    "plain-softhard": Method("triplets, soft-hard negatives", triplet, _SOFT_HARD, twice=True),
     "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
     "plain-supcon": Method("SupConLoss", sup_con, twice=True),
     "plain-both": Method("mean of the two", both, twice=True),
@@ -191,10 +187,13 @@ METHODS: dict[str, Method] = {
     "est": _on_triplets("arXiv 2002.11293: rows moved off themselves", ("est", "EST")),
     "ses": _on_triplets("the same as a penalty", ("ses", "SES")),
     "act": _on_triplets("arXiv 2106.03614: positives and negatives pulled together", ("act", "ACT")),
-    "hm-lga": _on_triplets("arXiv 2203.01439: HM[S, LGA]", ("hm", "HM"), miner=_soft_hard),
-    "hm-lga-ics": _on_triplets("HM[S, LGA] & ICS", ("hm", "HM"), ("ics", "ICS"), miner=_soft_hard),
+    "hm-lga": _on_triplets("arXiv 2203.01439: HM[S, LGA]", ("hm", "HM"), miner=_SOFT_HARD),
+    "hm-lga-ics": _on_triplets("HM[S, LGA] & ICS", ("hm", "HM"), ("ics", "ICS"), miner=_SOFT_HARD),
     "hm-lga-ics-as-coded": _on_triplets(
-        "the same; an anchor may be its own positive", ("hm", "HM"), ("ics", "ICS"), miner=_soft_hard_as_coded
+        "the same; an anchor may be its own positive",
+        ("hm", "HM"),
+        ("ics", "ICS"),
+        miner=_always(miners.soft_hard_as_coded),
     ),
     "tride": _on_triplets(
         "arXiv 2312.07364: CA-TRIDE", ("tride", "TRIDE"), miner=None, options=_half_the_steps, warmup=1.0
