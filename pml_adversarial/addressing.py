@@ -71,9 +71,58 @@ def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
     limit = _triplets_per_anchor(wrapped)
     if limit is None:
         tuples = lmu.get_all_pairs_indices(labels, reference)
+    elif limit == "all" and reference is None:
+        tuples = all_triplets(labels)
     else:
         tuples = lmu.convert_to_triplets(None, labels, reference, t_per_anchor=limit)
     return tuples if reference is None else shift_partners(tuples, batch.num_queries)
+
+
+def own_partners(wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """`own_tuples` as masks, without making a list of them, which may be long; None where there is no other way.
+
+    Returns:
+        Two symmetric bool masks ``(N, N)``: rows that share a positive pair, and rows that share a negative one. None
+        if the caller gave tuples, or there are no labels, or the loss chooses at random.
+    """
+    limit = _triplets_per_anchor(wrapped)
+    if batch.indices_tuple is not None or batch.labels is None or isinstance(limit, int):
+        return None
+    number = torch.arange(len(batch), device=batch.labels.device)
+    if batch.num_queries < len(batch):
+        meet = (number[:, None] < batch.num_queries) & (number >= batch.num_queries)
+        if batch.shared_labels:
+            meet &= number[:, None] + batch.num_queries != number
+    else:
+        meet = number[:, None] != number
+    same = batch.labels[:, None] == batch.labels
+    positive, negative = meet & same, meet & ~same
+    if limit is not None:  # an anchor that lacks one of the two is in no triplet
+        complete = positive.any(1, keepdim=True) & negative.any(1, keepdim=True)
+        positive, negative = positive & complete, negative & complete
+    return positive | positive.T, negative | negative.T
+
+
+def all_triplets(labels: Tensor) -> IndicesTuple:
+    """Those of PML, in its order, in memory that grows with their number and not with the cube of the rows."""
+    number = torch.arange(len(labels), device=labels.device)
+    same = labels[:, None] == labels
+    anchor, positive = (same & (number[:, None] != number)).nonzero(as_tuple=True)
+    _, negative = (~same).nonzero(as_tuple=True)  # row by row: those of an anchor stand side by side
+    of_anchor = (~same).sum(1)
+    of_pair = of_anchor[anchor]
+    pair = torch.repeat_interleave(of_pair)
+    first = (of_anchor.cumsum(0) - of_anchor)[anchor] - (of_pair.cumsum(0) - of_pair)
+    return anchor[pair], positive[pair], negative[torch.arange(len(pair), device=labels.device) + first[pair]]
+
+
+def with_own_triplets(plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
+    """The same plan; where the loss would take all triplets of its rows, with the list of them, see `all_triplets`."""
+    left = plan.indices_tuple is None and plan.ref_layout is None and batch.labels is not None
+    if not left or _triplets_per_anchor(wrapped) != "all":
+        return plan
+    labels = torch.cat([batch.labels, batch.labels[plan.rows]])[plan.layout]  # type: ignore[index, list-item]
+    return replace(plan, indices_tuple=all_triplets(labels))
 
 
 def own_triplets(wrapped: nn.Module, batch: Batch) -> IndicesTuple:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,15 @@ _ANSWERS: dict[str, Any] = {
     "training_loss": Tensor,
     "record": Mapping,
 }
-_Attacked = tuple[Tensor | None, Tensor, float]
-"""Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds."""
+
+
+class _Attacked(NamedTuple):
+    """Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds, and what was raised."""
+
+    inputs: Tensor | None
+    zero_gradient: Tensor
+    seconds: float = 0.0
+    score: Score | None = None
 
 
 class Adversary:
@@ -108,7 +115,7 @@ class Adversary:
             attacked = self._attack_own(wrapped, seen, plan) if len(plan) else None
         if attacked is None:
             return plan, None
-        inputs, zero_gradient, seconds = attacked
+        inputs = attacked.inputs
         own = batch.own(plan.rows)
         rows = plan.rows[own]
         # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
@@ -118,8 +125,9 @@ class Adversary:
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
         if batch.world_size > 1:
             embeddings = _gather_copies(batch, plan, embeddings)
-        before, after = self._scores(wrapped, batch, plan, embeddings)
-        return plan, Adversarial(inputs, embeddings, before[own], after[own], zero_gradient, seconds)
+        before, after = self._scores(wrapped, batch, plan, embeddings, None if depends else attacked.score)
+        rose = before[own], after[own]
+        return plan, Adversarial(inputs, embeddings, *rose, attacked.zero_gradient, attacked.seconds)
 
     def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""
@@ -204,23 +212,31 @@ class Adversary:
     def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
         own = batch.own(plan.rows)
         if not len(own):
-            return None, torch.zeros_like(own, dtype=torch.bool), 0.0
+            return _Attacked(None, torch.zeros_like(own, dtype=torch.bool))
         start = time.perf_counter()
         score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
         clean = batch.context[plan.rows]
-        score = score if len(own) == len(plan) else _score_of_some(score, clean, own)
-        objective = Objective(partial(self.intake.embed, batch), score, clean[own], self.capture.modules)
+        of_own = score if len(own) == len(plan) else _score_of_some(score, clean, own)
+        objective = Objective(partial(self.intake.embed, batch), of_own, clean[own], self.capture.modules)
         attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
         if attack is attacks.unchanged:
-            return None, torch.zeros_like(objective.has_gradient), 0.0
+            return _Attacked(None, torch.zeros_like(objective.has_gradient), score=score)
         inputs = attacks.run(attack, batch.inputs_of(plan.rows[own]), objective.labels)
-        return inputs, objective.zero_gradient, time.perf_counter() - start
+        if isinstance(attack, attacks.Learns):
+            inputs.requires_grad_().register_hook(attack.learn)
+        return _Attacked(inputs, objective.zero_gradient, time.perf_counter() - start, score)
 
-    def _scores(self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores of the rows and of their copies, both in the model's own mode."""
+    def _scores(
+        self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor, score: Score | None
+    ) -> tuple[Tensor, Tensor]:
+        """The scores of the rows and of their copies, both in the model's own mode.
+
+        Where that makes no difference, ``score`` is what the attack raised; else, None, it is asked for anew.
+        """
         with isolated(wrapped), torch.no_grad():
-            with self.own_randomness():
-                score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
+            if score is None:
+                with self.own_randomness():
+                    score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
             with self.own_randomness():
                 before = score(batch.context[plan.rows])
             with self.own_randomness():  # the same, for a score that draws

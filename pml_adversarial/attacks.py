@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torchattacks
@@ -24,6 +24,14 @@ logger = logging.getLogger("pml_adversarial")
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 AttackFactory = Callable[..., Attack]
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """An attack that is told the gradient at the perturbed inputs which training's backward pass comes to anyway."""
+
+    def learn(self, gradient: Tensor) -> None:
+        """Gradient ``(M, ...)`` of what training lowers, at the inputs that the attack gave last."""
 
 
 def preset(eps: float, steps: int = 3) -> AttackFactory:

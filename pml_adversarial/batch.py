@@ -77,9 +77,13 @@ class Batch:
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         """``(K, ...)`` the inputs of rows that are this process's own."""
+        return self.inputs[self.places_of(rows)]
+
+    def places_of(self, rows: Tensor) -> Tensor:
+        """``(K,)`` where among ``inputs`` those of rows that are this process's own stand."""
         queries, reference = self.own_sizes
         in_reference = self._in_reference(rows) - self.rank * reference + queries
-        return self.inputs[torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)]
+        return torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)
 
     def _in_reference(self, rows: Tensor) -> Tensor:
         return rows - self.num_queries

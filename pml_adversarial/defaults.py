@@ -22,12 +22,14 @@ from .addressing import (
     choice_of,
     clean_loss,
     finest,
+    own_partners,
     own_tuples,
     sees_copies,
     sees_rows_apart,
     situation_of,
     takes_copies,
     with_copies,
+    with_own_triplets,
 )
 from .attacks import Attack, AttackFactory
 from .batch import Adversarial, Batch, IndicesTuple
@@ -86,13 +88,17 @@ class FixedContext:
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
         """The chosen roles of the tuples, as finely as the wrapped loss can tell them apart."""
         self._is_by_row(wrapped, batch)  # what the loss refuses, it refuses before anything is spent
-        tuples = own_tuples(wrapped, batch)
-        if tuples is None:
+        masks = own_partners(wrapped, batch) if self.in_place and self.roles == ROLES else None
+        if masks is not None:
+            meeting = (masks[0] | masks[1]).any(1).nonzero().flatten()
+            self._check_inputs_known(meeting, batch)
+            plan = replace_rows(meeting, len(batch), None).split(batch.num_queries)
+        elif (tuples := own_tuples(wrapped, batch)) is None:
             plan = replace_rows(_known(batch), len(batch), None).split(batch.num_queries)
         else:
             if self.tuples_per_anchor is not None:
                 tuples = keep_tuples(tuples, self.tuples_per_anchor)
-            self._check_inputs_known(tuples, batch)
+            self._check_inputs_known(plan_rows(tuples, self.roles, len(batch)).rows, batch)
             plan = self._candidates(wrapped, batch, tuples)
         return replace(plan, keeps_clean=self.keep_clean)
 
@@ -191,23 +197,19 @@ class FixedContext:
 
     def _trained_on(self, plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
         """The plan that training evaluates: with clean rows beside the perturbed ones, if they are kept and can be."""
-        replaces = len(plan.layout) + (0 if plan.ref_layout is None else len(plan.ref_layout)) == len(batch)
-        if not (plan.keeps_clean and replaces) or batch.labels is None or _tells_images_apart(batch):
+        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None or _tells_images_apart(batch):
             return plan
         if not takes_copies(wrapped, 2 * batch.num_queries):
             return plan
         situation = situation_of(batch)
         if situation not in self._sees_copies:
             self._sees_copies[situation] = sees_copies(wrapped, batch)
-        return plan.beside_clean(len(batch)) if self._sees_copies[situation] else plan
+        return (
+            with_own_triplets(plan.beside_clean(len(batch)), wrapped, batch) if self._sees_copies[situation] else plan
+        )
 
-    def _check_inputs_known(self, tuples: IndicesTuple, batch: Batch) -> None:
-        known = batch.num_attackable
-        if (
-            known < len(batch)
-            and len(played := plan_rows(tuples, self.roles, len(batch)))
-            and int(played.rows.max()) >= known
-        ):
+    def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
+        if batch.num_attackable < len(batch) and len(rows) and int(rows.max()) >= batch.num_attackable:
             raise PlanError(
                 f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with "
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "

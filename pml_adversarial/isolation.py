@@ -73,11 +73,14 @@ def random_stream(seed: int, step: int) -> Iterator[None]:
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    devices = _accelerators()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(_accelerators()))
+        stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
-        torch.manual_seed(mixed)
+        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
+        if devices:
+            torch.cuda.manual_seed_all(mixed)
         numpy.random.seed(mixed % 2**32)  # noqa: NPY002
         random.seed(mixed)
         yield

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import AttackError
 
@@ -35,7 +38,7 @@ class Objective(nn.Module):
         super().__init__()
         self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
-        self._embed, self._score = embed, score
+        self._embed, self._score, self._stand = embed, score, clean
         with torch.no_grad():
             self.clean_score = self._rows(score(clean), len(clean)).float()
         self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
@@ -65,11 +68,32 @@ class Objective(nn.Module):
                 "fixed context, known by its position, so attacks that take rows one by one, drop or repeat some "
                 "cannot be used in training. Use one that moves the whole batch, such as PGD."
             )
-        if inputs.requires_grad:
-            inputs.register_hook(self._watch_gradient)
-        score = self._rows(self._score(self._embed(inputs)), len(inputs)).float()
+        score = self.score(inputs)
         self._keep_better(inputs.detach(), score.detach())
-        return _logits(score - self.clean_score)
+        logits: Tensor = _Logits.apply(score - self.clean_score)
+        return logits
+
+    def score(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What is raised, as it is, for attacks that know that it is one.
+
+        Args:
+            inputs: ``(K, ...)`` perturbed inputs.
+            rows: ``(K,)`` which of the ``M`` rows they are of, where it is not all of them; the others stand where they
+                were asked about last, and cost no pass.
+
+        Returns:
+            ``(K,)``.
+        """
+        if inputs.requires_grad:
+            inputs.register_hook(partial(self._watch_gradient, rows))
+        embeddings = self._embed(inputs)
+        if rows is None:
+            self._stand = embeddings.detach()
+            return self._rows(self._score(embeddings), len(inputs)).float()
+        embeddings = embeddings.to(self._stand.dtype)
+        everywhere = self._stand.index_copy(0, rows, embeddings)
+        self._stand = everywhere.detach()
+        return self._rows(self._score(everywhere), len(everywhere)).float()[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
         """From now on, ``best_inputs`` is what raised each row's score most of all that was asked about."""
@@ -82,9 +106,10 @@ class Objective(nn.Module):
         self._best_score = torch.where(better, score, self._best_score)
         self.best_inputs = torch.where(better.reshape(-1, *[1] * (inputs.ndim - 1)), inputs, self.best_inputs)
 
-    def _watch_gradient(self, gradient: Tensor) -> None:
+    def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
         self._watched_gradient = True
-        self.has_gradient |= gradient.detach().reshape(len(gradient), -1).any(1)
+        found = gradient.detach().reshape(len(gradient), -1).any(1)
+        self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:
@@ -96,13 +121,24 @@ class Objective(nn.Module):
         return score.expand(count)
 
 
-def _logits(score: Tensor) -> Tensor:
-    # The cross-entropy, softplus(-lead), is made to be a sigmoid of the score with tails of 1 / |score|. The
-    # two branches meet at 0 with their slope; abs() and clamp() would have none there, where attacks start.
-    positive, zero = score > 0, torch.zeros_like(score)
-    below = 0.5 / (1 - torch.where(positive, zero, score))
-    above = 1 - 0.5 / (1 + torch.where(positive, score, zero))
-    cross_entropy = _HIGHEST * torch.where(positive, above, below)
-    lead = -torch.log(torch.expm1(cross_entropy))
-    other = torch.ones_like(score)  # both above 0: some attacks multiply logits with masks, and take the maximum
-    return torch.stack([other + lead, other], dim=1)
+class _Logits(torch.autograd.Function):
+    """Scores ``(M,)`` -> logits ``(M, 2)``, with the derivative written out: an attack passes here in every step.
+
+    The cross-entropy, softplus(-lead), is made to be a sigmoid of the score with tails of 1 / |score|.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, score: Tensor) -> Tensor:
+        tail = 0.5 / (1 + score.abs())
+        cross_entropy = _HIGHEST * torch.where(score > 0, 1 - tail, tail)
+        ctx.save_for_backward(2 * _HIGHEST * tail.square() / torch.expm1(-cross_entropy))
+        lead = -torch.log(torch.expm1(cross_entropy))
+        other = torch.ones_like(score)  # both above 0: some attacks multiply logits with masks, and take the maximum
+        return torch.stack([other + lead, other], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        found: Tensor = gradient[:, 0] * slope
+        return found

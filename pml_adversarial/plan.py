@@ -51,6 +51,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def replaces(self, num_rows: int) -> bool:
+        """Whether as many rows are evaluated as the batch has: copies stand where their rows stood."""
+        return len(self.layout) + (0 if self.ref_layout is None else len(self.ref_layout)) == num_rows
+
     def evaluate(self, loss: Callable[..., Any], batch: Batch, adversarial: Tensor) -> Any:
         """Calls ``loss`` (PML's signature) on the evaluated rows.
 
@@ -117,6 +121,18 @@ class Plan:
 
     def _clean_of(self, layout: Tensor, num_rows: int) -> Tensor:
         return torch.cat([torch.arange(num_rows, device=layout.device), self.rows])[layout]
+
+    def keep(self, copies: Tensor, num_rows: int) -> Plan:
+        """The same plan with some of the copies; where another one stood, its row stands unperturbed.
+
+        Args:
+            copies: ``(K,)`` which of the ``M`` copies, in any order.
+            num_rows: ``N``, the rows of the batch.
+        """
+        address = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        address[num_rows + copies] = torch.arange(num_rows, num_rows + len(copies), device=self.rows.device)
+        ref_layout = None if self.ref_layout is None else address[self.ref_layout]
+        return replace(self, rows=self.rows[copies], layout=address[self.layout], ref_layout=ref_layout)
 
     def only_named(self) -> Plan:
         """The same plan without the rows that no tuple names; it has to have tuples, and no reference."""
@@ -201,9 +217,10 @@ class Plan:
 
     def _share_a_pair(self, left: Tensor, right: Tensor, pool_rows: Tensor, num_rows: int) -> Tensor:
         mask = torch.zeros(len(self) + 1, num_rows, dtype=torch.bool, device=left.device)  # last row: no copies
+        true = mask.new_ones(())  # a Python number would be copied to the device, and waited for
         for member, partner in ((left, right), (right, left)):
             copy = torch.where(member >= num_rows, member - num_rows, len(self))
-            mask[copy, pool_rows[partner]] = True
+            mask.index_put_((copy, pool_rows[partner]), true)
         return mask[:-1]
 
 

@@ -13,7 +13,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor, nn
 
-from .addressing import own_tuples
+from .addressing import own_partners, own_tuples
 from .batch import Batch, IndicesTuple
 from .plan import Plan, shift_partners
 
@@ -35,6 +35,7 @@ class ViolationScore:
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
         self.distance, self.context = distance, at_least_float(context)
         self.not_same, self.not_different = ~same, ~different
+        self.lacks_same, self.lacks_different = self.not_same.all(1), self.not_different.all(1)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
@@ -44,7 +45,7 @@ class ViolationScore:
             distances = -distances
         furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
         nearest = distances.masked_fill(self.not_different, torch.inf).amin(1)
-        return _or_zero(furthest, self.not_same.all(1)) - _or_zero(nearest, self.not_different.all(1))
+        return _or_zero(furthest, self.lacks_same) - _or_zero(nearest, self.lacks_different)
 
 
 class OwnLoss:
@@ -76,7 +77,12 @@ class OwnLoss:
 
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """``(M, N)`` masks of each copy's fixed partners of its own and of other labels."""
-    return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
+    left_to_the_loss = plan.indices_tuple is None and plan.replaces(len(batch))
+    masks = own_partners(wrapped, batch) if left_to_the_loss else None
+    if masks is None:
+        return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
+    positive, negative = masks
+    return positive[plan.rows], negative[plan.rows]
 
 
 def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
@@ -113,4 +119,4 @@ def at_least_float(values: Tensor) -> Tensor:
 
 
 def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
-    return torch.where(missing, torch.zeros_like(values), values)
+    return values.masked_fill(missing, 0)

@@ -1,11 +1,24 @@
 """What is asked of losses, with losses made to answer in a known way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pytorch_metric_learning import losses
+from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import nn
 
-from pml_adversarial.addressing import choice_of, finest, own_triplets, own_tuples, sees_rows_apart, situation_of
+from pml_adversarial.addressing import (
+    all_triplets,
+    choice_of,
+    finest,
+    own_partners,
+    own_triplets,
+    own_tuples,
+    sees_rows_apart,
+    situation_of,
+)
 from pml_adversarial.batch import Batch
 from pml_adversarial.errors import PlanError
 
@@ -169,3 +182,49 @@ def test_situations_differ():
     pair = (torch.tensor([0]),) * 4
     batches = batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)
     assert len({situation_of(batch) for batch in batches}) == 5
+
+
+class TestAllTriplets:
+    @pytest.mark.parametrize("classes", [[0, 1, 0, 1, 2, 0], [0, 0, 0], [0, 1, 2], [5], [], [3, 3, 1, 1, 3]])
+    def test_are_those_of_pml_in_its_order(self, classes):
+        labels = torch.tensor(classes, dtype=torch.long)
+        expected = lmu.get_all_triplets_indices(labels)
+        for found, member in zip(all_triplets(labels), expected, strict=True):
+            assert found.dtype == torch.long
+            assert found.tolist() == member.tolist()
+
+
+class TestOwnPartners:
+    """Against the list of tuples, member by member."""
+
+    @pytest.mark.parametrize("loss", [ContrastiveLoss(), TripletMarginLoss()], ids=["pairs", "triplets"])
+    @pytest.mark.parametrize("classes", [[0, 1, 0, 1, 2, 0], [0, 0, 0], [0, 1, 2], [3, 3, 1, 1, 3, 2]])
+    @pytest.mark.parametrize("view", ["alone", "reference", "shared labels"])
+    def test_are_those_of_the_tuples(self, loss, classes, view):
+        labels = torch.tensor(classes)
+        rows = len(labels) if view == "alone" else 2 * len(labels)
+        reference = labels if view == "shared labels" else labels.flip(0)
+        batch = Batch(
+            inputs=torch.zeros(rows, 1),
+            embeddings=torch.zeros(rows, 2),
+            context=torch.zeros(rows, 2),
+            labels=labels if view == "alone" else torch.cat([labels, reference]),
+            indices_tuple=None,
+            num_queries=len(labels),
+            shared_labels=view == "shared labels",
+        )
+        tuples = own_tuples(loss, batch)
+        pairs = [tuples[:2], tuples[2:]] if len(tuples) == 4 else [tuples[:2], (tuples[0], tuples[2])]
+        for found, (left, right) in zip(own_partners(loss, batch), pairs, strict=True):
+            expected = [[False] * rows for _ in range(rows)]
+            for a, b in zip(left.tolist(), right.tolist(), strict=True):
+                expected[a][b] = expected[b][a] = True
+            assert found.tolist() == expected
+
+    def test_where_there_is_no_other_way_than_the_tuples(self):
+        labels = torch.tensor([0, 0, 1, 1])
+        batch = Batch(torch.zeros(4, 1), torch.zeros(4, 2), torch.zeros(4, 2), labels, None, 4)
+        assert own_partners(TripletMarginLoss(triplets_per_anchor=1), batch) is None
+        assert own_partners(ContrastiveLoss(), replace(batch, labels=None)) is None
+        given = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        assert own_partners(ContrastiveLoss(), replace(batch, indices_tuple=given)) is None

@@ -15,7 +15,7 @@ FLOORS = [
     ["scores"],
     ["plugins", "defaults", "collapse"],
     ["adversary"],
-    ["defenses", "evaluation"],
+    ["defenses", "evaluation", "savings"],
     ["losses", "miners", "datasets", "loading", "testers"],
     ["__init__"],
     ["demo", "figures"],

@@ -295,7 +295,7 @@ class TestMethods:
         assert loss.endswith("weights=[0.5, 0.5])")
 
     def test_a_plugin_is_made_for_each_loss(self, model):
-        method = Method("", triplet, plugins=lambda: [SimpleNamespace()], options=lambda protocol: {})
+        method = Method("", triplet, plugins=lambda protocol: [SimpleNamespace()], options=lambda protocol: {})
         with pytest.raises(Exception, match="answers no hook"):
             method.wrapped(Protocol(**TINY, steps=3), model, 0, 0)
 

@@ -48,13 +48,22 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Images ``(P K, C, H, W)`` and labels ``(P K,)`` from 0 on."""
         with random_stream(self.seed + _OWN, step):
-            chosen = torch.randperm(len(self.members))[: self.protocol.classes].tolist()
-            rows = torch.cat([self._some_of(self.members[label]) for label in chosen])
+            rows = self._drawn()
             return self.images.pixels(rows, self.protocol.augment), self.labels[rows]
 
-    def after(self, step: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from a step on, read by other processes if there are workers."""
-        return iter(DataLoader(self, batch_size=None, sampler=range(step, len(self)), num_workers=workers))
+    def rows(self, step: int) -> Tensor:
+        """``(P K,)`` which images, turned ones counted as further ones, are those of a step."""
+        with random_stream(self.seed + _OWN, step):
+            return self._drawn()
+
+    def after(self, step: int, workers: int = 0, replays: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from a step on, each for so many steps, read by other processes if there are workers."""
+        sampler = (number // replays for number in range(step, len(self)))
+        return iter(DataLoader(self, batch_size=None, sampler=sampler, num_workers=workers))
+
+    def _drawn(self) -> Tensor:
+        chosen = torch.randperm(len(self.members))[: self.protocol.classes].tolist()
+        return torch.cat([self._some_of(self.members[label]) for label in chosen])
 
     def _some_of(self, rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows))[: self.protocol.per_class]]

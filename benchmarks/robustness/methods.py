@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,12 @@ from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError, attacks
 from pml_adversarial.evaluation.resume import description
+from pml_adversarial.savings.early_stop import EarlyStop
+from pml_adversarial.savings.hard_rows import HardRows
+from pml_adversarial.savings.noisy_step import NoisyStep
+from pml_adversarial.savings.precision import InPrecision
+from pml_adversarial.savings.replay import Replay
+from pml_adversarial.savings.reuse import Reuse
 
 from . import miners
 from .protocol import Protocol
@@ -37,19 +44,21 @@ class Method:
         said: what it is, in a few words.
         loss: makes the loss that is wrapped.
         miner: makes what chooses tuples; None: the loss does.
-        plugins: makes the plugins, at the moment that they are needed.
+        plugins: makes the plugins by protocol, at the moment that they are needed.
         options: of `AdversarialLoss`, by protocol; None: the loss is not wrapped.
         warmup: share of the training over which the attack grows; None: as long as the package grows it by default.
         twice: whether it takes twice the protocol's steps, as training without an attack does.
+        replays: how many steps each batch is taken for.
     """
 
     said: str
     loss: Callable[[], nn.Module]
     miner: Callable[[], Miner] | None = None
-    plugins: Callable[[], list[Any]] = list
+    plugins: Callable[[Protocol], list[Any]] = lambda protocol: []
     options: Callable[[Protocol], dict[str, Any]] | None = None
     warmup: float | None = 0.0
     twice: bool = False
+    replays: int = 1
 
     def steps(self, protocol: Protocol) -> int:
         """Of the optimiser; 0 where a budget decides."""
@@ -61,10 +70,11 @@ class Method:
         return {
             "loss": _told(self.loss()),
             "miner": None if self.miner is None else _told(self.miner()),
-            "plugins": [_told(plugin) for plugin in self.plugins()],
+            "plugins": [_told(plugin) for plugin in self.plugins(protocol)],
             "options": options and {name: description(value) for name, value in options.items()},
             "warmup": self.warmup,
             "steps": self.steps(protocol),
+            **({"replays": self.replays} if self.replays > 1 else {}),
         }
 
     def wrapped(self, protocol: Protocol, model: nn.Module, steps: int, seed: int) -> nn.Module:
@@ -80,7 +90,7 @@ class Method:
             return self.loss()
         warmup = None if self.warmup is None and steps else int((self.warmup or 0.0) * steps)
         options = {"warmup": warmup, "seed": seed, **self.options(protocol)}
-        return AdversarialLoss(self.loss(), model, plugins=self.plugins(), **options)
+        return AdversarialLoss(self.loss(), model, plugins=self.plugins(protocol), **options)
 
 
 def triplet() -> nn.Module:
@@ -162,10 +172,19 @@ def _on_triplets(
 ) -> Method:
     """A published defence: the triplet loss, and plugins as (module, class, options)."""
 
-    def made() -> list[Any]:
+    def made(protocol: Protocol) -> list[Any]:
         return [_defense(module, name, **(options[0] if options else {})) for module, name, *options in plugins]
 
     return Method(said, triplet, miner, made, **{"options": _peers_attack, **more})
+
+
+def _saving(said: str, attack: Callable[[Protocol], Any], **more: Any) -> Method:
+    """The preset around both losses, with another attack."""
+    return Method(said, both, options=lambda protocol: {"attack": attack(protocol)}, warmup=0.5, **more)
+
+
+def _preset_attack(protocol: Protocol, steps: int = 3) -> Any:
+    return attacks.preset(protocol.preset_eps, steps)
 
 
 _PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
@@ -202,4 +221,19 @@ METHODS: dict[str, Method] = {
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
+    "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: _preset_attack(p, 1)),
+    "two-steps": _saving("preset-both with 2 steps", lambda p: _preset_attack(p, 2)),
+    "noisy-step": _saving("preset-both with N-FGSM", lambda p: partial(NoisyStep, eps=p.preset_eps)),
+    "early-stop": _saving("preset-both, broken rows at rest", lambda p: partial(EarlyStop, eps=p.preset_eps)),
+    "hard-rows": _saving("preset-both on half of the rows", _preset_attack, plugins=lambda p: [HardRows(0.5)]),
+    "reuse": _saving(
+        "preset-both with 1 step from where it was", _preset_attack, plugins=lambda p: [Reuse(p.preset_eps)]
+    ),
+    "replay": _saving(
+        "preset-both, each batch 4 times, no attack steps",
+        _preset_attack,
+        plugins=lambda p: [Replay(p.preset_eps)],
+        replays=4,
+    ),
+    "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: InPrecision(_preset_attack(p))),
 }

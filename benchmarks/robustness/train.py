@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pml_adversarial import AdversarialLoss
 from pml_adversarial.isolation import random_stream
+from pml_adversarial.savings.reuse import Reuse
 
 from .backbones import build, start_as_thresholds
 from .batches import Batches
@@ -97,7 +99,7 @@ class Training:
         if checkpoint.exists():
             self._restore(checkpoint)
         start, before = time.perf_counter(), self.passed.seconds
-        ahead = self.batches.after(self.passed.steps, workers)
+        ahead = self.batches.after(self.passed.steps, workers, self.method.replays)
         with tqdm(desc=progress, total=self._goal, initial=self._done, disable=progress is None, ncols=100) as bar:
             while self._done < self._goal:
                 images, labels = next(ahead)
@@ -143,6 +145,11 @@ class Training:
         return max(1, self.protocol.budget // spent)
 
     @property
+    def _reusing(self) -> list[Reuse]:
+        plugins = self.loss.adversary.plugins if isinstance(self.loss, AdversarialLoss) else ()
+        return [plugin for plugin in plugins if isinstance(plugin, Reuse)]
+
+    @property
     def _goal(self) -> int:
         return self.protocol.budget or self.steps
 
@@ -156,6 +163,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         images = images.contiguous(memory_format=torch.channels_last)
+        for reuse in self._reusing:
+            reuse.next(self.batches.rows(self.passed.steps // self.method.replays))
         with random_stream(self.seed + _OWN, self.passed.steps), counted(self.model, self.passed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
                 embeddings = self.model(images)

@@ -1,0 +1,33 @@
+"""How inputs move within their ball: sign steps that several savings share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective
+
+
+def ascend(objective: Objective, points: Tensor, alpha: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One sign step up the score, unbounded; and the scores ``(K,)`` before it.
+
+    Args:
+        objective: what is raised.
+        points: ``(K, ...)`` where the inputs are.
+        alpha: length of the step, in pixels of [0, 1].
+        rows: ``(K,)`` which rows they are, where it is not all of them.
+    """
+    points = points.detach().requires_grad_()
+    score = objective.score(points, rows)
+    (gradient,) = torch.autograd.grad(score.sum(), points)
+    return points.detach() + alpha * gradient.sign(), score.detach()
+
+
+def in_ball(points: Tensor, inputs: Tensor, eps: float) -> Tensor:
+    """The points, held to the l-inf ball around the inputs and to [0, 1]."""
+    return (inputs + (points - inputs).clamp(-eps, eps)).clamp(0, 1)
+
+
+def noise(like: Tensor, eps: float) -> Tensor:
+    """Anywhere in the l-inf ball of radius eps around 0."""
+    return torch.empty_like(like).uniform_(-eps, eps)
