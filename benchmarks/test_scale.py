@@ -7,24 +7,23 @@ them. With a real model its own passes come on top.
     python -m pytest benchmarks/test_scale.py --no-cov -p no:cacheprovider
 
 Nothing here asserts a time. Read the ratio of 512 to 256 queries, which are run right after one another: 2 is linear.
-``python benchmarks/test_scale.py 256`` writes what one evaluation took as JSON, with its peak of memory.
+``python -m benchmarks.test_scale 256`` writes what one evaluation took as JSON, with its peak of memory.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
 
+from benchmarks.measure import peak
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.retrieval import Gallery
 from pml_adversarial.evaluation.scene import AnyAttack, GalleryAttack, QueryAttack
@@ -68,14 +67,6 @@ def evaluate(data: tuple[Tensor, Tensor], queries: int, steps: int = 5) -> Repor
     return evaluate_robustness(
         Pixels(), data, eps=EPS, attacks=attacks(steps), subset=range(queries), checks=False, chunk=128
     )
-
-
-def peak() -> int:
-    """Bytes that this process has held at most; Linux hands `getrusage` what the process that started it held."""
-    if sys.platform == "linux":
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(queries: int) -> dict[str, float]:
@@ -122,6 +113,15 @@ def test_cost_is_linear_in_the_queries(benchmark, data, capsys, pytestconfig) ->
             f"\n512 / 256 queries: {statistics.median(found):.2f} times as long "
             f"(median of {len(found)} pairs, {min(found):.2f} to {max(found):.2f})"
         )
+
+
+@pytest.mark.parametrize("items", [1_000, 4_000, 16_000, ITEMS])
+def test_queries_per_second(benchmark, data, items: int) -> None:
+    part = tuple(of[-items:] for of in data)
+    benchmark.group = "evaluation: 64 queries, three attacks of 5 steps"
+    benchmark.pedantic(evaluate, args=(part, 64), rounds=1 if benchmark.disabled else 3)
+    if not benchmark.disabled:
+        benchmark.extra_info.update(case=f"{items:,} items", queries_per_second=64 / benchmark.stats.stats.median)
 
 
 @pytest.mark.parametrize("side", ["margin", "product alone", "faiss"])

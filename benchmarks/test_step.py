@@ -5,7 +5,8 @@ the loss and go backward. "library" is `AdversarialLoss`, "bare" the same passes
 case, with no checks, no records and no isolation. "bare" spares what need not be done: when every row is
 perturbed, the loss does not depend on the clean embeddings, so its backward pass leaves the clean batch out.
 "bare_through_clean" goes backward through the clean batch too, as any implementation has to do when clean rows
-enter the loss. The optimiser's step is on neither side.
+enter the loss. "torchattacks_classifier" is the classic training of a classifier with the same backbone, in which the
+attack computes gradients of weights too. The optimiser's step is on no side.
 
     python -m pytest benchmarks --no-cov -p no:cacheprovider
 
@@ -15,24 +16,24 @@ order, so whatever else the machine does slows both. `PML_ADVERSARIAL_DEVICE=cud
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import DEVICE, compared, paired, seconds
 from pml_adversarial import AdversarialLoss
 
-DEVICE = os.environ.get("PML_ADVERSARIAL_DEVICE", "cpu")
-EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 5
+EPS, ALPHA = 8 / 255, 2 / 255
+SIDES = ("library", "bare", "bare_through_clean", "torchattacks_classifier")
 
 Step = Callable[[], Tensor]
 
@@ -60,10 +61,10 @@ def small_cnn() -> nn.Module:
     )
 
 
-def resnet18() -> nn.Module:
-    """A ResNet-18 of torchvision with random weights, 128 outputs and BatchNorm frozen in eval mode."""
+def resnet(name: str) -> nn.Module:
+    """A ResNet of torchvision with random weights, 128 outputs and BatchNorm frozen in eval mode."""
     models = pytest.importorskip("torchvision.models")
-    trunk = models.resnet18(weights=None, num_classes=128)
+    trunk = getattr(models, name)(weights=None, num_classes=128)
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -79,12 +80,15 @@ class Case:
     shape: tuple[int, ...]
     batch: int
     pairs: int
+    steps: int = 5
 
 
 CASES = [
     Case("small_cnn_28x28_batch112", small_cnn, (1, 28, 28), 112, 40),
-    Case("resnet18_64x64_batch32", resnet18, (3, 64, 64), 32, 12),
+    Case("resnet18_64x64_batch32", partial(resnet, "resnet18"), (3, 64, 64), 32, 12),
 ]
+if DEVICE == "cuda":
+    CASES.append(Case("resnet50_224x224_batch112", partial(resnet, "resnet50"), (3, 224, 224), 112, 8, steps=10))
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -93,14 +97,17 @@ class Bench:
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
+        self.case = case
         self.model = case.make_model().to(DEVICE)
         self.images = torch.rand(case.batch, *case.shape, device=DEVICE)
         self.labels = torch.arange(case.batch, device=DEVICE) // 2
         self.loss = MultiSimilarityLoss(2, 40, 0.5)
-        attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=True)
+        attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=case.steps, random_start=True)
         self.adversarial_loss = AdversarialLoss(
             self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False, warmup=0
         )
+        self.classifier = nn.Sequential(self.model, nn.Linear(128, case.batch // 2).to(DEVICE))
+        self.classifier_attack = attack(self.classifier)
 
     def library(self) -> Tensor:
         """One step with `AdversarialLoss`."""
@@ -127,13 +134,22 @@ class Bench:
         loss.backward()
         return loss.detach()
 
+    def torchattacks_classifier(self) -> Tensor:
+        """What those do who train a classifier against torchattacks: the same backbone, with a linear head."""
+        self.classifier.zero_grad()
+        perturbed = self.classifier_attack(self.images, self.labels)
+        logits = self.classifier(torch.cat([self.images, perturbed]))
+        loss = cross_entropy(logits, self.labels.repeat(2))
+        loss.backward()
+        return loss.detach()
+
     def _attack_by_hand(self, context: Tensor) -> Tensor:
         same = self.labels.unsqueeze(1) == self.labels
         wrong_or_itself = ~same | torch.eye(len(same), dtype=torch.bool, device=DEVICE)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         perturbed = (self.images + torch.empty_like(self.images).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(STEPS):
+        for _ in range(self.case.steps):
             perturbed.requires_grad_(True)
             distances = torch.cdist(self.model(perturbed), context)
             furthest = distances.masked_fill(wrong_or_itself, -torch.inf).amax(1)
@@ -146,62 +162,43 @@ class Bench:
         return perturbed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One CPU thread, so that other processes on the machine disturb the two sides as little as possible."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @every_case
-@pytest.mark.parametrize("side", ["library", "bare", "bare_through_clean"])
+@pytest.mark.parametrize("side", SIDES)
 def test_step(benchmark, case: Case, side: str) -> None:
     benchmark.group = case.name
     benchmark.pedantic(getattr(Bench(case), side), rounds=max(3, case.pairs // 4), warmup_rounds=2)
 
 
 @every_case
-@pytest.mark.parametrize("side", ["bare", "bare_through_clean"])
+@pytest.mark.parametrize("side", SIDES[1:])
 def test_ratio(benchmark, case: Case, side: str, capsys, pytestconfig) -> None:
     bench = Bench(case)
-    benchmark.group = f"{case.name}, {case.pairs} pairs of steps"
-    ratios = benchmark.pedantic(_paired_ratios, args=(bench.library, getattr(bench, side), case.pairs), rounds=1)
-    quartiles = statistics.quantiles(ratios, n=4)
-    benchmark.extra_info.update(ratio=statistics.median(ratios), quartiles=[quartiles[0], quartiles[2]], device=DEVICE)
+    benchmark.group = f"library / {side}"
+    pairs = 3 if benchmark.disabled else case.pairs
+    times = benchmark.pedantic(paired, args=(bench.library, getattr(bench, side), pairs), rounds=1)
+    found = compared(times)
+    benchmark.extra_info.update(case=case.name, **found, **(_throughput(bench, found) if DEVICE == "cuda" else {}))
     with capsys.disabled():
         pytestconfig.pluginmanager.get_plugin("terminalreporter").write_line(
-            f"\n{case.name} on {DEVICE}: library / {side} = {statistics.median(ratios):.3f} "
-            f"(median of {case.pairs} pairs, quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"
+            f"\n{case.name} on {DEVICE}: library / {side} = {found['ratio']:.3f} "
+            f"(median of {pairs} pairs, quartiles {found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f})"
         )
 
 
 @every_case
 def test_both_sides_embed_the_same_rows(case: Case) -> None:
     bench = Bench(case)
-    assert _rows_embedded(bench, bench.library) == _rows_embedded(bench, bench.bare) == (STEPS + 2) * case.batch
+    assert _rows_embedded(bench, bench.library) == _rows_embedded(bench, bench.bare) == (case.steps + 2) * case.batch
 
 
-def _paired_ratios(library: Step, bare: Step, pairs: int) -> list[float]:
-    for warm_up in (library, bare):
-        _seconds(warm_up)
-    ratios = []
-    for pair in range(pairs):
-        if pair % 2:
-            against, of = _seconds(bare), _seconds(library)
-        else:
-            of, against = _seconds(library), _seconds(bare)
-        ratios.append(of / against)
-    return ratios
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _throughput(bench: Bench, found: dict[str, Any]) -> dict[str, float]:
+    """Of the card: the share of its measured matrix throughput that a library step reaches."""
+    side = torch.rand(8192, 8192, device=DEVICE)
+    product = min(seconds(lambda: side @ side) for _ in range(5))
+    with FlopCounterMode(display=False) as counter:
+        bench.library()
+    rates = counter.get_total_flops() / (found["ms"][0] / 1e3), 2 * 8192**3 / product
+    return {"share_of_matmul": rates[0] / rates[1], "matmul_tflops": rates[1] / 1e12}
 
 
 def _rows_embedded(bench: Bench, step: Step) -> int:

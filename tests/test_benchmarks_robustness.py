@@ -189,6 +189,10 @@ class TestTraining:
         [
             ("plain", 6 * 6),  # twice three steps of six images
             ("preset-ms", 6 + 2 * 6 * (1 + 3 + 1)),  # the first step of the warm-up has no attack
+            ("noisy-step", 6 + 2 * 6 * (1 + 1 + 1)),
+            ("hard-rows", 6 + 2 * (6 + 3 * (3 + 1))),
+            ("reuse", 6 + 2 * 6 * (1 + 1 + 1)),
+            ("replay", 6 + 2 * 6 * (1 + 1)),
         ],
     )
     def test_counts_passes(self, method, passes, part, tmp_path):
@@ -221,7 +225,7 @@ class TestTraining:
             schedule.step()
         torch.testing.assert_close(found.state_dict(), model.state_dict())
 
-    @pytest.mark.parametrize("method", ["plain-softhard", "seed-paper", "preset-ms"])
+    @pytest.mark.parametrize("method", ["plain-softhard", "seed-paper", "preset-ms", "reuse", "replay"])
     def test_goes_on_after_an_exception(self, method, part, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "KEPT_EVERY", 2)
         (tmp_path / "whole").mkdir()
@@ -242,6 +246,22 @@ class TestTraining:
         again, found = trained(method, part, tmp_path, **protocol)
         torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
         assert (again.passed.forward, again.passed.losses) == (whole.passed.forward, whole.passed.losses)
+
+    def test_replays_each_batch(self, part, tmp_path, monkeypatch):
+        seen, step = [], Training._step
+        monkeypatch.setattr(
+            Training, "_step", lambda self, images, labels: seen.append(images) or step(self, images, labels)
+        )
+        trained("replay", part, tmp_path, steps=6, augment=1.0)
+        assert all(torch.equal(seen[0], images) for images in seen[1:4])
+        assert not torch.equal(seen[3], seen[4])
+        assert torch.equal(seen[4], seen[5])
+
+    def test_rows_are_those_of_the_batch(self, part):
+        batches = Batches(part, Protocol(**TINY, steps=1), 0)
+        for number in (0, 7):
+            images, _ = batches[number]
+            assert torch.equal(part.images[batches.rows(number)], images)
 
     def test_a_budget_ends_it(self, part, tmp_path):
         training, _ = trained("preset-ms", part, tmp_path, steps=0, budget=200)
