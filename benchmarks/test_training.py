@@ -1,8 +1,8 @@
 """How long does training take by each method, per step and per image pass?
 
 Steps at full strength, each run in turn with one of HM & ICS (arXiv 2203.01439), the strongest published method here,
-which takes 32 attack steps of 168 images each. The images are noise, of Omniglot's size and number. The optimiser's step
-and the reading of a batch are part of a step, as in training.
+which takes 32 attack steps of 168 images each. The images are noise, of Omniglot's size and number. The optimiser's
+step and the reading of a batch are part of a step, as in training.
 
     python -m pytest benchmarks/test_training.py --no-cov -p no:cacheprovider
 
