@@ -58,12 +58,9 @@ def peak() -> int:
 def machine(device: str) -> dict[str, Any]:
     """What a table has to say about where it was made."""
     cpus = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if "model name" in line]
-        if (cpus.exists())
-        else []
-    )
-    name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.processor()])[0]
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line] or [platform.processor()]
+    name = torch.cuda.get_device_name() if device == "cuda" else names[0]
     return {
         "device": name or platform.machine(),
         "cores": os.cpu_count(),

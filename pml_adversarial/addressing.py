@@ -118,11 +118,10 @@ def all_triplets(labels: Tensor) -> IndicesTuple:
 
 def with_own_triplets(plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
     """The same plan; where the loss would take all triplets of its rows, with the list of them, see `all_triplets`."""
-    left = plan.indices_tuple is None and plan.ref_layout is None and batch.labels is not None
-    if not left or _triplets_per_anchor(wrapped) != "all":
+    left_to_the_loss = plan.indices_tuple is None and plan.ref_layout is None
+    if batch.labels is None or not left_to_the_loss or _triplets_per_anchor(wrapped) != "all":
         return plan
-    labels = torch.cat([batch.labels, batch.labels[plan.rows]])[plan.layout]  # type: ignore[index, list-item]
-    return replace(plan, indices_tuple=all_triplets(labels))
+    return replace(plan, indices_tuple=all_triplets(batch.labels[plan.pool_rows(len(batch))[plan.layout]]))
 
 
 def own_triplets(wrapped: nn.Module, batch: Batch) -> IndicesTuple:

@@ -126,8 +126,7 @@ class Adversary:
         if batch.world_size > 1:
             embeddings = _gather_copies(batch, plan, embeddings)
         before, after = self._scores(wrapped, batch, plan, embeddings, None if depends else attacked.score)
-        rose = before[own], after[own]
-        return plan, Adversarial(inputs, embeddings, *rose, attacked.zero_gradient, attacked.seconds)
+        return plan, Adversarial(inputs, embeddings, before[own], after[own], attacked.zero_gradient, attacked.seconds)
 
     def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""

@@ -98,7 +98,6 @@ class FixedContext:
         else:
             if self.tuples_per_anchor is not None:
                 tuples = keep_tuples(tuples, self.tuples_per_anchor)
-            self._check_inputs_known(plan_rows(tuples, self.roles, len(batch)).rows, batch)
             plan = self._candidates(wrapped, batch, tuples)
         return replace(plan, keeps_clean=self.keep_clean)
 
@@ -165,6 +164,7 @@ class FixedContext:
         gets rows replaced. Which one fits is found out once, from the loss itself.
         """
         in_place = plan_rows(tuples, self.roles, len(batch))
+        self._check_inputs_known(in_place.rows, batch)
         kept = choice_of(wrapped, batch, tuples, self.tuples_per_anchor is not None)
         in_place = Plan(in_place.rows, in_place.layout, kept).split(batch.num_queries)
         if self.in_place or not len(in_place):
@@ -204,9 +204,9 @@ class FixedContext:
         situation = situation_of(batch)
         if situation not in self._sees_copies:
             self._sees_copies[situation] = sees_copies(wrapped, batch)
-        return (
-            with_own_triplets(plan.beside_clean(len(batch)), wrapped, batch) if self._sees_copies[situation] else plan
-        )
+        if not self._sees_copies[situation]:
+            return plan
+        return with_own_triplets(plan.beside_clean(len(batch)), wrapped, batch)
 
     def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
         if batch.num_attackable < len(batch) and len(rows) and int(rows.max()) >= batch.num_attackable:

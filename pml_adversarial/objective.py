@@ -87,13 +87,11 @@ class Objective(nn.Module):
         if inputs.requires_grad:
             inputs.register_hook(partial(self._watch_gradient, rows))
         embeddings = self._embed(inputs)
-        if rows is None:
-            self._stand = embeddings.detach()
-            return self._rows(self._score(embeddings), len(inputs)).float()
-        embeddings = embeddings.to(self._stand.dtype)
-        everywhere = self._stand.index_copy(0, rows, embeddings)
-        self._stand = everywhere.detach()
-        return self._rows(self._score(everywhere), len(everywhere)).float()[rows]
+        if rows is not None:
+            embeddings = self._stand.index_copy(0, rows, embeddings.to(self._stand.dtype))
+        self._stand = embeddings.detach()
+        score = self._rows(self._score(embeddings), len(self.clean_score)).float()
+        return score if rows is None else score[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
         """From now on, ``best_inputs`` is what raised each row's score most of all that was asked about."""

@@ -102,13 +102,13 @@ class Plan:
         Each member of a tuple is once the row and once its copy, in all combinations: of a triplet of which all rows
         have copies come eight.
         """
-        replaced = self.layout >= num_rows
-        layout = torch.cat([self._clean_of(self.layout, num_rows), self.layout[replaced]])
+        pool_rows, replaced = self.pool_rows(num_rows), self.layout >= num_rows
+        layout = torch.cat([pool_rows[self.layout], self.layout[replaced]])
         if self.ref_layout is None:
             ref_layout, ref_replaced = None, replaced
         else:
             ref_replaced = self.ref_layout >= num_rows
-            ref_layout = torch.cat([self._clean_of(self.ref_layout, num_rows), self.ref_layout[ref_replaced]])
+            ref_layout = torch.cat([pool_rows[self.ref_layout], self.ref_layout[ref_replaced]])
         tuples = None
         if self.indices_tuple is not None:
             pairs = (
@@ -119,8 +119,9 @@ class Plan:
             tuples = tuple(member for part in pairs for member in _clean_and_copied(part, replaced, ref_replaced))
         return Plan(self.rows, layout, tuples, ref_layout)
 
-    def _clean_of(self, layout: Tensor, num_rows: int) -> Tensor:
-        return torch.cat([torch.arange(num_rows, device=layout.device), self.rows])[layout]
+    def pool_rows(self, num_rows: int) -> Tensor:
+        """``(N + M,)`` the batch row behind each address: the rows themselves, then those of the copies."""
+        return torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
 
     def keep(self, copies: Tensor, num_rows: int) -> Plan:
         """The same plan with some of the copies; where another one stood, its row stands unperturbed.
@@ -129,7 +130,7 @@ class Plan:
             copies: ``(K,)`` which of the ``M`` copies, in any order.
             num_rows: ``N``, the rows of the batch.
         """
-        address = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        address = self.pool_rows(num_rows)
         address[num_rows + copies] = torch.arange(num_rows, num_rows + len(copies), device=self.rows.device)
         ref_layout = None if self.ref_layout is None else address[self.ref_layout]
         return replace(self, rows=self.rows[copies], layout=address[self.layout], ref_layout=ref_layout)
@@ -176,7 +177,7 @@ class Plan:
             return None
         layout = torch.arange(num_queries, device=self.layout.device)
         layout[replaced] = copies
-        pool_rows = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        pool_rows = self.pool_rows(num_rows)
         start = num_queries if num_queries < num_rows else 0
         members = tuple(
             pool_rows[m] if name == "anchor" else m - start for m, name in zip(self.indices_tuple, names, strict=True)
@@ -203,7 +204,7 @@ class Plan:
             Two bool masks ``(M, N)``: the rows that share a positive pair with the copy (it is one's anchor or
             positive), and those that share a negative pair.
         """
-        pool_rows = torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
+        pool_rows = self.pool_rows(num_rows)
         reference = self.layout if self.ref_layout is None else self.ref_layout
         addresses = [
             (self.layout if name == "anchor" else reference)[member]

@@ -699,6 +699,29 @@ def test_hooks_that_raise(kind, question, nth):
     assert (value is not None) == never_asked
 
 
+@kinds
+def test_a_score_that_raises_when_the_mode_has_it_asked_again(kind):
+    asked = []
+
+    class Raises:
+        @hookimpl
+        def pml_adversarial_score(self):
+            asked.append("score")
+            if len(asked) == 2:
+                raise Injected
+
+    model, images, labels = ordinary()
+    model[2].train()  # its statistics are those of the batch, and another context is seen in an attack
+    wrapper = wrap(kind, model, plugins=[Raises])
+    embeddings = model(images)
+    found = Found(model, tensors=[images, labels])
+    _, error = outcome(lambda: wrapper(embeddings, labels))
+    assert isinstance(error, Injected)
+    found.check(embedded_anew=kind == "loss")
+    assert wrapper.adversary.step == 0
+    assert outcome(lambda: wrapper(model(images), labels))[1] is None
+
+
 @pytest.mark.parametrize("options", [{}, {"perturb": "all"}, {"clean_weight": 0.5}, {"tuples_per_anchor": 1}], ids=str)
 def test_a_loss_that_raises_in_any_evaluation(options):
     expected_evaluations = 5 if "clean_weight" in options else 4  # refused?, before, after, and to be optimised

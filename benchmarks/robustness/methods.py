@@ -178,13 +178,9 @@ def _on_triplets(
     return Method(said, triplet, miner, made, **{"options": _peers_attack, **more})
 
 
-def _saving(said: str, attack: Callable[[Protocol], Any], **more: Any) -> Method:
+def _saving(said: str, attack: Callable[[Protocol], Any]) -> Method:
     """The preset around both losses, with another attack."""
-    return Method(said, both, options=lambda protocol: {"attack": attack(protocol)}, warmup=0.5, **more)
-
-
-def _preset_attack(protocol: Protocol, steps: int = 3) -> Any:
-    return attacks.preset(protocol.preset_eps, steps)
+    return Method(said, both, options=lambda protocol: {"attack": attack(protocol)}, warmup=0.5)
 
 
 _PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
@@ -221,19 +217,20 @@ METHODS: dict[str, Method] = {
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
-    "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: _preset_attack(p, 1)),
-    "two-steps": _saving("preset-both with 2 steps", lambda p: _preset_attack(p, 2)),
+    "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
+    "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),
     "noisy-step": _saving("preset-both with N-FGSM", lambda p: partial(NoisyStep, eps=p.preset_eps)),
     "early-stop": _saving("preset-both, broken rows at rest", lambda p: partial(EarlyStop, eps=p.preset_eps)),
-    "hard-rows": _saving("preset-both on half of the rows", _preset_attack, plugins=lambda p: [HardRows(0.5)]),
-    "reuse": _saving(
-        "preset-both with 1 step from where it was", _preset_attack, plugins=lambda p: [Reuse(p.preset_eps)]
+    "hard-rows": Method("preset-both on half of the rows", both, plugins=lambda p: [HardRows(0.5)], **_PRESET),
+    "reuse": Method(
+        "preset-both with 1 step from where it was", both, plugins=lambda p: [Reuse(p.preset_eps)], **_PRESET
     ),
-    "replay": _saving(
+    "replay": Method(
         "preset-both, each batch 4 times, no attack steps",
-        _preset_attack,
+        both,
         plugins=lambda p: [Replay(p.preset_eps)],
         replays=4,
+        **_PRESET,
     ),
-    "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: InPrecision(_preset_attack(p))),
+    "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: InPrecision(attacks.preset(p.preset_eps))),
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Objective
-from .steps import ascend, in_ball, noise
+from .steps import ascend, noise, projected
 
 
 class EarlyStop:
@@ -39,7 +39,7 @@ class EarlyStop:
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
-        points = in_ball(inputs + noise(inputs, self.eps), inputs, self.eps)
+        points = projected(inputs + noise(inputs, self.eps), inputs, self.eps)
         going = torch.arange(len(inputs), device=inputs.device)
         for step in range(self.steps):
             moved, score = ascend(self.objective, points[going], self.alpha, going if step else None)
@@ -47,5 +47,5 @@ class EarlyStop:
             going, moved = going[moves], moved[moves]
             if not len(going):
                 break
-            points = points.index_copy(0, going, in_ball(moved, inputs[going], self.eps))
+            points = points.index_copy(0, going, projected(moved, inputs[going], self.eps))
         return points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 
 import torch
@@ -45,7 +46,7 @@ class InPrecision:
 
     def __call__(self, objective: Objective, **scaled: float) -> Attack:
         """The attack on the objective."""
-        attack = attacks.build(lambda model, **more: self.factory(model, **{**scaled, **more}), objective)
+        attack = attacks.build(partial(self.factory, **scaled), objective)
 
         def lowered(inputs: Tensor, labels: Tensor) -> Tensor:
             with torch.autocast(inputs.device.type, self.dtype):

@@ -12,7 +12,7 @@ from ..attacks import Attack, unchanged
 from ..batch import Batch
 from ..errors import InputError
 from ..hookspecs import hookimpl
-from .steps import in_ball, noise
+from .steps import noise, projected
 
 
 class Replay:
@@ -63,7 +63,7 @@ class _Carried:
         change = self.replay._change
         if change is None or change.shape != inputs.shape:
             change = noise(inputs, self.eps)
-        points = in_ball(inputs + change.to(inputs), inputs, self.eps)
+        points = projected(inputs + change.to(inputs), inputs, self.eps)
         self.replay._change = points - inputs
         return points
 

@@ -15,7 +15,7 @@ from ..errors import InputError, PluginError
 from ..hookspecs import hookimpl
 from ..objective import Objective
 from ..plan import Plan
-from .steps import ascend, in_ball, noise
+from .steps import ascend, noise, projected
 
 
 class Reuse:
@@ -46,7 +46,6 @@ class Reuse:
         >>> loss = loss_func(model(images), labels)
         >>> int(reuse.known.sum())
         8
-
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None, steps: int = 1) -> None:
@@ -100,9 +99,9 @@ class Reuse:
         self._make_room(int(index.max()) + 1, inputs)
         found = cast(Tensor, self._found)
         known = self.known[index].reshape(-1, *[1] * (inputs.ndim - 1))
-        points = in_ball(inputs + torch.where(known, found[index], noise(inputs, eps)), inputs, eps)
+        points = projected(inputs + torch.where(known, found[index], noise(inputs, eps)), inputs, eps)
         for _ in range(self.steps):
-            points = in_ball(ascend(objective, points, alpha)[0], inputs, eps)
+            points = projected(ascend(objective, points, alpha)[0], inputs, eps)
         found[index] = points - inputs
         self.known[index] = True
         return points

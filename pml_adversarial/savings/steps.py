@@ -23,7 +23,7 @@ def ascend(objective: Objective, points: Tensor, alpha: float, rows: Tensor | No
     return points.detach() + alpha * gradient.sign(), score.detach()
 
 
-def in_ball(points: Tensor, inputs: Tensor, eps: float) -> Tensor:
+def projected(points: Tensor, inputs: Tensor, eps: float) -> Tensor:
     """The points, held to the l-inf ball around the inputs and to [0, 1]."""
     return (inputs + (points - inputs).clamp(-eps, eps)).clamp(0, 1)
 
