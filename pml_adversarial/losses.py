@@ -158,16 +158,15 @@ class AdversarialLoss(ModuleWithRecords):
         batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if isinstance(loss, DistributedLossWrapper):
             loss = loss.loss  # the batch is gathered
-        looks = self.adversary.step % collapse.EVERY == 0
         plan, adversarial = self.adversary.perturb(loss, batch)
         if adversarial is None:
             value = clean_loss(loss, batch)
             records.clear(self, strength=batch.strength)
         else:
-            change = self._loss_change(loss, batch, plan, adversarial.embeddings) if looks else {}
+            change = self._loss_change(loss, batch, plan, adversarial.embeddings)
             value = self.adversary.training_loss(loss, batch, plan, adversarial)
             records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        if looks:
+        if self.adversary.step % collapse.EVERY == 0:
             self._look(loss, batch, plan, adversarial)
         for name, number in self.adversary.strength.records().items():
             setattr(self, name, number)

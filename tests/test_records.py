@@ -268,13 +268,12 @@ class TestInTrainer:
         assert series["steps_seen"] == [1, 2, 3, 4, 5, 6]
         assert series["perturbation_linf"] == pytest.approx([0, EPS / 2, *[EPS] * 4], rel=1e-3)
         rise = [after - before for before, after in zip(series["loss_before"], series["loss_after"], strict=True)]
-        assert rise[:5] == [0] * 5  # one look in five steps, and without an attack in the first
-        assert rise[5] > 0
+        assert rise[0] == 0
+        assert all(change > 0 for change in rise[1:])
 
     def test_losses_that_were_optimised_read_back(self, run):
         series = run.series("loss_histories")
-        after = run.series("metric_loss_AdversarialLoss")["loss_after"]
-        assert series["metric_loss"][::5] == pytest.approx(after[::5])
+        assert series["metric_loss"] == pytest.approx(run.series("metric_loss_AdversarialLoss")["loss_after"])
         assert not any(math.isnan(value) for value in series["metric_loss"])
 
     def test_records_of_the_wrapped_loss_are_there(self, run):
