@@ -13,7 +13,6 @@ Nothing here asserts a time. Read the ratio of 512 to 256 queries, which are run
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from benchmarks.measure import DEVICE, peak
+from benchmarks.measure import DEVICE, compared, paired, peak
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.retrieval import Gallery
 from pml_adversarial.evaluation.scene import AnyAttack, GalleryAttack, QueryAttack
@@ -101,23 +100,14 @@ def searched(data: tuple[Tensor, Tensor]) -> Gallery:
 
 
 def test_cost_is_linear_in_the_queries(benchmark, data, capsys, pytestconfig) -> None:
-    def ratios() -> list[float]:
-        found = []
-        for _ in range(1 if benchmark.disabled else PAIRS):
-            times = []
-            for queries in (256, 512):
-                start = time.perf_counter()
-                evaluate(data, queries)
-                times.append(time.perf_counter() - start)
-            found.append(times[1] / times[0])
-        return found
-
-    found = benchmark.pedantic(ratios, rounds=1)
-    benchmark.extra_info.update(ratio=statistics.median(found))
+    pairs = 1 if benchmark.disabled else PAIRS
+    sides = (lambda: evaluate(data, 512), lambda: evaluate(data, 256))
+    benchmark.group = "evaluation: 512 / 256 queries before 60,502 items"
+    found = compared(benchmark.pedantic(paired, args=(*sides, pairs), rounds=1))
+    benchmark.extra_info.update(case="three attacks of 5 steps", **found)
     with capsys.disabled():
         pytestconfig.pluginmanager.get_plugin("terminalreporter").write_line(
-            f"\n512 / 256 queries: {statistics.median(found):.2f} times as long "
-            f"(median of {len(found)} pairs, {min(found):.2f} to {max(found):.2f})"
+            f"\n512 / 256 queries: {found['ratio']:.2f} times as long (median of {pairs} pairs)"
         )
 
 

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import DEVICE, compared, paired, seconds
 from pml_adversarial import AdversarialLoss
+from pml_adversarial.attacks import AttackFactory
 
 EPS, ALPHA = 8 / 255, 2 / 255
 SIDES = ("library", "bare", "bare_through_clean", "torchattacks_classifier")
@@ -102,14 +103,18 @@ class Bench:
         self.images = torch.rand(case.batch, *case.shape, device=DEVICE)
         self.labels = torch.arange(case.batch, device=DEVICE) // 2
         self.loss = MultiSimilarityLoss(2, 40, 0.5)
-        attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=case.steps, random_start=True)
-        self.adversarial_loss = AdversarialLoss(
-            self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False, warmup=0
-        )
+        self.attack = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=case.steps, random_start=True)
+        self.wrap(self.attack)
         head = nn.Linear(128, case.batch // 2)
         # A model of its own, in eval mode: torchattacks would put its BatchNorm, frozen or not, back into train mode.
         self.classifier = nn.Sequential(case.make_model(), head).to(DEVICE).eval()
-        self.classifier_attack = attack(self.classifier)
+        self.classifier_attack = self.attack(self.classifier)
+
+    def wrap(self, attack: AttackFactory) -> None:
+        """The library's side, with an attack."""
+        self.adversarial_loss = AdversarialLoss(
+            self.loss, self.model, attack=attack, perturb="all", keep_clean=False, guard=False, warmup=0
+        )
 
     def library(self) -> Tensor:
         """One step with `AdversarialLoss`."""
@@ -162,14 +167,6 @@ class Bench:
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
         return perturbed
-
-
-@every_case
-@pytest.mark.parametrize("side", SIDES)
-def test_step(benchmark, case: Case, side: str) -> None:
-    benchmark.group = case.name
-    step = getattr(Bench(case), side)
-    benchmark.pedantic(seconds, args=(step,), rounds=max(3, case.pairs // 4), warmup_rounds=2)  # waits for the device
 
 
 @every_case

@@ -18,6 +18,7 @@ import torchattacks
 from torch import Tensor, nn
 from torchattacks.attack import Attack as TorchAttack
 
+from .ball import per_image
 from .errors import AttackError
 
 logger = logging.getLogger("pml_adversarial")
@@ -174,7 +175,7 @@ class BestTried:
         self.objective.keep_best(inputs)
         found = self.attack(inputs, labels)
         kept = (found == inputs).flatten(1).all(1)
-        return torch.where(kept.reshape(-1, *[1] * (inputs.ndim - 1)), self.objective.best_inputs, found)
+        return torch.where(per_image(kept, inputs), self.objective.best_inputs, found)
 
 
 def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ball import per_image
 from .errors import AttackError
 
 Score = Callable[[Tensor], Tensor]
@@ -102,7 +103,7 @@ class Objective(nn.Module):
             return
         better = score > self._best_score
         self._best_score = torch.where(better, score, self._best_score)
-        self.best_inputs = torch.where(better.reshape(-1, *[1] * (inputs.ndim - 1)), inputs, self.best_inputs)
+        self.best_inputs = torch.where(per_image(better, inputs), inputs, self.best_inputs)
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
         self._watched_gradient = True

@@ -7,7 +7,7 @@ import pml_adversarial
 
 PACKAGE = Path(pml_adversarial.__file__).parent
 FLOORS = [
-    ["errors", "batch"],
+    ["errors", "batch", "ball"],
     ["records", "plan", "capture", "isolation", "attacks", "pixels", "distributed"],
     ["objective", "intake"],
     ["hookspecs"],

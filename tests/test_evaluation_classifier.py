@@ -8,7 +8,7 @@ import torch
 import torchattacks
 from scenes import bench_of, embedded, images_of, network
 
-from pml_adversarial.evaluation.ascent import within
+from pml_adversarial.ball import projected
 from pml_adversarial.evaluation.classifier import RetrievalClassifier, apart
 from pml_adversarial.evaluation.retrieval import Gallery, Sought
 from pml_adversarial.evaluation.scene import QueryAttack
@@ -48,7 +48,7 @@ class TestLogits:
         assert model.labels.tolist() == [(label + 7) // 10 for label in labels]
 
     def test_right_exactly_if_recall_at_1_is(self, scene):
-        moved = within(scene.images + torch.randn_like(scene.images), scene.images, EPS, "Linf")
+        moved = projected(scene.images + torch.randn_like(scene.images), scene.images, EPS, "Linf")
         for images in (scene.images, moved):
             right = classifier(scene)(images).argmax(1) == classifier(scene).labels
             stands = [
@@ -75,7 +75,7 @@ class TestLogits:
         assert len(part) > 12
         model = classifier(part)
         rows = torch.randint(len(part), (40,), generator=torch.Generator().manual_seed(1))
-        moved = within(part.images[rows] + torch.randn(40, 1, 6, 6), part.images[rows], radius, norm)
+        moved = projected(part.images[rows] + torch.randn(40, 1, 6, 6), part.images[rows], radius, norm)
         found = model(moved) / model.scale
         for row, query, logits in zip(rows.tolist(), part.embed(moved), found, strict=True):
             own = int(part.sought.own[row])
@@ -216,7 +216,7 @@ class TestAttacksOnClassifiers:
 
         def make(model, eps, norm, seed):
             def attack(images, labels):
-                moved = within(images + 2 * eps * (torch.rand_like(images) - 0.5).sign(), images, eps, norm)
+                moved = projected(images + 2 * eps * (torch.rand_like(images) - 0.5).sign(), images, eps, norm)
                 asked.append((moved, model(moved) / model.scale))
                 return moved
 

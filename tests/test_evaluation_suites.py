@@ -9,7 +9,7 @@ import torch
 from scenes import bench_of, embedded, images_of, network
 from torch import nn
 
-from pml_adversarial.evaluation.ascent import momentum_pgd, within
+from pml_adversarial.evaluation.ascent import momentum_pgd
 from pml_adversarial.evaluation.retrieval import unit
 from pml_adversarial.evaluation.scene import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.suites import (
@@ -37,33 +37,6 @@ def length(change, norm):
 @pytest.fixture
 def scene():
     return bench_of(network(), images_of()).scene(torch.arange(24))
-
-
-class TestWithin:
-    @both_norms
-    def test_holds_to_the_ball_and_to_the_pixels(self, norm):
-        clean = torch.rand(50, 1, 4, 4)
-        found = clean + torch.randn(50, 1, 4, 4)
-        held = within(found, clean, RADIUS[norm], norm)
-        assert (length(held - clean, norm) <= RADIUS[norm] + 1e-6).all()
-        assert 0 <= held.min() <= held.max() <= 1
-
-    @both_norms
-    def test_leaves_alone_what_is_allowed(self, norm):
-        clean = torch.rand(50, 1, 4, 4) * 0.8 + 0.1
-        found = clean + 0.01 * torch.randn(50, 1, 4, 4)
-        torch.testing.assert_close(within(found, clean, 0.1, norm), found, rtol=0, atol=1e-7)
-
-    def test_l2_shortens_along_the_way(self):
-        held = within(torch.tensor([[[[0.9, 0.9]]]]), torch.tensor([[[[0.5, 0.5]]]]), 0.1, "L2")
-        torch.testing.assert_close(held, torch.full((1, 1, 1, 2), 0.5 + 0.1 / math.sqrt(2)))
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    @both_norms
-    def test_what_is_not_finite_is_clean_again(self, bad, norm):
-        clean = torch.full((1, 1, 1, 3), 0.5)
-        held = within(torch.tensor([[[[bad, 0.51, 0.5]]]]), clean, 0.1, norm)
-        torch.testing.assert_close(held, torch.tensor([[[[0.5, 0.51, 0.5]]]]))
 
 
 class TestMomentumPGD:

@@ -144,10 +144,11 @@ class TestNoisyStep:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", kept)
             loss_func(context, labels)
-        (noise,) = drawn
-        start = images + noise
+        (unit,) = drawn
+        start = images + 1.5 * EPS * unit
         expected = start + 0.03 * signs_by_hand(model, start, context.detach(), labels)
-        assert 1.4 * EPS < noise.abs().max() <= 1.5 * EPS
+        assert unit.min() < -0.9
+        assert 0.9 < unit.max() <= 1
         assert torch.allclose(watch.adversarial.inputs, expected.clamp(0, 1), atol=1e-6)
         assert loss_func.perturbation_linf > EPS
 
@@ -168,7 +169,7 @@ class TestEarlyStop:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", lambda t, *a: (starts.append(uniform(t, *a).clone()), t)[1])
             loss_func(context := model(images), labels)
-        points = (images + starts[0]).clamp(0, 1)
+        points = (images + EPS * starts[0]).clamp(0, 1)
         for _ in range(3):
             points = points + 0.02 * signs_by_hand(model, points, context.detach(), labels)
             points = (images + (points - images).clamp(-EPS, EPS)).clamp(0, 1)

@@ -9,16 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..attacks import Attack
+from ..ball import drawn, per_image, projected
 from ..objective import Objective
-
-
-def within(found: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
-    """What was found, held to the ball and to [0, 1]; what is not finite becomes clean again."""
-    difference = torch.nan_to_num(found.detach().to(clean) - clean, nan=0.0, posinf=0.0, neginf=0.0)
-    if norm == "Linf":
-        return (clean + difference.clamp(-eps, eps)).clamp(0, 1)
-    length = like(difference.flatten(1).norm(dim=1), clean)
-    return (clean + difference * (eps / length.clamp(min=eps))).clamp(0, 1)
 
 
 def momentum_pgd(
@@ -40,40 +32,26 @@ def momentum_pgd(
     """
 
     def attack(inputs: Tensor, labels: Tensor) -> Tensor:
-        point = within(inputs + eps * in_ball(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
+        point = projected(inputs + eps * drawn(inputs, norm), inputs, eps, norm) if random_start else inputs.clone()
         best, highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
         direction = torch.zeros_like(inputs)
         for step in range(steps + 1):
             point.requires_grad_(step < steps)
             value = cross_entropy(objective(point), labels, reduction="none")
             higher = value.detach() > highest
-            best, highest = torch.where(like(higher, point), point.detach(), best), highest.maximum(value.detach())
+            best, highest = torch.where(per_image(higher, point), point.detach(), best), highest.maximum(value.detach())
             if step < steps:
                 gradient = torch.autograd.grad(value.sum(), point)[0].nan_to_num(0.0, 0.0, 0.0)
                 direction = momentum * direction + gradient / _size(gradient, norm)
                 size = eps * (1 + math.cos(math.pi * step / steps)) / 2
                 step_taken = direction.sign() if norm == "Linf" else direction / _size(direction, norm)
-                point = within(point.detach() + size * step_taken, inputs, eps, norm)
+                point = projected(point.detach() + size * step_taken, inputs, eps, norm)
         return best
 
     return attack
 
 
-def in_ball(like_inputs: Tensor, norm: str) -> Tensor:
-    """A random point of the unit ball per row."""
-    if norm == "Linf":
-        return 2 * torch.rand_like(like_inputs) - 1
-    noise = torch.randn_like(like_inputs)
-    radius = torch.rand(len(noise), device=noise.device, dtype=noise.dtype) ** (1 / noise[0].numel())
-    return noise * like(radius / noise.flatten(1).norm(dim=1), noise)
-
-
 def _size(gradient: Tensor, norm: str) -> Tensor:
     flat = gradient.flatten(1)
     size = flat.abs().mean(1) if norm == "Linf" else flat.norm(dim=1)
-    return like(size.clamp(min=torch.finfo(size.dtype).tiny), gradient)
-
-
-def like(per_row: Tensor, images: Tensor) -> Tensor:
-    """``(Q,)`` in a shape that goes with ``(Q, ...)``."""
-    return per_row.reshape(-1, *[1] * (images.ndim - 1))
+    return per_image(size.clamp(min=torch.finfo(size.dtype).tiny), gradient)

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ball import drawn, per_image, projected
 from ..isolation import random_stream
-from .ascent import in_ball, like, momentum_pgd, within
+from .ascent import momentum_pgd
 from .bench import Bench
 from .report import AttackResult, Check
 from .retrieval import Gallery, Sought, chunks, unit
@@ -378,7 +379,7 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
 
 def at_the_border(scene: Scene, eps: float) -> Tensor:
     """Queries with random noise as large as it may be: a corner of the ball for "Linf"."""
-    return within(
+    return projected(
         scene.images + eps * _directed(torch.randn_like(scene.images), scene.norm), scene.images, eps, scene.norm
     )
 
@@ -388,7 +389,7 @@ def _directed(direction: Tensor, norm: str) -> Tensor:
     if norm == "Linf":
         return direction.sign()
     length = direction.flatten(1).norm(dim=1).clamp(min=torch.finfo(direction.dtype).tiny)
-    return direction / like(length, direction)
+    return direction / per_image(length, direction)
 
 
 def _embed(scene: Scene, images: Tensor) -> Tensor:
@@ -399,7 +400,7 @@ def _embed(scene: Scene, images: Tensor) -> Tensor:
 
 def _random_point(scene: Scene, eps: float) -> Tensor:
     """Where attacks start: clean images are often at special values, such as 8-bit levels or black."""
-    return within(scene.images + eps * in_ball(scene.images, scene.norm), scene.images, eps, scene.norm)
+    return projected(scene.images + eps * drawn(scene.images, scene.norm), scene.images, eps, scene.norm)
 
 
 def _toward(scene: Scene, embeddings: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ball import per_image
 from ..isolation import random_stream
 from ..plan import rank_in_group
 from . import scores
-from .ascent import like
 from .bench import Bench
 from .report import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .retrieval import embed_all, unit
@@ -61,7 +61,7 @@ class Run:
                 part[_key(attack, eps)] = result
                 if attack.target == "query":
                     taken = (by < 0) & ~result["shift"].isnan()
-                    worst = torch.where(like(taken, worst), images, worst)
+                    worst = torch.where(per_image(taken, worst), images, worst)
                     fell = taken & (result["measures"]["recall_at_1"] == 0)
                     by[fell], at[taken.cpu()] = number, eps
             if self.keep_attacked:

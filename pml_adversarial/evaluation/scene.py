@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..ball import projected
 from ..objective import Objective, Score
-from .ascent import momentum_pgd, within
+from .ascent import momentum_pgd
 from .classifier import RetrievalClassifier
 from .retrieval import Changed, Embed, Gallery, Ranking, Sought, unit
 
@@ -76,7 +77,7 @@ class QueryAttack:
 
     def run(self, scene: Scene, eps: float, restart: int, depth: int) -> Outcome:
         """Attacks all queries of a scene and ranks what they find."""
-        images = within(self.find(scene, eps, restart), scene.images, eps, scene.norm)
+        images = projected(self.find(scene, eps, restart), scene.images, eps, scene.norm)
         with torch.no_grad():
             embeddings = scene.embed(images)
         shift = (unit(embeddings) - unit(scene.clean)).norm(dim=1)
@@ -111,7 +112,7 @@ class GalleryAttack:
         pixels, origin = scene.pixels_of(items), scene.gallery.embeddings[items]
         objective = scene.objective(self.score(scene), origin)
         found = momentum_pgd(objective, eps, self.steps, scene.norm)(pixels, objective.labels)
-        images = within(found, pixels, eps, scene.norm)
+        images = projected(found, pixels, eps, scene.norm)
         with torch.no_grad():
             embeddings = scene.embed(images)
         ranking = scene.gallery.ranking(scene.clean, scene.sought, depth, Changed(items, embeddings))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ball import drawn, projected
 from ..objective import Objective
-from .steps import ascend, noise, projected
+from .steps import ascend
 
 
 class EarlyStop:
@@ -39,7 +40,7 @@ class EarlyStop:
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
-        points = projected(inputs + noise(inputs, self.eps), inputs, self.eps)
+        points = projected(inputs + self.eps * drawn(inputs), inputs, self.eps)
         going = torch.arange(len(inputs), device=inputs.device)
         for step in range(self.steps):
             moved, score = ascend(self.objective, points[going], self.alpha, going if step else None)

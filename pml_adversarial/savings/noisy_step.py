@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ball import drawn
 from ..objective import Objective
-from .steps import ascend, noise
+from .steps import ascend
 
 
 class NoisyStep:
@@ -36,5 +37,5 @@ class NoisyStep:
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
-        start = inputs + noise(inputs, self.spread * self.eps)
+        start = inputs + self.spread * self.eps * drawn(inputs)
         return ascend(self.objective, start, self.alpha)[0].clamp(0, 1)

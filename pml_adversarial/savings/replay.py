@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, unchanged
+from ..ball import drawn, projected
 from ..batch import Batch
 from ..errors import InputError
 from ..hookspecs import hookimpl
-from .steps import noise, projected
 
 
 class Replay:
@@ -62,7 +62,7 @@ class _Carried:
         """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
         change = self.replay._change
         if change is None or change.shape != inputs.shape:
-            change = noise(inputs, self.eps)
+            change = self.eps * drawn(inputs)
         points = projected(inputs + change.to(inputs), inputs, self.eps)
         self.replay._change = points - inputs
         return points

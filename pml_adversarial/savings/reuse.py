@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, unchanged
+from ..ball import drawn, per_image, projected
 from ..batch import Batch
 from ..errors import InputError, PluginError
 from ..hookspecs import hookimpl
 from ..objective import Objective
 from ..plan import Plan
-from .steps import ascend, noise, projected
+from .steps import ascend
 
 
 class Reuse:
@@ -98,8 +99,8 @@ class Reuse:
         eps, alpha = strength * self.eps, strength * self.alpha
         self._make_room(int(index.max()) + 1, inputs)
         found = cast(Tensor, self._found)
-        known = self.known[index].reshape(-1, *[1] * (inputs.ndim - 1))
-        points = projected(inputs + torch.where(known, found[index], noise(inputs, eps)), inputs, eps)
+        known = per_image(self.known[index], inputs)
+        points = projected(inputs + torch.where(known, found[index], eps * drawn(inputs)), inputs, eps)
         for _ in range(self.steps):
             points = projected(ascend(objective, points, alpha)[0], inputs, eps)
         found[index] = points - inputs

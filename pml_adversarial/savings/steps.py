@@ -21,13 +21,3 @@ def ascend(objective: Objective, points: Tensor, alpha: float, rows: Tensor | No
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
     return points.detach() + alpha * gradient.sign(), score.detach()
-
-
-def projected(points: Tensor, inputs: Tensor, eps: float) -> Tensor:
-    """The points, held to the l-inf ball around the inputs and to [0, 1]."""
-    return (inputs + (points - inputs).clamp(-eps, eps)).clamp(0, 1)
-
-
-def noise(like: Tensor, eps: float) -> Tensor:
-    """Anywhere in the l-inf ball of radius eps around 0."""
-    return torch.empty_like(like).uniform_(-eps, eps)

@@ -1,0 +1,70 @@
+"""What do properties of the model, and lower precision in the attack, change in the time of a step?
+
+A step of `AdversarialLoss` with the option and one without, in turn. "compiled, no attack" compares a training step of
+the wrapped loss alone: where that is slower, so is ours. Compilation itself is not timed; it takes minutes.
+
+    python -m pytest benchmarks/test_options.py --no-cov -p no:cacheprovider
+
+Nothing here asserts a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import compared, paired
+from benchmarks.test_step import Bench, Case, every_case
+from pml_adversarial.savings.precision import InPrecision
+
+
+def channels_last(bench: Bench) -> Callable[[], Any]:
+    bench.model.to(memory_format=torch.channels_last)
+    bench.images = bench.images.contiguous(memory_format=torch.channels_last)
+    return bench.library
+
+
+def bfloat16_attack(bench: Bench) -> Callable[[], Any]:
+    bench.wrap(InPrecision(bench.attack))
+    return bench.library
+
+
+def compiled(bench: Bench) -> Callable[[], Any]:
+    bench.model = torch.compile(bench.model)
+    bench.wrap(bench.attack)
+    return bench.library
+
+
+def compiled_without_attack(bench: Bench) -> Callable[[], Any]:
+    bench.model = torch.compile(bench.model)
+    return without_attack(bench)
+
+
+def without_attack(bench: Bench) -> Callable[[], Any]:
+    return lambda: bench.loss(bench.model(bench.images), bench.labels).backward()
+
+
+OPTIONS: dict[str, tuple[Callable[[Bench], Callable[[], Any]], Callable[[Bench], Callable[[], Any]]]] = {
+    "channels last": (channels_last, lambda bench: bench.library),
+    "attack in bfloat16": (bfloat16_attack, lambda bench: bench.library),
+    "compiled": (compiled, lambda bench: bench.library),
+    "compiled, no attack": (compiled_without_attack, without_attack),
+}
+
+
+@every_case
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(benchmark, case: Case, option: str) -> None:
+    if "compiled" in option and (benchmark.disabled or not shutil.which("g++")):
+        pytest.skip("compiles for minutes, with a C++ compiler")
+    with_it, without = (make(Bench(case)) for make in OPTIONS[option])
+    for _ in range(2):  # compilers see a frozen model and a trainable one
+        with_it()
+    benchmark.group = "step with an option / without"
+    pairs = 1 if benchmark.disabled else case.pairs
+    times = benchmark.pedantic(paired, args=(with_it, without, pairs), rounds=1)
+    benchmark.extra_info.update(case=f"{option}, {case.name}", **compared(times))

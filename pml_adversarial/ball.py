@@ -1,0 +1,36 @@
+"""Where an attack may move an image: within a ball around it, and within [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def projected(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Tensor:
+    """The points, held to the ball and to [0, 1]; what is not finite becomes clean again.
+
+    Args:
+        points: ``(M, ...)``, of any floating-point type.
+        clean: ``(M, ...)`` the middles, in [0, 1].
+        eps: radius, in pixels of [0, 1].
+        norm: "Linf" or "L2".
+    """
+    difference = torch.nan_to_num(points.detach().to(clean) - clean, nan=0.0, posinf=0.0, neginf=0.0)
+    if norm == "Linf":
+        return (clean + difference.clamp(-eps, eps)).clamp(0, 1)
+    length = per_image(difference.flatten(1).norm(dim=1), clean)
+    return (clean + difference * (eps / length.clamp(min=eps))).clamp(0, 1)
+
+
+def drawn(like: Tensor, norm: str = "Linf") -> Tensor:
+    """Of the unit ball around 0, one random point per row, in the shape and type of ``like``."""
+    if norm == "Linf":
+        return torch.empty_like(like).uniform_(-1, 1)
+    direction = torch.randn_like(like)
+    radius = torch.rand(len(like), device=like.device, dtype=like.dtype) ** (1 / like[0].numel())
+    return direction * per_image(radius / direction.flatten(1).norm(dim=1), direction)
+
+
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """``(M,)`` in a shape that goes with ``(M, ...)``."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
