@@ -65,6 +65,6 @@ def test_option(benchmark, case: Case, option: str) -> None:
     for _ in range(2):  # compilers see a frozen model and a trainable one
         with_it()
     benchmark.group = "step with an option / without"
-    pairs = 1 if benchmark.disabled else case.pairs
+    pairs = 1 if benchmark.disabled else case.pairs // 4
     times = benchmark.pedantic(paired, args=(with_it, without, pairs), rounds=1)
     benchmark.extra_info.update(case=f"{option}, {case.name}", **compared(times))

@@ -127,6 +127,9 @@ def test_nearest_wrong_and_right(benchmark, data, searched: Gallery, side: str) 
     rows = torch.arange(128)
     queries, sought = searched.embeddings[rows], searched.leave_one_out(rows)
     benchmark.group = "128 queries before 60,502 items"
+    benchmark.extra_info["case"] = {"margin": "nearest wrong and right item", "faiss": "faiss, two nearest items"}.get(
+        side, side
+    )
     if side == "margin":
         benchmark.pedantic(searched.margin, args=(queries, sought), rounds=5, warmup_rounds=1)
     elif side == "product alone":

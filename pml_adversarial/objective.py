@@ -107,7 +107,7 @@ class Objective(nn.Module):
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
         self._watched_gradient = True
-        found = gradient.detach().reshape(len(gradient), -1).any(1)
+        found = gradient.detach().reshape(len(gradient), -1).abs().amax(1) != 0
         self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
 
     @staticmethod

@@ -1,6 +1,9 @@
 import json
+from pathlib import Path
 
 from benchmarks.summary import main, shrunk, summary
+
+ROOT = Path(__file__).parents[1]
 
 FOUND = {
     "datetime": "2026-01-01T00:00:00",
@@ -68,3 +71,13 @@ def test_the_command(tmp_path, capsys):
     main([str(tmp_path / "all.json"), "--keep", str(tmp_path / "small.json")])
     assert capsys.readouterr().out == EXPECTED
     assert json.loads((tmp_path / "small.json").read_text()) == shrunk(FOUND)
+
+
+def test_tables_of_the_docs_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    machine, *groups = summary(found).strip().split("\n\n")
+    assert machine in page
+    assert len(groups) > 20
+    for title, table in zip(groups[::2], groups[1::2], strict=True):
+        assert f"<!-- {title.strip('*')} -->\n{table}\n" in page

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torchattacks
+from pytorch_metric_learning.losses import ContrastiveLoss
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pml_adversarial import AttackError
+from pml_adversarial import AdversarialLoss, AttackError
 from pml_adversarial.objective import Objective
 
 SCORES = torch.cat([-torch.logspace(6, -6, 400), torch.zeros(1), torch.logspace(-6, 6, 400)])
@@ -182,3 +183,45 @@ class TestMode:
         objective = Objective(model, lambda embeddings: embeddings.sum(1), model(images).detach(), [model])
         torchattacks.PGD(objective, steps=1)(images, objective.labels)
         assert not any(module.training for module in model.modules())
+
+
+class TestMemory:
+    """An attack step keeps what a gradient to the inputs needs, and nothing for the weights."""
+
+    HIDDEN, ROWS = 37, 8
+
+    @pytest.fixture
+    def chain(self):
+        """Without a nonlinearity: only a gradient to the weights needs what goes into the second layer."""
+        return nn.Sequential(nn.Flatten(), nn.Linear(9, self.HIDDEN), nn.Linear(self.HIDDEN, 4))
+
+    def kept_in_a_pass(self, forward, inputs):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            output = forward(inputs.clone().requires_grad_())
+        nodes, leaves = [output.grad_fn], []
+        for node in nodes:
+            nodes += [parent for parent, _ in node.next_functions if parent is not None and parent not in nodes]
+            leaves += [node.variable] if hasattr(node, "variable") else []
+        return shapes, leaves
+
+    def test_keeps_no_activations_and_no_graph_of_the_weights(self, chain):
+        images, labels, seen = torch.rand(self.ROWS, 1, 3, 3), torch.arange(self.ROWS) // 2, []
+
+        def watched(objective):
+            def attack(inputs, labels):
+                seen.append(self.kept_in_a_pass(objective, inputs))
+                return 1 - inputs
+
+            return attack
+
+        loss_func = AdversarialLoss(ContrastiveLoss(), chain, attack=watched, warmup=0)
+        loss_func(chain(images), labels).backward()
+        ((shapes, leaves),) = seen
+        assert (self.ROWS, self.HIDDEN) not in shapes
+        assert [tuple(leaf.shape) for leaf in leaves] == [(self.ROWS, 1, 3, 3)]
+
+    def test_a_trainable_pass_would_be_noticed(self, chain):
+        shapes, leaves = self.kept_in_a_pass(chain, torch.rand(self.ROWS, 1, 3, 3))
+        assert (self.ROWS, self.HIDDEN) in shapes
+        assert len(leaves) == 5
