@@ -50,9 +50,18 @@ def preset(eps: float, steps: int = 3) -> AttackFactory:
             f"eps={eps!r}; expected a number above 0 and up to 1, in pixels of [0, 1]: for 8 of 256 levels write "
             "eps=8/255."
         )
+    check_steps(steps)
+    return partial(torchattacks.PGD, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
+
+
+def check_steps(steps: Any) -> None:
+    """Refuses what is no number of attack steps.
+
+    Raises:
+        AttackError: it is none.
+    """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise AttackError(f"steps={steps!r}; expected a whole number of attack steps, from 1 on.")
-    return partial(torchattacks.PGD, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
 
 
 PRESET = preset(8 / 255)

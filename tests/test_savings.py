@@ -175,6 +175,12 @@ class TestEarlyStop:
             points = (images + (points - images).clamp(-EPS, EPS)).clamp(0, 1)
         assert torch.allclose(watch.adversarial.inputs, points, atol=1e-6)
 
+    @pytest.mark.parametrize("steps", [0, 1.5, None])
+    def test_other_numbers_of_steps_are_refused(self, model, images, labels, steps):
+        loss_func, _ = wrapped(model, attack=partial(EarlyStop, eps=EPS, steps=steps))
+        with pytest.raises(AttackError, match="expected a whole number of attack steps"):
+            loss_func(model(images), labels)
+
     def test_rows_at_rest_are_where_they_stopped_and_pass_no_more(self, model, images, labels):
         loss_func, watch = wrapped(model, attack=partial(EarlyStop, eps=0.02, alpha=0.01, steps=8), keep_clean=False)
         context = model(images).detach()
@@ -358,7 +364,7 @@ class TestReuse:
         with pytest.raises(InputError, match="index is"):
             Reuse().next(index)
 
-    @pytest.mark.parametrize("options", [{"eps": 0}, {"eps": 8}, {"steps": 0}])
+    @pytest.mark.parametrize("options", [{"eps": 0}, {"eps": 8}, {"eps": None}, {"steps": 0}, {"steps": 1.5}])
     def test_refuses_nonsense(self, options):
         with pytest.raises(InputError, match="expected eps"):
             Reuse(**options)
@@ -396,7 +402,7 @@ class TestReplay:
         loss_func(model(images[:6]), labels[:6]).backward()
         assert watch.adversarial.inputs.shape == images[:6].shape
 
-    @pytest.mark.parametrize("eps", [0, -1, 8])
+    @pytest.mark.parametrize("eps", [0, -1, 8, None])
     def test_refuses_what_is_no_radius(self, eps):
         with pytest.raises(InputError, match="expected a radius"):
             Replay(eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attacks import check_steps
 from ..ball import drawn, projected
 from ..objective import Objective
 from .steps import ascend
@@ -25,6 +26,9 @@ class EarlyStop:
         alpha: step; None: ``2.5 eps / steps``.
         steps: at most.
         enough: the score at which a row rests.
+
+    Raises:
+        AttackError: ``steps`` is no number of steps.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class EarlyStop:
         steps: int = 3,
         enough: float = 0.0,
     ) -> None:
+        check_steps(steps)
         self.objective, self.eps, self.steps, self.enough = objective, eps, steps, enough
         self.alpha = 2.5 * eps / steps if alpha is None else alpha
 

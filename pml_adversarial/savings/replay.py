@@ -33,7 +33,7 @@ class Replay:
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None) -> None:
-        if not 0 < eps <= 1:
+        if not (isinstance(eps, int | float) and 0 < eps <= 1):
             raise InputError(f"eps={eps!r}; expected a radius in pixels of [0, 1].")
         self.eps, self.alpha = eps, eps if alpha is None else alpha
         self._change: Tensor | None = None

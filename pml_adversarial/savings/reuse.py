@@ -50,8 +50,8 @@ class Reuse:
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None, steps: int = 1) -> None:
-        if steps < 1 or not 0 < eps <= 1:
-            raise InputError(f"eps={eps}, steps={steps}; expected eps in pixels of [0, 1], and steps from 1 on.")
+        if not (isinstance(eps, int | float) and 0 < eps <= 1 and isinstance(steps, int) and steps >= 1):
+            raise InputError(f"eps={eps!r}, steps={steps!r}; expected eps in pixels of [0, 1], and steps from 1 on.")
         self.eps, self.steps = eps, steps
         self.alpha = 1.25 * eps if alpha is None else alpha
         self.known = torch.zeros(0, dtype=torch.bool)
