@@ -2,6 +2,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,13 +20,14 @@ from benchmarks.robustness.batches import Batches
 from benchmarks.robustness.data import InMemory, Rotated, hold_out, load
 from benchmarks.robustness.methods import METHODS, Method, triplet
 from benchmarks.robustness.protocol import Protocol, named
-from benchmarks.robustness.table import table
+from benchmarks.robustness.table import table, worst_case
 from benchmarks.robustness.train import Passed, Training, counted
 from pml_adversarial import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "robustness" / "results"
 PAGE = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
 TINY = {"data": "digits", "backbone": "mlp", "classes": 3, "per_class": 2, "attack_steps": 2}
@@ -637,3 +639,37 @@ class TestCollapse:
         monkeypatch.setattr(collapse, "measure", None)
         collapse.main([*asked, "--out", str(out)])
         assert len(out.read_text().splitlines()) == 6
+
+
+SAVINGS = {
+    "fewer, larger steps": "two-steps",
+    "one noisy step": "noisy-step",
+    "broken rows rest": "early-stop",
+    "hard rows": "hard-rows",
+    "reuse": "reuse",
+    "replay": "replay",
+    "lower precision": "bfloat16-attack",
+}
+"""In the words of the page on performance, and in those of the tables."""
+
+
+def means_of(experiment):
+    """Method -> mean R@1 in percent under the worst attacks of 13/255 and of 26/255."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / experiment).glob("*/*/run.json")]
+    return {
+        method: [mean(worst_case(run, k / 255) for run in runs if run["method"] == method) for k in (13, 26)]
+        for method in {run["method"] for run in runs}
+    }
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_the_price_of_a_saving_is_that_of_the_committed_runs(saving):
+    (line,) = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {saving} | `")]
+    cells = []
+    for experiment in ("omniglot-85k", "digits-100k"):
+        found = means_of(experiment)
+        prices = (
+            left - of_preset for left, of_preset in zip(found[SAVINGS[saving]], found["preset-both"], strict=True)
+        )
+        cells.append(", ".join(f"{price:+.1f}" for price in prices))
+    assert f" | {' | '.join(cells)} | " in line
