@@ -18,7 +18,7 @@ import torchattacks
 from torch import Tensor, nn
 from torchattacks.attack import Attack as TorchAttack
 
-from .ball import per_image
+from .ball import is_radius, per_image
 from .errors import AttackError
 
 logger = logging.getLogger("pml_adversarial")
@@ -45,7 +45,7 @@ def preset(eps: float, steps: int = 3) -> AttackFactory:
         >>> budget(preset(0.3, steps=5))
         {'eps': 0.3, 'alpha': 0.15}
     """
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps <= 1:
+    if not is_radius(eps):
         raise AttackError(
             f"eps={eps!r}; expected a number above 0 and up to 1, in pixels of [0, 1]: for 8 of 256 levels write "
             "eps=8/255."

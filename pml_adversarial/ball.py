@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def is_radius(eps: Any) -> bool:
+    """Whether it is a number above 0 and up to 1, as radii in pixels of [0, 1] are."""
+    return isinstance(eps, int | float) and not isinstance(eps, bool) and 0 < eps <= 1
 
 
 def projected(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Tensor:

@@ -1,9 +1,19 @@
 """A small retrieval problem that attacks break in part: images around patterns and a random network."""
 
+import pytest
 import torch
 from torch import nn
 
 from pml_adversarial.evaluation.bench import Bench
+
+RADIUS = {"Linf": 0.05, "L2": 0.3}
+both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])
+
+
+def length(change, norm):
+    """Of each row's change."""
+    flat = change.flatten(1)
+    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
 
 
 def images_of(count=24, classes=4, size=6, spread=0.15, seed=0):

@@ -4,16 +4,9 @@ import math
 
 import pytest
 import torch
+from scenes import RADIUS, both_norms, length
 
-from pml_adversarial.ball import drawn, per_image, projected
-
-RADIUS = {"Linf": 0.05, "L2": 0.3}
-both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])
-
-
-def length(change, norm):
-    flat = change.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
+from pml_adversarial.ball import drawn, is_radius, per_image, projected
 
 
 class TestProjected:
@@ -65,3 +58,13 @@ def test_a_value_for_each_image(shape):
     scaled = per_image(torch.arange(4.0), images) * images
     for row, image in enumerate(scaled):
         assert (image == row).all()
+
+
+@pytest.mark.parametrize("eps", [1, 1.0, 8 / 255])
+def test_is_a_radius(eps):
+    assert is_radius(eps)
+
+
+@pytest.mark.parametrize("eps", [0, -0.1, 8, True, None, "0.1", math.nan])
+def test_is_no_radius(eps):
+    assert not is_radius(eps)

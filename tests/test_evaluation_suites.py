@@ -6,7 +6,7 @@ from dataclasses import replace
 import by_loops
 import pytest
 import torch
-from scenes import bench_of, embedded, images_of, network
+from scenes import RADIUS, bench_of, both_norms, embedded, images_of, length, network
 from torch import nn
 
 from pml_adversarial.evaluation.ascent import momentum_pgd
@@ -24,14 +24,6 @@ from pml_adversarial.evaluation.suites import (
     toward_wrong_class,
 )
 from pml_adversarial.objective import Objective
-
-RADIUS = {"Linf": 0.05, "L2": 0.3}
-both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])
-
-
-def length(change, norm):
-    flat = change.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
 
 
 @pytest.fixture

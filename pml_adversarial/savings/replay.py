@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, unchanged
-from ..ball import drawn, projected
+from ..ball import drawn, is_radius, projected
 from ..batch import Batch
 from ..errors import InputError
 from ..hookspecs import hookimpl
@@ -33,7 +33,7 @@ class Replay:
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None) -> None:
-        if not (isinstance(eps, int | float) and 0 < eps <= 1):
+        if not is_radius(eps):
             raise InputError(f"eps={eps!r}; expected a radius in pixels of [0, 1].")
         self.eps, self.alpha = eps, eps if alpha is None else alpha
         self._change: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, unchanged
-from ..ball import drawn, per_image, projected
+from ..ball import drawn, is_radius, per_image, projected
 from ..batch import Batch
 from ..errors import InputError, PluginError
 from ..hookspecs import hookimpl
@@ -50,7 +50,7 @@ class Reuse:
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None, steps: int = 1) -> None:
-        if not (isinstance(eps, int | float) and 0 < eps <= 1 and isinstance(steps, int) and steps >= 1):
+        if not is_radius(eps) or not isinstance(steps, int) or steps < 1:
             raise InputError(f"eps={eps!r}, steps={steps!r}; expected eps in pixels of [0, 1], and steps from 1 on.")
         self.eps, self.steps = eps, steps
         self.alpha = 1.25 * eps if alpha is None else alpha

@@ -1,4 +1,4 @@
-"""How inputs move within their ball: sign steps that several savings share."""
+"""How inputs move up their score: the sign step that several savings share."""
 
 from __future__ import annotations
 
