@@ -47,6 +47,9 @@ class Objective(nn.Module):
         self._watched_gradient = False
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
+
     @property
     def zero_gradient(self) -> Tensor:
         """``(M,)`` bool: rows whose gradient was zero in every pass that asked for one."""

@@ -106,7 +106,7 @@ class TestRefusals:
             (["--output", "/dev/null/folder"], "--output"),
             (["--train-classes", "0,1", "--batch-size", "800"], "at least one"),
             (["--epochs", "0"], "--epochs"),
-            (["--attack", "SPSA"], "SPSA cannot be used in training"),
+            (["--attack", "TPGD"], "TPGD cannot be used in training"),
         ],
     )
     def test_say_what_is_wrong(self, arguments, message, tmp_path):
