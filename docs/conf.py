@@ -7,7 +7,12 @@ author = "The pml_adversarial authors"
 copyright = author  # the name that Sphinx asks for
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "matplotlib.sphinxext.plot_directive",  # pictures are made by code, anew with each build
+]
 exclude_patterns = ["_build", "example_plugin"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -24,3 +29,7 @@ default_role = "py:obj"  # `Plan` in a docstring is a link where there is someth
 
 html_theme = "furo"
 html_title = f"pml_adversarial {release}"
+
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False

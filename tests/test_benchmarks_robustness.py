@@ -1,6 +1,7 @@
 import json
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -358,6 +359,7 @@ def fake(name, root):
             (base / f"Ebay_{split}.txt").write_text("image_id class_id super_class_id path\n" + lines)
 
 
+@pytest.mark.skipif(not find_spec("pytorch_metric_learning.datasets"), reason="PML reads them from 2.9 on")
 @pytest.mark.parametrize("name", ["cub", "cars", "sop"])
 class TestPhotographs:
     def test_are_read_and_trained_on(self, name, tmp_path):

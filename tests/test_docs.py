@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 HOOKS = {name: hook for name, hook in vars(HookSpecs).items() if name.startswith(f"{PROJECT}_")}
+TESTED = [*DOCS.glob("examples/*.py"), *DOCS.glob("example_plugin/*.*")]
+HELD = ["robustness.md", "evaluation.md", "performance.md"]  # whose tables are compared with committed files
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -110,17 +112,59 @@ def same_log_level():
 def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": f"docs_{page.stem}"}
+    monkeypatch.syspath_prepend(DOCS / "example_plugin")
     for block in python_blocks(page):
         exec(compile(block, page, "exec"), namespace)
+
+
+def test_the_report_that_is_explained_is_what_is_printed(capsys, monkeypatch):
+    page = DOCS / "evaluation.md"
+    exec(compile(python_blocks(page)[0], page, "exec"), {"__name__": "docs_evaluation"})
+    (shown,) = re.findall(r"^```text\n(attack .*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    printed = capsys.readouterr().out
+    assert [without_numbers(line) for line in shown.splitlines()] == [
+        without_numbers(line) for line in printed.splitlines()
+    ]
+
+
+def without_numbers(line):
+    """What a line says, apart from what another version of PyTorch may change."""
+    return line.split(": ")[0] if line.startswith("[") else re.sub(r"[\d.,]+", "", line).split()
 
 
 def test_every_block_says_what_it_is():
     fences = re.compile(r"^```([^\n`]*)$", re.MULTILINE)
     known = {"python", "text", "console", "toml", "{eval-rst}", "{include} ../CHANGELOG.md", "{toctree}"}
-    known.add("{literalinclude} examples/train_torchrun.py")
+    shown = {"{literalinclude} " + path.relative_to(DOCS).as_posix() for path in TESTED}
     for page in PAGES:
         opening = fences.findall(page.read_text(encoding="utf-8"))[::2]
-        assert set(opening) <= known, page.name
+        assert set(opening) <= known | shown, page.name
+
+
+def test_every_example_is_shown():
+    page = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("examples.md", "distributed.md"))
+    for path in DOCS.glob("examples/*.*"):
+        assert f"`{path.name}`" in page
+        assert path.suffix == ".ipynb" or f"{{literalinclude}} examples/{path.name}\n" in page
+
+
+def test_rows_that_are_quoted_are_those_of_a_table_that_is_held_to_its_files():
+    held = {line for page in HELD for line in (DOCS / page).read_text(encoding="utf-8").splitlines()}
+    rows = re.findall(r"^ *(\|.*(?:±|→).*\|)$", (DOCS / "choosing.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 6
+    assert set(rows) <= held
+
+
+def test_the_cost_of_an_installation_is_that_of_the_committed_file():
+    found = json.loads((ROOT / "benchmarks" / "results" / "installation.json").read_text(encoding="utf-8"))
+    page = (DOCS / "installing.md").read_text(encoding="utf-8")
+    seconds, installed = found["import_seconds"], found["distributions"]
+    assert f"| distributions | {len(installed)} |" in page
+    assert f"included | {sum(one['megabytes'] for one in installed.values()):,.0f} |" in page
+    assert f"| `import torch`, seconds | {seconds['torch']:.2f} |" in page
+    both = seconds["torch, pytorch-metric-learning, torchattacks"]
+    assert f"| and pytorch-metric-learning and torchattacks | {both:.2f} |" in page
+    assert f"| `import pml_adversarial`, which imports these | {seconds['pml_adversarial']:.2f} |" in page
 
 
 def test_every_page_is_in_a_table_of_contents():

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from pytorch_metric_learning import datasets as pml_datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2 as transforms
@@ -19,11 +18,11 @@ from pml_adversarial.datasets import digits
 from pml_adversarial.errors import InputError
 
 PHOTOS = {
-    "cub": pml_datasets.CUB,
-    "cars": pml_datasets.Cars196,
-    "sop": pml_datasets.StanfordOnlineProducts,
+    "cub": "CUB",
+    "cars": "Cars196",
+    "sop": "StanfordOnlineProducts",
 }
-"""PML's own classes: where they look for files, they say; training and test classes are disjoint."""
+"""PML's own data set classes: where they look for files, they say; training and test classes are disjoint."""
 
 SIDE = 224  # of photographs
 
@@ -193,7 +192,12 @@ def _omniglot(root: Path, file: Path | None, download: bool) -> Any:
 
 def _photographs(name: str, root: Path, download: bool, side: int) -> tuple[Photographs, Photographs]:
     try:
-        train, test = (PHOTOS[name](str(root), split=split, download=download) for split in ("train", "test"))
+        from pytorch_metric_learning import datasets
+    except ImportError as error:
+        raise InputError(f"{name} is read by pytorch-metric-learning from 2.9 on; install a newer one.") from error
+    kind = getattr(datasets, PHOTOS[name])
+    try:
+        train, test = (kind(str(root), split=split, download=download) for split in ("train", "test"))
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{name} cannot be read from {root}: {error} Add --download, or see --root.") from error
     return _all_of(train, side), _all_of(test, side)
