@@ -38,7 +38,7 @@ class HalfSpace(nn.Module):
     def forward(self, images):
         distance = images.flatten(1)[:, 0] - self.plane
         side = distance.sign() if self.steepness == math.inf else torch.tanh(self.steepness * distance)
-        return torch.stack([side, (1 - side**2).clamp(min=0).sqrt()], 1)
+        return torch.stack([side, (1 - side**2).clamp(min=1e-30).sqrt()], 1)  # of 0 the root has no gradient
 
 
 def at(*first_pixels):
