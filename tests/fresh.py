@@ -1,5 +1,6 @@
 """Fresh environments, made without the network: what is heavy is seen through, what is installed comes first."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +25,8 @@ class Environment:
 
     def run(self, *arguments):
         """Runs its Python, away from the checkout, and gives what was printed."""
-        return run([self.python, *map(str, arguments)], cwd=self.folder)
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return run([self.python, *map(str, arguments)], cwd=self.folder, env=own)
 
 
 def run(command, **options):
