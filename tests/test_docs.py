@@ -167,6 +167,16 @@ def test_the_cost_of_an_installation_is_that_of_the_committed_file():
     assert f"| `import pml_adversarial`, which imports these | {seconds['pml_adversarial']:.2f} |" in page
 
 
+def test_paths_of_commands_are_there():
+    blocks = re.compile(r"^```(?:console|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    commands = "".join(
+        block for page in [ROOT / "README.md", *PAGES] for block in blocks.findall(page.read_text("utf-8"))
+    )
+    named = set(re.findall(r"(?<=[ \n])(?:\.ci|docs|tests|benchmarks)/[\w./]+", commands))
+    assert {".ci/develop", "docs/example_plugin", "benchmarks/installation.py"} & named
+    assert all((ROOT / path).exists() for path in named - {"docs/_build"}), named
+
+
 def test_every_page_is_in_a_table_of_contents():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     listed = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")}
