@@ -117,7 +117,7 @@ def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
         exec(compile(block, page, "exec"), namespace)
 
 
-def test_the_report_that_is_explained_is_what_is_printed(capsys, monkeypatch):
+def test_the_report_that_is_explained_is_what_is_printed(capsys):
     page = DOCS / "evaluation.md"
     exec(compile(python_blocks(page)[0], page, "exec"), {"__name__": "docs_evaluation"})
     (shown,) = re.findall(r"^```text\n(attack .*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)

@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy
+import offline
 import pytest
 import torch
 from PIL import Image
@@ -18,19 +20,6 @@ from torchvision.models import resnet18
 from pml_adversarial.records import OF_LOSSES, STANDARD
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-OFFLINE = """
-import socket
-
-
-class Local(socket.socket):
-    def connect(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise OSError(f"connects to {address}")
-        return super().connect(address)
-
-
-socket.socket = Local
-"""
 OF_LIBRARIES = (
     "ignore:Converting a tensor with requires_grad:UserWarning",  # PML formats the loss
     "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",  # Lightning, of torch's own
@@ -44,10 +33,10 @@ EVALUATED = re.compile(r"R@1 +([\d.]+)%, at most +([\d.]+)% under attack")
 @pytest.fixture
 def run(tmp_path):
     """Runs Python in an empty folder; gives what it printed, and what it complained of."""
-    offline = tmp_path / "offline"
-    offline.mkdir()
-    (offline / "sitecustomize.py").write_text(OFFLINE, encoding="utf-8")
-    path = os.pathsep.join(filter(None, [str(offline), os.environ.get("PYTHONPATH")]))
+    startup = tmp_path / "startup"
+    startup.mkdir()
+    shutil.copy(offline.__file__, startup / "sitecustomize.py")
+    path = os.pathsep.join(filter(None, [str(startup), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     env.pop("MPLBACKEND", None)  # the notebook has its own
     folder = tmp_path / "folder"
