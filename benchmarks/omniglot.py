@@ -31,8 +31,8 @@ from torch.nn.functional import affine_grid, grid_sample
 from torchvision.datasets import Omniglot
 
 from pml_adversarial import AdversarialLoss, Report, evaluate_robustness
-from pml_adversarial.datasets import OpenSetSplit
-from pml_adversarial.evaluation import peers
+from pml_adversarial.cli.images import OpenSetSplit
+from pml_adversarial.evaluation import robrank as peers
 
 logger = logging.getLogger("omniglot")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import compared, paired
 from benchmarks.test_step import Bench, Case, every_case
-from pml_adversarial.savings.precision import InPrecision
+from pml_adversarial.attacks.autocast import Autocast
 
 
 def channels_last(bench: Bench) -> None:
@@ -29,7 +29,7 @@ def channels_last(bench: Bench) -> None:
 
 
 def bfloat16_attack(bench: Bench) -> None:
-    bench.wrap(InPrecision(bench.attack))
+    bench.wrap(Autocast(bench.attack))
 
 
 def compiled(bench: Bench) -> None:

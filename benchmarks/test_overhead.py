@@ -18,9 +18,9 @@ from torch import nn
 from benchmarks.measure import DEVICE
 from benchmarks.test_step import resnet, small_cnn
 from pml_adversarial import hookimpl
-from pml_adversarial.capture import InputCapture
-from pml_adversarial.isolation import isolated, random_stream
-from pml_adversarial.plugins import make_manager
+from pml_adversarial.plugins.manager import make_manager
+from pml_adversarial.training.isolation import isolated, random_stream
+from pml_adversarial.training.replay import InputCapture
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "small CNN": small_cnn,

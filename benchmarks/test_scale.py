@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE, compared, paired, peak
 from pml_adversarial.evaluation import Report, evaluate_robustness
-from pml_adversarial.evaluation.retrieval import Gallery
-from pml_adversarial.evaluation.scene import AnyAttack, GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.attacks import AnyAttack, GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.gallery import Gallery
 from pml_adversarial.evaluation.suites import classified, nearest_wrong, promotion, raising, toward_nearest_wrong
 
 ITEMS, CLASSES, SHAPE, EPS, PAIRS = 60_502, 11_316, (1, 16, 32), 0.02, 3
@@ -125,11 +125,11 @@ def test_queries_per_second(benchmark, data, items: int) -> None:
 def test_nearest_wrong_and_right(benchmark, data, searched: Gallery, side: str) -> None:
     """128 queries: the nearest wrong and right item, beside the bare product and faiss's exact search for two items."""
     rows = torch.arange(128)
-    queries, sought = searched.embeddings[rows], searched.leave_one_out(rows)
+    queries, targets = searched.embeddings[rows], searched.leave_one_out(rows)
     benchmark.group = "128 queries before 60,502 items"
     benchmark.extra_info["case"] = side
     if side == "nearest wrong and right item":
-        benchmark.pedantic(searched.margin, args=(queries, sought), rounds=5, warmup_rounds=1)
+        benchmark.pedantic(searched.margin, args=(queries, targets), rounds=5, warmup_rounds=1)
     elif side == "product alone":
         benchmark.pedantic(lambda: queries @ searched.embeddings.T, rounds=5, warmup_rounds=1)
     else:

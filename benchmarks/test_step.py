@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import DEVICE, compared, paired, seconds
 from pml_adversarial import AdversarialLoss
-from pml_adversarial.attacks import AttackFactory
+from pml_adversarial.attacks.objective import AttackFactory
 
 EPS, ALPHA = 8 / 255, 2 / 255
 SIDES = ("library", "bare", "bare_through_clean", "torchattacks_classifier")

@@ -6,14 +6,14 @@ Two lines in a working script::
     loss_func = AdversarialLoss(loss_func, model)
 """
 
-from .batch import Adversarial, Batch
 from .errors import AdversarialError, AttackError, CaptureError, InputError, PlanError, PluginError
 from .evaluation import Report, evaluate_robustness
-from .hookspecs import hookimpl
 from .losses import AdversarialLoss
 from .miners import AdversarialMiner
-from .plan import Plan
+from .plugins.hookspecs import hookimpl
 from .testers import AdversarialTester
+from .training.batch import Adversarial, Batch
+from .training.plan import Plan
 
 __version__ = "0.1.0"
 

@@ -13,19 +13,20 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import attacks, collapse, records
-from .addressing import clean_loss
-from .adversary import Adversary
-from .attacks import AttackFactory
-from .batch import Adversarial, Batch, IndicesTuple
-from .capture import InputCapture, Models
-from .collapse import Strength, batch_recall
-from .defaults import FixedContext
+from .attacks import adapter, presets
+from .attacks.objective import AttackFactory
 from .errors import InputError, PlanError
-from .isolation import isolated
-from .pixels import Normalization, PixelSpace
-from .plan import Plan
-from .plugins import find_all
+from .plugins.fixed_context import FixedContext
+from .plugins.manager import find_all
+from .training import monitor, records
+from .training.batch import Adversarial, Batch
+from .training.isolation import isolated
+from .training.monitor import Strength, batch_recall
+from .training.pixels import Normalization, PixelSpace
+from .training.plan import Plan, clean_loss
+from .training.replay import InputCapture, Models
+from .training.step import Adversary
+from .training.tuples import IndicesTuple
 
 _REMEMBERED = ("queue_idx", "has_been_filled")  # of CrossBatchMemory, which are no buffers in PML
 
@@ -35,7 +36,7 @@ class AdversarialLoss(ModuleWithRecords):
 
     The method of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), open to others through
     ``plugins``. The defaults are the package's own preset: all rows are perturbed, and clean rows stay beside them. The
-    paper's own way is ``attack=attacks.SEED_PAPER, perturb="positive", keep_clean=False, guard=False, warmup=0``.
+    paper's own way is ``attack=presets.SEED_PAPER, perturb="positive", keep_clean=False, guard=False, warmup=0``.
 
     It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
     `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 and ``keep_clean=False`` it
@@ -85,7 +86,7 @@ class AdversarialLoss(ModuleWithRecords):
         loss: nn.Module,
         model: Models | None = None,
         *,
-        attack: AttackFactory = attacks.PRESET,
+        attack: AttackFactory = presets.PRESET,
         perturb: str | Iterable[str] = "all",
         tuples_per_anchor: int | None = None,
         plugins: Iterable[Any] = (),
@@ -108,11 +109,11 @@ class AdversarialLoss(ModuleWithRecords):
         _check_wrappers(loss)
         joint = isinstance(loss, DistributedLossWrapper)
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight, keep_clean)
-        has_eps = "eps" in attacks.budget(attack)
+        has_eps = "eps" in adapter.budget(attack)
         if warmup is None:
-            warmup = collapse.WARMUP if has_eps else 0
+            warmup = monitor.WARMUP if has_eps else 0
         elif warmup:
-            attacks.check_warmup(attack)
+            adapter.check_warmup(attack)
         self.loss = loss
         parameters = signature(loss.forward).parameters
         self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
@@ -166,7 +167,7 @@ class AdversarialLoss(ModuleWithRecords):
             change = self._loss_change(loss, batch, plan, adversarial.embeddings)
             value = self.adversary.training_loss(loss, batch, plan, adversarial)
             records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        if self.adversary.step % collapse.EVERY == 0:
+        if self.adversary.step % monitor.EVERY == 0:
             self._look(loss, batch, plan, adversarial)
         for name, number in self.adversary.strength.records().items():
             setattr(self, name, number)

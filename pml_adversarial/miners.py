@@ -12,19 +12,20 @@ from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 from torch import Tensor
 
-from . import attacks, distributed, records
-from .addressing import untouched
-from .adversary import Adversary
-from .attacks import AttackFactory
-from .batch import Batch, IndicesTuple
-from .capture import InputCapture, Models
-from .collapse import Strength
-from .defaults import FixedContext
+from .attacks import adapter, presets
+from .attacks.objective import AttackFactory
 from .errors import InputError, PlanError, PluginError
-from .hookspecs import PROJECT
-from .pixels import Normalization, PixelSpace
-from .plan import Plan, checked_tuples, map_members, shift_partners
-from .plugins import find_all
+from .plugins.fixed_context import FixedContext
+from .plugins.hookspecs import PROJECT
+from .plugins.manager import find_all
+from .training import distributed, records
+from .training.batch import Batch
+from .training.monitor import Strength
+from .training.pixels import Normalization, PixelSpace
+from .training.plan import Plan, untouched
+from .training.replay import InputCapture, Models
+from .training.step import Adversary
+from .training.tuples import IndicesTuple, checked_tuples, map_members, shift_partners
 
 
 class AdversarialMiner(BaseMiner):
@@ -63,7 +64,7 @@ class AdversarialMiner(BaseMiner):
         miner: BaseMiner,
         model: Models | None = None,
         *,
-        attack: AttackFactory = attacks.PRESET,
+        attack: AttackFactory = presets.PRESET,
         perturb: str | Iterable[str] = "all",
         plugins: Iterable[Any] = (),
         warmup: int = 0,
@@ -82,7 +83,7 @@ class AdversarialMiner(BaseMiner):
             )
         own = FixedContext(attack, perturb, keep_clean=False, for_miner=True)
         if warmup:
-            attacks.check_warmup(attack)
+            adapter.check_warmup(attack)
         self.miner = miner
         strength = Strength(warmup, guarded=False)
         self.adversary = Adversary(
@@ -154,8 +155,8 @@ def _check_asked(adversary: Adversary) -> None:
 
 def _check_places(plan: Plan, batch: Batch) -> None:
     row = torch.cat([torch.arange(len(batch), device=plan.rows.device), plan.rows])
-    seen = plan.layout if plan.ref_layout is None else torch.cat([plan.layout, plan.ref_layout])
-    if len(plan.layout) != batch.num_queries or not torch.equal(row[seen], row[: len(batch)]):
+    seen = plan.pool_indices if plan.ref_pool_indices is None else torch.cat([plan.pool_indices, plan.ref_pool_indices])
+    if len(plan.pool_indices) != batch.num_queries or not torch.equal(row[seen], row[: len(batch)]):
         raise PlanError(
             f"A plugin planned to show the miner {len(seen)} rows in places of their own, and what is mined there "
             f"would not name rows of the caller's {len(batch)}; expected a plan that replaces rows in place. Give the "

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_collate
 
 from .errors import InputError
-from .evaluation.bench import whole_numbers
+from .evaluation.attacks import AnyAttack
 from .evaluation.report import TARGETS, Report
 from .evaluation.robustness import check_options, evaluate_robustness, to_radii, to_suite
-from .evaluation.scene import AnyAttack
-from .isolation import isolated
-from .pixels import Normalization, PixelSpace
+from .evaluation.task import whole_numbers
+from .training.isolation import isolated
+from .training.pixels import Normalization, PixelSpace
 
 _WORST = {"query": "worst_case", "gallery": "worst_case_gallery"}
 _UNEQUAL = 1e-3  # lengths of embeddings that a network normalised in half precision differ by less

@@ -23,7 +23,7 @@ from seed_paper import seed_paper_loss
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, hookimpl
-from pml_adversarial.scores import OwnLoss
+from pml_adversarial.training.objectives import OwnLoss
 
 EPS = 0.1
 PGD = partial(torchattacks.PGD, alpha=0.02, steps=10)
@@ -79,7 +79,7 @@ WRAPPERS = {
 MINERS = {"none": None, **_concrete(miners, miners.BaseMiner, {miners.BaseMiner})}
 
 
-class Situation(NamedTuple):
+class CallSignature(NamedTuple):
     """How a loss is called."""
 
     miner: str = "none"
@@ -93,9 +93,9 @@ class Situation(NamedTuple):
 def situations(name):
     """All ways in which this loss may be called, with and without labels, tuples, reference; PML may refuse some."""
     if takes_two_views(name):
-        return [Situation(reference=True, labels=False)]
-    with_labels = [Situation(miner, reference) for miner, reference in itertools.product(MINERS, (False, True))]
-    return [*with_labels, Situation(labels=False), Situation(reference=True, labels=False)]
+        return [CallSignature(reference=True, labels=False)]
+    with_labels = [CallSignature(miner, reference) for miner, reference in itertools.product(MINERS, (False, True))]
+    return [*with_labels, CallSignature(labels=False), CallSignature(reference=True, labels=False)]
 
 
 def takes_two_views(name):
@@ -243,8 +243,13 @@ def addressing(name, situation):
 @cache
 def table():
     """The rows of the table in docs/losses.md, by loss."""
-    ways = (Situation(), Situation("MultiSimilarityMiner"), Situation("BatchHardMiner"), Situation(reference=True))
-    without_labels = Situation(labels=False), Situation(reference=True, labels=False)
+    ways = (
+        CallSignature(),
+        CallSignature("MultiSimilarityMiner"),
+        CallSignature("BatchHardMiner"),
+        CallSignature(reference=True),
+    )
+    without_labels = CallSignature(labels=False), CallSignature(reference=True, labels=False)
     rows = {}
     for name in [*LOSSES, *WRAPPERS]:
         known = situations(name)

@@ -20,7 +20,8 @@ from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_adversarial import AdversarialMiner, Plan, distributed, hookimpl
+from pml_adversarial import AdversarialMiner, Plan, hookimpl
+from pml_adversarial.training import distributed
 
 WORLD, PER_RANK, SEED = 2, 6, 3
 LABELS = torch.tensor([0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 3, 3])  # each class on both ranks
@@ -57,7 +58,7 @@ class Spy:
     @hookimpl
     def pml_adversarial_record(self, batch, plan, adversarial):
         self.seen = {
-            "plan": (plan.rows, plan.layout, plan.indices_tuple, plan.ref_layout),
+            "plan": (plan.rows, plan.pool_indices, plan.indices_tuple, plan.ref_pool_indices),
             "own": batch.own(plan.rows),
             "inputs": adversarial.inputs,
             "embeddings": adversarial.embeddings.detach(),

@@ -17,8 +17,8 @@ from contract import (
     MINERS,
     ROLES,
     WRAPPERS,
+    CallSignature,
     Scene,
-    Situation,
     Spy,
     outcome,
     seed,
@@ -29,7 +29,7 @@ from pytorch_metric_learning import losses
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner
-from pml_adversarial.scores import ViolationScore, distance_of
+from pml_adversarial.training.objectives import ViolationScore, distance_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
 NAMES = [*LOSSES, *WRAPPERS]
@@ -155,7 +155,7 @@ def refused(loss, arguments):
 def score_by_loops(loss, batch, plan, embeddings):
     """For each copy: of the rows that it shares a pair with, the furthest of its label minus the nearest of another."""
     distance, rows = distance_of(loss), [*range(len(batch)), *plan.rows.tolist()]
-    reference = plan.layout if plan.ref_layout is None else plan.ref_layout
+    reference = plan.pool_indices if plan.ref_pool_indices is None else plan.ref_pool_indices
 
     def between(left, right):
         apart = distance(left[None], right[None]).item()
@@ -164,21 +164,23 @@ def score_by_loops(loss, batch, plan, embeddings):
     positive, negative = [], []
     if plan.indices_tuple is None:
         anchors = range(batch.num_queries)
-        partners = range(len(batch)) if plan.ref_layout is None else range(batch.num_queries, len(batch))
+        partners = range(len(batch)) if plan.ref_pool_indices is None else range(batch.num_queries, len(batch))
         for a in anchors:
             for p in partners:
                 if a != p:
                     (positive if batch.labels[a] == batch.labels[p] else negative).append(
                         (
-                            int(plan.layout[a]),
-                            int(reference[p] if plan.ref_layout is None else reference[p - batch.num_queries]),
+                            int(plan.pool_indices[a]),
+                            int(reference[p] if plan.ref_pool_indices is None else reference[p - batch.num_queries]),
                         )
                     )
     else:
         members = [m.tolist() for m in plan.indices_tuple]
         a, p, *other, n = members
-        positive = [(int(plan.layout[i]), int(reference[j])) for i, j in zip(a, p, strict=True)]
-        negative = [(int(plan.layout[i]), int(reference[j])) for i, j in zip(other[0] if other else a, n, strict=True)]
+        positive = [(int(plan.pool_indices[i]), int(reference[j])) for i, j in zip(a, p, strict=True)]
+        negative = [
+            (int(plan.pool_indices[i]), int(reference[j])) for i, j in zip(other[0] if other else a, n, strict=True)
+        ]
     scores = []
     for copied in range(len(plan.rows)):
         address = len(batch) + copied
@@ -437,9 +439,9 @@ class TestMiners:
     @pytest.mark.parametrize("name", [name for name in MINERS if name != "none"])
     @pytest.mark.parametrize("perturb", ROLES)
     def test_every_miner(self, name, perturb, reference):
-        scene = Scene("ContrastiveLoss", Situation(reference=reference))
+        scene = Scene("ContrastiveLoss", CallSignature(reference=reference))
         if name == "EmbeddingsAlreadyPackagedAsTriplets":
-            scene = Scene("ContrastiveLoss", Situation(name))
+            scene = Scene("ContrastiveLoss", CallSignature(name))
 
         def mined(miner):
             embeddings, labels, _, *given = scene.arguments()

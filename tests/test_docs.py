@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pml_adversarial import records
-from pml_adversarial.hookspecs import PROJECT, HookSpecs
+from pml_adversarial.plugins.hookspecs import PROJECT, HookSpecs
+from pml_adversarial.training import records
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

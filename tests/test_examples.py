@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.models import resnet18
 
-from pml_adversarial.records import OF_LOSSES, STANDARD
+from pml_adversarial.training.records import OF_LOSSES, STANDARD
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 OF_LIBRARIES = (

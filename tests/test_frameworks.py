@@ -17,8 +17,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialMiner, CaptureError, PlanError, capture
-from pml_adversarial.capture import InputCapture
+from pml_adversarial import AdversarialMiner, CaptureError, PlanError
+from pml_adversarial.training import replay as capture
+from pml_adversarial.training.replay import InputCapture
 
 EPS = 0.1
 GIVEN_OR_FOUND = pytest.mark.parametrize("given", [True, False], ids=["given model", "found model"])

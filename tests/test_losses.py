@@ -15,15 +15,7 @@ from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
 
-from pml_adversarial import (
-    AdversarialLoss,
-    AttackError,
-    CaptureError,
-    InputError,
-    PlanError,
-    PluginError,
-    hookimpl,
-)
+from pml_adversarial import AdversarialLoss, AttackError, CaptureError, InputError, PlanError, PluginError, hookimpl
 
 EPS, ALPHA, STEPS = 0.05, 0.02, 3
 PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS)

@@ -151,8 +151,8 @@ def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, mod
     planner.plan = Plan(one, in_place, None, others)
     miner(model(images), labels, *reference)
     elsewhere = in_place.flip(0)
-    for layout, ref_layout in ((in_place[:-1], others), (in_place[[*range(8), 0]], others), (elsewhere, others)):
-        planner.plan = Plan(one, layout, None, ref_layout)
+    for layout, ref_pool_indices in ((in_place[:-1], others), (in_place[[*range(8), 0]], others), (elsewhere, others)):
+        planner.plan = Plan(one, layout, None, ref_pool_indices)
         with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
             miner(model(images), labels, *reference)
     one_batch = torch.cat([in_place, others]) if with_reference else None  # the reference among the queries

@@ -15,7 +15,7 @@ from fresh import Environment, run
 
 import pml_adversarial
 from pml_adversarial import PluginError
-from pml_adversarial.plugins import find
+from pml_adversarial.plugins.manager import find
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "tests" / "smoke.py"

@@ -342,8 +342,10 @@ def by_hand(loss, spy, embeddings, labels):
     """The wrapped loss on the clean embeddings and the copies, as the plan addresses them."""
     plan, copies = spy.plan, spy.adversarial.embeddings
     pool, pool_labels = torch.cat([embeddings, copies]), torch.cat([labels, labels[plan.rows]])
-    reference = () if plan.ref_layout is None else (pool[plan.ref_layout], pool_labels[plan.ref_layout])
-    return loss(pool[plan.layout], pool_labels[plan.layout], plan.indices_tuple, *reference)
+    reference = (
+        () if plan.ref_pool_indices is None else (pool[plan.ref_pool_indices], pool_labels[plan.ref_pool_indices])
+    )
+    return loss(pool[plan.pool_indices], pool_labels[plan.pool_indices], plan.indices_tuple, *reference)
 
 
 def finite_gradients(model, loss):
@@ -404,7 +406,7 @@ def check_perturbed(scene):
     assert ((spy.adversarial.inputs >= 0) & (spy.adversarial.inputs <= 1)).all()
     assert ((spy.adversarial.inputs - pixels).abs() <= EPS + 2 * scene.rounding).all()
     assert loss_func.num_perturbed == len(spy.plan.rows)
-    if len(spy.plan.layout) > len(images) and spy.plan.ref_layout is None:
+    if len(spy.plan.pool_indices) > len(images) and spy.plan.ref_pool_indices is None:
         assert loss_func.num_perturbed == copies_by_loop(scene, labels, tuples)
     close(scene, value, by_hand(copy.deepcopy(loss), spy, embeddings, labels))
     if scene.dtype in (torch.float32, torch.float64) and plain_error is None and plain.isfinite():

@@ -24,9 +24,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from pml_adversarial import AdversarialTester, InputError, evaluate_robustness
 from pml_adversarial.evaluation import Gallery
+from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.classifier import RetrievalClassifier
-from pml_adversarial.evaluation.retrieval import Sought
-from pml_adversarial.evaluation.scene import QueryAttack
+from pml_adversarial.evaluation.gallery import Targets
 from pml_adversarial.evaluation.suites import embedding_shift, quick, raising, standard, toward_nearest_wrong
 
 EPS = 0.04
@@ -602,11 +602,11 @@ class TestNothingStaysBehind:
     def failing(self, at_call):
         calls = []
 
-        def find(scene, eps, restart):
-            calls.append(scene)
+        def find(batch, eps, restart):
+            calls.append(batch)
             if len(calls) == at_call:
                 raise RuntimeError("no power")
-            return scene.images
+            return batch.images
 
         return QueryAttack("failing", find)
 
@@ -789,7 +789,7 @@ class TestQueriesInAGivenGallery:
         own = [1, -1, 3]
         queries = embeddings[[1, 0, 3]]
         classifier = RetrievalClassifier(
-            lambda rows: rows, gallery, queries, Sought(torch.tensor([0, 0, 1]), torch.tensor(own)), "L2"
+            lambda rows: rows, gallery, queries, Targets(torch.tensor([0, 0, 1]), torch.tensor(own)), "L2"
         )
         logits = [
             classifier.scale

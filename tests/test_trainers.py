@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial import AdversarialMiner, CaptureError
-from pml_adversarial.records import OF_LOSSES, STANDARD
+from pml_adversarial.training.records import OF_LOSSES, STANDARD
 
 CLASSES, WIDTH, EPS = 4, 6, 0.1
 GIVEN_OR_FOUND = pytest.mark.parametrize("given", [True, False], ids=["given models", "found models"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.isolation import random_stream
+from pml_adversarial.training.isolation import random_stream
 
 from .data import Part, Rotated
 from .protocol import Protocol

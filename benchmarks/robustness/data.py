@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2 as transforms
 
 from benchmarks import omniglot
-from pml_adversarial.datasets import digits
+from pml_adversarial.cli.images import digits
 from pml_adversarial.errors import InputError
 
 PHOTOS = {

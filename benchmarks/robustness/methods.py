@@ -18,13 +18,13 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError, attacks
+from pml_adversarial.attacks.autocast import Autocast
+from pml_adversarial.attacks.friendly import FriendlyPGD
+from pml_adversarial.attacks.nfgsm import NFGSM
+from pml_adversarial.defenses.atta import ATTA
+from pml_adversarial.defenses.free import FreeAT
+from pml_adversarial.defenses.hard_rows import HardRows
 from pml_adversarial.evaluation.resume import description
-from pml_adversarial.savings.early_stop import EarlyStop
-from pml_adversarial.savings.hard_rows import HardRows
-from pml_adversarial.savings.noisy_step import NoisyStep
-from pml_adversarial.savings.precision import InPrecision
-from pml_adversarial.savings.replay import Replay
-from pml_adversarial.savings.reuse import Reuse
 
 from . import miners
 from .protocol import Protocol
@@ -219,18 +219,18 @@ METHODS: dict[str, Method] = {
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
     "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),
-    "noisy-step": _saving("preset-both with N-FGSM", lambda p: partial(NoisyStep, eps=p.preset_eps)),
-    "early-stop": _saving("preset-both, broken rows at rest", lambda p: partial(EarlyStop, eps=p.preset_eps)),
+    "noisy-step": _saving("preset-both with N-FGSM", lambda p: partial(NFGSM, eps=p.preset_eps)),
+    "early-stop": _saving("preset-both, broken rows at rest", lambda p: partial(FriendlyPGD, eps=p.preset_eps)),
     "hard-rows": Method("preset-both on half of the rows", both, plugins=lambda p: [HardRows(0.5)], **_PRESET),
     "reuse": Method(
-        "preset-both with 1 step from where it was", both, plugins=lambda p: [Reuse(p.preset_eps)], **_PRESET
+        "preset-both with 1 step from where it was", both, plugins=lambda p: [ATTA(p.preset_eps)], **_PRESET
     ),
     "replay": Method(
         "preset-both, each batch 4 times, no attack steps",
         both,
-        plugins=lambda p: [Replay(p.preset_eps)],
+        plugins=lambda p: [FreeAT(p.preset_eps)],
         replays=4,
         **_PRESET,
     ),
-    "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: InPrecision(attacks.preset(p.preset_eps))),
+    "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: Autocast(attacks.preset(p.preset_eps))),
 }

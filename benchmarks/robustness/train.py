@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss
-from pml_adversarial.isolation import random_stream
-from pml_adversarial.savings.reuse import Reuse
+from pml_adversarial.defenses.atta import ATTA
+from pml_adversarial.training.isolation import random_stream
 
 from .backbones import build, start_as_thresholds
 from .batches import Batches
@@ -145,9 +145,9 @@ class Training:
         return max(1, self.protocol.budget // spent)
 
     @property
-    def _reusing(self) -> list[Reuse]:
+    def _reusing(self) -> list[ATTA]:
         plugins = self.loss.adversary.plugins if isinstance(self.loss, AdversarialLoss) else ()
-        return [plugin for plugin in plugins if isinstance(plugin, Reuse)]
+        return [plugin for plugin in plugins if isinstance(plugin, ATTA)]
 
     @property
     def _goal(self) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pml_adversarial import hookimpl
-from pml_adversarial.plan import replace_rows
+from pml_adversarial.training.plan import replace_rows
 
 
 class EmbeddingShift:

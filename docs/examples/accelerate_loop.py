@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
-from pml_adversarial.datasets import digits
+from pml_adversarial.cli.images import digits
 
 EPOCHS, BATCH_SIZE, ACCUMULATED = 25, 56, 2
 CHECKPOINT = "accelerate_loop.pt"

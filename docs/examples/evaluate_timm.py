@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 
 from pml_adversarial import evaluate_robustness
-from pml_adversarial.datasets import images_from
+from pml_adversarial.cli.images import images_from
 
 EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
-from pml_adversarial.datasets import digits
+from pml_adversarial.cli.images import digits
 
 FOLDER = "lightning_run"
 EPOCHS, BATCH_SIZE = 15, 112

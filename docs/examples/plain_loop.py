@@ -11,8 +11,8 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness  # one
-from pml_adversarial.datasets import digits
+from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial.cli.images import digits
 
 EPOCHS = 25
 EPS = 0.1  # of the evaluation, in pixels of [0, 1]; training takes twice as much

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pml_adversarial import AdversarialLoss, AdversarialTester, attacks, evaluate_robustness
-from pml_adversarial.datasets import digits
+from pml_adversarial.cli.images import digits
 
 FOLDER = "pml_trainer_run"
 EPOCHS, ITERATIONS, BATCH_SIZE = 10, 10, 100

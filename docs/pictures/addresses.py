@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import torch
 
-from pml_adversarial.plan import plan_roles, plan_rows, replace_rows
+from pml_adversarial.training.plan import plan_roles, plan_rows, replace_rows
 
 TRIPLETS = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2, 2])  # anchors, positives, negatives
 CLEAN, COPY, UNUSED = "#1f5fa8", "#c0392b", "0.8"
@@ -16,7 +16,7 @@ plans = {
 }
 figure, panels = plt.subplots(1, len(plans), figsize=(12, 3.1), layout="constrained")
 for axes, (name, plan) in zip(panels, plans.items(), strict=True):
-    evaluated = set(plan.layout.tolist())
+    evaluated = set(plan.pool_indices.tolist())
 
     def box(x, y, address, size=0.62, evaluated=evaluated, axes=axes):
         colour = (CLEAN if address < 3 else COPY) if address in evaluated else UNUSED
@@ -30,7 +30,7 @@ for axes, (name, plan) in zip(panels, plans.items(), strict=True):
         axes.annotate("", (row, 2.34), (row, 2.76), arrowprops={"arrowstyle": "->", "color": "0.4"})
     for number, members in enumerate(zip(*plan.indices_tuple, strict=True)):
         for place, member in enumerate(members):
-            box(place, 0.85 - 0.75 * number, int(plan.layout[member]))
+            box(place, 0.85 - 0.75 * number, int(plan.pool_indices[member]))
     for place, role in enumerate(("anchor", "positive", "negative")):
         axes.text(place, 1.32, role, ha="center", fontsize=8, color="0.3")
     axes.set_title(name, fontsize=10)

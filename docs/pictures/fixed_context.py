@@ -9,7 +9,7 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from torch.nn.functional import normalize
 
 from pml_adversarial import AdversarialLoss, hookimpl
-from pml_adversarial.datasets import digits
+from pml_adversarial.cli.images import digits
 
 EPS, ALPHA, STEPS = 0.1, 0.0125, 20
 CLASSES, ROWS, BATCHES = 4, 6, 20

@@ -17,13 +17,13 @@ from pytorch_metric_learning import losses, miners
 from torch import nn
 from torchattacks.attack import Attack as TorchAttack
 
-from .. import figures
-from ..attacks import AttackFactory
-from ..datasets import OpenSetSplit, digits
-from ..demo import MODELS, Measured, Settings, run, summary
+from ..attacks.objective import AttackFactory
 from ..errors import AdversarialError
 from ..evaluation.run import choose_queries, marked
-from ..plan import ROLES, parse_roles
+from ..training.tuples import ROLES, parse_roles
+from . import figures
+from .demo import MODELS, Measured, Settings, run, summary
+from .images import OpenSetSplit, digits
 from .options import SETTINGS, named, radii, usable, usable_device
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..batch import Batch
-from ..hookspecs import hookimpl
-from ..objective import Score
-from ..plan import Plan
+from ..attacks.objective import Score
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Batch
+from ..training.plan import Plan
 from .sampling import check_options, triplets_for
 from .triplets import distance, per_copy, perturb_members, three_members
 

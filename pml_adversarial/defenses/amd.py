@@ -9,16 +9,16 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from .. import attacks
-from ..attacks import Attack
-from ..batch import Batch
-from ..defaults import FixedContext
+from ..attacks import adapter
+from ..attacks.objective import Attack, Objective, Score
 from ..errors import AttackError, InputError, PlanError
-from ..hookspecs import hookimpl
-from ..isolation import preserved
-from ..objective import Objective, Score
-from ..plan import ROLES, Plan
-from ..scores import OwnLoss, at_least_float, tuples_of
+from ..plugins.fixed_context import FixedContext
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Batch
+from ..training.isolation import preserved
+from ..training.objectives import OwnLoss, at_least_float, tuples_of
+from ..training.plan import Plan
+from ..training.tuples import ROLES
 from .triplets import distance
 
 _RAISED = ("loss", "hardness")
@@ -98,13 +98,13 @@ class AMD:
         attack = yield
         inputs = batch.inputs_of(plan.rows[batch.own(plan.rows)])
         try:
-            found = attacks.run(attack, inputs, objective.labels)
+            found = adapter.run(attack, inputs, objective.labels)
         except AttackError:
             satisfied = objective.zero_gradient.all() or not objective.clean_score.any()
             if not satisfied:
                 raise
-            return attacks.unchanged
-        return attack if attack is attacks.unchanged else lambda *_: found
+            return adapter.unchanged
+        return attack if attack is adapter.unchanged else lambda *_: found
 
 
 class RAMD(AMD):
@@ -130,7 +130,7 @@ class RAMD(AMD):
             PlanError: as in `AMD`, or the loss cannot leave anchors clean.
         """
         plan = super().pml_adversarial_plan(wrapped, batch)
-        anchors = plan.layout if plan.indices_tuple is None else plan.layout[_anchors(plan.indices_tuple)]
+        anchors = plan.pool_indices if plan.indices_tuple is None else plan.pool_indices[_anchors(plan.indices_tuple)]
         if (anchors >= len(batch)).any():
             raise PlanError(
                 f"{type(wrapped).__name__} does not tell a row as an anchor from the same row as a positive or "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..batch import Batch
-from ..hookspecs import hookimpl
-from ..objective import Score
-from ..plan import Plan
+from ..attacks.objective import Score
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Batch
+from ..training.plan import Plan
 from .rows import beside, perturb_all, shift
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attacks
-from ..attacks import Attack
-from ..batch import Adversarial, Batch, IndicesTuple
+from ..attacks import adapter
+from ..attacks.objective import Attack, Objective, Score
 from ..errors import InputError
-from ..hookspecs import hookimpl
-from ..objective import Objective, Score
-from ..plan import ROLES, Plan
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.plan import Plan
+from ..training.tuples import ROLES, IndicesTuple
 from .sampling import check_options, harder_triplets, triplets_for
 from .triplets import hardness, per_copy, perturb_members, three_members
 
@@ -99,7 +99,7 @@ class HM:
         """None, so the caller's; where every triplet is hard enough from the start, nothing is perturbed."""
         if self._scored is not plan:
             return None  # another plugin's score is raised
-        return None if objective.clean_score.any() else attacks.unchanged
+        return None if objective.clean_score.any() else adapter.unchanged
 
     @hookimpl(wrapper=True)
     def pml_adversarial_training_loss(

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..batch import Adversarial, Batch
 from ..errors import PlanError
-from ..hookspecs import hookimpl
-from ..plan import Plan
-from ..scores import tuples_of
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.objectives import tuples_of
+from ..training.plan import Plan
 from .rows import check_weight
 from .triplets import distance
 
@@ -56,7 +56,7 @@ def _with_tuples(wrapped: nn.Module, batch: Batch, plan: Plan) -> Plan:
     tuples = tuples_of(plan, wrapped, batch)
     if tuples is None:
         raise PlanError("There are neither labels nor tuples, so ICS knows no positives; expected either.")
-    if len(tuples[0]) and not (plan.layout[tuples[0]] >= len(batch)).any():
+    if len(tuples[0]) and not (plan.pool_indices[tuples[0]] >= len(batch)).any():
         raise PlanError(
             "ICS compares anchors with their perturbed copies, and no anchor is perturbed here. Use it with "
             "plugins=[HM, ICS], with perturb='anchor' or with perturb='all'."

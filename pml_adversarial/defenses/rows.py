@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..batch import Batch
 from ..errors import InputError
-from ..plan import Plan, replace_rows
-from ..scores import at_least_float
+from ..training.batch import Batch
+from ..training.objectives import at_least_float
+from ..training.plan import Plan, replace_rows
 
 _DISPLACED = 1e-4
 

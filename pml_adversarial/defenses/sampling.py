@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..addressing import own_triplets
-from ..batch import Batch, IndicesTuple
 from ..errors import InputError, PlanError
-from ..plan import rank_in_group
+from ..training.batch import Batch
+from ..training.loss_support import own_triplets
+from ..training.tuples import IndicesTuple, rank_in_group
 from .rows import on_sphere
 
 KINDS = ("random", "semihard", "softhard")

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..addressing import clean_loss
-from ..batch import Adversarial, Batch
-from ..hookspecs import hookimpl
-from ..plan import Plan
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.plan import Plan, clean_loss
 from .est import EST
 from .rows import check_weight, shift
 

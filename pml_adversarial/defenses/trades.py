@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..addressing import clean_loss
-from ..batch import Adversarial, Batch
+from ..attacks.objective import Score
 from ..errors import InputError, PlanError
-from ..hookspecs import hookimpl
-from ..objective import Score
-from ..plan import Plan
-from ..scores import exactly
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.objectives import exactly
+from ..training.plan import Plan, clean_loss
 from .rows import beside, check_weight, on_sphere, perturb_all, shift
 
 _DIVERGENCES = ("neighbours", "distance")

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attacks
-from ..attacks import Attack
-from ..batch import Adversarial, Batch
+from ..attacks import adapter
+from ..attacks.objective import Attack, Objective, Score
 from ..errors import InputError
-from ..hookspecs import hookimpl
-from ..objective import Objective, Score
-from ..plan import Plan
-from ..scores import at_least_float
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.objectives import at_least_float
+from ..training.plan import Plan
 from .sampling import check_options, triplets_for
 from .triplets import distance, perturb_members, three_members
 
@@ -138,7 +137,7 @@ class TRIDE:
         """None, so the caller's; where the objective is satisfied from the start, nothing is perturbed."""
         if self._scored is not plan:
             return None  # another plugin's score is raised
-        return attacks.unchanged if bool((objective.clean_score > -self.tolerance).all()) else None
+        return adapter.unchanged if bool((objective.clean_score > -self.tolerance).all()) else None
 
     @hookimpl(wrapper=True)
     def pml_adversarial_training_loss(

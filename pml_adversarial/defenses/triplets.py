@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pairwise_distance
 
-from ..batch import Batch, IndicesTuple
 from ..errors import PlanError
-from ..plan import Plan, plan_tuples
+from ..training.batch import Batch
+from ..training.plan import Plan, plan_tuples
+from ..training.tuples import IndicesTuple
 from .rows import on_sphere
 
 
@@ -67,6 +68,6 @@ def per_copy(plan: Plan, values: Tensor, num_rows: int) -> Tensor:
     """
     found = values.new_zeros(len(plan) + 1)  # the last one: rows that are no copies
     for member in plan.indices_tuple or ():
-        address = plan.layout[member]
+        address = plan.pool_indices[member]
         found = found.index_add(0, torch.where(address < num_rows, len(plan), address - num_rows), values)
     return found[:-1]

@@ -20,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ball import drawn, per_image, projected
-from ..isolation import random_stream
-from .ascent import momentum_pgd
-from .bench import Bench
+from ..attacks.ball import drawn, per_image, projected
+from ..attacks.pgd import momentum_pgd
+from ..training.isolation import random_stream
+from .attacks import QueryBatch
+from .gallery import Gallery, Targets, chunks, unit
 from .report import AttackResult, Check
-from .retrieval import Gallery, Sought, chunks, unit
 from .run import marked
-from .scene import Scene
 from .suites import toward_nearest_wrong
+from .task import RetrievalTask
 
 SAMPLE = 64
 """Queries that are asked, at most."""
@@ -61,12 +61,12 @@ class Finding(NamedTuple):
 
 
 def run_checks(
-    bench: Bench, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
+    task: RetrievalTask, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
 ) -> tuple[Check, ...]:
     """Asks for every sign of a false claim, at the cost of about 260 gradients for each of `SAMPLE` queries.
 
     Args:
-        bench: what was evaluated, in eval mode and frozen.
+        task: what was evaluated, in eval mode and frozen.
         rows: ``(Q,)`` the queries.
         clean_standing: one character per query, "1" if R@1 held without attack.
         results: what was measured of them.
@@ -75,7 +75,7 @@ def run_checks(
     """
     if not results:
         return ()
-    probe = Probe(bench, rows, clean_standing, results, seed, chunk)
+    probe = Probe(task, rows, clean_standing, results, seed, chunk)
     return tuple(Check(name, *_ask(question, probe)) for name, question in CHECKS.items())
 
 
@@ -83,12 +83,12 @@ class Probe:
     """A sample of the queries that are right without attack, and what is asked of all of them.
 
     Args:
-        bench: see `run_checks`, also for the others.
+        task: see `run_checks`, also for the others.
         rows: ``(Q,)``.
         clean_standing: Q characters.
         results: one or more.
         seed: of the sample and of all attacks.
-        chunk: queries per scene.
+        chunk: queries per batch.
 
     Attributes:
         num_right: how many are right without attack.
@@ -98,15 +98,21 @@ class Probe:
     """
 
     def __init__(
-        self, bench: Bench, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
+        self,
+        task: RetrievalTask,
+        rows: Tensor,
+        clean_standing: str,
+        results: Sequence[AttackResult],
+        seed: int,
+        chunk: int,
     ) -> None:
-        self.bench, self.results, self.seed = bench, results, seed
+        self.task, self.results, self.seed = task, results, seed
         right = marked(clean_standing).nonzero().squeeze(1)
         self.num_right = len(right)
         with random_stream(seed, _stream("sample")):
             self.picked = right[torch.randperm(len(right))[:SAMPLE]].sort().values
         chosen = rows[self.picked.to(rows.device)]
-        self.scenes = tuple(bench.scene(chosen[piece]) for piece in chunks(len(chosen), chunk))
+        self.scenes = tuple(task.batch(chosen[piece]) for piece in chunks(len(chosen), chunk))
         self.eps = min(self.radii, key=lambda eps: abs(int(self.standing(eps).sum()) - self.num_right / 2))
 
     def __len__(self) -> int:
@@ -121,12 +127,12 @@ class Probe:
     def precision(self) -> float:
         """Relative rounding of the type that embeddings come in."""
         with torch.no_grad():
-            return torch.finfo(self.bench.embed(self.scenes[0].images[:1]).dtype).eps
+            return torch.finfo(self.task.embed(self.scenes[0].images[:1]).dtype).eps
 
     @property
     def large(self) -> float:
         """Radius at which every image can be made the same grey."""
-        return LARGE if self.bench.norm == "Linf" else LARGE * math.sqrt(self.scenes[0].images[0].numel())
+        return LARGE if self.task.norm == "Linf" else LARGE * math.sqrt(self.scenes[0].images[0].numel())
 
     def on_queries(self, black_box: bool) -> list[AttackResult]:
         """What attacks on queries left, black-box ones or the others."""
@@ -141,14 +147,14 @@ class Probe:
                 left &= marked(result.standing)
         return left
 
-    def each(self, ask: Callable[[Scene], Tensor], stream: str) -> Tensor:
-        """What is asked of every scene, joined, with random numbers of its own."""
+    def each(self, ask: Callable[[QueryBatch], Tensor], stream: str) -> Tensor:
+        """What is asked of every batch, joined, with random numbers of its own."""
         with random_stream(self.seed, _stream(stream)):
-            return torch.cat([ask(scene) for scene in self.scenes]).cpu()
+            return torch.cat([ask(batch) for batch in self.scenes]).cpu()
 
     def broken(self, eps: float, steps: int, stream: str) -> Tensor:
         """``(n,)`` bool: queries that one run of the margin attack breaks."""
-        return self.each(lambda scene: breaks(scene, climb(scene, eps, steps)), f"{stream} {eps}")
+        return self.each(lambda batch: breaks(batch, climb(batch, eps, steps)), f"{stream} {eps}")
 
     @cached_property
     def attacked(self) -> Tensor:
@@ -156,16 +162,16 @@ class Probe:
         return self.broken(self.eps, STEPS, "attack")
 
 
-def climb(scene: Scene, eps: float, steps: int, random_start: bool = True) -> Tensor:
+def climb(batch: QueryBatch, eps: float, steps: int, random_start: bool = True) -> Tensor:
     """Perturbed queries of one run of the margin attack."""
-    objective = scene.objective(toward_nearest_wrong(scene, 0))
-    return momentum_pgd(objective, eps, steps, scene.norm, random_start=random_start)(scene.images, objective.labels)
+    objective = batch.objective(toward_nearest_wrong(batch, 0))
+    return momentum_pgd(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
 
 
-def breaks(scene: Scene, images: Tensor) -> Tensor:
+def breaks(batch: QueryBatch, images: Tensor) -> Tensor:
     """``(Q,)`` bool: whether perturbed queries find a wrong item first."""
     with torch.no_grad():
-        return scene.gallery.ranking(scene.embed(images), scene.sought, 1).margin >= 0
+        return batch.gallery.ranking(batch.embed(images), batch.targets, 1).margin >= 0
 
 
 # Is the attack as strong as it should be?
@@ -173,15 +179,15 @@ def breaks(scene: Scene, images: Tensor) -> Tensor:
 
 def beats_a_single_step(probe: Probe) -> Finding:
     """Iterative attacks are stronger than single-step ones (Carlini et al.)."""
-    single = probe.each(lambda scene: breaks(scene, climb(scene, probe.eps, 1, random_start=False)), "single")
+    single = probe.each(lambda batch: breaks(batch, climb(batch, probe.eps, 1, random_start=False)), "single")
     return _compared(probe.attacked, f"{STEPS} steps", single, "one step", probe.eps)
 
 
 def beats_noise(probe: Probe) -> Finding:
     """Random noise is weaker than an attack (Carlini et al.)."""
 
-    def best_of_draws(scene: Scene) -> Tensor:
-        return torch.stack([breaks(scene, at_the_border(scene, probe.eps)) for _ in range(_DRAWS)]).any(0)
+    def best_of_draws(batch: QueryBatch) -> Tensor:
+        return torch.stack([breaks(batch, at_the_border(batch, probe.eps)) for _ in range(_DRAWS)]).any(0)
 
     noise = probe.each(best_of_draws, "noise")
     return _compared(probe.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} noises", probe.eps)
@@ -213,8 +219,8 @@ def falls_to_chance(probe: Probe) -> Finding:
     """Unbounded attacks reach 0 (Carlini et al.); here, where every query can be made the same."""
     eps = max(probe.eps, probe.large)
     standing = int((~probe.broken(eps, STEPS, "large")).sum())
-    others = len(probe.bench.gallery) - probe.bench.leave_one_out
-    chance = probe.each(lambda part: part.gallery.num_right(part.sought) / others, "chance").mean().item()
+    others = len(probe.task.gallery) - probe.task.leave_one_out
+    chance = probe.each(lambda part: part.gallery.num_right(part.targets) / others, "chance").mean().item()
     passed = likely(standing, len(probe), min(max(chance, FEW), 1 - MOST))
     return Finding(passed, f"{standing} of {len(probe)} stand at eps {eps:.4g}, chance is {chance * len(probe):.1f}")
 
@@ -285,7 +291,7 @@ def gradients_are_true(probe: Probe) -> Finding:
 def answers_alike(probe: Probe) -> Finding:
     """Nothing is random (AutoAttack), and an embedding does not depend on the rest of its batch."""
     again, elsewhere = probe.each(_differences, "alike").amax(0).tolist()
-    embeddings = probe.bench.gallery.embeddings
+    embeddings = probe.task.gallery.embeddings
     spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().sqrt().item()
     return Finding(
         max(again, elsewhere) <= 0.01 * spread + 8 * probe.precision,
@@ -374,13 +380,13 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
     )
 
 
-# What is asked of one scene.
+# What is asked of one batch.
 
 
-def at_the_border(scene: Scene, eps: float) -> Tensor:
+def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
     """Queries with random noise as large as it may be: a corner of the ball for "Linf"."""
     return projected(
-        scene.images + eps * _directed(torch.randn_like(scene.images), scene.norm), scene.images, eps, scene.norm
+        batch.images + eps * _directed(torch.randn_like(batch.images), batch.norm), batch.images, eps, batch.norm
     )
 
 
@@ -392,90 +398,90 @@ def _directed(direction: Tensor, norm: str) -> Tensor:
     return direction / per_image(length, direction)
 
 
-def _embed(scene: Scene, images: Tensor) -> Tensor:
+def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
     """Unit embeddings; a model that draws random numbers draws the same ones each time."""
     with random_stream(0, 0):
-        return unit(scene.embed(images))
+        return unit(batch.embed(images))
 
 
-def _random_point(scene: Scene, eps: float) -> Tensor:
+def _random_point(batch: QueryBatch, eps: float) -> Tensor:
     """Where attacks start: clean images are often at special values, such as 8-bit levels or black."""
-    return projected(scene.images + eps * drawn(scene.images, scene.norm), scene.images, eps, scene.norm)
+    return projected(batch.images + eps * drawn(batch.images, batch.norm), batch.images, eps, batch.norm)
 
 
-def _toward(scene: Scene, embeddings: Tensor) -> Tensor:
+def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:
     """``(Q, D)`` from the nearest right item to the nearest wrong one, so that the margin is the product with it."""
-    wrong, right = scene.gallery.hardest(embeddings, scene.sought)
-    return scene.gallery.embeddings[wrong] - scene.gallery.embeddings[right]
+    wrong, right = batch.gallery.hardest(embeddings, batch.targets)
+    return batch.gallery.embeddings[wrong] - batch.gallery.embeddings[right]
 
 
-def _gradient(scene: Scene, images: Tensor, toward: Tensor) -> Tensor:
+def _gradient(batch: QueryBatch, images: Tensor, toward: Tensor) -> Tensor:
     """Of the product of embeddings and ``toward``, with respect to the pixels; 0 where it is not finite."""
     pixels = images.detach().clone().requires_grad_()
-    score = (_embed(scene, pixels) * toward).sum()
+    score = (_embed(batch, pixels) * toward).sum()
     return torch.autograd.grad(score, pixels)[0].nan_to_num(0.0, 0.0, 0.0)
 
 
-def _planted(scene: Scene, eps: float) -> Tensor:
+def _planted(batch: QueryBatch, eps: float) -> Tensor:
     """``(Q,)`` 1 if a planted item is reached, 0 if not, -1 if it cannot be told from the query.
 
     The gallery holds every query itself, as the right item, and of every query a point at the border, as a wrong one.
     """
     with torch.no_grad():
-        embeddings = torch.cat([scene.embed(scene.images), scene.embed(at_the_border(scene, eps))])
+        embeddings = torch.cat([batch.embed(batch.images), batch.embed(at_the_border(batch, eps))])
     items = torch.arange(len(embeddings), device=embeddings.device)
-    gallery, queries = Gallery(embeddings, items), items[: len(scene)]
-    sought = Sought(queries, torch.full_like(queries, -1))
-    planted = replace(scene, gallery=gallery, clean=gallery.embeddings[queries], sought=sought)
-    differs = gallery.ranking(planted.clean, sought, 1).margin < 0
+    gallery, queries = Gallery(embeddings, items), items[: len(batch)]
+    targets = Targets(queries, torch.full_like(queries, -1))
+    planted = replace(batch, gallery=gallery, clean=gallery.embeddings[queries], targets=targets)
+    differs = gallery.ranking(planted.clean, targets, 1).margin < 0
     reached = breaks(planted, climb(planted, eps, STEPS // 2))
     return torch.where(differs, reached.float(), -1.0)
 
 
-def _blindness(scene: Scene, eps: float, radii: Sequence[float]) -> Tensor:
+def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
     """``(Q, 4)``: no gradient, blind to noise of two radii, and the share of pixels without gradient."""
-    point = _random_point(scene, eps)
+    point = _random_point(batch, eps)
     with torch.no_grad():
-        before = _embed(scene, point)
-    none = _gradient(scene, point, _toward(scene, before)) == 0
+        before = _embed(batch, point)
+    none = _gradient(batch, point, _toward(batch, before)) == 0
     columns = [none.flatten(1).all(1).float()]
     for radius in radii:
-        noise = radius * _directed(torch.randn_like(point), scene.norm)
-        moved, blindly = (_moved(scene, point, before, part).square().sum(1) for part in (noise, noise * none))
+        noise = radius * _directed(torch.randn_like(point), batch.norm)
+        moved, blindly = (_moved(batch, point, before, part).square().sum(1) for part in (noise, noise * none))
         columns.append((blindly > moved / 2).float())
     return torch.stack([*columns, none.flatten(1).float().mean(1)], 1)
 
 
-def _rises(scene: Scene, eps: float) -> Tensor:
+def _rises(batch: QueryBatch, eps: float) -> Tensor:
     """``(Q, S)`` how much steps of each scale along the gradient raise the margin; NaN where they change nothing."""
-    point = _random_point(scene, eps)
+    point = _random_point(batch, eps)
     with torch.no_grad():
-        before = _embed(scene, point)
-    toward = _toward(scene, before)
-    direction = _directed(_gradient(scene, point, toward).sign(), scene.norm)  # in l2, few steep pixels would decide
-    moved = [_moved(scene, point, before, scale * eps * direction) for scale in _SCALES]
+        before = _embed(batch, point)
+    toward = _toward(batch, before)
+    direction = _directed(_gradient(batch, point, toward).sign(), batch.norm)  # in l2, few steep pixels would decide
+    moved = [_moved(batch, point, before, scale * eps * direction) for scale in _SCALES]
     return torch.stack([(by * toward).sum(1).masked_fill(~by.any(1), torch.nan) for by in moved], 1)
 
 
 @torch.no_grad()
-def _moved(scene: Scene, point: Tensor, before: Tensor, step: Tensor) -> Tensor:
+def _moved(batch: QueryBatch, point: Tensor, before: Tensor, step: Tensor) -> Tensor:
     """``(Q, D)`` by what a step moves the embeddings."""
-    return _embed(scene, (point + step).clamp(0, 1)) - before
+    return _embed(batch, (point + step).clamp(0, 1)) - before
 
 
-def _differences(scene: Scene) -> Tensor:
+def _differences(batch: QueryBatch) -> Tensor:
     """``(Q, 2)`` how far embeddings are from those of a second call, and of calls with half of the batch in reverse."""
-    back = torch.arange(len(scene)).flip(0)
+    back = torch.arange(len(batch)).flip(0)
     with torch.no_grad():
-        first, again = (unit(scene.embed(scene.images)) for _ in range(2))
-        halves = torch.cat([unit(scene.embed(scene.images[rows])) for rows in back.tensor_split(2) if len(rows)])
+        first, again = (unit(batch.embed(batch.images)) for _ in range(2))
+        halves = torch.cat([unit(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)])
     return torch.stack([(again - first).norm(dim=1), (halves[back] - first).norm(dim=1)], 1)
 
 
-def _decided(scene: Scene, precision: float) -> Tensor:
+def _decided(batch: QueryBatch, precision: float) -> Tensor:
     """``(Q, 2)`` by how much the right item is nearer, and how much rounding, of embeddings or cosines, may be."""
-    wrong, right = scene.gallery.hardest(scene.clean, scene.sought)
-    vectors = torch.stack([unit(scene.clean), scene.gallery.embeddings[right], scene.gallery.embeddings[wrong]])
+    wrong, right = batch.gallery.hardest(batch.clean, batch.targets)
+    vectors = torch.stack([unit(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
 
     def margin(query: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         return (query * (right - wrong)).sum(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .retrieval import Embed, Gallery, Sought, unit
+from .gallery import Embed, Gallery, Targets, unit
 
 _POWER = {"Linf": torch.inf, "L2": 2.0}
 _LOGIT_SPREAD = 10.0
@@ -21,20 +21,20 @@ class RetrievalClassifier(nn.Module):
         embed: images ``(n, ...)`` -> embeddings ``(n, D)``.
         gallery: what is searched.
         images: ``(Q, ...)`` the clean queries.
-        sought: what they are to find.
+        targets: what they are to find.
         norm: "Linf" or "L2", by which a row is told.
         modules: the modules that ``embed`` runs through.
     """
 
     def __init__(
-        self, embed: Embed, gallery: Gallery, images: Tensor, sought: Sought, norm: str, *modules: nn.Module
+        self, embed: Embed, gallery: Gallery, images: Tensor, targets: Targets, norm: str, *modules: nn.Module
     ) -> None:
         super().__init__()
         self.device_marker = nn.Parameter(gallery.embeddings.new_empty(0), requires_grad=False)  # attacks look for it
         self.watched = nn.ModuleList(modules)
-        self._embed, self._gallery, self._sought, self._power = embed, gallery, sought, _POWER[norm]
+        self._embed, self._gallery, self._sought, self._power = embed, gallery, targets, _POWER[norm]
         self._images, self._clean = images, images.flatten(1)
-        self.labels = torch.searchsorted(gallery.classes, sought.labels)
+        self.labels = torch.searchsorted(gallery.classes, targets.labels)
         self.scale = 1.0
         with torch.no_grad():
             self.scale = _LOGIT_SPREAD / self(images).std(1).median().clamp(min=1e-6).item()
@@ -81,16 +81,16 @@ class RetrievalClassifier(nn.Module):
             return self._sought.own[_distances(images, self._clean, self._power).argmin(1)]
 
 
-def apart(images: Tensor, sought: Sought, eps: float, norm: str) -> list[Tensor]:
+def apart(images: Tensor, targets: Targets, eps: float, norm: str) -> list[Tensor]:
     """Rows in groups in which no image lies within ``2 * eps`` of another, so that perturbed ones are told apart.
 
     Exact duplicates of one label may share a group: which of them a row is makes no difference to what it finds. If
     no query is in the gallery, nothing need be told apart.
     """
-    if bool((sought.own < 0).all()):
+    if bool((targets.own < 0).all()):
         return [torch.arange(len(images), device=images.device)]
     distances = _distances(images, images.flatten(1), _POWER[norm])
-    same = (distances == 0) & (sought.labels.unsqueeze(1) == sought.labels)
+    same = (distances == 0) & (targets.labels.unsqueeze(1) == targets.labels)
     conflict = ((distances <= 2 * eps * (1 + 1e-4)) & ~same).cpu()
     groups: list[list[int]] = []
     for row in range(len(images)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ..errors import InputError
-from ..pixels import PixelSpace
+from ..training.pixels import PixelSpace
 
 Images = tuple[Tensor, Tensor] | Dataset[Any]
 """``(images (N, C, H, W), labels (N,))``, or a data set of pairs ``(image (C, H, W), label)``; pixels in [0, 1]."""

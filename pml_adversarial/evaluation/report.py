@@ -214,7 +214,7 @@ class Report:
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page, see `page`."""
-        from .page import render
+        from .html import render
 
         Path(path).write_text(render(self), encoding="utf-8")
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .bench import Bench
 from .images import ImageSet
+from .task import RetrievalTask
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Folder:
     Args:
         path: folder, made if it is not there; None keeps nothing.
         settings: of the evaluation, in JSON's types.
-        bench: what is evaluated.
+        task: what is evaluated.
         attacks: by which attacks.
         known: embeddings of the gallery that were given.
 
@@ -42,16 +42,16 @@ class Folder:
         self,
         path: str | Path | None,
         settings: Mapping[str, Any],
-        bench: Bench,
+        task: RetrievalTask,
         attacks: Sequence[object],
         known: Tensor | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
-        self._device = bench.queries.device
+        self._device = task.queries.device
         if self.path is None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        own = {**settings, **_fingerprints(bench), "strength": description(attacks)}
+        own = {**settings, **_fingerprints(task), "strength": description(attacks)}
         if known is not None:
             own["gallery_embeddings"] = _digest([known])
         note = self.path / "evaluation.json"
@@ -118,11 +118,11 @@ def _differences(note: Path, own: Mapping[str, Any]) -> list[str]:
     return [key for key in {**own, **found} if key not in found or key not in own or found[key] != own[key]]
 
 
-def _fingerprints(bench: Bench) -> dict[str, str]:
+def _fingerprints(task: RetrievalTask) -> dict[str, str]:
     return {
-        "model": _digest(bench.embed.model.state_dict().values()),
-        "queries": _digest(_some_of(bench.queries)),
-        "gallery": "the queries" if bench.items is bench.queries else _digest(_some_of(bench.items)),
+        "model": _digest(task.embed.model.state_dict().values()),
+        "queries": _digest(_some_of(task.queries)),
+        "gallery": "the queries" if task.items is task.queries else _digest(_some_of(task.items)),
     }
 
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..isolation import isolated, random_stream
-from ..pixels import Normalization, PixelSpace
-from . import scores
-from .bench import Bench, whole_numbers
+from ..training.isolation import isolated, random_stream
+from ..training.pixels import Normalization, PixelSpace
+from . import metrics
+from .attacks import AnyAttack
 from .checks import run_checks
+from .gallery import chunks
 from .images import Images
 from .report import Report
 from .resume import Folder
-from .retrieval import chunks
 from .run import Run, examples_of, joined, marks, means
-from .scene import AnyAttack
 from .suites import SUITES, by_name
+from .task import RetrievalTask, whole_numbers
 
 NORMS = ("Linf", "L2")
 
@@ -101,13 +101,13 @@ def evaluate_robustness(
         "chunk": chunk,
     }
     with isolated(model), random_stream(seed, -1):
-        bench = Bench(model, queries, gallery, norm, normalization, own)
-        folder = Folder(resume, settings, bench, members, gallery_embeddings)
-        known = None if gallery_embeddings is None else bench.known(gallery_embeddings)
-        bench.search(folder.once("gallery", lambda: _embed_gallery(bench, chunk, bar)) if known is None else known)
-        rows, left_out = bench.answerable(subset)
-        members = tuple(attack for attack in members if attack.num_classes <= len(bench.gallery.classes))
-        run = Run(bench, members, radii, recall_at, seed, keep_attacked, nmi)
+        task = RetrievalTask(model, queries, gallery, norm, normalization, own)
+        folder = Folder(resume, settings, task, members, gallery_embeddings)
+        known = None if gallery_embeddings is None else task.known(gallery_embeddings)
+        task.search(folder.once("gallery", lambda: _embed_gallery(task, chunk, bar)) if known is None else known)
+        rows, left_out = task.answerable(subset)
+        members = tuple(attack for attack in members if attack.num_classes <= len(task.gallery.classes))
+        run = Run(task, members, radii, recall_at, seed, keep_attacked, nmi)
         pieces = [rows[piece] for piece in chunks(len(rows), chunk)]
         with bar(total=len(pieces) * run.num_steps, desc=suite) as shown:
             parts = []
@@ -115,44 +115,44 @@ def evaluate_robustness(
                 parts.append(folder.once(f"chunk_{number:05d}", lambda: run.chunk(piece, number == 0, shown.update)))  # noqa: B023
                 shown.update((number + 1) * run.num_steps - shown.n)
         results = run.results(parts)
-        clean, labels = joined(parts, "clean"), bench.queries.labels[rows]
+        clean, labels = joined(parts, "clean"), task.queries.labels[rows]
         return Report(
             suite=suite,
-            protocol="leave-one-out" if bench.leave_one_out else "separate gallery",
+            protocol="leave-one-out" if task.leave_one_out else "separate gallery",
             num_queries=len(rows),
-            num_gallery=len(bench.gallery),
-            num_classes=len(bench.gallery.classes),
+            num_gallery=len(task.gallery),
+            num_classes=len(task.gallery.classes),
             left_out=left_out,
             clean=means(clean),
-            chance=_chance(bench, rows),
+            chance=_chance(task, rows),
             attacks=results,
             worst=run.worst(parts, labels),
-            collapse=scores.collapse(bench.gallery),
+            collapse=metrics.collapse(task.gallery),
             nmi=run.nmi_of(parts, "clean", labels) if nmi else None,
-            checks=run_checks(bench, rows, marks(clean), results, seed, chunk) if checks else (),
-            settings={**settings, "device": str(bench.gallery.embeddings.device)},
+            checks=run_checks(task, rows, marks(clean), results, seed, chunk) if checks else (),
+            settings={**settings, "device": str(task.gallery.embeddings.device)},
             versions=_versions(),
             clean_standing=marks(clean),
-            examples=examples_of(bench, parts[0], members),
+            examples=examples_of(task, parts[0], members),
             attacked={eps: torch.cat([part["attacked"][str(eps)] for part in parts]) for eps in radii}
             if keep_attacked
             else None,
         )
 
 
-def _embed_gallery(bench: Bench, chunk: int, bar: Callable[..., Any]) -> Tensor:
+def _embed_gallery(task: RetrievalTask, chunk: int, bar: Callable[..., Any]) -> Tensor:
     parts = []
-    with torch.no_grad(), bar(total=len(bench.items), desc="gallery") as shown:
-        for piece in chunks(len(bench.items), chunk):
-            parts.append(bench.embed(bench.items.pixels(range(piece.start, piece.stop))))
+    with torch.no_grad(), bar(total=len(task.items), desc="gallery") as shown:
+        for piece in chunks(len(task.items), chunk):
+            parts.append(task.embed(task.items.pixels(range(piece.start, piece.stop))))
             shown.update(piece.stop - piece.start)
     return torch.cat(parts)
 
 
-def _chance(bench: Bench, rows: Tensor) -> float:
-    sought = bench.sought(rows)
-    others = len(bench.gallery) - (sought.own >= 0).double()
-    return (bench.gallery.num_right(sought) / others).mean().item()
+def _chance(task: RetrievalTask, rows: Tensor) -> float:
+    targets = task.targets(rows)
+    others = len(task.gallery) - (targets.own >= 0).double()
+    return (task.gallery.num_right(targets) / others).mean().item()
 
 
 def _versions() -> dict[str, str]:

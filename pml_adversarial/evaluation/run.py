@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ball import per_image
-from ..isolation import random_stream
-from ..plan import rank_in_group
-from . import scores
-from .bench import Bench
+from ..attacks.ball import per_image
+from ..training.isolation import random_stream
+from ..training.tuples import rank_in_group
+from . import metrics
+from .attacks import AnyAttack, QueryBatch
+from .gallery import embed_all, unit
+from .metrics import PerQuery
 from .report import TARGETS, AttackResult, Example, Neighbour, WorstCase
-from .retrieval import embed_all, unit
-from .scene import AnyAttack, Scene
-from .scores import PerQuery
+from .task import RetrievalTask
 
 Part = dict[str, Any]
 """What is known of a chunk, in tensors: per-query measures, costs, and what is to be shown."""
@@ -32,7 +32,7 @@ _NEIGHBOURS, _EXAMPLES = 5, 8
 class Run:
     """All attacks at all eps, on one chunk of queries after the other."""
 
-    bench: Bench
+    task: RetrievalTask
     members: tuple[AnyAttack, ...]
     radii: tuple[float, ...]
     recall_at: Sequence[int]
@@ -47,16 +47,16 @@ class Run:
 
     def chunk(self, rows: Tensor, first: bool, advance: Callable[[], object]) -> Part:
         """Attacks some queries; the first chunk also gives the examples."""
-        scene = self.bench.scene(rows)
-        depth = max(int(self.bench.gallery.num_right(scene.sought).max()), *self.recall_at)
-        clean = scores.per_query(self.bench.gallery.ranking(scene.clean, scene.sought, depth), self.recall_at)
-        part: Part = {"clean": clean, "attacked": {}, "embeddings": {"clean": scene.clean} if self.nmi else {}}
+        batch = self.task.batch(rows)
+        depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
+        clean = metrics.per_query(self.task.gallery.ranking(batch.clean, batch.targets, depth), self.recall_at)
+        part: Part = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
         measures = dict.fromkeys((attack.name for attack in self.members), clean)
-        worst, by, at = scene.images.clone(), torch.full_like(rows, -1), torch.zeros(len(rows), dtype=torch.float64)
+        worst, by, at = batch.images.clone(), torch.full_like(rows, -1), torch.zeros(len(rows), dtype=torch.float64)
         for eps in self.radii:
             for number, attack in enumerate(self.members):
                 stream = partial(_stream, attack.name, eps, int(rows[0]))
-                result, images = self._attack(attack, scene, eps, measures[attack.name], depth, stream, advance)
+                result, images = self._attack(attack, batch, eps, measures[attack.name], depth, stream, advance)
                 measures[attack.name] = result["measures"]
                 part[_key(attack, eps)] = result
                 if attack.target == "query":
@@ -67,15 +67,15 @@ class Run:
             if self.keep_attacked:
                 part["attacked"][str(eps)] = worst.clone()
             if self.nmi:
-                part["embeddings"][str(eps)] = embed_all(self.bench.embed, worst, len(worst))
+                part["embeddings"][str(eps)] = embed_all(self.task.embed, worst, len(worst))
             if first and eps == self.radii[len(self.radii) // 2]:
-                part["examples"] = self._examples(scene, rows, clean, worst, by, at)
+                part["examples"] = self._examples(batch, rows, clean, worst, by, at)
         return part
 
     def _attack(
         self,
         attack: AnyAttack,
-        scene: Scene,
+        batch: QueryBatch,
         eps: float,
         before: PerQuery,
         depth: int,
@@ -83,19 +83,19 @@ class Run:
         advance: Callable[[], object],
     ) -> tuple[Part, Tensor]:
         """One attack, all its restarts: of each query's measures the lowest, and what it was perturbed to."""
-        embed, start = self.bench.embed, time.perf_counter()
+        embed, start = self.task.embed, time.perf_counter()
         passes = embed.forward_passes, embed.backward_passes
         measures = {name: values.clone() for name, values in before.items()}
-        images = scene.images.clone()
-        shift = torch.full((len(scene),), torch.nan, device=images.device)
+        images = batch.images.clone()
+        shift = torch.full((len(batch),), torch.nan, device=images.device)
         for restart in range(attack.restarts):
             standing = measures["recall_at_1"] > 0
             everyone = restart == 0 and not attack.only_standing
             chosen = (torch.ones_like(standing) if everyone else standing).nonzero().squeeze(1)
             if len(chosen):
                 with random_stream(self.seed, stream(restart)):
-                    outcome = attack.run(scene[chosen], eps, restart, depth)
-                found = scores.per_query(outcome.ranking, self.recall_at)
+                    outcome = attack.run(batch[chosen], eps, restart, depth)
+                found = metrics.per_query(outcome.ranking, self.recall_at)
                 met = (standing[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)  # not: failed, now stands
                 images[chosen[met]] = outcome.images[met]
                 for name, values in found.items():
@@ -105,18 +105,20 @@ class Run:
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
 
-    def _examples(self, scene: Scene, rows: Tensor, clean: PerQuery, worst: Tensor, by: Tensor, at: Tensor) -> Part:
-        chosen = choose_queries(scene.sought.labels, (by >= 0) & (clean["recall_at_1"] > 0), _EXAMPLES)
-        part = scene[chosen]
-        gallery, count = self.bench.gallery, min(_NEIGHBOURS, len(self.bench.gallery) - 1)
+    def _examples(
+        self, batch: QueryBatch, rows: Tensor, clean: PerQuery, worst: Tensor, by: Tensor, at: Tensor
+    ) -> Part:
+        chosen = choose_queries(batch.targets.labels, (by >= 0) & (clean["recall_at_1"] > 0), _EXAMPLES)
+        part = batch[chosen]
+        gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery) - 1)
         return {
             "eps": at[chosen.cpu()],
             "queries": rows[chosen],
             "by": by[chosen],
             "clean": part.images,
             "perturbed": worst[chosen],
-            "before": gallery.nearest(part.clean, part.sought.own, count),
-            "after": gallery.nearest(embed_all(self.bench.embed, worst[chosen], len(chosen)), part.sought.own, count),
+            "before": gallery.nearest(part.clean, part.targets.own, count),
+            "after": gallery.nearest(embed_all(self.task.embed, worst[chosen], len(chosen)), part.targets.own, count),
         }
 
     def results(self, parts: Sequence[Part]) -> tuple[AttackResult, ...]:
@@ -160,7 +162,7 @@ class Run:
 
     def nmi_of(self, parts: Sequence[Part], key: str, labels: Tensor) -> float:
         """Of the queries, clean or each under its worst attack."""
-        return scores.nmi(unit(torch.cat([part["embeddings"][key] for part in parts])), labels)
+        return metrics.nmi(unit(torch.cat([part["embeddings"][key] for part in parts])), labels)
 
 
 def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
@@ -169,18 +171,18 @@ def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
     return order[rank_in_group(labels[order]).argsort(stable=True)][:count]
 
 
-def examples_of(bench: Bench, part: Part, members: Sequence[AnyAttack]) -> tuple[Example, ...]:
+def examples_of(task: RetrievalTask, part: Part, members: Sequence[AnyAttack]) -> tuple[Example, ...]:
     """Some queries with what they find, as the first chunk has them."""
 
     def neighbours(items: Tensor) -> tuple[Neighbour, ...]:
-        pixels, labels = bench.items.pixels(items).cpu(), bench.items.labels[items].tolist()
+        pixels, labels = task.items.pixels(items).cpu(), task.items.labels[items].tolist()
         return tuple(Neighbour(*parts) for parts in zip(items.tolist(), labels, pixels, strict=True))
 
     found = part["examples"]
     return tuple(
         Example(
             query=query,
-            label=int(bench.queries.labels[query]),
+            label=int(task.queries.labels[query]),
             eps=eps,
             attack=members[by].name if by >= 0 else "none",
             clean=clean.cpu(),

@@ -10,48 +10,48 @@ import torch
 import torchattacks
 from torch import Tensor
 
-from ..objective import Score
-from .ascent import momentum_pgd
+from ..attacks.objective import Score
+from ..attacks.pgd import momentum_pgd
+from .attacks import AnyAttack, GalleryAttack, QueryAttack, QueryBatch
 from .classifier import apart
-from .retrieval import Sought, unit
-from .scene import AnyAttack, GalleryAttack, QueryAttack, Scene
+from .gallery import Targets, unit
 
 # What is raised, by query.
 
 
-def toward_nearest_wrong(scene: Scene, restart: int) -> Score:
+def toward_nearest_wrong(batch: QueryBatch, restart: int) -> Score:
     """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
-    return lambda queries: scene.gallery.margin(queries, scene.sought)
+    return lambda queries: batch.gallery.margin(queries, batch.targets)
 
 
-def toward_wrong_class(scene: Scene, restart: int) -> Score:
+def toward_wrong_class(batch: QueryBatch, restart: int) -> Score:
     """Toward one wrong class and away from the nearest right item: the most similar class, in the next run the second.
 
     The items are chosen anew in every step, the class stays. What stands in the way of one class need not do so of
     another, so this finds breaks that restarts toward the nearest wrong item do not.
     """
-    gallery, own = scene.gallery, scene.sought.own
-    target = Sought(scene.classifier().wrong_classes(restart), own)
+    gallery, own = batch.gallery, batch.targets.own
+    target = Targets(batch.classifier().wrong_classes(restart), own)
 
     def score(queries: Tensor) -> Tensor:
-        wrong, right = (gallery.hardest(queries, sought)[1] for sought in (target, scene.sought))
+        wrong, right = (gallery.hardest(queries, targets)[1] for targets in (target, batch.targets))
         return (unit(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
 
     return score
 
 
-def embedding_shift(scene: Scene, restart: int) -> Score:
+def embedding_shift(batch: QueryBatch, restart: int) -> Score:
     """Away from the query's own clean embedding, whatever the gallery holds."""
-    origin = unit(scene.clean)
+    origin = unit(batch.clean)
     return lambda queries: (unit(queries) - origin).square().sum(1)
 
 
-def raising(score: Callable[[Scene, int], Score], steps: int) -> Callable[[Scene, float, int], Tensor]:
+def raising(score: Callable[[QueryBatch, int], Score], steps: int) -> Callable[[QueryBatch, float, int], Tensor]:
     """`momentum_pgd` of a score of the queries' embeddings, which may differ from run to run."""
 
-    def find(scene: Scene, eps: float, restart: int) -> Tensor:
-        objective = scene.objective(score(scene, restart))
-        return momentum_pgd(objective, eps, steps, scene.norm)(scene.images, objective.labels)
+    def find(batch: QueryBatch, eps: float, restart: int) -> Tensor:
+        objective = batch.objective(score(batch, restart))
+        return momentum_pgd(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
     return find
 
@@ -59,7 +59,7 @@ def raising(score: Callable[[Scene, int], Score], steps: int) -> Callable[[Scene
 # Attacks of torchattacks on the embedding seen as a classifier.
 
 
-def classified(make: Callable[..., Any], targets: int | None = None) -> Callable[[Scene, float, int], Tensor]:
+def classified(make: Callable[..., Any], targets: int | None = None) -> Callable[[QueryBatch, float, int], Tensor]:
     """A torchattacks class, unmodified, on `RetrievalClassifier`.
 
     Args:
@@ -67,12 +67,12 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
         targets: how many of the most similar wrong classes it leads to, if it takes ``n_classes``.
     """
 
-    def find(scene: Scene, eps: float, restart: int) -> Tensor:
-        found = scene.images.clone()
-        for rows in apart(scene.images, scene.sought, eps, scene.norm):
-            part = scene[rows]
+    def find(batch: QueryBatch, eps: float, restart: int) -> Tensor:
+        found = batch.images.clone()
+        for rows in apart(batch.images, batch.targets, eps, batch.norm):
+            part = batch[rows]
             model = part.classifier()
-            options: dict[str, Any] = {"eps": eps, "norm": scene.norm, "seed": int(torch.randint(2**31, ()))}
+            options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
             if targets is not None:
                 options["n_classes"] = min(model.num_classes, targets + 1)
             found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
@@ -84,25 +84,25 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
 # Attacks on the gallery.
 
 
-def nearest_wrong(scene: Scene, restart: int) -> Tensor:
+def nearest_wrong(batch: QueryBatch, restart: int) -> Tensor:
     """Of each query, the nearest wrong item, in the next run the second nearest, and so on."""
-    return scene.gallery.hardest(scene.clean, scene.sought, restart)[0]
+    return batch.gallery.hardest(batch.clean, batch.targets, restart)[0]
 
 
-def nearest_right(scene: Scene, restart: int) -> Tensor:
+def nearest_right(batch: QueryBatch, restart: int) -> Tensor:
     """Of each query, the nearest right item, in the next run the second nearest, and so on."""
-    return scene.gallery.hardest(scene.clean, scene.sought, restart)[1]
+    return batch.gallery.hardest(batch.clean, batch.targets, restart)[1]
 
 
-def promotion(scene: Scene) -> Score:
+def promotion(batch: QueryBatch) -> Score:
     """The item comes nearer to the query."""
-    query = unit(scene.clean)
+    query = unit(batch.clean)
     return lambda items: (unit(items) * query).sum(1)
 
 
-def demotion(scene: Scene) -> Score:
+def demotion(batch: QueryBatch) -> Score:
     """The item moves off the query."""
-    query = unit(scene.clean)
+    query = unit(batch.clean)
     return lambda items: -(unit(items) * query).sum(1)
 
 

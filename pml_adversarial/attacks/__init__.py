@@ -1,0 +1,26 @@
+"""Attacks for training: what raises a score within a ball around clean inputs.
+
+``attack=`` of `AdversarialLoss` takes a factory: a preset, a class of this folder, or a class of torchattacks.
+"""
+
+from .adapter import budget, unchanged
+from .autocast import Autocast
+from .friendly import FriendlyPGD
+from .nfgsm import NFGSM
+from .objective import Attack, AttackFactory, Objective, Score
+from .presets import PRESET, SEED_PAPER, preset
+
+__all__ = [
+    "NFGSM",
+    "PRESET",
+    "SEED_PAPER",
+    "Attack",
+    "AttackFactory",
+    "Autocast",
+    "FriendlyPGD",
+    "Objective",
+    "Score",
+    "budget",
+    "preset",
+    "unchanged",
+]

@@ -1,0 +1,308 @@
+"""Images with labels: handwritten digits to start with, or what lies in a folder or an npz."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from ..errors import InputError
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_ROUNDING = 1e-4  # as far as images of floating point may be outside of [0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSetSplit:
+    """Images of classes to train on and of classes that are never seen in training.
+
+    Attributes:
+        train_images: ``(N, C, H, W)`` in [0, 1].
+        train_labels: ``(N,)``.
+        test_images: ``(T, C, H, W)`` in [0, 1].
+        test_labels: ``(T,)``, no label in common with ``train_labels``.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def digits(train_classes: Iterable[int] = range(5)) -> OpenSetSplit:
+    """scikit-learn's 1797 handwritten digits, 8x8: some classes to train on, the others to test.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
+    """
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
+    return split_by_class(pixels, torch.from_numpy(labels).long(), train_classes)
+
+
+def split_by_class(images: Tensor, labels: Tensor, train_classes: Iterable[int]) -> OpenSetSplit:
+    """Rows of ``train_classes`` to train on, all others to test.
+
+    Raises:
+        InputError: a class has no images, or one of the two parts has fewer than two classes.
+    """
+    wanted, present = set(train_classes), set(labels.tolist())
+    if wanted - present:
+        raise InputError(f"There are no images of the classes {sorted(wanted - present)}; found {sorted(present)}.")
+    known = torch.isin(labels, torch.tensor(sorted(wanted)))
+    for part, rows in (("train", known), ("test", ~known)):
+        if len(labels[rows].unique()) < 2:
+            raise InputError(
+                f"The {part} part holds the classes {labels[rows].unique().tolist()}; expected at least two, since "
+                "retrieval needs right and wrong items. Choose other train_classes."
+            )
+    return OpenSetSplit(images[known], labels[known], images[~known], labels[~known])
+
+
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Images of named classes, read one at a time: ``dataset[i]`` is pixels ``(C, H, W)`` in [0, 1] and a label.
+
+    Args:
+        read: gives the image of a row.
+        names: the class of each row.
+        classes: names that labels count in; None: those of the rows, sorted.
+
+    Attributes:
+        classes: names of the classes; a label is the index of one of them.
+        labels: ``(N,)``.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Tensor], names: Sequence[str], classes: Sequence[str] | None = None
+    ) -> None:
+        self.read, self.names = read, names
+        self.classes = tuple(sorted(set(names)) if classes is None else classes)
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number[name] for name in names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index), int(self.labels[index])
+
+    def counted_in(self, classes: Sequence[str]) -> LabelledImages:
+        """The same images, with labels that are indices into ``classes``."""
+        return LabelledImages(self.read, self.names, classes)
+
+
+def images_from(
+    path: str | Path, *, size: int | tuple[int, int] | None = None, grayscale: bool = False
+) -> LabelledImages:
+    """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
+
+    A folder is read lazily, as torchvision's ``ImageFolder`` does it: transparency is dropped, and images are not
+    turned by their EXIF orientation. Hidden files, and files that are no images, are passed over. An npz is ``images``
+    of uint8 (0 to 255) or floating point in [0, 1], ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` (the shorter
+    of the two axes is the channels), and ``labels`` ``(N,)``, integers or words, without pickled objects.
+
+    Args:
+        path: the folder or the npz.
+        size: resizes the shorter side of a folder's images and cuts out the square in the middle; two numbers are
+            the shorter side and the square's. None: all images have one size already.
+        grayscale: one channel in place of three, for a folder.
+
+    Raises:
+        InputError: there is nothing at the path, or not what is expected; an image that cannot be read raises it when
+            it is asked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path, _resize_and_crop(size), grayscale)
+    if not path.is_file():
+        raise InputError(f"There is no {path}; expected a folder with one subfolder per class, or an npz.")
+    if size is not None or grayscale:
+        raise InputError(f"{path} is taken as it is; size and grayscale are for folders. Change its arrays instead.")
+    return _from_npz(path)
+
+
+def same_classes(
+    queries: LabelledImages, gallery: LabelledImages | None = None
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Queries and gallery with labels that mean the same in both, wherever they were read from.
+
+    Args:
+        queries: what is searched for.
+        gallery: what is searched; None: the queries themselves, each without itself.
+
+    Raises:
+        InputError: no query has a right and a wrong item to be found.
+    """
+    searched = queries if gallery is None else gallery
+    if len(set(searched.names)) < 2:
+        raise InputError(
+            f"All {len(searched)} images that are searched are of one class, {searched.names[0]!r}; expected two or "
+            "more, since retrieval needs right and wrong items."
+        )
+    if gallery is None:
+        if int(queries.labels.bincount().max()) < 2:
+            raise InputError(
+                f"There is one image of each of the {len(queries)} classes, so a query has nothing right to find. "
+                "Add more images of each class, or a gallery of its own."
+            )
+        return queries, None
+    if not set(queries.names) & set(gallery.names):
+        raise InputError(
+            f"No class of the queries ({_some(queries.classes)}) is in the gallery ({_some(gallery.classes)}). Classes "
+            "are compared by the names of their folders, or by the labels of the npz."
+        )
+    classes = sorted({*queries.names, *gallery.names})
+    return queries.counted_in(classes), gallery.counted_in(classes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Images of files, decoded when they are asked for."""
+
+    paths: Sequence[Path]
+    size: tuple[int, int] | None
+    grayscale: bool
+
+    def __call__(self, index: int) -> Tensor:
+        image = self._decode(self.paths[index])
+        if image.shape != self._expected:
+            raise InputError(
+                f"{self.paths[index]} is {_by(image.shape[1:])} pixels, {self.paths[0]} {_by(self._expected[1:])}; "
+                "expected images of one size. Choose a size to which all are brought."
+            )
+        return image
+
+    @cached_property
+    def _expected(self) -> torch.Size:
+        return self._decode(self.paths[0]).shape
+
+    def _decode(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as file:
+                mode, image = file.mode, file.convert("L" if self.grayscale else "RGB")
+        except Exception as error:  # of many kinds, from Pillow and its decoders
+            raise InputError(f"{path} cannot be read as an image: {error}") from error
+        if mode[0] in "IF":  # which Pillow would cut off at 255
+            raise InputError(f"{path} has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits.")
+        if self.size is not None:
+            image = transforms.center_crop(transforms.resize(image, [self.size[0]]), [self.size[1]])
+        pixels: Tensor = transforms.pil_to_tensor(image)
+        return pixels.float() / 255
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Images of one array, kept as they are: a byte per pixel stays one."""
+
+    images: Tensor
+
+    def __call__(self, index: int) -> Tensor:
+        image = self.images[index]
+        return image if image.is_floating_point() else image.float() / 255
+
+
+def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> LabelledImages:
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        direct = sum(entry.suffix.lower() in _SUFFIXES for entry in path.iterdir())
+        raise InputError(
+            f"{path} has no subfolders ({direct} images lie in it directly); expected one subfolder per class, with "
+            "the images of the class in it."
+        )
+    found = {folder.name: sorted(_image_files(folder)) for folder in folders}
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise InputError(
+            f"{path} has class folders without an image: {_some(empty)}. Expected files that end in "
+            f"{', '.join(sorted(_SUFFIXES))}; remove folders that are no classes."
+        )
+    files = [(file, name) for name, files in found.items() for file in files]
+    return LabelledImages(_Files([file for file, _ in files], size, grayscale), [name for _, name in files])
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (
+            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+        )
+
+
+def _from_npz(path: Path) -> LabelledImages:
+    expected = "expected one that numpy.savez(path, images=..., labels=...) wrote"
+    try:
+        with path.open("rb") as opened, numpy.load(opened, allow_pickle=False) as file:
+            missing = {"images", "labels"} - set(file.files)
+            images, labels = (None, None) if missing else (file["images"], file["labels"])
+            names = file.files
+    except Exception as error:  # of many kinds, from numpy and zipfile
+        raise InputError(f"{path} cannot be read as an npz: {error}; {expected}.") from error
+    if images is None or labels is None:
+        raise InputError(f"{path} has no {' and no '.join(sorted(missing))}, only {_some(names)}; {expected}.")
+    if images.ndim not in (3, 4) or not images.size:
+        raise InputError(
+            f"The images of {path} have shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)."
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
+        raise InputError(
+            f"The labels of {path} are {labels.dtype} of shape {labels.shape}, for {len(images)} images; expected one "
+            "integer or word per image."
+        )
+    return LabelledImages(_Rows(_channels_first(_pixels(images, path), path)), [str(name) for name in labels])
+
+
+def _pixels(images: numpy.ndarray, path: Path) -> Tensor:
+    if images.dtype == numpy.uint8:
+        return torch.from_numpy(images)
+    if images.dtype.kind != "f":
+        raise InputError(f"The images of {path} are {images.dtype}; expected uint8, or floating point in [0, 1].")
+    pixels = torch.from_numpy(images.astype(numpy.float32))
+    low, high = float(pixels.min()), float(pixels.max())
+    if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
+        bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
+        found = f"{bad} of {len(pixels)} hold NaN or infinite values" if bad else f"from {low:.3g} to {high:.3g}"
+        raise InputError(
+            f"The images of {path} are not pixels: {found}; expected finite values in [0, 1]. Save images before they "
+            "are normalised; if they are 0 to 255, divide them by 255 or save them as uint8."
+        )
+    return pixels.clamp_(0, 1)
+
+
+def _channels_first(images: Tensor, path: Path) -> Tensor:
+    if images.ndim == 3:
+        return images.unsqueeze(1)
+    second, last = images.shape[1], images.shape[3]
+    if second == last:
+        raise InputError(
+            f"The images of {path} have shape {tuple(images.shape)}, where the channels may be the second axis or the "
+            "last; expected one of them to be shorter. Save them as (N, H, W) or in another size."
+        )
+    return images if second < last else images.permute(0, 3, 1, 2)
+
+
+def _resize_and_crop(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    shorter, square = (size, size) if isinstance(size, int) else size
+    if not 0 < square <= shorter:
+        raise InputError(
+            f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it."
+        )
+    return shorter, square
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

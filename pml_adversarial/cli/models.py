@@ -1,0 +1,265 @@
+"""How a saved model comes back: as an exported program, or as weights for a network that is built anew."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.nn.parameter import is_lazy
+
+from ..errors import InputError
+from ..training.isolation import isolated
+from ..training.pixels import Normalization, PixelSpace
+
+_OF_EXPORTED = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
+_NESTED = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and of torch.compile, in either order
+_HOW_TO_SAVE = (
+    'Save its weights with `torch.save(model.state_dict(), "weights.pt")`, or the model, in eval mode, with '
+    '`torch.export.save(torch.export.export(...), "model.pt2")`.'
+)
+_HOW_TO_EXPORT = (
+    "Export it with `torch.export.export(model.eval(), (images,), dynamic_shapes="
+    '({0: torch.export.Dim("batch")},))` on two or more images.'
+)
+
+
+class ExportedModel(nn.Module):
+    """An exported program as a module that may be asked for another mode, which torch's own refuses.
+
+    Args:
+        program: it keeps the mode that it was exported in.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the program gives."""
+        embeddings: Tensor = self.program(images)
+        return embeddings
+
+    def train(self, mode: bool = True) -> ExportedModel:
+        """Changes nothing in the program; `nn.Module.eval` comes here too."""
+        self.training = mode
+        return self
+
+
+def load_model(
+    path: str | Path, network: Callable[[], nn.Module] | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model of a file.
+
+    Load only files that you trust: exported programs may hold pickled objects.
+
+    Args:
+        path: an exported program (``.pt2``), or a state dict of ``torch.save`` or ``.safetensors``, which may lie under
+            "state_dict", "model_state_dict" or "model", and may be of a model in ``DistributedDataParallel``.
+        network: builds the module that a state dict is for.
+        device: of the model.
+
+    Raises:
+        InputError: the file is not one of these, or does not fit the network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    if _is_exported(path):
+        if network is not None:
+            raise InputError(f"{path} is an exported program, which is a whole model; expected no network beside it.")
+        return _exported(path, torch.device(device))
+    weights = _state_dict(_saved(path), path)
+    if network is None:
+        raise InputError(
+            f"{path} holds weights and no network; expected a network (on the command line "
+            "--network module:callable) that they are for, or an exported program."
+        )
+    return _filled(network(), weights, path).to(device)
+
+
+def check_model(model: nn.Module, images: Tensor, normalization: Normalization | None = None) -> None:
+    """Embeds the first of the images alone, and then all of them at once, and looks at what comes back.
+
+    An attack goes on with the rows that still stand, so a model has to take any number of images.
+
+    Args:
+        model: images -> embeddings.
+        images: ``(N, C, H, W)`` in [0, 1], on the device of the model.
+        normalization: see `PixelSpace`.
+
+    Raises:
+        InputError: the model does not take them, or does not give one embedding for each.
+    """
+    inputs = PixelSpace(normalization).to_inputs(images)
+    with isolated(model), torch.no_grad():
+        for count in sorted({1, len(images)}):
+            try:
+                found = model(inputs[:count])
+            except Exception as error:
+                raise InputError(
+                    f"The model does not take {count} image(s) of {tuple(images.shape[1:])}, channels first: "
+                    f"{_in_one_line(error)}.{'' if count == 1 else ' One alone it takes; use smaller chunks.'}"
+                ) from error
+            _check_embeddings(found, count)
+
+
+def _check_embeddings(found: Any, count: int) -> None:
+    shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != count or not found.numel():
+        raise InputError(f"The model gives {shape} for {count} image(s); expected embeddings, ({count}, D).")
+    if not found.is_floating_point():
+        raise InputError(f"The model gives {found.dtype}; expected embeddings in floating point.")
+    if not found.isfinite().all():
+        raise InputError("The model gives NaN or infinite values for the images as they are.")
+
+
+def _is_exported(path: Path) -> bool:
+    """By what is in the file, since weights are called .pt2 too, and programs .pt."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] in _OF_EXPORTED for name in archive.namelist())
+
+
+def _exported(path: Path, device: torch.device) -> nn.Module:
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # of many kinds, by the version of torch
+        raise InputError(
+            f"{path} is not an exported program that torch {torch.__version__} can read: {_in_one_line(error)}. "
+            f"{_HOW_TO_SAVE}"
+        ) from error
+    _check_exported(program, path)
+    return _moved(program, device)
+
+
+def _check_exported(program: ExportedProgram, path: Path) -> None:
+    names = program.graph_signature.user_inputs
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    if len(names) != 1 or not isinstance(inputs[0], Tensor):
+        raise InputError(f"{path} takes the inputs {', '.join(map(str, names))}; expected one, images.")
+    if isinstance(inputs[0].shape[0], int):
+        raise InputError(
+            f"{path} was exported for batches of exactly {inputs[0].shape[0]} image(s), and an attack needs batches of "
+            f"any size. {_HOW_TO_EXPORT}"
+        )
+    trained = sorted({str(node.target) for node in program.graph.nodes if _as_in_training(node)})
+    if trained:
+        raise InputError(
+            f"{path} was exported in train mode, which stays in it ({', '.join(trained)}). {_HOW_TO_EXPORT}"
+        )
+
+
+def _as_in_training(node: torch.fx.Node) -> bool:
+    """Whether an operation drops at random or normalises by the batch, as it does in train mode only."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    by_batch = given.get("training") and given.get("running_mean") is not None  # else it does so in any mode
+    return bool(by_batch or given.get("train") or given.get("dropout_p"))
+
+
+def _moved(program: ExportedProgram, device: torch.device) -> nn.Module:
+    try:
+        from torch.export.passes import move_to_device_pass
+    except ImportError:  # an older torch; devices that the code of the model names stay as they are
+        return ExportedModel(program).to(device)
+    return ExportedModel(move_to_device_pass(program, str(device)))
+
+
+def _saved(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ModuleNotFoundError as error:
+            raise InputError(f"{path} needs the package safetensors; install it, or save with torch.save.") from error
+        read: Callable[[], Any] = lambda: load_file(path)  # noqa: E731
+    else:
+        read = lambda: torch.load(path, map_location="cpu", weights_only=True)  # noqa: E731
+    try:
+        return read()
+    except Exception as error:  # of many kinds, by what the file is
+        raise InputError(f"{path} {_why_not(error)}. {_HOW_TO_SAVE}") from error
+
+
+def _why_not(error: Exception) -> str:
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive, which is not supported"
+    pickled = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and pickled:
+        return f"holds more than weights, a pickled {pickled[1]}, and pickles are not read, since they may run code"
+    return f"cannot be read as weights: {_in_one_line(error)}"
+
+
+def _state_dict(saved: Any, path: Path) -> dict[str, Any]:
+    while nested := _nested(saved):
+        saved = nested
+    named = isinstance(saved, dict) and all(isinstance(key, str) for key in saved)
+    if named and any(isinstance(value, Tensor) for value in saved.values()):
+        return saved
+    found = f"a dict with {_some(list(saved)) or 'no keys'}" if isinstance(saved, dict) else f"a {type(saved).__name__}"
+    raise InputError(
+        f"{path} holds {found}; expected a state dict, at the top or under {', '.join(_NESTED)}. {_HOW_TO_SAVE}"
+    )
+
+
+def _nested(saved: Any) -> Any:
+    found = [saved.get(key) for key in _NESTED] if isinstance(saved, dict) else []
+    return next((value for value in found if isinstance(value, dict)), None)
+
+
+def _filled(network: Any, weights: dict[str, Any], path: Path) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise InputError(f"The network is a {type(network).__name__}; expected a torch.nn.Module.")
+    own = network.state_dict()
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in weights) and not all(name.startswith(prefix) for name in own):
+            consume_prefix_in_state_dict_if_present(weights, prefix)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} does not fit {type(network).__name__}: {_differences(own, weights) or _in_one_line(error)}. "
+            "Choose the network whose weights were saved, with its options."
+        ) from error
+    return network
+
+
+def _differences(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """What differs between the weights that a network has and those that it was given, a few of each."""
+    shapes = [
+        f"{name} of {tuple(weights[name].shape)} in place of {tuple(own[name].shape)}"
+        for name in own
+        if isinstance(weights.get(name), Tensor) and not is_lazy(own[name]) and own[name].shape != weights[name].shape
+    ]
+    kinds = {
+        "missing": [name for name in own if name not in weights],
+        "unknown to it": [name for name in weights if name not in own],
+        "of another shape": shapes,
+    }
+    return "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _in_one_line(error: Exception) -> str:
+    """An exception's kind and the first sentence of what it says; torch's go on for pages."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (
+        f"{type(error).__name__}: {shorten(first, 160, placeholder=' ...').rstrip('.')}"
+        if first
+        else type(error).__name__
+    )

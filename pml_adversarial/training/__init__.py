@@ -1,0 +1,1 @@
+"""One adversarial training step, and what it is made of."""

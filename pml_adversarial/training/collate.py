@@ -1,0 +1,204 @@
+"""What a loss or a miner is called with, checked and joined to one `Batch`, and the way back from pixels to embeddings.
+
+Of processes that share one batch, it is the union of what they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError, InputError
+from . import distributed
+from .batch import Batch
+from .isolation import depends_on_mode
+from .pixels import PixelSpace
+from .replay import InputCapture, Source
+from .tuples import IndicesTuple, checked_tuples, shift_partners
+
+T = TypeVar("T")
+
+
+class Intake:
+    """Takes batches for one wrapper.
+
+    Args:
+        capture: knows the inputs of embeddings.
+        pixels: knows what of them may be changed.
+        joint: whether the processes of ``torch.distributed`` share one batch.
+    """
+
+    def __init__(self, capture: InputCapture, pixels: PixelSpace, joint: bool) -> None:
+        self.capture, self.pixels, self.joint = capture, pixels, joint
+
+    def batch(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        decided: T,
+    ) -> tuple[Batch, T]:
+        """The arguments of a PML loss as a batch of full strength, and what is decided by rank 0.
+
+        Raises:
+            CaptureError: the inputs behind the embeddings are not known.
+            InputError: embeddings, labels or inputs cannot be used.
+            PlanError: the tuples cannot be used.
+        """
+        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        world_size = distributed.world_size() if self.joint else 1
+        if world_size == 1:
+            return self._own(*given, world_size), decided
+        own, told = distributed.agree(
+            lambda: self._own(*given, world_size), lambda batch: (self._form_of(batch), decided)
+        )
+        _check_forms([form for form, _ in told])
+        return _united(own), told[0][1]
+
+    def embed(self, batch: Batch, pixels: Tensor) -> Tensor:
+        """What the model makes of pixels ``(K, ...)``: embeddings ``(K, D)`` as those of the batch."""
+        return self.capture.embed(self.pixels.to_inputs(pixels))[..., batch.columns]
+
+    def embed_perturbed(self, batch: Batch, pixels: Tensor) -> Tensor:
+        """The same in the model's own mode, in which one row alone may be too few.
+
+        Raises:
+            InputError: it is.
+        """
+        try:
+            return self.embed(batch, pixels)
+        except ValueError as error:
+            if len(pixels) != 1:
+                raise
+            raise InputError(
+                f"One copy was perturbed, and the model cannot embed one row alone: {error}. BatchNorm in train mode "
+                "takes its statistics from the rows: set it to eval mode (freeze it), or see that a step perturbs more "
+                "than one row."
+            ) from error
+
+    def embed_clean(self, batch: Batch) -> Tensor:
+        """The context ``(N, D)`` as the model sees it now; rows without known inputs stay what they are."""
+        with torch.no_grad():
+            known = self.embed(batch, batch.inputs)
+        if batch.world_size > 1:
+            queries, _ = batch.own_sizes
+            known = distributed.gather_parts(known, (queries, len(known) - queries))
+        return torch.cat([known, batch.context[len(known) :]])
+
+    def _own(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        world_size: int,
+    ) -> Batch:
+        """What this process was given; tuples name rows of all."""
+        _check_rows("embeddings", embeddings, "labels", labels)
+        _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
+        if indices_tuple is not None:
+            partners = embeddings if ref_emb is None else ref_emb
+            indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
+        inputs, columns = self._source_of(embeddings)
+        if len(inputs) != len(embeddings):
+            raise InputError(
+                f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
+            )
+        num_queries, shared_labels = len(embeddings), False
+        labels = None if labels is None else labels.to(embeddings.device)
+        if ref_emb is not None and ref_emb is not embeddings:
+            if self.capture.knows(ref_emb, columns):
+                inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
+            embeddings = torch.cat([embeddings, ref_emb])
+            shared_labels = labels is not None and ref_labels is labels
+            labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
+            indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
+        return Batch(
+            inputs=self.pixels.to_pixels(inputs),
+            embeddings=embeddings,
+            context=embeddings.detach(),
+            labels=labels,
+            indices_tuple=indices_tuple,
+            num_queries=num_queries,
+            shared_labels=shared_labels,
+            columns=columns,
+        )
+
+    def _source_of(self, embeddings: Tensor) -> Source:
+        try:
+            source = self.capture.source_of(embeddings)
+        except CaptureError as error:
+            if self.joint or distributed.world_size() == 1:
+                raise
+            raise CaptureError(
+                f"{error} Among several processes, PML's wrapper hands over rows of all ranks: put it inside, as in "
+                "AdversarialMiner(DistributedMinerWrapper(miner), model)."
+            ) from error
+        return source._replace(inputs=source.inputs.to(embeddings.device))
+
+    def _form_of(self, batch: Batch) -> dict[str, Any]:
+        """What has to be the same on all ranks."""
+        return {
+            "embeddings": tuple(batch.embeddings.shape),
+            "type": batch.embeddings.dtype,
+            "labels": None if batch.labels is None else batch.labels.dtype,
+            "queries": batch.num_queries,
+            "known inputs": len(batch.inputs),
+            "one tensor of labels": batch.shared_labels,
+            "model depends on its mode": depends_on_mode(*self.capture.modules),
+        }
+
+
+def _united(own: Batch) -> Batch:
+    """The batches of all ranks as one; own rows carry gradient, and the tuples are those of rank 0."""
+    world_size, sizes = distributed.world_size(), (own.num_queries, len(own) - own.num_queries)
+    embeddings = distributed.gather_parts(own.embeddings, sizes)
+    labels = None if own.labels is None else distributed.gather_parts(own.labels, sizes)
+    tuples = distributed.decide(lambda: _on("cpu", own.indices_tuple))
+    return replace(
+        own,
+        embeddings=embeddings,
+        context=embeddings.detach(),
+        labels=labels,
+        indices_tuple=_on(embeddings.device, tuples),
+        num_queries=world_size * own.num_queries,
+        world_size=world_size,
+        rank=distributed.rank(),
+    )
+
+
+def _on(device: torch.device | str, indices_tuple: IndicesTuple | None) -> IndicesTuple | None:
+    return None if indices_tuple is None else tuple(member.to(device) for member in indices_tuple)
+
+
+def _check_forms(forms: list[dict[str, Any]]) -> None:
+    for rank, form in enumerate(forms):
+        different = [name for name in form if form[name] != forms[0][name]]
+        if different:
+            first, other = (", ".join(f"{name}: {f[name]}" for name in different) for f in (forms[0], form))
+            raise InputError(
+                f"Rank 0 holds a batch with {first}, rank {rank} one with {other}; expected the same on all ranks. "
+                "Draw batches of one size, as with drop_last=True, and put the models into one mode."
+            )
+
+
+def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | None) -> None:
+    if embeddings is None:
+        return
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        raise InputError(f"{of} {_form(embeddings)}; expected a tensor of one row per input, (N, D).")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]):
+        raise InputError(
+            f"{name} {_form(labels)} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per "
+            f"row, ({len(embeddings)},)."
+        )
+
+
+def _form(found: Any) -> str:
+    return f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"are {type(found).__name__}"

@@ -1,0 +1,99 @@
+"""What may be attacked: finite floating-point inputs that are pixels in [0, 1], or can be turned into them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation per channel, as in ``torchvision.transforms.Normalize``."""
+
+_ROUNDING = 1e-4  # a fortieth of an 8-bit level; coarser types are allowed a few of their own roundings
+
+
+class PixelSpace:
+    """Between what the model takes and what an attack may change: pixels in [0, 1].
+
+    Args:
+        normalization: ``(mean, std)`` if the model takes normalised inputs; None if it takes pixels.
+    """
+
+    def __init__(self, normalization: Normalization | None = None) -> None:
+        self.normalization = normalization
+        if normalization is not None:
+            self._check(normalization)
+
+    def to_pixels(self, inputs: Tensor) -> Tensor:
+        """The model's inputs as pixels, checked.
+
+        Args:
+            inputs: ``(N, C, ...)`` as the model took them.
+
+        Raises:
+            InputError: they are integers, sparse, empty, not finite, or outside [0, 1].
+        """
+        if not inputs.is_floating_point():
+            raise InputError(
+                f"The model's inputs are {inputs.dtype}; an attack needs floating point in [0, 1]. "
+                "Convert images with `images.float() / 255` before the model."
+            )
+        if inputs.layout != torch.strided or (len(inputs) and not inputs.numel()):
+            raise InputError(
+                f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
+                "more per row."
+            )
+        pixels = (
+            inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
+        )
+        low, high = torch.stack(torch.aminmax(pixels.detach())).tolist() if pixels.numel() else (0.0, 0.0)
+        rounding = max(_ROUNDING, 4 * torch.finfo(pixels.dtype).eps)
+        if not -rounding <= low <= high <= 1 + rounding:
+            raise InputError(self._explain(pixels, low, high))
+        return pixels.clamp(0, 1)
+
+    def to_inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels as the model takes them."""
+        if self.normalization is None:
+            return pixels
+        return (pixels - self._channels(pixels, 0)) / self._channels(pixels, 1)
+
+    def _channels(self, like: Tensor, which: int) -> Tensor:
+        values = torch.as_tensor(self.normalization[which], dtype=like.dtype, device=like.device)  # type: ignore[index]
+        channels = like.shape[1] if like.ndim > 1 else 1
+        if len(values) not in (1, channels):
+            raise InputError(
+                f"normalization has {len(values)} channels, the inputs {tuple(like.shape)} have {channels}; "
+                "pass one mean and one std per channel."
+            )
+        return values.reshape(-1, *[1] * (like.ndim - 2))
+
+    def _explain(self, pixels: Tensor, low: float, high: float) -> str:
+        bad = int((~pixels.isfinite()).reshape(len(pixels), -1).any(1).sum())
+        if bad:
+            return f"{bad} of {len(pixels)} inputs hold NaN or infinite values; expected finite pixels in [0, 1]."
+        if self.normalization is None:
+            return (
+                f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. If they are "
+                "normalised, pass normalization=(mean, std); if they are 0 to 255, divide them by 255."
+            )
+        return (
+            f"With normalization={self.normalization} undone, the inputs range from {low:.3g} to {high:.3g}; expected "
+            "pixels in [0, 1]. Pass the mean and std that the inputs were normalised with."
+        )
+
+    @staticmethod
+    def _check(normalization: Normalization) -> None:
+        try:
+            mean, std = normalization
+            usable = len(mean) == len(std) > 0 and all(math.isfinite(m) for m in mean) and all(s > 0 for s in std)
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise InputError(
+                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above 0."
+            )

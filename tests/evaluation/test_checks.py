@@ -1,0 +1,686 @@
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torchattacks
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from seed_paper import seed_paper_loss
+from torch import nn
+from torch.nn.functional import hardsigmoid, normalize
+
+from pml_adversarial.cli.images import digits
+from pml_adversarial.evaluation import checks, evaluate_robustness
+from pml_adversarial.evaluation.attacks import QueryAttack
+from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, Probe, run_checks
+from pml_adversarial.evaluation.report import AttackResult, Report
+from pml_adversarial.evaluation.suites import classified, quick
+from pml_adversarial.evaluation.task import RetrievalTask
+
+EPS = 0.08
+
+
+class Front(nn.Module):
+    """Something done to the pixels before an honest embedding."""
+
+    def __init__(self, change=lambda x: x, after=lambda e: e, width=16):
+        super().__init__()
+        torch.manual_seed(7)
+        self.change, self.after, self.linear = change, after, nn.Linear(width, 6)
+
+    def forward(self, images):
+        return self.after(self.linear(self.change(images).flatten(1)))
+
+
+def cut_where(is_cut):
+    """No gradient reaches the pixels of which ``is_cut(x)`` is true."""
+    return lambda x: torch.where(is_cut(x), x.detach(), x)
+
+
+def off_grid(width):
+    return lambda x: (16 * x - (16 * x).round()).abs() > 16 * width
+
+
+def reverse(x):
+    """The same values, the opposite gradient."""
+    return 2 * x.detach() - x
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """80 images of four classes, drawn around four patterns, of 16 grey levels."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.arange(80) % 4
+    patterns = torch.rand(4, 1, 4, 4, generator=generator) * 0.6 + 0.2
+    images = patterns[labels] + 0.07 * torch.randn(80, 1, 4, 4, generator=generator)
+    return (images.clamp(0, 1) * 16).round() / 16, labels
+
+
+def result(attack="margin", standing="", black_box=False, eps=EPS, shift=0.3, target="query"):
+    return AttackResult(attack, target, black_box, eps, {"recall_at_1": 0.0}, shift, 1, 1, 0.0, standing)
+
+
+def bench_of(model, images, norm="Linf", gallery=None):
+    for parameter in model.eval().parameters():
+        parameter.requires_grad_(False)
+    task = RetrievalTask(model, images, gallery, norm, None)
+    with torch.no_grad():
+        task.search(task.embed(task.items.pixels(range(len(task.items)))))
+    return task
+
+
+def standing_of(task):
+    """Which queries are right, by a plain loop."""
+    with torch.no_grad():
+        embeddings = normalize(task.embed(task.queries.pixels(range(len(task.queries)))).float())
+    items, labels = task.gallery.embeddings, task.queries.labels
+    marks = ""
+    for i, query in enumerate(embeddings):
+        others = [j for j in range(len(items)) if not (task.leave_one_out and i == j)]
+        nearest = max(others, key=lambda j: float(query @ items[j]))
+        marks += "01"[int(task.items.labels[nearest] == labels[i])]
+    return marks
+
+
+def probe_of(model, images, results=None, seed=0, chunk=128, **options):
+    task = bench_of(model, images, **options)
+    marks = standing_of(task)
+    results = [result(standing="0" * len(marks))] if results is None else results
+    return Probe(task, torch.arange(len(marks)), marks, results, seed, chunk)
+
+
+def numbers(line):
+    """The whole numbers of a line."""
+    return [int(word) for word in line.replace(",", " ").replace(";", " ").split() if word.isdigit()]
+
+
+class TestProbability:
+    @pytest.mark.parametrize(
+        ("count", "total", "share"), [(0, 5, 0.3), (1, 5, 0.3), (3, 9, 0.01), (64, 64, 0.9), (7, 7, 0.5)]
+    )
+    def test_is_the_binomial_tail(self, count, total, share):
+        tail = sum(math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(count, total + 1))
+        assert checks.at_least(count, total, share) == pytest.approx(tail, rel=1e-9)
+
+    def test_of_many(self):
+        assert checks.at_least(10_500, 20_000, 0.5) == pytest.approx(7.9e-13, rel=0.05)
+        assert checks.at_least(9_000, 20_000, 0.5) == pytest.approx(1)
+
+    def test_ten_coins_alike_are_unlikely_and_nine_are_not(self):
+        none, some = torch.zeros(12, dtype=torch.bool), torch.arange(12)
+        assert checks.no_weaker(none, some < 9)
+        assert not checks.no_weaker(none, some < 10)
+        assert checks.no_weaker(some >= 10, some < 10)  # ten against two
+        assert checks.no_weaker(some < 10, some < 10)
+
+
+class TestProbe:
+    def test_asks_queries_that_are_right(self, pictures):
+        images, labels = pictures
+        wrong_labels = labels.clone()
+        wrong_labels[:20] = (labels[:20] + 1) % 4
+        probe = probe_of(Front(), (images, wrong_labels))
+        assert 0 < len(probe) <= SAMPLE
+        marks = standing_of(probe.task)
+        assert "0" in marks
+        assert all(marks[i] == "1" for i in probe.picked.tolist())
+        assert len(set(probe.picked.tolist())) == len(probe)
+        assert torch.equal(torch.cat([batch.images for batch in probe.scenes]), images[probe.picked])
+
+    def test_sample_depends_on_the_seed_and_not_on_the_chunk(self, pictures):
+        first, same, other = (
+            probe_of(Front(), pictures, seed=seed, chunk=chunk) for seed, chunk in [(0, 128), (0, 7), (1, 7)]
+        )
+        assert torch.equal(first.picked, same.picked)
+        assert not torch.equal(first.picked, other.picked)
+        assert [len(batch) for batch in same.scenes] == [7] * 9 + [1]
+
+    def test_rows_are_those_that_were_evaluated(self, pictures):
+        task = bench_of(Front(), pictures)
+        rows = torch.arange(79, 59, -1)
+        probe = Probe(task, rows, "1" * 20, [result(standing="0" * 20)], 0, 128)
+        assert torch.equal(probe.scenes[0].images, pictures[0][rows])
+
+    def test_eps_is_where_about_half_is_left(self, pictures):
+        left = {0.01: 78, 0.02: 61, 0.03: 45, 0.04: 2}
+        results = [result(standing="1" * n + "0" * (80 - n), eps=eps) for eps, n in left.items()]
+        assert probe_of(Front(), pictures, results).eps == 0.03
+        gallery = [replace(result, target="gallery") for result in results]
+        assert probe_of(Front(), pictures, [*gallery, *results[:2]]).eps == 0.02
+
+    def test_standing_is_against_all_of_a_kind(self, pictures):
+        results = [
+            result("a", "1100" * 20),
+            result("b", "1010" * 20),
+            result("c", "0111" * 20, black_box=True),
+            result("d", "0000" * 20, target="gallery"),
+            result("a", "0000" * 20, eps=1.0),
+        ]
+        probe = probe_of(Front(), pictures, results)
+        expected = {(): [False] * 4, (False,): [True, False, False, False], (True,): [False, True, True, True]}
+        for kinds, marks in expected.items():
+            assert probe.standing(EPS, *kinds)[:4].tolist() == marks
+
+
+class TestStrength:
+    """Is the attack as strong as it should be?"""
+
+    def test_iterating(self, pictures):
+        probe = probe_of(Front(), pictures)
+        passed, line = checks.beats_a_single_step(probe)
+        assert passed
+        iterated, total, single, alone = numbers(line)[1:]
+        assert total == len(probe)
+        assert 10 < single <= iterated < total
+        assert alone == 0
+
+    def test_iterating_where_gradients_are_cut_off_the_grey_levels(self, pictures):
+        passed, line = checks.beats_a_single_step(probe_of(Front(cut_where(off_grid(1e-6))), pictures))
+        assert passed is False
+        assert numbers(line)[-1] >= 10
+
+    def test_one_step_is_the_fast_gradient_sign(self, pictures):
+        probe = probe_of(Front(), pictures)
+        batch = probe.scenes[0]
+        pixels = batch.images.clone().requires_grad_()
+        batch.gallery.margin(batch.embed(pixels), batch.targets).sum().backward()
+        expected = (batch.images + EPS * pixels.grad.sign()).clamp(0, 1)
+        torch.testing.assert_close(checks.climb(batch, EPS, 1, random_start=False), expected)
+
+    def test_noise(self, pictures):
+        assert checks.beats_noise(probe_of(Front(), pictures)).passed
+        results = [result(standing="0" * 80, eps=0.2)]
+        passed, line = checks.beats_noise(probe_of(Front(torch.detach), pictures, results))
+        assert passed is False
+        assert numbers(line)[-1] >= 10
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_noise_goes_to_the_border(self, pictures, norm):
+        batch = probe_of(Front(), (pictures[0] * 0.6 + 0.2, pictures[1]), norm=norm).scenes[0]
+        step = checks.at_the_border(batch, 0.1) - batch.images
+        if norm == "Linf":
+            torch.testing.assert_close(step.abs(), torch.full_like(step, 0.1))
+        else:
+            torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((len(step),), 0.1))
+            assert step.abs().std() > 0.01
+
+    def test_more_steps(self, pictures):
+        probe = probe_of(Front(), pictures)
+        assert checks.gains_by_steps(probe).passed
+        probe.attacked = torch.zeros(len(probe), dtype=torch.bool)
+        passed, line = checks.gains_by_steps(probe)
+        assert passed is False
+        assert numbers(line)[-1] == numbers(line)[-2] >= 10
+
+    def test_larger_eps(self, pictures):
+        passed, line = checks.gains_by_eps(probe_of(Front(), pictures))
+        assert passed
+        small, middle, large = (int(part.split()[-4]) for part in line.split(","))
+        assert small < middle < large
+
+    @pytest.mark.parametrize(("broken", "expected"), [((9, 0, 9), True), ((10, 0, 0), False), ((20, 30, 19), False)])
+    def test_larger_eps_that_is_weaker(self, pictures, broken, expected, monkeypatch):
+        probe = probe_of(Front(), pictures)
+        runs = {eps: torch.arange(64) < count for eps, count in zip((EPS / 2, EPS, 2 * EPS), broken, strict=True)}
+        monkeypatch.setattr(Probe, "broken", lambda self, eps, steps, stream: runs[eps])
+        assert checks.gains_by_eps(probe).passed is expected
+
+    def test_longer_run(self, pictures):
+        task = bench_of(Front(), pictures)
+        marks = standing_of(task)
+        probe = probe_of(Front(), pictures)
+        broken = set(probe.picked[probe.broken(EPS, 40, "by hand")].tolist())
+        suite = "".join("0" if i in broken else mark for i, mark in enumerate(marks))
+        passed, line = checks.has_converged(probe_of(Front(), pictures, [result(standing=suite)]))
+        assert passed
+        assert f"the suite: {len(broken)} of" in line
+        passed, line = checks.has_converged(probe_of(Front(), pictures, [result(standing=marks)]))
+        assert passed is False
+        assert "the suite: 0 of" in line
+
+    def test_chance(self, pictures):
+        assert checks.falls_to_chance(probe_of(Front(), pictures)).passed
+        passed, line = checks.falls_to_chance(probe_of(Front(torch.detach), pictures))
+        assert passed is False
+        assert "at eps 0.5, chance is 15.4" in line  # 19 of 79 others, 64 queries
+        _, line = checks.falls_to_chance(probe_of(Front(), pictures, norm="L2"))
+        assert "at eps 2," in line
+
+    def test_planted(self, pictures):
+        probe = probe_of(Front(), pictures)
+        passed, line = checks.finds_what_is_planted(probe)
+        assert passed
+        assert line.startswith(f"{len(probe)} of {len(probe)} ")
+        assert checks.finds_what_is_planted(probe_of(Front(torch.detach), pictures)).passed is False
+
+    def test_nothing_can_be_planted_where_the_model_is_flat(self, pictures):
+        passed, line = checks.finds_what_is_planted(
+            probe_of(Front(lambda x: (4 * x + 0.1).floor()), pictures, [result(standing="0" * 80, eps=0.01)])
+        )
+        assert passed is None
+        assert line.startswith("0 of 64")
+
+    def test_planted_items_are_there(self, pictures, monkeypatch):
+        """The planted point itself, handed over as what the attack found, counts as a break of every query."""
+        probe = probe_of(Front(), pictures)
+        planted = []
+        monkeypatch.setattr(
+            checks, "at_the_border", lambda batch, eps: planted.append(batch.images + 0.01) or planted[-1]
+        )
+        monkeypatch.setattr(checks, "climb", lambda batch, eps, steps: planted[-1])
+        assert (checks._planted(probe.scenes[0], EPS) == 1).all()
+        monkeypatch.setattr(checks, "climb", lambda batch, eps, steps: batch.images)
+        assert (checks._planted(probe.scenes[0], EPS) == 0).all()
+
+    def test_directions_end_at_the_border_of_the_unit_ball(self):
+        direction = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]]])
+        assert checks._directed(direction, "Linf").tolist() == [[[1, -1]], [[0, 0]]]
+        torch.testing.assert_close(checks._directed(direction, "L2"), direction / 5)
+
+
+class TestBlackBox:
+    def ask(self, pictures, white, black):
+        results = [result(standing=white), result("square", black, black_box=True)]
+        return checks.black_box_adds_nothing(probe_of(Front(), pictures, results))
+
+    def test_breaks_what_gradients_do_not(self, pictures):
+        passed, line = self.ask(pictures, "1" * 70 + "0" * 10, "0" * 8 + "1" * 72)
+        assert passed is False
+        assert line.startswith("8 of 80 queries")
+
+    def test_may_be_lucky_once(self, pictures):
+        assert self.ask(pictures, "1" * 80, "0" + "1" * 79).passed
+
+    def test_breaks_what_gradients_break(self, pictures):
+        assert self.ask(pictures, "0" * 40 + "1" * 40, "0" * 40 + "1" * 40).passed
+
+    def test_breaks_the_few_that_are_left(self, pictures):
+        assert self.ask(pictures, "1" * 3 + "0" * 77, "0" * 80).passed
+
+    def test_worst_radius_counts(self, pictures):
+        results = [
+            result(standing="1" * 80),
+            result("square", "0" * 20 + "1" * 60, black_box=True),
+            result(standing="0" * 80, eps=0.2),
+            result("square", "0" * 80, black_box=True, eps=0.2),
+        ]
+        passed, line = checks.black_box_adds_nothing(probe_of(Front(), pictures, results))
+        assert passed is False
+        assert "20 of 80" in line
+        assert "0.08" in line
+
+    def test_other_attacks_are_not_asked(self, pictures):
+        gallery = result("promote", "0" * 80, target="gallery")
+        for there, missing in [(False, "black-box"), (True, "white-box")]:
+            passed, line = checks.black_box_adds_nothing(
+                probe_of(Front(), pictures, [result(standing="0" * 80, black_box=there), gallery])
+            )
+            assert passed is None
+            assert missing in line
+
+
+class TestGradients:
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_honest(self, pictures, norm):
+        probe = probe_of(Front(), pictures, norm=norm)
+        passed, line = checks.has_gradients(probe)
+        assert passed
+        assert line.startswith("0 of 64 queries have none; 0 are blind")
+        assert line.endswith("0 % of pixels have none")
+        passed, line = checks.gradients_are_true(probe)
+        assert passed
+        assert line.endswith("64 of 64 queries")
+
+    @pytest.mark.parametrize(
+        "front",
+        [
+            torch.detach,
+            lambda x: (16 * x).round() / 16,
+            lambda x: x + 0 * (0 * x).sqrt(),
+            lambda x: (1e4 * x).tanh() * x.detach(),
+        ],
+        ids=["detached", "rounded", "nan", "saturated"],
+    )
+    def test_none(self, pictures, front):
+        passed, line = checks.has_gradients(probe_of(Front(front), (pictures[0].clamp(0.1, 0.9), pictures[1])))
+        assert passed is False
+        assert line.startswith("64 of 64 queries have none")
+
+    @pytest.mark.parametrize(("count", "expected"), [(4, True), (5, False)])
+    def test_none_of_some_queries(self, pictures, count, expected):
+        probe = probe_of(Front(), pictures)
+        marked = probe.scenes[0].images[:count]
+
+        def near_marked(x):
+            return (x - marked.unsqueeze(1)).abs().amax((2, 3, 4)).amin(0).reshape(-1, 1, 1, 1) < 1.01 * EPS
+
+        passed, line = checks.has_gradients(probe_of(Front(cut_where(near_marked)), pictures))
+        assert passed is expected
+        assert line.startswith(f"{count} of 64 queries have none")
+
+    def test_blind_to_most_pixels(self, pictures):
+        passed, line = checks.has_gradients(
+            probe_of(Front(cut_where(lambda x: torch.arange(16).view(4, 4) % 4 > 0)), pictures)
+        )
+        assert passed is False
+        assert line.startswith("0 of 64 queries have none")
+        assert line.endswith("75 % of pixels have none")
+
+    @pytest.mark.parametrize(("cut", "expected"), [(6, True), (10, False)])
+    def test_blind_means_to_more_than_half(self, pictures, cut, expected):
+        front = Front(cut_where(lambda x: torch.arange(16).view(4, 4) < cut))
+        front.linear = nn.Identity()  # all pixels matter alike
+        passed, line = checks.has_gradients(probe_of(front, pictures))
+        near, far = int(line.split("; ")[1].split()[0]), int(line.split(", ")[1].split()[0])
+        assert passed is expected
+        assert (near < 4 and far < 20) if expected else (near > 60 and far > 44)
+
+    def test_pixels_that_do_not_matter_need_none(self, pictures):
+        passed, line = checks.has_gradients(
+            probe_of(Front(lambda x: x * (torch.arange(16).view(4, 4) % 4 > 1)), pictures)
+        )
+        assert passed
+        assert line.endswith("50 % of pixels have none")
+
+    def test_blind_only_to_large_noise(self, pictures):
+        steep = Front(lambda x: hardsigmoid(30 * (x - 0.5)))
+        passed, line = checks.has_gradients(probe_of(steep, pictures, [result(standing="0" * 80, eps=0.01)]))
+        assert passed is False
+        assert "0 of 64 queries have none; 0 are blind to noise of eps 0.01" in line
+
+    def test_blind_only_to_small_noise(self, pictures):
+        """Every other pixel matters by its small and cut-off distance from a grey level, the others by their value."""
+        every_other = torch.arange(16).view(4, 4) % 2 > 0
+        front = Front(lambda x: torch.where(every_other, 8 * (x - (16 * x).round() / 16).detach(), x))
+        task = bench_of(front, pictures)
+        probe = Probe(task, torch.arange(80), "1" * 80, [result(standing="0" * 80, eps=0.01)], 0, 128)
+        passed, line = checks.has_gradients(probe)
+        assert passed is False
+        assert ", 0 of 0.5; 50 % of pixels have none" in line
+
+    def test_opposite(self, pictures):
+        passed, line = checks.gradients_are_true(probe_of(Front(reverse), pictures))
+        assert passed is False
+        assert line.endswith(" 0 of 64 queries")
+
+    def test_opposite_off_the_grey_levels(self, pictures):
+        front = Front(lambda x: torch.where(off_grid(1e-6)(x), reverse(x), x))
+        assert checks.gradients_are_true(probe_of(front, pictures)).passed is False
+
+    @pytest.mark.parametrize(("norm", "eps", "height", "waves"), [("Linf", 0.08, 0.01, 1000), ("L2", 0.3, 0.005, 600)])
+    def test_of_ripples(self, pictures, norm, eps, height, waves):
+        """In l2, a step along the gradient itself would be made of the few pixels in which it is steep and true."""
+        rippled = Front(lambda x: x + height * torch.sin(waves * x))
+        results = [result(standing="0" * 80, eps=eps)]
+        assert checks.gradients_are_true(probe_of(rippled, pictures, results, norm=norm)).passed is False
+
+    def test_that_are_true_of_large_steps_alone(self, pictures):
+        """A rising staircase whose stairs fall, with the gradient of a ramp."""
+        stairs = Front(lambda x: x + 2 * ((50 * x).round() / 50 - x).detach())
+        passed, line = checks.gradients_are_true(probe_of(stairs, pictures))
+        assert passed is False
+        assert line.startswith("a step of 0.0013 ")
+
+    def test_not_asked_where_steps_change_nothing(self, pictures):
+        passed, line = checks.gradients_are_true(probe_of(Front(torch.detach), pictures))
+        assert passed is None
+        assert "change nothing" in line
+
+    def test_of_a_straight_through_rounding_are_true(self, pictures):
+        straight = Front(lambda x: x + ((255 * x).round() / 255 - x).detach())
+        assert checks.gradients_are_true(probe_of(straight, pictures)).passed
+
+    def test_of_a_random_model_are_those_of_one_draw(self, pictures):
+        noisy = Front(lambda x: x + 0.1 * torch.randn_like(x))
+        probe = probe_of(noisy, pictures)
+        assert checks.gradients_are_true(probe).passed
+        assert checks.has_gradients(probe).passed
+
+
+class TestAnswers:
+    def test_honest(self, pictures):
+        passed, line = checks.answers_alike(probe_of(Front(), pictures))
+        assert passed
+        assert line.startswith("embeddings differ by up to 0 when asked again")
+
+    def test_random(self, pictures):
+        probe = probe_of(Front(lambda x: x + 0.02 * torch.randn_like(x)), pictures)
+        assert checks.answers_alike(probe).passed is False
+
+    def test_random_in_large_batches(self, pictures):
+        probe = probe_of(Front(after=lambda e: e + 0.1 * (len(e) > 40) * torch.randn_like(e)), pictures)
+        assert checks.answers_alike(probe).passed is False
+
+    def test_rounding_is_not_random(self, pictures):
+        probe = probe_of(Front(after=lambda e: e + 1e-6 * torch.randn_like(e)), pictures)
+        passed, line = checks.answers_alike(probe)
+        assert passed
+        assert "up to 0 when" not in line
+
+    def test_depends_on_the_batch(self, pictures):
+        probe = probe_of(Front(after=lambda e: e - e.mean(0)), pictures)
+        passed, line = checks.answers_alike(probe)
+        assert passed is False
+        assert "up to 0 when asked again" in line
+
+    def test_coarse_types_round(self, pictures):
+        model = Front(after=lambda e: (e * (1 + 1e-4 * torch.rand(len(e), 1))).bfloat16())
+        assert checks.answers_alike(probe_of(model, pictures)).passed
+
+    def test_near_one_another_is_not_collapsed(self, pictures):
+        near = Front(after=lambda e: e + 30 * torch.ones(6))
+        probe = probe_of(near, pictures)
+        similarity = probe.task.gallery.embeddings @ probe.task.gallery.embeddings.T
+        assert similarity.min() > 0.99
+        passed, line = checks.is_not_collapsed(probe)
+        assert passed
+        assert line.startswith("rounding may decide 0 of 64")
+
+    @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
+    def test_collapsed(self, pictures, scale):
+        """Among them margins above 0, but below the rounding of cosines."""
+        probe = probe_of(Front(after=lambda e: scale * e + torch.ones(6)), pictures)
+        assert checks.is_not_collapsed(probe).passed is False
+
+    @pytest.mark.parametrize(("offset", "expected"), [(0, True), (80, False)])
+    def test_collapsed_by_a_coarse_type(self, pictures, offset, expected):
+        """Margins are above the rounding of cosines, but below that of embeddings."""
+        probe = probe_of(Front(after=lambda e: (e + offset).bfloat16()), pictures)
+        passed, line = checks.is_not_collapsed(probe)
+        assert passed is expected
+        assert float(line.split()[-1]) > 2e-6
+
+    def test_attacks_that_do_nothing(self, pictures):
+        results = [
+            result(standing="0" * 80, shift=0.0),
+            result("b", "0" * 80, shift=1e-3),
+            result(standing="0" * 80, eps=0.01),
+        ]
+        assert checks.moves_embeddings(probe_of(Front(), pictures, results)).passed
+        assert checks.moves_embeddings(probe_of(Front(), pictures, [results[0], results[2]])).passed is False
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(checks, "STEPS", 12)
+
+
+class TestAll:
+    def run(self, model, pictures, seed=0, chunk=128, results=None, **options):
+        task = bench_of(model, pictures, **options)
+        marks = standing_of(task)
+        results = [result(standing="0" * len(marks))] if results is None else results
+        return run_checks(task, torch.arange(len(marks)), marks, results, seed, chunk), task
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_honest_model_is_not_flagged(self, pictures, norm):
+        found, _ = self.run(Front(), pictures, norm=norm)
+        assert [check.name for check in found] == list(CHECKS)
+        assert [check.name for check in found if check.passed is False] == []
+        assert [check.name for check in found if check.passed is None] == ["black box adds nothing"]
+
+    def test_lines_are_single_and_tell_numbers(self, pictures, few_steps):
+        for front in (lambda x: x, torch.detach):
+            for check in self.run(Front(front), pictures)[0]:
+                assert check.line
+                assert "\n" not in check.line
+                assert len(check.line) < 160
+                assert any(sign.isdigit() for sign in check.line) or check.passed is None
+
+    def test_same_seed_same_answers(self, pictures, few_steps):
+        first, again, other = (self.run(Front(), pictures, seed=seed)[0] for seed in (0, 0, 5))
+        assert first == again
+        assert first != other
+
+    def test_global_random_numbers_are_left_alone(self, pictures, few_steps):
+        task = bench_of(Front(), pictures)
+        marks, state = standing_of(task), torch.get_rng_state()
+        run_checks(task, torch.arange(80), marks, [result(standing="0" * 80)], 0, 128)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_cost_is_bounded(self, pictures):
+        images, labels = (part.repeat(5, *[1] * (part.ndim - 1)) for part in pictures)
+        task = bench_of(Front(), (images + 0.01 * torch.rand_like(images) * (images < 0.9), labels))
+        before = task.embed.forward_passes, task.embed.backward_passes
+        run_checks(task, torch.arange(400), "1" * 400, [result(standing="0" * 400)], 0, 128)
+        assert task.embed.forward_passes - before[0] <= 310 * SAMPLE
+        assert task.embed.backward_passes - before[1] <= 260 * SAMPLE
+
+    def test_small_chunks(self, pictures, few_steps):
+        found, _ = self.run(Front(), pictures, chunk=23)
+        assert [check.name for check in found if check.passed is False] == []
+
+    def test_separate_gallery(self, pictures, few_steps):
+        images, labels = pictures
+        found, _ = self.run(Front(), (images[:40], labels[:40]), gallery=(images[40:], labels[40:]))
+        assert [check.name for check in found if check.passed is False] == []
+        assert "chance is 10.0" in next(
+            check.line for check in found if check.name.startswith("falls")
+        )  # a quarter of 40
+
+    def test_too_few_queries(self, pictures):
+        task = bench_of(Front(), pictures)
+        found = run_checks(task, torch.arange(80), "1" * 9 + "0" * 71, [result(standing="0" * 80)], 0, 128)
+        assert all(check.passed is None for check in found)
+        assert {check.line for check in found} == {"9 queries are right without attack, 10 are needed"}
+
+    def test_no_results(self, pictures):
+        assert run_checks(bench_of(Front(), pictures), torch.arange(80), "1" * 80, [], 0, 128) == ()
+
+    def test_in_a_report(self, pictures, few_steps, tmp_path):
+        options = {"eps": (0.04, EPS), "attacks": quick(steps=10, restarts=1)}
+        report = evaluate_robustness(Front(torch.detach), pictures, **options)
+        assert len(report.checks) == len(CHECKS)
+        assert "gradients are there" in [check.name for check in report.flagged]
+        assert "[FLAG] gradients are there: 64 of 64 queries have none" in str(report)
+        assert "[not asked] black box adds nothing" in str(report)
+        report.save_json(tmp_path / "report.json")
+        assert Report.load_json(tmp_path / "report.json").checks == report.checks
+        assert evaluate_robustness(Front(), pictures, checks=False, **options).checks == ()
+
+
+# Trained models.
+
+
+def conv(batchnorm=False):
+    layers = [[nn.Conv2d(1, 16, 3, padding=1)], [nn.Conv2d(16, 32, 3, padding=1, stride=2)]]
+    norms = [[nn.BatchNorm2d(16)], [nn.BatchNorm2d(32)]] if batchnorm else [[], []]
+    return nn.Sequential(
+        *layers[0], *norms[0], nn.ReLU(), *layers[1], *norms[1], nn.ReLU(), nn.Flatten(), nn.Linear(512, 64)
+    )
+
+
+def smooth():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 64),
+        nn.Tanh(),
+        nn.Linear(64, 16),
+    )
+
+
+def train(model, adversarial=False, steps=200):
+    data, loss = digits(), MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
+    if adversarial:
+        attack = partial(torchattacks.PGD, eps=0.2, alpha=0.1, steps=4)
+        loss = seed_paper_loss(loss, model, attack=attack, perturb="all", warmup=steps // 2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        rows = torch.randperm(len(data.train_images))[:112]
+        value = loss(model(data.train_images[rows]), data.train_labels[rows])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(1)
+    return train(conv())
+
+
+class Masked(nn.Module):
+    """A trained model with something before or after it that hides its gradients."""
+
+    def __init__(self, model, before=lambda x: x, after=lambda e: e):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, images):
+        return self.after(self.model(self.before(images)))
+
+
+MASKS = {
+    "hard sigmoid": ({"before": lambda x: hardsigmoid(50 * (x - 0.5))}, "gradients are there"),
+    "noise": ({"before": lambda x: x + 0.05 * torch.randn_like(x)}, "same answer twice"),
+    "quantiser": ({"before": lambda x: (3 * x).round() / 3}, "black box adds nothing"),
+    "saturated": ({"after": lambda e: torch.tanh(1e6 * e)}, "planted examples are found"),
+    "ripples": ({"before": lambda x: x + 0.02 * torch.sin(500 * x)}, "gradients are true"),
+    "half detached": ({"before": cut_where(lambda x: torch.arange(8) % 2 > 0)}, "gradients are there"),
+    "detached": ({"before": torch.detach}, "falls to chance at a large eps"),
+}
+"""What hides gradients, and a check that says so."""
+
+HONEST = {
+    "adversarial": (conv, True),
+    "batchnorm": (partial(conv, batchnorm=True), False),
+    "smooth": (smooth, False),
+}
+
+
+def report_of(model, seed=0):
+    data = digits()
+    square = QueryAttack(
+        "square", classified(partial(torchattacks.Square, n_queries=200)), black_box=True, only_standing=True
+    )
+    queries = data.test_images[:120], data.test_labels[:120]
+    return evaluate_robustness(model, queries, eps=(0.06, 0.1), attacks=(*quick(20, 2), square), seed=seed)
+
+
+@pytest.mark.slow
+class TestTrained:
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_masked_model_is_flagged(self, plain, mask):
+        how, expected = MASKS[mask]
+        report = report_of(Masked(plain, **how))
+        assert report.clean["recall_at_1"] > 0.5
+        assert expected in [check.name for check in report.flagged]
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_plain_model_is_not_flagged(self, plain, seed):
+        report = report_of(plain, seed)
+        assert report.flagged == ()
+        assert all(check.passed for check in report.checks)
+
+    @pytest.mark.parametrize("kind", HONEST)
+    def test_other_honest_model_is_not_flagged(self, kind):
+        make, adversarial = HONEST[kind]
+        torch.manual_seed(2)
+        report = report_of(train(make(), adversarial))
+        assert report.flagged == ()
+        assert report.worst_case(0.06) > (0.4 if adversarial else 0)

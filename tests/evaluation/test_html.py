@@ -1,0 +1,831 @@
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.html import render
+from pml_adversarial.evaluation.html.charts import Line, chart, spread
+from pml_adversarial.evaluation.html.markup import Markup, element
+from pml_adversarial.evaluation.html.pictures import data_uri, magnified, small, visible
+from pml_adversarial.evaluation.report import AttackResult, Check, Example, Neighbour, Report, WorstCase
+from pml_adversarial.evaluation.suites import quick
+
+VOID = {"meta", "img"}
+EPS = (4 / 255, 0.1, 26 / 255)
+
+
+class Node:
+    def __init__(self, tag, attrs, parent):
+        self.tag, self.attrs, self.parent, self.children = tag, attrs, parent, []
+
+    @property
+    def text(self):
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    def all(self, tag, class_=None):
+        """Elements below, in the order of the page."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                fits = child.tag == tag and (class_ is None or class_ in child.attrs.get("class", "").split())
+                found += [child] * fits + child.all(tag, class_)
+        return found
+
+    def everything(self):
+        return [self] + [node for child in self.children if isinstance(child, Node) for node in child.everything()]
+
+
+class Tree(HTMLParser):
+    """The page as a tree; a tag that is not closed in order is an error."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.root = self.here = Node("", {}, None)
+        self.feed(page)
+        self.close()
+        assert self.here is self.root
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag}"
+        node = Node(tag, dict(attrs), self.here)
+        self.here.children.append(node)
+        if tag not in VOID:
+            self.here = node
+
+    def handle_startendtag(self, tag, attrs):
+        raise AssertionError(f"<{tag}/> means nothing in HTML")
+
+    def handle_endtag(self, tag):
+        assert tag == self.here.tag
+        self.here = self.here.parent
+
+    def handle_data(self, data):
+        self.here.children.append(data)
+
+
+def share(i):
+    """Numbers of which no two look alike when rounded to a tenth of a percent."""
+    return ((i * 389 + 17) % 997) / 997
+
+
+def measures(i):
+    return {"recall_at_1": share(i), "recall_at_8": share(i + 1), "map_at_r": share(i + 2), "r_precision": share(i + 3)}
+
+
+def neighbours(seed, labels, shape=(1, 8, 8)):
+    pixels = torch.rand(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
+    return tuple(Neighbour(100 + seed + i, label, pixels[i]) for i, label in enumerate(labels))
+
+
+def example(query=3, shape=(1, 8, 8), eps=0.1, **changes):
+    generator = torch.Generator().manual_seed(query)
+    clean = torch.rand(*shape, generator=generator) * 0.6 + 0.2
+    perturbed = clean + eps * torch.randint(-1, 2, shape, generator=generator)
+    parts = {"query": query, "label": 7, "eps": eps, "attack": "margin", "clean": clean, "perturbed": perturbed}
+    found = {"before": neighbours(1, (7, 7, 2), shape), "after": neighbours(9, (9, 7, 5), shape)}
+    return Example(**{**parts, **found, **changes})
+
+
+def report(attacks=(("margin", "query"), ("square", "query"), ("demote", "gallery")), eps=EPS, **changes):
+    results = [
+        AttackResult(
+            name,
+            target,
+            name == "square",
+            radius,
+            measures(20 * e + 5 * a),
+            0.1234 + e + a / 10,
+            10**6 + e,
+            a,
+            2.5,
+            "1",
+        )
+        for e, radius in enumerate(eps)
+        for a, (name, target) in enumerate(attacks)
+    ]
+    worst = [
+        WorstCase(target, radius, measures(200 + 20 * e + 5 * t), "0", share(400 + e) if target == "query" else None)
+        for t, target in enumerate(("query", "gallery"))
+        if target in dict(attacks).values()
+        for e, radius in enumerate(eps)
+    ]
+    parts = {
+        "suite": "standard-v1",
+        "protocol": "leave-one-out",
+        "num_queries": 12345,
+        "num_gallery": 23456,
+        "num_classes": 17,
+        "left_out": 41,
+        "clean": measures(300),
+        "chance": share(310),
+        "attacks": tuple(results),
+        "worst": tuple(worst),
+        "collapse": {"mean_similarity": 0.4321, "effective_rank": 12.3456},
+        "nmi": share(320),
+        "checks": (
+            Check("more steps", True, "0 of 128"),
+            Check("black box", None, "not run"),
+            Check("noise", True, "none"),
+        ),
+        "settings": {"norm": "Linf", "eps": list(eps), "subset": list(range(50)), "normalization": None},
+        "versions": {"torch": "2.14.1"},
+        "clean_standing": "1",
+        "examples": (example(), example(5, (3, 8, 8))),
+    }
+    return Report(**{**parts, **changes})
+
+
+FLAGGED = (Check("more steps", False, "31 of 128"), Check("black box", True, "fine"), Check("noise", False, "some"))
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b onclick='a'>&amp;", "' x=\"y"]
+REPORTS = {
+    "whole": {},
+    "flagged": {"checks": FLAGGED},
+    "no examples": {"examples": ()},
+    "no checks": {"checks": ()},
+    "one eps": {"eps": (26 / 255,)},
+    "many eps": {"eps": tuple(i / 255 for i in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))},
+    "queries only": {"attacks": (("margin", "query"),)},
+    "gallery only": {"attacks": (("demote", "gallery"),)},
+    "no attacks": {"attacks": (), "worst": ()},
+    "no nmi": {"nmi": None},
+    "no collapse": {"collapse": {}, "nmi": None},
+    "no norm": {"settings": {}},
+    "L2": {"settings": {"norm": "L2"}, "eps": (0.5, 1.0)},
+    "all zero": {"clean": dict.fromkeys(measures(0), 0.0), "chance": 0.0, "attacks": (), "worst": ()},
+    "many attacks": {"attacks": tuple((f"attack {i}", "query") for i in range(40))},
+    "long names": {
+        "attacks": (("margin" * 30, "query"), ("a b " * 60, "gallery")),
+        "suite": "s" * 300,
+        "protocol": "p" * 300,
+    },
+    "large images": {"examples": (example(1, (3, 224, 224)), example(2, (1, 224, 224)), example(4, (3, 60, 200)))},
+    "odd channels": {"examples": (example(1, (2, 9, 9)), example(2, (5, 7, 11)), example(3, (4, 32, 32)))},
+    "unbroken": {"examples": (example(attack="none", perturbed=example().clean, after=()),)},
+}
+each_report = pytest.mark.parametrize("name", REPORTS)
+
+
+@cache
+def page_of(name):
+    return render(report(**REPORTS[name]))
+
+
+def section(page, title):
+    return next(part for part in Tree(page).root.all("section") if part.all("h2") and part.all("h2")[0].text == title)
+
+
+def rows(table):
+    """Cells of a table as rows of (text, value of its number); a cell that spans rows stands in each of them."""
+    grid, spanning = [], []
+    for row in table.all("tr"):
+        cells = [cell for cell in row.children if isinstance(cell, Node)]
+        spanning = [(cell, left - 1) for cell, left in spanning if left > 1]
+        full = [cell for cell, _ in spanning] + cells
+        spanning += [(cell, int(cell.attrs["rowspan"])) for cell in cells if "rowspan" in cell.attrs]
+        grid.append([(cell.text, [float(data.attrs["value"]) for data in cell.all("data")]) for cell in full])
+    return grid
+
+
+def number(shown, value):
+    return shown, [value]
+
+
+def percent(value):
+    return number(f"{value * 100:.1f}", value)
+
+
+class TestWhole:
+    @each_report
+    def test_is_balanced_and_has_each_section_once(self, name):
+        tree = Tree(page_of(name)).root
+        assert [len(tree.all(tag)) for tag in ("html", "head", "body", "main", "h1", "title")][:5] == [1] * 5
+        titles = [node.text for node in tree.all("h2")]
+        shown = ["Queries, before and after"] if report(**REPORTS[name]).examples else []
+        assert titles == ["Checks", "Curves", "Attacks", "Embedding", *shown, "To measure it again"]
+
+    @each_report
+    def test_needs_no_network_and_runs_nothing(self, name):
+        page = page_of(name)
+        tree = Tree(page).root
+        assert (
+            re.search(r"https?:|//\w|@import|url\(|javascript:", re.sub(r"data:image/png;base64,[^\"]+", "", page))
+            is None
+        )
+        linked = {name for node in tree.everything() for name in node.attrs} & {"href", "srcset", "action", "data"}
+        assert linked == set()
+        assert all(node.attrs["src"].startswith("data:image/png;base64,") for node in tree.all("img"))
+        assert {node.tag for node in tree.everything()}.isdisjoint({"script", "link", "iframe", "object", "form"})
+
+    def test_forbids_the_browser_all_else(self):
+        (policy,) = (node for node in Tree(render(report())).root.all("meta") if "http-equiv" in node.attrs)
+        assert policy.attrs["content"] == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+    @each_report
+    def test_no_number_is_unreadable(self, name):
+        text = " ".join(node.text for node in Tree(page_of(name)).root.all("main"))
+        assert re.search(r"\bnan\b|\binf\b|None|tensor", text) is None
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_names_stay_text(self, text):
+        hostile = report(
+            attacks=((text, "query"),),
+            suite=text,
+            protocol=text,
+            checks=(Check(text, False, text),),
+            collapse={text: 1.0},
+            settings={"norm": text, text: [text]},
+            versions={text: text},
+            examples=(example(attack=text),),
+        )
+        harmless = report(
+            attacks=(("x", "query"),),
+            suite="x",
+            protocol="x",
+            checks=(Check("x", False, "x"),),
+            collapse={"x": 1.0},
+            settings={"norm": "x", "x": ["x"]},
+            versions={"x": "x"},
+            examples=(example(attack="x"),),
+        )
+        found, expected = (Tree(render(made)).root for made in (hostile, harmless))
+        assert [(node.tag, sorted(node.attrs)) for node in found.everything()] == [
+            (node.tag, sorted(node.attrs)) for node in expected.everything()
+        ]
+        (summary,) = (part for part in found.all("figcaption") if "Query" in part.text)
+        assert text in summary.text
+        assert text in found.all("title")[0].text
+        assert text in found.all("li")[0].text
+        assert json.loads(found.all("pre")[0].text)["versions"] == {text: text}
+
+    def test_a_report_loaded_from_json_gives_the_same_page_without_examples(self, tmp_path):
+        made = report()
+        made.save_json(tmp_path / "report.json")
+        Report.load_json(tmp_path / "report.json").save_html(tmp_path / "report.html")
+        assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(replace(made, examples=()))
+
+    def test_a_measured_report(self):
+        images = torch.rand(24, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 5))
+        made = evaluate_robustness(
+            model, (images, torch.arange(24) % 3), eps=(0.05, 0.1), attacks=quick(steps=2, restarts=1), checks=False
+        )
+        tree = Tree(render(made)).root
+        assert len(tree.all("figure", "example")) == len(made.examples) > 0
+        assert len(tree.all("img")) == sum(3 + len(part.before) + len(part.after) for part in made.examples)
+        assert all(
+            f"{100 * w.measures['recall_at_1']:.1f}\u00a0%" in tree.all("p", "headline")[0].text for w in made.worst
+        )
+
+
+class TestOpening:
+    def test_title(self):
+        tree = Tree(render(report())).root
+        assert tree.all("title")[0].text == "Robustness of an embedding: standard-v1, leave-one-out"
+        assert tree.all("small")[0].text == "standard-v1, leave-one-out"
+
+    def test_headline(self):
+        made = report(eps=(26 / 255,))
+        clean, attacked = (f"{100 * part['recall_at_1']:.1f}\u00a0%" for part in (made.clean, made.worst[0].measures))
+        (headline,) = Tree(render(made)).root.all("p", "headline")
+        assert headline.text == (
+            f"R@1 {clean} clean; {attacked} at eps\u00a026/255 in the worst case per query (Linf, 2 attacks)."
+        )
+        assert [float(data.attrs["value"]) for data in headline.all("data")] == [
+            made.clean["recall_at_1"],
+            made.worst[0].measures["recall_at_1"],
+            26 / 255,
+        ]
+
+    def test_headline_on_the_gallery(self):
+        made = report()
+        texts = [node.text for node in Tree(render(made)).root.all("p")]
+        (line,) = (text for text in texts if text.startswith("If instead"))
+        found = re.findall(r"([\d.]+)\u00a0% at eps\u00a0([\d./]+)", line)
+        gallery = [w for w in made.worst if w.target == "gallery"]
+        assert [value for value, _ in found] == [f"{100 * w.measures['recall_at_1']:.1f}" for w in gallery]
+        assert [eps for _, eps in found] == ["4/255", "0.1", "26/255"]
+        assert line.endswith("(Linf, 1 attack).")
+
+    @pytest.mark.parametrize(
+        ("name", "line"),
+        [("no attacks", "; no attack ran."), ("gallery only", "(Linf, 1 attack)."), ("no norm", "(2 attacks).")],
+    )
+    def test_headline_of_less(self, name, line):
+        (headline,) = Tree(page_of(name)).root.all("p", "headline")
+        assert headline.text.endswith(line)
+
+    def test_of_many_eps_some_and_the_largest(self):
+        (headline,) = Tree(render(report(**REPORTS["many eps"]))).root.all("p", "headline")
+        assert re.findall(r"eps\u00a0([\d./]+)", headline.text) == ["1/255", "8/255", "32/255"]
+
+    def test_facts(self):
+        made = report()
+        (facts,) = (p.text for p in Tree(render(made)).root.all("p", "quiet") if "searched" in p.text)
+        assert "12,345 queries (41 more left out" in facts
+        assert f"23,456 items of 17 classes searched; chance {100 * made.chance:.1f}\u00a0%." in facts
+        assert "left out" not in render(report(left_out=0))
+
+    def test_flags_stand_before_the_headline(self):
+        tree = Tree(render(report(checks=FLAGGED))).root
+        (warning,) = tree.all("section", "warning")
+        assert "2 checks raise a flag" in warning.text
+        assert [item.text for item in warning.all("li")] == ["more steps: 31 of 128", "noise: some"]
+        order = tree.everything()
+        assert order.index(warning) < order.index(tree.all("p", "headline")[0])
+
+    def test_one_flag(self):
+        assert "A check raises a flag" in render(report(checks=FLAGGED[:2]))
+
+    def test_without_flags_no_warning(self):
+        assert Tree(render(report())).root.all("section", "warning") == []
+
+
+class TestChecks:
+    def test_each_in_words(self):
+        found = section(render(report(checks=(*FLAGGED[:2], Check("c", None, "d")))), "Checks").all("li")
+        assert [item.text for item in found] == [
+            "⚑ flagmore steps: 31 of 128",
+            "✓ passblack box: fine",
+            "· not askedc: d",
+        ]
+
+    def test_none(self):
+        assert "No check was made" in section(render(report(checks=())), "Checks").text
+
+
+class TestCurves:
+    @pytest.mark.parametrize(
+        "name", ["whole", "one eps", "many eps", "queries only", "gallery only", "L2", "long names"]
+    )
+    def test_each_point_lies_where_its_numbers_say(self, name):
+        made = report(**REPORTS[name])
+        for figure, measure in zip(charts(made), ("recall_at_1", "map_at_r"), strict=True):
+            x, y = axes(figure, made)
+            drawn = lines(figure)
+            attacks = {(r.attack, r.target) for r in made.attacks}
+            assert len(drawn) == len(attacks) + len({w.target for w in made.worst})
+            for attack, target in attacks:
+                points = [
+                    (r.eps, r.measures[measure]) for r in made.attacks if (r.attack, r.target) == (attack, target)
+                ]
+                expected = [(0.0, made.clean[measure]), *points]
+                assert_at(drawn[f"{target} one", attack], [(x(eps), y(value)) for eps, value in expected])
+            for target in {w.target for w in made.worst}:
+                expected = made.curve(measure, target).items()
+                assert_at(drawn[f"{target} worst", f"worst ({target})"], [(x(e), y(v)) for e, v in expected])
+
+    def test_worst_cases_lie_above_and_the_querys_highest(self):
+        figure, _ = charts(report())
+        assert list(lines(figure))[-2:] == [("gallery worst", "worst (gallery)"), ("query worst", "worst (query)")]
+
+    @pytest.mark.parametrize("highest", [0.03, 0.2, 0.41, 0.99, 1.0])
+    def test_curves_fill_the_height_and_do_not_leave_it(self, highest):
+        tree = Tree(chart([Line("a", "query", True, ((0.0, highest), (0.1, 0.0)))], "Linf", "label")).root
+        levels = [float(line.attrs["y1"]) for line in tree.all("line", "grid")]
+        heights = [y for _, y in lines(tree)["query worst", "a"]]
+        assert min(levels) < 20
+        assert min(levels) - 0.1 <= min(heights) <= max(heights) == max(levels)
+        assert max(heights) - min(heights) > min(1, 4.9 * highest) * 0.5 * (max(levels) - min(levels))
+
+    def test_chance_is_where_it_belongs(self):
+        made = report()
+        recall, precision = charts(made)
+        (line,) = recall.all("line", "chance")
+        _, y = axes(recall, made)
+        assert float(line.attrs["y1"]) == float(line.attrs["y2"]) == pytest.approx(y(made.chance), abs=0.06)
+        assert precision.all("line", "chance") == []
+
+    def test_words_say_what_the_picture_shows(self):
+        made = report()
+        for figure, measure in zip(charts(made), ("recall_at_1", "map_at_r"), strict=True):
+            (picture,) = (svg for svg in figure.all("svg") if svg.attrs.get("role") == "img")
+            for worst in made.worst:
+                assert f"{100 * worst.measures[measure]:.1f} at eps {worst.eps:.4g}" in picture.attrs["aria-label"]
+            assert f"{100 * made.clean[measure]:.1f} at eps 0" in picture.attrs["aria-label"]
+
+    def test_numbers(self):
+        made = report()
+        for figure, measure in zip(charts(made), ("recall_at_1", "map_at_r"), strict=True):
+            grid = rows(figure.all("table")[0])
+            radii = ((0.0, "0"), (EPS[0], "4/255"), (EPS[1], "0.1"), (EPS[2], "26/255"))
+            assert grid[0] == [("eps", []), *(number(shown, eps) for eps, shown in radii)]
+            found = {row[0][0]: row[1:] for row in grid[1:]}
+            assert len(found) == 5
+            for name, target in (("margin", "query"), ("square", "query"), ("demote", "gallery")):
+                values = [r.measures[measure] for r in made.attacks if (r.attack, r.target) == (name, target)]
+                assert found[name] == [percent(value) for value in (made.clean[measure], *values)]
+            for target in ("query", "gallery"):
+                assert found[f"worst ({target})"] == [percent(v) for v in made.curve(measure, target).values()]
+
+    def test_one_name_on_both_targets_stays_two_lines(self):
+        figure, _ = charts(report(attacks=(("same", "query"), ("same", "gallery"))))
+        assert {("query one", "same"), ("gallery one", "same")} < set(lines(figure))
+
+    def test_without_attacks(self):
+        assert section(render(report(**REPORTS["no attacks"])), "Curves").text == "Curves\nNo attack ran.\n"
+
+    def test_only_measures_that_there_are(self):
+        made = report()
+        parts = [replace(part, measures={"recall_at_1": 0.5}) for part in (*made.attacks, *made.worst)]
+        made = replace(made, clean={"recall_at_1": 0.7}, attacks=tuple(parts[:9]), worst=tuple(parts[9:]))
+        assert len(charts(made)) == 1
+
+    def test_names_do_not_overlap(self):
+        drawn = [Line(f"a{i}", "query", False, ((0.0, 0.9), (0.1, 0.02 * (i % 3)))) for i in range(15)]
+        tree = Tree(chart(drawn, "Linf", "label", 0.2)).root
+        heights = sorted(float(text.attrs["y"]) for text in tree.all("text", "name"))
+        assert len(heights) == 16
+        assert min(b - a for a, b in pairwise(heights)) > 12
+
+    def test_too_many_attacks_are_not_named(self):
+        for figure in charts(report(**REPORTS["many attacks"])):
+            named = {text.text for text in figure.all("text", "name")}
+            assert named <= {"worst (query)", "chance"}
+            assert "worst (query)" in named
+
+    @pytest.mark.parametrize("places", [[3.0], [5, 5, 5], [9, 1, 5], [50, 50, 50], [0, 0, 48, 50], [-9, 70], []])
+    def test_spread(self, places):
+        moved = spread(places, 10, 0, 50)
+        order = sorted(range(len(places)), key=lambda i: places[i])
+        assert [moved[i] for i in order] == sorted(moved)
+        assert all(b - a >= 10 for a, b in pairwise(sorted(moved)))
+        assert all(0 <= place <= 50 for place in moved)
+
+
+def charts(made):
+    return section(render(made), "Curves").all("figure")
+
+
+def lines(figure):
+    """(class, name) -> points of each curve."""
+    found = {}
+    for group in figure.all("g"):
+        title, line = group.all("title"), group.all("polyline")
+        if title and group.all("text") == []:
+            points = [tuple(map(float, point.split(","))) for point in line[0].attrs["points"].split()]
+            key = group.attrs["class"], title[0].text
+            assert key not in found
+            found[key] = points
+    return found
+
+
+def axes(figure, made):
+    """eps -> x and value -> y, from the numbers that stand at the axes."""
+    texts = [
+        (node.text, float(node.attrs["x"]), float(node.attrs["y"]), node.attrs["class"]) for node in figure.all("text")
+    ]
+    levels = [(float(text) / 100, y - 4) for text, _, y, class_ in texts if class_ == "end"]
+    (low, bottom), (high, top) = min(levels), max(levels)
+    (zero,) = (x for text, x, _, class_ in texts if class_ == "middle" and text == "0")
+    right = max(x for text, x, _, class_ in texts if class_ == "middle" and not text.startswith("eps"))
+    largest = max(result.eps for result in made.attacks)
+    return (
+        lambda eps: zero + (right - zero) * eps / largest,
+        lambda value: bottom + (top - bottom) * (value - low) / (high - low),
+    )
+
+
+def assert_at(drawn, expected):
+    assert len(drawn) == len(expected)
+    for point, place in zip(drawn, expected, strict=True):
+        assert point == pytest.approx(place, abs=0.06)
+
+
+class TestAttacks:
+    def test_every_number(self):
+        made = report()
+        grid = rows(section(render(made), "Attacks").all("table")[0])
+        names = ["recall_at_1", "recall_at_8", "map_at_r", "r_precision"]
+        assert [text for text, _ in grid[0]] == [
+            *(
+                "eps",
+                "attack",
+                "perturbs",
+                "access",
+                "R@1",
+                "R@8",
+                "mAP@R",
+                "R-prec",
+                "shift",
+                "forward",
+                "backward",
+                "seconds",
+            )
+        ]
+        empty = ("", [])
+        expected = [[empty, ("none", []), empty, empty, *(percent(made.clean[name]) for name in names), *[empty] * 4]]
+        for eps, shown in zip(EPS, ("4/255", "0.1", "26/255"), strict=True):
+            for r in (r for r in made.attacks if r.eps == eps):
+                access = "black box" if r.attack == "square" else "white box"
+                head = [number(shown, eps), (r.attack, []), (r.target, []), (access, [])]
+                costs = [
+                    number(f"{r.shift:.3f}", r.shift),
+                    number(f"{r.forward_passes:,}", r.forward_passes),
+                    number(f"{r.backward_passes:,}", r.backward_passes),
+                    number(f"{r.seconds:.1f}", r.seconds),
+                ]
+                expected.append([*head, *(percent(r.measures[name]) for name in names), *costs])
+            for w in (w for w in made.worst if w.eps == eps):
+                head = [number(shown, eps), ("worst case", []), (w.target, []), empty]
+                expected.append([*head, *(percent(w.measures[name]) for name in names), *[empty] * 4])
+        assert grid[1:] == expected
+
+    def test_worst_cases_are_marked(self):
+        table = section(render(report()), "Attacks").all("table")[0]
+        marked = [row for row in table.all("tr") if row.attrs.get("class") == "worst"]
+        assert len(marked) == 6
+        assert all("worst case" in row.text for row in marked)
+
+    @each_report
+    def test_each_head_says_what_it_heads_and_rows_are_full(self, name):
+        for table in Tree(page_of(name)).root.all("table"):
+            assert all("scope" in head.attrs for head in table.all("th"))
+            assert len({len(row) for row in rows(table)}) == 1
+            assert table.attrs["aria-label"]
+
+
+class TestEmbedding:
+    def test_every_number(self):
+        made = report()
+        grid = [row[:2] for row in rows(section(render(made), "Embedding").all("table")[0])]
+        assert grid[1:4] == [
+            [("mean similarity", []), number("0.432", 0.4321)],
+            [("effective rank", []), number("12.346", 12.3456)],
+            [("NMI, percent", []), percent(made.nmi)],
+        ]
+        attacked = [(w.eps, w.nmi) for w in made.worst if w.target == "query"]
+        shown = ("4/255", "0.1", "26/255")
+        assert grid[4:] == [
+            [number(f"NMI at eps {text}, percent", eps), percent(nmi)]
+            for text, (eps, nmi) in zip(shown, attacked, strict=True)
+        ]
+
+    def test_an_nmi_of_zero_is_one(self):
+        made = report(nmi=0.0)
+        made = replace(made, worst=tuple(replace(worst, nmi=0.0) for worst in made.worst))
+        assert render(made).count("percent</th>") == 1 + len(made.worst)
+
+    def test_each_sign_is_explained(self):
+        known = dict.fromkeys(
+            ("mean_similarity", "mean_similarity_same", "mean_similarity_other", "effective_rank"), 0.5
+        )
+        grid = rows(section(render(report(collapse=known)), "Embedding").all("table")[0])
+        assert all(row[2][0] for row in grid)
+        assert len({row[2][0] for row in grid[1:6]}) == 5
+
+    def test_without_nmi(self):
+        made = report(nmi=None)
+        made = replace(made, worst=tuple(replace(worst, nmi=None) for worst in made.worst))
+        assert "NMI" not in render(made)
+
+
+class TestExamples:
+    def test_every_picture(self):
+        one = example()
+        found = pictures(render(report(examples=(one,))))
+        difference, factor = one.perturbed - one.clean, 5
+        expected = {
+            "query 3, clean": one.clean,
+            "query 3, perturbed": one.perturbed,
+            "query 3, perturbed less clean, times 5, about grey": 0.5 + factor * difference,
+            **{f"item {n.item}, label {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.before},
+            **{f"item {n.item}, label {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.after},
+        }
+        assert list(found) == list(expected)
+        for alt, image in expected.items():
+            assert torch.equal(found[alt], levels(image)), alt
+
+    def test_caption(self):
+        page = section(render(report(examples=(example(), example(4, attack="none")))), "Queries, before and after")
+        assert [caption.text for caption in page.all("figcaption")] == [
+            "Query 3, label 7; attack margin, eps 0.1",
+            "Query 4, label 7; no attack broke it, eps 0.1",
+        ]
+
+    def test_right_and_wrong_are_told_without_colour(self):
+        one = example()
+        found = section(render(report(examples=(one,))), "Queries, before and after")
+        marks = [[item.text.strip() for item in part.all("li")] for part in found.all("div", "finds")]
+        assert marks == [["✓ 7", "✓ 7", "✗ 2"], ["✗ 9", "✓ 7", "✗ 5"]]
+        assert [part.all("h3")[0].text for part in found.all("div", "finds")] == ["finds, clean", "finds, perturbed"]
+        classes = [item.attrs["class"] for item in found.all("li")]
+        assert classes == ["right", "right", "wrong", "wrong", "right", "wrong"]
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 8, 8), (3, 8, 8), (2, 9, 9), (5, 7, 11), (3, 1, 1), (1, 224, 224), (3, 60, 200)]
+    )
+    def test_png(self, shape):
+        image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        expected = image if shape[0] in (1, 3) else image.mean(0, keepdim=True)
+        assert torch.equal(decoded(data_uri(visible(image))), levels(expected))
+
+    def test_png_of_what_is_no_image(self):
+        odd = torch.tensor([[[-1.0, 2.0, float("nan"), 0.5]]])
+        assert decoded(data_uri(visible(odd))).tolist() == [[[0, 255, 0, 128]]]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_png_of_other_types(self, dtype):
+        image = torch.tensor([[[0.0, 1.0], [0.25, 0.5]]], dtype=dtype).expand(3, 2, 2).requires_grad_()
+        assert torch.equal(decoded(data_uri(visible(image))), levels(image.detach().float()))
+
+    @pytest.mark.parametrize(
+        ("largest", "factor"),
+        [(0.1, 5), (0.05, 10), (26 / 255, 2), (8 / 255, 10), (0.5, 1), (0.9, 1), (1e-3, 500), (0, 1)],
+    )
+    def test_magnified(self, largest, factor):
+        clean = torch.full((1, 2, 2), 0.5)
+        perturbed = clean + torch.tensor([[[largest, -largest], [0.0, largest / 2]]])
+        found, by = magnified(clean, perturbed)
+        assert by == factor
+        torch.testing.assert_close(found, 0.5 + factor * (perturbed - clean))
+        assert largest > 0.5 or (found.min() > -1e-3 and found.max() < 1.001)
+
+    def test_magnified_of_rounded_pixels(self):
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.rand(3, 50, 50, generator=generator) * 0.8 + 0.1
+        assert magnified(clean, clean + 0.1 * torch.sign(torch.randn(3, 50, 50, generator=generator)))[1] == 5
+
+    def test_neighbours_of_large_images_are_means_of_squares(self):
+        image = torch.rand(3, 224, 224)
+        found = small(image, 64)
+        assert found.shape == (3, 112, 112)
+        torch.testing.assert_close(found[:, 3, 5], image[:, 6:8, 10:12].mean((1, 2)))
+        assert small(image[:, :128, :100], 64).shape == (3, 128, 100)
+
+    def test_small_images_are_drawn_in_squares(self):
+        page = render(report(examples=(example(1, (1, 8, 8)), example(2, (1, 224, 224)))))
+        drawn = [(img.attrs["width"], img.attrs.get("class")) for img in Tree(page).root.all("img")]
+        assert drawn == [("8", "pixelated")] * 9 + [("224", None)] * 3 + [("112", None)] * 6
+
+
+def levels(image):
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def decoded(uri):
+    """The pixels ``(C, H, W)`` of a data URI, as another library reads them."""
+    kind, _, code = uri.partition(",")
+    assert kind == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(code, validate=True)))
+    assert image.format == "PNG"
+    channels = {"L": 1, "RGB": 3}[image.mode]
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def pictures(page):
+    return {img.attrs["alt"]: decoded(img.attrs["src"]) for img in Tree(page).root.all("img")}
+
+
+class TestSettings:
+    def test_are_json_that_says_it_all(self):
+        made = report()
+        part = section(render(made), "To measure it again")
+        assert json.loads(part.all("pre")[0].text) == {
+            "suite": made.suite,
+            "protocol": made.protocol,
+            "settings": made.settings,
+            "versions": made.versions,
+        }
+        assert "open" not in part.all("details")[0].attrs
+        assert len(part.all("pre")[0].text.splitlines()) == 13
+
+
+class TestMarkup:
+    def test_escapes_text_and_attributes_but_not_markup(self):
+        made = element("p", "<&", [element("b", 1), ("\"'",)], Markup("<i></i>"), title='<"&', class_=None)
+        assert made == '<p title="&lt;&quot;&amp;">&lt;&amp;<b>1</b>&quot;&#x27;<i></i></p>\n'
+
+    def test_joining_markup_and_text_gives_text(self):
+        assert not isinstance(element("b") + "<", Markup)
+
+
+PROBE = """
+<script>
+document.querySelectorAll("details").forEach(d => d.open = true);
+const luminance = c => c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const colour = text => text.match(/[\\d.]+/g).map(Number);
+const behind = e => { for (; e; e = e.parentElement) {
+  const c = colour(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0) return c.slice(0, 3); }
+  return [255, 255, 255]; };
+const contrast = e => { const s = getComputedStyle(e), ink = e.closest("svg") ? s.fill : s.color;
+  const [a, b] = [luminance(colour(ink).slice(0, 3)), luminance(behind(e))];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); };
+const written = e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+const size = e => { const b = e.getBoundingClientRect(); return [b.width, b.height]; };
+onload = () => parent.postMessage({
+  width: innerWidth,
+  scroll: document.documentElement.scrollWidth,
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  images: [...document.images].map(i => i.complete ? i.naturalWidth : 0),
+  shown: [...document.images].map(size),
+  svgs: [...document.querySelectorAll("svg")].map(size),
+  wide: [...document.querySelectorAll("main *")].filter(
+    e => !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + .5).map(e => e.outerHTML.slice(0, 80)),
+  faint: [...document.querySelectorAll("main *")].filter(e => written(e) && e.tagName != "title" && contrast(e) < 4.5)
+    .map(e => e.outerHTML.slice(0, 80)),
+}, "*");
+</script>
+"""
+FRAME = """<!DOCTYPE html><iframe src="{}" style="width:{}px;height:2000px;border:0"></iframe><pre></pre>
+<script>onmessage = e => document.querySelector("pre").textContent = JSON.stringify(e.data)</script>"""
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """file, arguments -> standard output and what was written to the console."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        missing = "no chromium on this machine: the page is not looked at in a browser"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(missing)
+
+    def run(file: Path, *arguments: str) -> tuple[str, list[str]]:
+        options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000")
+        own = (f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0")
+        command = [program, *options, *own, *arguments, file.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return run
+
+
+@pytest.mark.slow
+class TestInABrowser:
+    def probed(self, chromium, folder, page, width, *arguments):
+        """What a browser measures in a copy of the page with a script, in a frame of some width."""
+        without_policy = re.sub(r"<meta http-equiv[^>]*>", "", page)
+        (folder / "probed.html").write_text(without_policy.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+        (folder / "frame.html").write_text(FRAME.format("probed.html", width), encoding="utf-8")
+        dom, console = chromium(folder / "frame.html", "--window-size=1400,2100", "--dump-dom", *arguments)
+        assert console == []
+        return json.loads(Tree(dom).root.all("pre")[0].text)
+
+    @pytest.mark.parametrize("name", ["whole", "flagged", "no examples", "no attacks", "large images"])
+    def test_opens_without_a_complaint(self, chromium, tmp_path, name):
+        (tmp_path / "page.html").write_text(page_of(name), encoding="utf-8")
+        dom, console = chromium(tmp_path / "page.html", "--dump-dom")
+        assert console == []
+        assert "To measure it again" in dom
+
+    def test_a_complaint_would_be_seen_and_scripts_do_not_run(self, chromium, tmp_path):
+        page = render(report()).replace("</body>", "<script>document.title = 'ran'</script></body>")
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        dom, console = chromium(tmp_path / "page.html", "--dump-dom")
+        assert "Content Security Policy" in console[0]
+        assert "<title>ran" not in dom
+
+    @pytest.mark.parametrize("width", [400, 1280])
+    @pytest.mark.parametrize("name", ["whole", "flagged", "many attacks", "long names", "large images", "odd channels"])
+    def test_is_laid_out(self, chromium, tmp_path, name, width):
+        made = report(**REPORTS[name])
+        found = self.probed(chromium, tmp_path, render(made), width)
+        assert found["width"] == width
+        assert found["scroll"] <= width
+        assert found["wide"] == []
+        assert len(found["images"]) == sum(3 + len(part.before) + len(part.after) for part in made.examples)
+        assert min(found["images"]) > 0
+        assert min(min(size) for size in found["shown"]) > 30
+        assert len(found["svgs"]) == 2 + len({worst.target for worst in made.worst})
+        assert min(min(size) for size in found["svgs"]) > 10
+        assert sum(min(size) > 150 for size in found["svgs"]) == 2
+
+    @pytest.mark.parametrize("dark", [False, True])
+    def test_is_legible(self, chromium, tmp_path, dark):
+        scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+        found = self.probed(chromium, tmp_path, render(report(checks=FLAGGED)), 1280, scheme)
+        assert found["dark"] is dark
+        assert found["faint"] == []
+
+    def test_looks_at_what_is_wrong(self, chromium, tmp_path):
+        bad = "<div style='width:2000px;color:#777;background:#888'>a</div><img src='data:image/png;base64,AAAA'>"
+        page = render(report()).replace("</main>", bad + "</main>")
+        found = self.probed(chromium, tmp_path, page, 1280)
+        assert found["scroll"] > 1280
+        assert len(found["wide"]) == len(found["faint"]) == 1
+        assert min(found["images"]) == 0
+
+    def test_a_picture_is_taken(self, chromium, tmp_path):
+        (tmp_path / "page.html").write_text(render(report()), encoding="utf-8")
+        chromium(tmp_path / "page.html", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1280,3000")
+        with Image.open(tmp_path / "page.png") as picture:
+            assert picture.size == (1280, 3000)
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+    def test_is_printed(self, chromium, tmp_path):
+        (tmp_path / "page.html").write_text(render(report()), encoding="utf-8")
+        chromium(tmp_path / "page.html", f"--print-to-pdf={tmp_path / 'page.pdf'}")
+        assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

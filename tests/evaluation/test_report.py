@@ -1,0 +1,114 @@
+"""A report as JSON and as a table."""
+
+import dataclasses
+import json
+
+import pytest
+from query_batches import images_of, network
+
+from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation import Report, evaluate_robustness
+from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.report import SCHEMA, Check
+from pml_adversarial.evaluation.suites import nearest_wrong, promotion, raising, toward_nearest_wrong
+
+
+@pytest.fixture(scope="module")
+def report():
+    attacks = (
+        QueryAttack("margin", raising(toward_nearest_wrong, 4)),
+        GalleryAttack("promote", nearest_wrong, promotion, 4),
+    )
+    found = evaluate_robustness(
+        network(), images_of(), eps=(4 / 255, 0.1), attacks=attacks, nmi=True, checks=False, subset=range(20)
+    )
+    checks = (Check("one", True, "fine"), Check("two", False, "not fine"), Check("three", None, "no gradient"))
+    return dataclasses.replace(found, checks=checks)
+
+
+class TestJSON:
+    def test_comes_back_as_it_was(self, report, tmp_path):
+        report.save_json(tmp_path / "report.json")
+        found = Report.load_json(tmp_path / "report.json")
+        assert found.to_dict() == report.to_dict()
+        for one, another in zip(
+            (*report.attacks, *report.worst, *report.checks), (*found.attacks, *found.worst, *found.checks), strict=True
+        ):
+            assert one == another
+            assert type(one) is type(another)
+        assert found.curve() == report.curve()
+        assert found.worst_case(4 / 255) == report.worst_case(4 / 255)
+        assert str(found) == str(report)
+        assert found.examples == ()
+        assert found.attacked is None
+
+    def test_holds_what_is_needed_to_measure_again(self, report):
+        found = report.to_dict()
+        assert found["schema"] == SCHEMA
+        assert found["settings"]["eps"] == [4 / 255, 0.1]
+        assert found["settings"]["subset"] == list(range(20))
+        assert found["settings"]["device"] == "cpu"
+        assert set(found["versions"]) == {
+            "pml-adversarial",
+            "torch",
+            "pytorch-metric-learning",
+            "torchattacks",
+            "python",
+        }
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "nonsense", "[]", "3", "null", "{}", '"schema"', '{"schema": 1}', '{"schema": 1, "attacks": 3}', "\xff"],
+    )
+    def test_something_else_is_refused(self, tmp_path, content):
+        (tmp_path / "report.json").write_text(content, encoding="latin-1")
+        with pytest.raises(InputError, match=r"report\.json holds no report; expected the JSON that Report\.save_json"):
+            Report.load_json(tmp_path / "report.json")
+
+    @pytest.mark.parametrize("change", [{"extra": 1}, {"attacks": [{"attack": "x"}]}, {"worst": {"a": 1}}])
+    def test_a_report_with_other_parts_is_refused(self, report, tmp_path, change):
+        (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), **change}))
+        with pytest.raises(InputError, match="holds no report"):
+            Report.load_json(tmp_path / "report.json")
+
+    def test_another_schema_is_refused(self, report, tmp_path):
+        (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), "schema": 99}))
+        with pytest.raises(InputError, match=rf"is of schema 99, this version reads {SCHEMA}; measure it again"):
+            Report.load_json(tmp_path / "report.json")
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            Report.load_json(tmp_path / "report.json")
+
+
+class TestTable:
+    def test_shows_every_number(self, report):
+        lines = str(report).splitlines()
+        assert lines[0].split() == ["attack", "eps", "R@1", "R@2", "R@4", "R@8", "mAP@R", "R-prec", "passes", "s"]
+        percent = [f"{100 * value:.1f}" for value in report.clean.values()]
+        assert lines[2].split() == ["none", *percent]
+        rows = [line.split() for line in lines[3:11]]
+        for result in report.attacks:
+            shown = [f"{100 * value:.1f}" for value in result.measures.values()]
+            passes = f"{result.forward_passes + result.backward_passes:,}"
+            assert [result.attack, f"{result.eps:.4g}", *shown, passes, f"{result.seconds:.0f}"] in rows
+        for worst in report.worst:
+            shown = [f"{100 * value:.1f}" for value in worst.measures.values()]
+            assert ["worst", f"({worst.target})", f"{worst.eps:.4g}", *shown] in rows
+
+    def test_says_on_what(self, report):
+        found = str(report)
+        assert "custom, Linf, leave-one-out: 20 queries, 24 items of 4 classes; percent; chance 21.7" in found
+        assert f"effective rank {report.collapse['effective_rank']:.3g}" in found
+        assert f"NMI {100 * report.nmi:.1f}" in found
+        assert "[ok] one: fine\n[FLAG] two: not fine\n[not asked] three: no gradient" in found
+
+    def test_columns_are_aligned(self, report):
+        lines = str(report).splitlines()
+        assert len({len(line) for line in lines[:2]}) == 1
+        assert all(len(line) == len(lines[0]) for line in lines[2:11])
+
+
+def test_flagged_are_the_checks_that_failed(report):
+    assert [check.name for check in report.flagged] == ["two"]

@@ -1,0 +1,234 @@
+"""An evaluation that is cut off goes on from what was finished; a folder belongs to one evaluation."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from query_batches import images_of, network
+
+from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.attacks import QueryAttack
+from pml_adversarial.evaluation.resume import description
+from pml_adversarial.evaluation.suites import embedding_shift, quick, raising
+
+ATTACKS = quick(steps=4, restarts=2)
+
+
+def evaluated(folder, model=None, queries=None, gallery=None, **options):
+    options = {"eps": (0.02, 0.05), "attacks": ATTACKS, "chunk": 7, "keep_attacked": True, "checks": False, **options}
+    return evaluate_robustness(model or network(), queries or images_of(), gallery, resume=folder, **options)
+
+
+def everything(report):
+    """All of a report but the times, which are those of another run."""
+    found = report.to_dict()
+    for attack in found["attacks"]:
+        del attack["seconds"]
+    return found
+
+
+def assert_same(report, other):
+    assert everything(report) == everything(other)
+    assert report.attacked.keys() == other.attacked.keys()
+    assert all(torch.equal(report.attacked[eps], other.attacked[eps]) for eps in report.attacked)
+    assert len(report.examples) == len(other.examples) > 0
+    for one, another in zip(report.examples, other.examples, strict=True):
+        assert (one.query, one.attack, one.eps) == (another.query, another.attack, another.eps)
+        assert torch.equal(one.perturbed, another.perturbed)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(batches, model):
+    """The model raises once it has embedded so many batches."""
+    seen = []
+
+    def count(module, args):
+        seen.append(1)
+        if len(seen) > batches:
+            raise Interrupted
+
+    return model.register_forward_pre_hook(count)
+
+
+class TestGoesOn:
+    @pytest.mark.parametrize("batches", [0, 2, 5, 40, 75, 100])
+    def test_after_an_exception_anywhere(self, tmp_path, batches):
+        model = network()
+        handle = interrupt_after(batches, model)
+        with pytest.raises(Interrupted):
+            evaluated(tmp_path, model)
+        handle.remove()
+        kept = sorted(file.name for file in tmp_path.glob("*.pt"))
+        rows = []
+        handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        resumed = evaluated(tmp_path, model)
+        handle.remove()
+        assert_same(resumed, evaluated(None, model))
+        whole = 24 + sum(r.forward_passes for r in resumed.attacks) + 7  # the gallery, the attacks, the examples
+        assert (sum(rows) < whole) == bool(kept)
+        assert sorted(file.name for file in tmp_path.glob("*.pt")) == [
+            *(f"chunk_{number:05d}.pt" for number in range(4)),
+            "gallery.pt",
+        ]
+
+    def test_a_finished_run_asks_the_model_nothing(self, tmp_path):
+        model = network()
+        first = evaluated(tmp_path, model)
+        handle = interrupt_after(0, model)
+        again = evaluated(tmp_path, model)
+        handle.remove()
+        assert_same(first, again)
+        assert first.to_dict() == again.to_dict()  # times too
+
+    def test_half_written_files_are_ignored(self, tmp_path):
+        model = network()
+        evaluated(tmp_path, model)
+        whole = (tmp_path / "chunk_00001.pt").read_bytes()
+        (tmp_path / "chunk_00001.pt").unlink()
+        (tmp_path / "chunk_00001.unfinished").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "evaluation.unfinished").write_text('{"eps"')
+        assert_same(evaluated(tmp_path, model), evaluated(None, model))
+
+    def test_a_failure_while_writing_leaves_no_part(self, tmp_path, monkeypatch):
+        def fail(value, path):
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+
+        model = network()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", fail)
+            with pytest.raises(OSError, match="disk full"):
+                evaluated(tmp_path, model)
+        assert list(tmp_path.glob("*.pt")) == []
+        assert_same(evaluated(tmp_path, model), evaluated(None, model))
+
+    def test_loading_runs_no_code(self, tmp_path):
+        class Runs:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "ran"),)
+
+        evaluated(tmp_path)
+        torch.save({"clean": Runs()}, tmp_path / "chunk_00002.pt")
+        with pytest.raises(pickle.UnpicklingError):
+            evaluated(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("parts", [1, 3])
+    def test_after_a_kill(self, tmp_path, parts):
+        """A process that is killed without warning, when it has just finished some parts."""
+        program = "import sys; from test_resume import run_slowly; run_slowly(sys.argv[1])"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while len(list(tmp_path.glob("*.pt"))) < parts:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "chunk_00003.pt").exists()
+        assert_same(evaluated(tmp_path), evaluated(None))
+
+
+def run_slowly(folder):
+    torch.set_num_threads(1)
+    model = network()
+    model.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
+    evaluated(folder, model)
+
+
+class TestBelongsToOneEvaluation:
+    @pytest.mark.parametrize(
+        ("changed", "named"),
+        [
+            ({"eps": 0.05}, "eps"),
+            ({"norm": "L2"}, "norm"),
+            ({"chunk": 8}, "chunk"),
+            ({"seed": 1}, "seed"),
+            ({"recall_at": (1, 3)}, "recall_at"),
+            ({"subset": [1, 2]}, "subset"),
+            ({"keep_attacked": False}, "keep_attacked"),
+            ({"normalization": ([0.0], [1.0])}, "normalization"),
+            ({"attacks": ATTACKS[:1]}, "attacks, strength"),
+            ({"attacks": quick(steps=5, restarts=2)}, "strength"),
+            ({"attacks": quick(steps=4, restarts=3)}, "strength"),
+            ({"model": network(6)}, "model"),
+            ({"queries": images_of(seed=1)}, "queries"),
+            ({"queries": (images_of()[0], images_of()[1].flip(0))}, "queries"),
+            ({"gallery": images_of(seed=1)}, "gallery"),
+        ],
+    )
+    def test_another_is_refused_by_name(self, tmp_path, changed, named):
+        evaluated(tmp_path)
+        with pytest.raises(InputError, match=f"holds parts of another evaluation: {named} differ. Use another folder"):
+            evaluated(tmp_path, **changed)
+
+    def test_other_known_embeddings_are_refused(self, tmp_path):
+        known = torch.randn(24, 6)
+        evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=known)
+        with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
+            evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=-known)
+        with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
+            evaluated(tmp_path, gallery=images_of(seed=1))
+
+    def test_one_changed_image_among_few_is_noticed(self, tmp_path):
+        evaluated(tmp_path)
+        images, labels = images_of()
+        images[11, 0, 2, 3] = 0.123
+        with pytest.raises(InputError, match="queries differ"):
+            evaluated(tmp_path, queries=(images, labels))
+
+    @pytest.mark.parametrize("note", ["", "{", "[]", "3", '{"eps": [0.1]}', "\x00"])
+    def test_a_note_of_something_else(self, tmp_path, note):
+        (tmp_path / "evaluation.json").write_text(note)
+        with pytest.raises(InputError, match="holds parts of another evaluation"):
+            evaluated(tmp_path)
+
+    def test_the_note_says_what_was_evaluated(self, tmp_path):
+        evaluated(tmp_path / "deep" / "folder")
+        note = json.loads((tmp_path / "deep" / "folder" / "evaluation.json").read_text())
+        assert note["eps"] == [0.02, 0.05]
+        assert "steps=4" in note["strength"]
+        assert "restarts=2" in note["strength"]
+
+    def test_none_keeps_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        evaluated(None)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDescription:
+    def test_tells_attacks_apart_by_all_that_is_bound(self):
+        made = [
+            QueryAttack("x", raising(embedding_shift, 3)),
+            QueryAttack("x", raising(embedding_shift, 4)),
+            QueryAttack("x", raising(embedding_shift, 4), 2),
+            QueryAttack("x", partial(raising(embedding_shift, 4), restart=0)),
+            QueryAttack("y", raising(embedding_shift, 4)),
+            QueryAttack("x", raising(lambda batch, restart: None, 4)),
+        ]
+        assert len({description(attack) for attack in made}) == len(made)
+        assert description(made[0]) == description(QueryAttack("x", raising(embedding_shift, 3)))
+
+    def test_is_the_same_in_every_process(self):
+        assert " at 0x" not in description(quick())
+        assert " at 0x" not in description(QueryAttack("x", lambda batch, eps, restart: batch.images))
+
+    def test_of_objects_and_classes(self):
+        assert description([torch.nn.Linear, torch.zeros(3), None, 2.5]) == "(Linear, Tensor, None, 2.5)"

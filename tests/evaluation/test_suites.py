@@ -1,0 +1,257 @@
+"""Attacks that know retrieval: what they may change, what they raise, whom they aim at."""
+
+import math
+from dataclasses import replace
+
+import by_loops
+import pytest
+import torch
+from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, length, network
+from torch import nn
+
+from pml_adversarial.attacks.objective import Objective
+from pml_adversarial.attacks.pgd import momentum_pgd
+from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.gallery import unit
+from pml_adversarial.evaluation.suites import (
+    SUITES,
+    demotion,
+    embedding_shift,
+    nearest_right,
+    nearest_wrong,
+    promotion,
+    raising,
+    toward_nearest_wrong,
+    toward_wrong_class,
+)
+
+
+@pytest.fixture
+def batch():
+    return bench_of(network(), images_of()).batch(torch.arange(24))
+
+
+class TestMomentumPGD:
+    STEPS = 7
+
+    def objective(self, sign=1):
+        """Away from targets or, with the other sign, toward targets that are near enough to be overshot."""
+        model, (images, _) = network().eval(), images_of(12)
+        embeddings = embedded(model, images)
+        model.eval()
+        noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+        targets = noise if sign > 0 else embeddings + 0.03 * noise
+        score = lambda queries: sign * (queries - targets).square().sum(1)  # noqa: E731
+        return Objective(model, score, embeddings, [model]), images, lambda x: score(model(x))
+
+    @both_norms
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_equals_the_same_attack_by_hand(self, sign, norm):
+        objective, images, score = self.objective(sign)
+        eps, overshot = RADIUS[norm], []
+        torch.manual_seed(2)
+        found = momentum_pgd(objective, eps, self.STEPS, norm)(images, objective.labels)
+        torch.manual_seed(2)
+        if norm == "Linf":
+            start = (images + eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+        else:
+            noise = torch.randn_like(images)
+            reach = torch.rand(12) ** (1 / 36) / noise.flatten(1).norm(dim=1)
+            start = (images + eps * noise * reach.reshape(12, 1, 1, 1)).clamp(0, 1)
+
+        def held(x):
+            change = x - images
+            if norm == "Linf":
+                return (images + change.clamp(-eps, eps)).clamp(0, 1)
+            lengths = change.flatten(1).norm(dim=1).clamp(min=eps).reshape(12, 1, 1, 1)
+            return (images + change * eps / lengths).clamp(0, 1)
+
+        def sized(gradient):
+            flat = gradient.flatten(1)
+            return (flat.abs().mean(1) if norm == "Linf" else flat.norm(dim=1)).reshape(12, 1, 1, 1)
+
+        point, direction, path = start, 0, []
+        for step in range(self.STEPS + 1):
+            point = point.detach().requires_grad_()
+            value = score(point)
+            path.append((value.detach(), point.detach()))
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+            direction = 0.75 * direction + gradient / sized(gradient)
+            step_taken = direction.sign() if norm == "Linf" else direction / sized(direction)
+            point = held(point + eps * (1 + math.cos(math.pi * step / self.STEPS)) / 2 * step_taken)
+        for i in range(12):
+            best = max(path, key=lambda seen: seen[0][i])
+            torch.testing.assert_close(found[i], best[1][i], rtol=0, atol=1e-5)
+            overshot.append((best[1][i] - path[-1][1][i]).abs().max() > 1e-3)
+        assert any(overshot) == (sign < 0)
+
+    @both_norms
+    def test_stays_in_the_ball_and_raises_the_score(self, norm):
+        objective, images, score = self.objective()
+        found = momentum_pgd(objective, RADIUS[norm], self.STEPS, norm)(images, objective.labels)
+        assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
+        assert 0 <= found.min() <= found.max() <= 1
+        assert (score(found) > score(images)).all()
+
+    @both_norms
+    def test_a_seed_fixes_it_and_another_start_is_another(self, norm):
+        objective, images, _ = self.objective()
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(momentum_pgd(objective, RADIUS[norm], 2, norm)(images, objective.labels))
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+
+    @both_norms
+    def test_starts_are_anywhere_in_the_ball(self, norm):
+        images = torch.full((400, 1, 1, 3), 0.5)
+        blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(400, 3))
+        found = length(momentum_pgd(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
+        inner = (found <= 0.2 * 0.5 ** (1 / 3)).float().mean()  # half of the volume
+        assert 0.4 < inner < 0.6
+        assert found.max() <= 0.2 + 1e-6
+
+    def test_without_random_start_begins_at_the_inputs(self):
+        objective, images, _ = self.objective()
+        assert torch.equal(momentum_pgd(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
+
+    @both_norms
+    def test_stays_put_where_there_is_no_gradient(self, norm):
+        _, images, _ = self.objective()
+        blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(12, 36))
+        found = momentum_pgd(blind, RADIUS[norm], 3, norm)(images, blind.labels)
+        assert found.isfinite().all()
+        assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
+
+    def test_survives_gradients_that_are_not_finite(self):
+        images = torch.full((3, 1, 1, 2), 0.5)
+        images[1] = 0.0
+        root = Objective(lambda x: x.flatten(1).sqrt(), lambda queries: -queries.sum(1), torch.ones(3, 2))
+        found = momentum_pgd(root, 0.1, 3, random_start=False)(images, root.labels)
+        assert found.isfinite().all()
+        assert (found[0] < images[0]).all()
+
+
+class TestScores:
+    @pytest.mark.parametrize("score", [toward_nearest_wrong, embedding_shift, promotion, demotion])
+    def test_gradient_by_differences(self, batch, score):
+        part = replace(batch, clean=batch.clean.double())[torch.arange(5)]
+        batch.gallery.embeddings = batch.gallery.embeddings.double()
+        found = score(part) if score in (promotion, demotion) else score(part, 0)
+        assert torch.autograd.gradcheck(found, torch.randn(5, 6, dtype=torch.double, requires_grad=True))
+
+    def test_by_loops(self, batch):
+        moved = torch.randn(24, 6)
+        embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
+        wanted = {
+            toward_nearest_wrong: [by_loops.margin(moved[i], labels[i], i, embeddings, labels) for i in range(24)],
+            embedding_shift: [2 - 2 * by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
+            promotion: [by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
+            demotion: [-by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
+        }
+        for score, values in wanted.items():
+            found = score(batch) if score in (promotion, demotion) else score(batch, 0)
+            assert found(moved).tolist() == pytest.approx(values, abs=3e-6)
+
+    @pytest.mark.parametrize("restart", [0, 1, 2, 7])
+    def test_one_wrong_class_after_the_other_by_loops(self, batch, restart):
+        moved, embeddings, labels = torch.randn(24, 6), batch.gallery.embeddings, batch.gallery.labels.tolist()
+        found = toward_wrong_class(batch, restart)(moved)
+        for i in range(24):
+            clean = by_loops.similarities(batch.clean[i], i, embeddings)
+            nearest = {c: max(v for j, v in clean.items() if labels[j] == c) for c in range(4) if c != labels[i]}
+            aim = sorted(nearest, key=lambda c: -nearest[c])[min(restart, 2)]
+            now = by_loops.similarities(moved[i], i, embeddings)
+            wrong, right = (max(v for j, v in now.items() if labels[j] == c) for c in (aim, labels[i]))
+            assert found[i].item() == pytest.approx(wrong - right, abs=3e-6)
+
+
+class TestQueryAttack:
+    @both_norms
+    @pytest.mark.parametrize("score", [toward_nearest_wrong, embedding_shift])
+    def test_outcome_is_what_its_images_do(self, score, norm):
+        batch = bench_of(network(), images_of(), norm=norm).batch(torch.arange(24))
+        outcome = QueryAttack("x", raising(score, 10)).run(batch, RADIUS[norm], 0, 6)
+        again = embedded(batch.embed.model, outcome.images)
+        embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
+        margins = [by_loops.margin(again[i], labels[i], i, embeddings, labels) for i in range(24)]
+        assert outcome.ranking.margin.tolist() == pytest.approx(margins, abs=3e-6)
+        shifts = (unit(again) - unit(batch.clean)).norm(dim=1)
+        torch.testing.assert_close(outcome.shift, shifts, rtol=0, atol=1e-5)
+
+    def test_what_an_attack_hands_back_is_held_to_the_budget(self, batch):
+        outcome = QueryAttack("cheat", lambda batch, eps, restart: batch.images + 9).run(batch, 0.05, 0, 6)
+        assert (outcome.images - batch.images).abs().max() <= 0.05 + 1e-6
+
+    def test_nan_embeddings_under_attack_are_broken(self):
+        class Trapdoor(nn.Module):
+            """NaN for images whose first pixel has moved, as a model may do to stop gradients."""
+
+            def __init__(self, images):
+                super().__init__()
+                self.known = images[:, 0, 0, 0]
+
+            def forward(self, x):
+                moved = (x[:, 0, 0, 0].unsqueeze(1) != self.known).all(1, keepdim=True)
+                return torch.where(moved, math.nan, x.flatten(1))
+
+        images, labels = images_of(spread=0.05)
+        batch = bench_of(Trapdoor(images), (images, labels)).batch(torch.arange(24))
+        clean = batch.gallery.ranking(batch.clean, batch.targets, 6)
+        assert (clean.margin < 0).all()
+        for score in (toward_nearest_wrong, embedding_shift):
+            outcome = QueryAttack("x", raising(score, 3)).run(batch, 0.01, 0, 6)
+            assert (outcome.ranking.margin >= 0).all()
+
+
+class TestGalleryAttacks:
+    @both_norms
+    @pytest.mark.parametrize("restart", [0, 1])
+    def test_promote_by_loops(self, norm, restart):
+        batch = bench_of(network(), images_of(), norm=norm).batch(torch.arange(24))
+        self.check(GalleryAttack("promote", nearest_wrong, promotion, 10), batch, norm, restart, right=False)
+
+    @both_norms
+    @pytest.mark.parametrize("restart", [0, 1])
+    def test_demote_by_loops(self, norm, restart):
+        batch = bench_of(network(), images_of(), norm=norm).batch(torch.arange(24))
+        self.check(GalleryAttack("demote", nearest_right, demotion, 10), batch, norm, restart, right=True)
+
+    def check(self, attack, batch, norm, restart, right):
+        """The item is the right one to choose, within eps of its clean pixels, and the outcome what it does."""
+        outcome = attack.run(batch, RADIUS[norm], restart, 6)
+        items = attack.choose(batch, restart)
+        embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
+        pixels = batch.pixels_of(torch.arange(24))
+        moved = embedded(batch.embed.model, outcome.images)
+        broken = 0
+        for i in range(24):
+            near = by_loops.similarities(batch.clean[i], i, embeddings)
+            listed = sorted((j for j in near if (labels[j] == labels[i]) == right), key=lambda j: -near[j])
+            assert int(items[i]) == listed[restart]
+            change = (outcome.images[i] - pixels[items[i]]).unsqueeze(0)
+            assert length(change, norm) <= RADIUS[norm] + 1e-6
+            changed = embeddings.clone()
+            changed[items[i]] = moved[i]
+            margin = by_loops.margin(batch.clean[i], labels[i], i, changed, labels)
+            assert outcome.ranking.margin[i].item() == pytest.approx(margin, abs=3e-6)
+            broken += margin >= 0 > by_loops.margin(batch.clean[i], labels[i], i, embeddings, labels)
+            if restart == 0:
+                assert (by_loops.cosine(moved[i], batch.clean[i]) < near[int(items[i])]) == right
+        assert broken > 0 or restart == 1
+        assert outcome.images.min() >= 0
+        assert outcome.images.max() <= 1
+
+
+class TestSuites:
+    def test_names_are_different_and_versions_are_named(self):
+        for name, (title, make) in SUITES.items():
+            names = [attack.name for attack in make()]
+            assert len(set(names)) == len(names)
+            assert title.startswith(name + "-v")
+
+    def test_standard_holds_all_kinds(self):
+        members = SUITES["standard"][1]()
+        assert {attack.target for attack in members} == {"query", "gallery"}
+        assert any(attack.black_box for attack in members)

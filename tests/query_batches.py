@@ -1,0 +1,56 @@
+"""A small retrieval problem that attacks break in part: images around patterns and a random network."""
+
+import pytest
+import torch
+from torch import nn
+
+from pml_adversarial.evaluation.task import RetrievalTask
+
+RADIUS = {"Linf": 0.05, "L2": 0.3}
+both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])
+
+
+def length(change, norm):
+    """Of each row's change."""
+    flat = change.flatten(1)
+    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
+
+
+def images_of(count=24, classes=4, size=6, spread=0.15, seed=0):
+    """Images around one pattern per class, so that most queries are right, by different margins."""
+    labels = torch.arange(count) % classes
+    patterns = torch.rand(classes, 1, size, size, generator=torch.Generator().manual_seed(4)) * 0.6 + 0.2
+    noise = spread * torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    return (patterns[labels] + noise).clamp(0, 1), labels
+
+
+def network(seed=5, size=6, dimension=6):
+    """In train mode, with what differs between modes."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(3 * size * size, dimension),
+        )
+
+
+def embedded(model, images):
+    """In eval mode, without gradient; the model comes back in train mode."""
+    model.eval()
+    with torch.no_grad():
+        embeddings = model(images)
+    model.train()
+    return embeddings
+
+
+def bench_of(model, queries, gallery=None, norm="Linf"):
+    """A task that is ready to make scenes; the model is left in eval mode."""
+    model.eval().requires_grad_(False)
+    task = RetrievalTask(model, queries, gallery, norm, None)
+    task.search(embedded(model, task.items.pixels(range(len(task.items)))))
+    model.eval()
+    return task

@@ -1,0 +1,228 @@
+"""The watch on collapse: what it measures, when it speaks, and how it holds the attack back."""
+
+import logging
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torchattacks
+from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from seed_paper import seed_paper_loss
+from torch import nn
+
+from pml_adversarial import AdversarialLoss, InputError
+from pml_adversarial.training.batch import Batch
+from pml_adversarial.training.monitor import EVERY, Strength, batch_recall
+from pml_adversarial.training.plan import plan_rows, replace_rows
+
+LOOKS = 20  # that make an average
+
+
+def looked(recalls, attacked=None, **options):
+    strength = Strength(**options)
+    for step, recall in enumerate(recalls):
+        strength.look(step * EVERY, recall, attacked)
+    return strength
+
+
+class TestStrength:
+    def test_grows_over_the_warmup(self):
+        strength = Strength(warmup=4)
+        assert [strength.at(step) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+    def test_is_whole_without(self):
+        assert Strength().at(0) == 1
+
+    @pytest.mark.parametrize("warmup", [-1, 1.5, True, None, "1"])
+    def test_a_warmup_that_is_no_number_of_steps(self, warmup):
+        with pytest.raises(InputError, match="warmup="):
+            Strength(warmup)
+
+    def test_falls_while_the_embedding_collapses_and_comes_back(self):
+        strength = looked([0.8] * 40)
+        assert strength.at(0) == 1
+        shares = []
+        for recall in [0.0] * 60 + [0.8] * 60:
+            strength.look(0, recall, None)
+            shares.append(strength.share)
+        assert min(shares) == 0
+        assert shares[:5] == [1] * 5  # the average takes a while to fall by half
+        assert shares[-1] == 1
+        steps = {round(b - a, 6) for a, b in pairwise(shares)}
+        assert steps <= {-0.05, 0, 0.05}
+
+    def test_does_not_where_it_is_not_guarded(self):
+        assert looked([0.8] * 40 + [0.0] * 60, guarded=False).at(0) == 1
+
+    def test_a_half_that_is_left_is_no_collapse(self):
+        assert looked([0.8] * 40 + [0.41] * 200).at(0) == 1
+
+    def test_an_untrained_network_is_no_collapse(self):
+        assert looked([0.02] * 10 + [0.0] * 8 + [0.01] * 100).at(0) > 0.9
+
+    def test_averages_over_the_last_looks(self):
+        strength = looked([0.2, 0.4, 0.6])
+        assert strength.records() == {"batch_recall": pytest.approx(0.4), "batch_recall_attacked": 0}
+        assert looked([0.0] * 50 + [1.0]).recall == pytest.approx(1 / LOOKS)
+
+    def test_attacked_counts_at_full_strength_alone(self):
+        strength = Strength(warmup=10)
+        strength.look(5, 0.5, 0.1)
+        strength.look(10, 0.5, 0.3)
+        assert strength.records()["batch_recall_attacked"] == pytest.approx(0.3)
+
+    def test_state(self):
+        first = looked([0.8] * 40 + [0.0] * 25, attacked=0.1)
+        second = Strength()
+        second.load_state_dict(first.state_dict())
+        assert vars(second) == vars(first)
+        assert all(isinstance(value, int | float) for value in first.state_dict().values())
+
+
+class TestWarnings:
+    def test_of_a_collapse(self, caplog):
+        looked([0.8] * 40 + [0.1] * 40)
+        assert "R@1 within the batch fell from 80 % to" in caplog.text
+        assert "held back" in caplog.text
+        assert "keep_clean=True" in caplog.text
+
+    def test_of_a_collapse_without_guard(self, caplog):
+        looked([0.8] * 40 + [0.1] * 40, guarded=False)
+        assert "held back" not in caplog.text
+
+    def test_of_an_eps_out_of_reach(self, caplog):
+        strength = looked([0.8] * LOOKS, attacked=0.05)
+        assert strength.out_of_reach
+        assert "after 96 steps R@1 within the batch is 80 % without attack and 5 % under it" in caplog.text
+        assert len(caplog.records) == 1
+
+    def test_which_is_repeated_every_500_steps(self, caplog):
+        looked([0.8] * 6 * LOOKS, attacked=0.05)
+        assert [record.args[0] for record in caplog.records] == [96, 596]
+
+    def test_not_after_fewer_steps_at_full_strength(self, caplog):
+        strength = looked([0.8] * 2 * LOOKS, attacked=0.05, warmup=150)
+        assert not strength.out_of_reach
+        assert caplog.records == []
+
+    def test_none_of_a_good_run(self, caplog):
+        with caplog.at_level(logging.DEBUG):
+            looked([0.5 + 0.004 * step for step in range(100)] + [0.9] * 200, attacked=0.3)
+        assert caplog.records == []
+
+
+def batch_of(embeddings, labels, num_queries=None):
+    return Batch(embeddings, embeddings, embeddings, labels, None, num_queries or len(embeddings))
+
+
+def recall_by_loops(queries, of, clean, labels):
+    hits = []
+    for query, row in zip(queries, of, strict=True):
+        others = [other for other in range(len(clean)) if other != row]
+        if not any(labels[other] == labels[row] for other in others):
+            continue
+        distance = {
+            o: (nn.functional.normalize(query, dim=0) - nn.functional.normalize(clean[o], dim=0)).norm() for o in others
+        }
+        right = min(distance[o] for o in others if labels[o] == labels[row])
+        wrong = min([distance[o] for o in others if labels[o] != labels[row]], default=torch.inf)
+        hits.append(right < wrong)
+    return sum(map(bool, hits)) / len(hits)
+
+
+class TestBatchRecall:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_by_loops(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        clean, labels = torch.randn(12, 3, generator=generator), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 5])
+        copies, rows = torch.randn(5, 3, generator=generator), torch.tensor([1, 4, 9, 10, 4])
+        plan = replace_rows(rows[:4], 12, None)
+        plan = type(plan)(rows, plan.pool_indices, None)
+        found = batch_recall(TripletMarginLoss(), batch_of(clean, labels), plan, copies)
+        expected = [recall_by_loops(clean, range(12), clean, labels), recall_by_loops(copies, rows, clean, labels)]
+        assert found.tolist() == pytest.approx(expected)
+
+    def test_a_similarity_counts_the_other_way(self):
+        from pytorch_metric_learning.distances import CosineSimilarity
+
+        clean, labels = torch.randn(8, 3), torch.arange(8) // 2
+        plan = replace_rows(torch.arange(8), 8, None)
+        by_distance, by_similarity = (
+            batch_recall(loss, batch_of(clean, labels), plan, clean + 0.3)
+            for loss in (ContrastiveLoss(), ContrastiveLoss(0.9, 0.1, distance=CosineSimilarity()))
+        )
+        assert by_distance.tolist() == by_similarity.tolist()
+
+    def test_equal_embeddings_find_nothing(self):
+        plan = replace_rows(torch.arange(6), 6, None)
+        found = batch_recall(
+            TripletMarginLoss(), batch_of(torch.ones(6, 2), torch.arange(6) // 2), plan, torch.ones(6, 2)
+        )
+        assert found.tolist() == [0, 0]
+
+    def test_no_copies_are_no_number(self):
+        plan = plan_rows((torch.empty(0, dtype=torch.long),) * 3, ["anchor"], 4)
+        found = batch_recall(
+            TripletMarginLoss(), batch_of(torch.randn(4, 2), torch.arange(4) // 2), plan, torch.empty(0, 2)
+        )
+        assert found[1].isnan()
+        assert not found[0].isnan()
+
+
+def tiny(perturb="all", **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8))
+    attack = partial(torchattacks.PGD, eps=0.05, alpha=0.05, steps=1)
+    return model, seed_paper_loss(TripletMarginLoss(), model, attack=attack, perturb=perturb, seed=0, **options)
+
+
+class TestInTraining:
+    def test_looks_every_few_steps(self, images, labels, monkeypatch):
+        model, loss_func = tiny()
+        looks = []
+        monkeypatch.setattr(loss_func.adversary.strength, "look", lambda *found: looks.append(found))
+        for _ in range(2 * EVERY + 1):
+            loss_func(model(images), labels)
+        assert [step for step, *_ in looks] == [0, EVERY, 2 * EVERY]
+
+    def test_what_is_seen_is_recorded(self, images, labels):
+        model, loss_func = tiny()
+        embeddings = model(images)
+        loss_func(embeddings, labels)
+        assert loss_func.batch_recall == pytest.approx(
+            recall_by_loops(embeddings.detach(), range(8), embeddings.detach(), labels)
+        )
+        assert {"batch_recall", "batch_recall_attacked"} <= set(loss_func._record_these)
+
+    def test_the_attack_is_held_back(self, images, labels):
+        model, loss_func = tiny(guard=True)
+        loss_func.adversary.strength.share = 0.5
+        loss_func(model(images), labels)
+        assert loss_func.perturbation_linf == pytest.approx(0.025, rel=1e-4)
+
+    def test_an_attack_without_eps_cannot_be(self, images, labels):
+        def attack(objective):
+            return lambda inputs, labels: (inputs + 0.1).clamp(0, 1)
+
+        model = tiny()[0]
+        loss_func = AdversarialLoss(TripletMarginLoss(), model, attack=attack, guard=True)
+        assert not loss_func.adversary.strength.guarded
+
+    def test_without_labels_nothing_is_seen(self, images):
+        from pytorch_metric_learning.losses import VICRegLoss
+
+        model, _ = tiny()
+        loss_func = AdversarialLoss(VICRegLoss(), model)
+        loss_func(model(images), ref_emb=model(images * 0.9))
+        assert loss_func.batch_recall == 0
+        assert loss_func.adversary.strength.looks == 0
+
+    def test_it_is_part_of_the_state(self, images, labels):
+        model, loss_func = tiny(guard=True)
+        for _ in range(EVERY + 1):
+            loss_func(model(images), labels)
+        loss_func.adversary.strength.share = 0.3
+        _, other = tiny(guard=True)
+        other.load_state_dict(loss_func.state_dict())
+        assert vars(other.adversary.strength) == vars(loss_func.adversary.strength)

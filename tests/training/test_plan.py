@@ -1,0 +1,463 @@
+import itertools
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from pml_adversarial import Batch, Plan, PlanError
+from pml_adversarial.training.plan import plan_roles, plan_rows, plan_tuples, replace_rows
+from pml_adversarial.training.tuples import ROLES, keep_tuples, parse_roles, rank_in_group, shift_partners
+
+N = 9
+SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("positive", "negative"), ("anchor", "negative"), ROLES]
+NAMES = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
+KINDS = ["triplets", "pairs", "no triplets", "no pairs", "no positive pairs"]
+
+
+def random_tuples(kind, rows=N, seed=0):
+    draw = random.Random(seed)
+
+    def members(how_many, count):
+        drawn = [draw.choices(range(rows), k=count) for _ in range(how_many)]
+        return tuple(torch.tensor(member, dtype=torch.long) for member in drawn)
+
+    return {
+        "triplets": lambda: members(3, 40),
+        "pairs": lambda: (*members(2, 25), *members(2, 31)),
+        "no triplets": lambda: members(3, 0),
+        "no pairs": lambda: members(4, 0),
+        "no positive pairs": lambda: (*members(2, 0), *members(2, 12)),
+    }[kind]()
+
+
+def named(tuples):
+    return list(zip(NAMES[len(tuples)], [member.tolist() for member in tuples], strict=True))
+
+
+def pool_rows(plan, num_rows=N):
+    return [*range(num_rows), *plan.rows.tolist()]
+
+
+def resolved(plan):
+    """The addresses in cat([clean, adversarial]) that PML reads for every member."""
+    reference = plan.pool_indices if plan.ref_pool_indices is None else plan.ref_pool_indices
+    return [
+        [(plan.pool_indices if name == "anchor" else reference)[i].item() for i in member]
+        for name, member in named(plan.indices_tuple)
+    ]
+
+
+def check_copies(plan, tuples, roles, keys):
+    """Members with one key are one copy, others are different copies; who plays no chosen role stays."""
+    key_of_copy = {}
+    for (name, rows), after, their_keys in zip(named(tuples), resolved(plan), keys, strict=True):
+        if name not in roles:
+            assert after == rows
+            continue
+        for row, address, key in zip(rows, after, their_keys, strict=True):
+            assert address >= N
+            assert pool_rows(plan)[address] == row
+            assert key_of_copy.setdefault(address, (name, key)) == (name, key)
+    assert len(set(key_of_copy.values())) == len(key_of_copy)
+    assert sorted(key_of_copy) == list(range(N, N + len(plan)))
+    assert plan.pool_indices.tolist() == list(range(N + len(plan)))
+
+
+def keys_per_tuple(tuples):
+    """Positives and negatives are one copy per tuple; of pairs, an anchor's n-th ones share its n-th copy."""
+    keys = []
+    for i, (name, rows) in enumerate(named(tuples)):
+        if name == "anchor" and len(tuples) == 4:
+            keys.append([(row, rows[:position].count(row)) for position, row in enumerate(rows)])
+        else:
+            keys.append([(i, position) for position in range(len(rows))])
+    return keys
+
+
+@pytest.mark.parametrize("roles", SOME_ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+class TestPlans:
+    def test_rows_are_replaced_wherever_they_stand(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_rows(tuples, roles, N)
+        played = sorted({row for name, rows in named(tuples) if name in roles for row in rows})
+        assert plan.rows.tolist() == played
+        expected = [N + played.index(row) if row in played else row for row in range(N)]
+        assert plan.pool_indices.tolist() == expected
+        assert [rows for _, rows in named(plan.indices_tuple)] == [rows for _, rows in named(tuples)]
+        assert plan.ref_pool_indices is None
+
+    def test_one_copy_per_row_and_role(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_roles(tuples, roles, N)
+        check_copies(plan, tuples, roles, keys=[rows for _, rows in named(tuples)])
+
+    def test_one_copy_per_tuple_and_role(self, kind, roles):
+        tuples = random_tuples(kind)
+        plan = plan_tuples(tuples, roles, N)
+        check_copies(plan, tuples, roles, keys=keys_per_tuple(tuples))
+
+    @pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+    def test_partners_share_a_tuple_with_the_copy(self, kind, roles, make):
+        plan = make(random_tuples(kind), roles, N)
+        found = plan.partners(plan.indices_tuple, N)
+        for mask, expected in zip(found, partners_by_loop(plan), strict=True):
+            assert mask.dtype == torch.bool
+            assert mask.shape == (len(plan), N)
+            assert [set(row.nonzero().flatten().tolist()) for row in mask] == expected
+
+
+def partners_by_loop(plan):
+    """For each copy the clean rows that share a positive pair with it, and those that share a negative pair."""
+    members, rows = resolved(plan), pool_rows(plan)
+    kinds = []
+    for left, right in (members[:2], members[2:] if len(members) == 4 else [members[0], members[2]]):
+        of_copy = [set() for _ in range(len(plan))]
+        for a, b in zip(left, right, strict=True):
+            if a >= N:
+                of_copy[a - N].add(rows[b])
+            if b >= N:
+                of_copy[b - N].add(rows[a])
+        kinds.append(of_copy)
+    return kinds
+
+
+def test_partners_of_tuples_other_than_the_plans_own():
+    plan = replace_rows(torch.tensor([1, 4]), N, None)
+    same, different = plan.partners(tuple(torch.tensor([i]) for i in (1, 4, 6)), N)
+    assert [row.nonzero().flatten().tolist() for row in same] == [[4], [1]]
+    assert [row.nonzero().flatten().tolist() for row in different] == [[6], []]
+
+
+def test_partners_of_a_split_plan_are_those_of_the_unsplit_one():
+    tuples = by_queries(random_tuples("triplets"), 4)
+    plan = plan_rows(tuples, ROLES, N)
+    split = plan.split(4)
+    assert split.ref_pool_indices is not None
+    assert all(map(torch.equal, split.partners(split.indices_tuple, N), plan.partners(tuples, N)))
+
+
+def by_queries(tuples, num_queries, rows=N):
+    """Anchors among the first rows, the other members among the rest."""
+    names = NAMES[len(tuples)]
+    return tuple(
+        m % num_queries if name == "anchor" else num_queries + m % (rows - num_queries)
+        for m, name in zip(tuples, names, strict=True)
+    )
+
+
+class TestSplit:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_addresses_the_same_rows(self, kind):
+        plan = plan_rows(by_queries(random_tuples(kind), 4), ("anchor", "positive"), N)
+        split = plan.split(4)
+        assert resolved(split) == resolved(plan)
+        assert torch.cat([split.pool_indices, split.ref_pool_indices]).tolist() == plan.pool_indices.tolist()
+        assert len(split.pool_indices) == 4
+
+    def test_without_reference_is_the_plan_itself(self):
+        plan = plan_rows(random_tuples("pairs"), ROLES, N)
+        assert plan.split(N) is plan
+
+    def test_of_a_split_plan_is_the_plan_itself(self):
+        split = plan_rows(by_queries(random_tuples("pairs"), 4), ROLES, N).split(4)
+        assert split.split(4) is split
+
+    def test_without_tuples(self):
+        split = replace_rows(torch.tensor([1, 6]), N, None).split(5)
+        assert split.indices_tuple is None
+        assert split.pool_indices.tolist() == [0, 9, 2, 3, 4]
+        assert split.ref_pool_indices.tolist() == [5, 10, 7, 8]
+
+
+class TestByReference:
+    @pytest.mark.parametrize("num_queries", [4, N])
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_addresses_the_same_rows(self, kind, roles, num_queries):
+        tuples = random_tuples(kind)
+        tuples = by_queries(tuples, num_queries) if num_queries < N else tuples
+        plan = plan_roles(tuples, roles, N)
+        other = plan.by_reference(N, num_queries)
+        assert resolved(other) == resolved(plan)
+        assert [pool_rows(other)[address] for address in other.pool_indices] == list(range(num_queries))
+        assert other.rows.tolist() == plan.rows.tolist()
+        first_reference = num_queries if num_queries < N else 0
+        assert other.ref_pool_indices.tolist() == list(range(first_reference, N + len(plan)))
+
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_partners_are_the_same(self, kind):
+        tuples = by_queries(random_tuples(kind), 4)
+        plan = plan_roles(tuples, ROLES, N)
+        other = plan.by_reference(N, 4)
+        found = other.partners(other.indices_tuple, N)
+        assert all(map(torch.equal, found, plan.partners(plan.indices_tuple, N)))
+
+    def test_is_none_where_an_anchor_has_several_copies(self):
+        tuples = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 3])
+        assert plan_tuples(tuples, ("anchor",), N).by_reference(N, N) is None
+        assert plan_tuples(tuples, ("positive",), N).by_reference(N, N) is not None
+
+    def test_is_none_without_tuples(self):
+        assert replace_rows(torch.tensor([0]), N, None).by_reference(N, N) is None
+
+
+class TestMembers:
+    """Row i of the clean ones is (i, 0.0), copy m is (m, 1.0)."""
+
+    clean = torch.stack([torch.arange(N), torch.zeros(N)], 1).float()
+
+    def copies(self, plan):
+        return torch.stack([torch.arange(len(plan)), torch.ones(len(plan))], 1).float()
+
+    def expected(self, plan):
+        pool = [(i, 0) for i in range(N)] + [(m, 1) for m in range(len(plan))]
+        return [[pool[address] for address in member] for member in resolved(plan)]
+
+    def found(self, plan):
+        members = plan.members(self.clean, self.copies(plan))
+        return [[tuple(row) for row in member.tolist()] for member in members]
+
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+    def test_are_the_rows_in_each_place(self, make, kind, roles):
+        plan = make(random_tuples(kind), roles, N)
+        assert self.found(plan) == self.expected(plan)
+
+    @pytest.mark.parametrize("roles", SOME_ROLES)
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_of_the_reference(self, kind, roles):
+        tuples = by_queries(random_tuples(kind), 4)
+        whole = plan_rows(tuples, roles, N)
+        assert self.found(whole.split(4)) == self.expected(whole)
+        plan = plan_roles(tuples, roles, N)
+        assert self.found(plan.by_reference(N, 4)) == self.expected(plan)
+
+    def test_by_hand(self):
+        triplets = torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([2, 1])
+        plan = Plan(torch.tensor([1]), torch.tensor([0, N, 2]), triplets)
+        assert self.found(plan) == [[(0, 0), (2, 0)], [(0, 1), (0, 0)], [(2, 0), (0, 1)]]
+
+    def test_gradient_reaches_both(self):
+        clean, copies = self.clean.clone().requires_grad_(), torch.zeros(2, 2, requires_grad=True)
+        plan = plan_roles((torch.tensor([3]), torch.tensor([4]), torch.tensor([5])), ("anchor", "negative"), N)
+        anchors, positives, negatives = plan.members(clean, copies)
+        (anchors + 10 * positives + 100 * negatives).sum().backward()
+        assert copies.grad[:, 0].tolist() == [1, 100]
+        assert {row: value for row, value in enumerate(clean.grad[:, 0].tolist()) if value} == {4: 10}
+
+    @pytest.mark.parametrize(("clean", "copies"), [(torch.float64, torch.float16), (torch.float16, torch.float64)])
+    def test_are_of_the_clean_type(self, clean, copies):
+        plan = plan_rows(random_tuples("triplets"), ROLES, N)
+        for member in plan.members(self.clean.to(clean), self.copies(plan).to(copies)):
+            assert member.dtype == clean
+
+    def test_without_tuples(self):
+        with pytest.raises(PlanError, match=r"no tuples; expected one made from triplets or pairs"):
+            replace_rows(torch.tensor([0]), N, None).members(self.clean, self.clean[:1])
+
+
+@pytest.mark.parametrize("roles", SOME_ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [plan_rows, plan_roles, plan_tuples])
+class TestOnlyNamed:
+    def test_keeps_what_tuples_name(self, make, kind, roles):
+        plan = make(random_tuples(kind), roles, N)
+        named_only = plan.only_named()
+        assert resolved(named_only) == resolved(plan)
+        assert set(named_only.pool_indices.tolist()) == {address for member in resolved(plan) for address in member}
+        assert len(set(named_only.pool_indices.tolist())) == len(named_only.pool_indices)
+        assert named_only.rows.tolist() == plan.rows.tolist()
+        assert named_only.ref_pool_indices is None
+
+    def test_drops_bystanders(self, make, kind, roles):
+        few = tuple(member[:2] for member in random_tuples(kind))
+        plan = make(few, roles, N).with_bystander(N).only_named()
+        assert len(plan.pool_indices) == len({address for member in resolved(plan) for address in member}) < N
+
+
+class TestEvaluate:
+    clean = torch.arange(5.0).reshape(-1, 1)
+    adversarial = torch.tensor([[10.0], [13.0]])
+    labels = torch.tensor([7, 8, 9, 7, 8])
+    rows = torch.tensor([0, 3])
+
+    def batch(self, **changes):
+        fields = {"embeddings": self.clean, "context": self.clean, "labels": self.labels, "num_queries": 5}
+        return Batch(**{"inputs": self.clean, "indices_tuple": None, **fields, **changes})
+
+    def arguments(self, plan, **changes):
+        arguments = []
+        result = plan.evaluate(
+            lambda *given: arguments.extend(given) or "value", self.batch(**changes), self.adversarial
+        )
+        assert result == "value"
+        return arguments
+
+    def seen(self, plan, **changes):
+        arguments = self.arguments(plan, **changes)
+        return [a if a is None or isinstance(a, tuple) else a.flatten().tolist() for a in arguments]
+
+    def test_appended(self):
+        tuples = tuple(torch.tensor([i]) for i in (5, 6, 1))
+        plan = Plan(self.rows, torch.arange(7), tuples)
+        assert self.seen(plan) == [[0, 1, 2, 3, 4, 10, 13], [7, 8, 9, 7, 8, 7, 7], tuples]
+
+    def test_in_place(self):
+        plan = Plan(self.rows, torch.tensor([5, 1, 2, 6, 4]), None)
+        assert self.seen(plan) == [[10, 1, 2, 13, 4], [7, 8, 9, 7, 8], None]
+
+    def test_with_reference(self):
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_pool_indices=torch.tensor([2, 6, 4]))
+        assert self.seen(plan) == [[10, 1], [7, 8], None, [2, 13, 4], [9, 7, 8]]
+
+    def test_without_labels(self):
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_pool_indices=torch.tensor([2]))
+        assert self.seen(plan, labels=None) == [[10, 1], None, None, [2], None]
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_labels_that_were_one_tensor_stay_one(self, shared):
+        labels = torch.tensor([7, 8, 7, 8, 9])
+        plan = Plan(self.rows, torch.tensor([5, 1]), None, ref_pool_indices=torch.tensor([2, 6]))
+        found = self.arguments(plan, labels=labels, shared_labels=shared)
+        assert (found[4] is found[1]) == shared
+        assert found[4].tolist() == [7, 8]
+        longer = Plan(self.rows, torch.tensor([5, 1]), None, ref_pool_indices=torch.tensor([2, 6, 4]))
+        assert self.seen(longer, labels=labels, shared_labels=shared)[4] == [7, 8, 9]
+
+    def test_gradient_reaches_clean_and_adversarial_rows(self):
+        clean, adversarial = self.clean.clone().requires_grad_(), self.adversarial.clone().requires_grad_()
+        plan = Plan(self.rows, torch.tensor([5, 1, 5]), None)
+        plan.evaluate(lambda embeddings, *_: embeddings.sum(), self.batch(embeddings=clean), adversarial).backward()
+        assert clean.grad.flatten().tolist() == [0, 1, 0, 0, 0]
+        assert adversarial.grad.flatten().tolist() == [2, 0]
+
+
+class TestKeepTuples:
+    @pytest.mark.parametrize("k", [1, 2, 100])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_keeps_so_many_per_anchor_and_kind(self, kind, k):
+        tuples = random_tuples(kind)
+        kept = keep_tuples(tuples, k)
+        assert len(kept) == len(tuples)
+        halves = [slice(0, 3)] if len(tuples) == 3 else [slice(0, 2), slice(2, 4)]
+        for half in halves:
+            before = list(zip(*(member.tolist() for member in tuples[half]), strict=True))
+            after = list(zip(*(member.tolist() for member in kept[half]), strict=True))
+            assert not Counter(after) - Counter(before)
+            wanted = {anchor: min(k, count) for anchor, count in Counter(t[0] for t in before).items()}
+            assert Counter(t[0] for t in after) == wanted
+
+    def test_chooses_at_random(self):
+        tuples = torch.zeros(4, dtype=torch.long), torch.arange(4), torch.arange(4)
+        chosen = {keep_tuples(tuples, 1)[1].item() for _ in range(100)}
+        assert chosen == {0, 1, 2, 3}
+
+    def test_keeps_the_order(self):
+        tuples = torch.zeros(50, dtype=torch.long), torch.arange(50), torch.arange(50)
+        kept = keep_tuples(tuples, 20)[1].tolist()
+        assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("values", [[], [4], [7, 3, 7, 7], [1, 1, 1], random.Random(0).choices(range(5), k=200)])
+def test_rank_in_group_counts_equal_values_before(values):
+    expected = [values[:i].count(value) for i, value in enumerate(values)]
+    assert rank_in_group(torch.tensor(values, dtype=torch.long)).tolist() == expected
+
+
+def test_shift_partners_leaves_anchors():
+    triplets = tuple(torch.tensor([i]) for i in (1, 2, 3))
+    pairs = (*triplets, torch.tensor([4]))
+    assert [m.item() for m in shift_partners(triplets, 10)] == [1, 12, 13]
+    assert [m.item() for m in shift_partners(pairs, -1)] == [1, 1, 3, 3]
+
+
+def test_to_another_device_moves_every_tensor():
+    split = plan_rows(by_queries(random_tuples("pairs"), 4), ROLES, N).split(4).to("meta")
+    tensors = [split.rows, split.pool_indices, split.ref_pool_indices, *split.indices_tuple]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert replace_rows(torch.tensor([0]), N, None).to("meta").indices_tuple is None
+
+
+class TestParseRoles:
+    @pytest.mark.parametrize(
+        ("perturb", "roles"),
+        [
+            ("anchor", ("anchor",)),
+            (["negative"], ("negative",)),
+            (("negative", "anchor"), ("anchor", "negative")),
+            ({"positive", "negative", "anchor"}, ROLES),
+            (["positive", "positive"], ("positive",)),
+            ("all", ROLES),
+            (["anchor", "all"], ROLES),
+            ((role for role in ("positive", "anchor")), ("anchor", "positive")),
+        ],
+    )
+    def test_gives_roles_in_a_fixed_order(self, perturb, roles):
+        assert parse_roles(perturb) == roles
+
+    @pytest.mark.parametrize(
+        ("perturb", "found"),
+        [("positives", "positives"), (["anchor", "query"], "query"), ([], "no role"), ("", "''"), ([3], "'3'")],
+    )
+    def test_refuses_what_is_no_role(self, perturb, found):
+        with pytest.raises(PlanError, match=found) as caught:
+            parse_roles(perturb)
+        assert "'anchor', 'positive', 'negative'" in str(caught.value)
+
+
+class TestBesideClean:
+    """Of a plan that replaces rows; tuples by loops over who is clean and who is a copy."""
+
+    TRIPLETS = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 3]), torch.tensor([2, 3, 0])
+    PAIRS = torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([1, 0, 3]), torch.tensor([2, 3, 1])
+
+    @staticmethod
+    def seen(plan, num_rows, rows):
+        """Tuples as names: "2" for clean row 2, "2'" for its copy."""
+        name = [str(row) for row in range(num_rows)] + [f"{row}'" for row in rows]
+        partners = plan.pool_indices if plan.ref_pool_indices is None else plan.ref_pool_indices
+        members = plan.indices_tuple
+        anchors = {0} if len(members) == 3 else {0, 2}
+        named = [
+            [name[(plan.pool_indices if place in anchors else partners)[i]] for i in member]
+            for place, member in enumerate(members)
+        ]
+        halves = [named] if len(members) == 3 else [named[:2], named[2:]]
+        return [sorted(zip(*half, strict=True)) for half in halves]
+
+    @staticmethod
+    def expected(tuples, copied):
+        halves = [tuples] if len(tuples) == 3 else [tuples[:2], tuples[2:]]
+        found = []
+        for half in halves:
+            of_half = []
+            for members in zip(*(member.tolist() for member in half), strict=True):
+                choices = [[str(row), f"{row}'"] if row in copied else [str(row)] for row in members]
+                of_half += itertools.product(*choices)
+            found.append(sorted(of_half))
+        return found
+
+    @pytest.mark.parametrize("tuples", [TRIPLETS, PAIRS], ids=["triplets", "pairs"])
+    @pytest.mark.parametrize("copied", [[0, 1, 2, 3], [1, 3], [2]], ids=str)
+    def test_each_member_is_once_itself_and_once_its_copy(self, tuples, copied):
+        plan = replace_rows(torch.tensor(copied), 4, tuples).beside_clean(4)
+        assert plan.pool_indices.tolist() == [0, 1, 2, 3, *range(4, 4 + len(copied))]
+        assert self.seen(plan, 4, copied) == self.expected(tuples, copied)
+
+    def test_the_loss_chooses_where_it_did(self):
+        plan = replace_rows(torch.tensor([1, 2]), 4, None).beside_clean(4)
+        assert (plan.pool_indices.tolist(), plan.indices_tuple, plan.ref_pool_indices) == (
+            [0, 1, 2, 3, 4, 5],
+            None,
+            None,
+        )
+
+    def test_with_a_reference(self):
+        triplets = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([3, 4])  # two queries, three references
+        plan = replace_rows(torch.tensor([0, 2, 4]), 5, triplets).split(2).beside_clean(5)
+        assert plan.pool_indices.tolist() == [0, 1, 5]
+        assert plan.ref_pool_indices.tolist() == [2, 3, 4, 6, 7]
+        assert self.seen(plan, 5, [0, 2, 4]) == self.expected(triplets, [0, 2, 4])
