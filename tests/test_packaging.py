@@ -153,7 +153,7 @@ class TestImport:
             def refuse(*arguments, **options):
                 raise AssertionError("a connection")
             socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-            import pml_adversarial, pml_adversarial.evaluation, pml_adversarial.cli, pml_adversarial.savings
+            import pml_adversarial, pml_adversarial.evaluation, pml_adversarial.cli, pml_adversarial.defenses
             print("none")
         """
         assert installed.run("-c", textwrap.dedent(code)) == "none\n"

@@ -31,8 +31,8 @@ class Autocast:
         AttackError: another type, or the factory cannot be one.
 
     Example:
-        >>> from pml_adversarial import attacks
-        >>> adapter.budget(Autocast(presets.preset(0.3, steps=5)))
+        >>> from pml_adversarial.attacks import Autocast, budget, preset
+        >>> budget(Autocast(preset(0.3, steps=5)))
         {'eps': 0.3, 'alpha': 0.15}
     """
 

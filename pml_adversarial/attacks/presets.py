@@ -24,6 +24,7 @@ def preset(eps: float, steps: int = 3) -> AttackFactory:
         AttackError: ``eps`` is no radius in pixels of [0, 1], or ``steps`` no number of steps.
 
     Example:
+        >>> from pml_adversarial.attacks import budget
         >>> budget(preset(0.3, steps=5))
         {'eps': 0.3, 'alpha': 0.15}
     """

@@ -1,8 +1,8 @@
-"""The command line: the main job on the embedded data, and `evaluate` for a saved model and images of one's own."""
+"""The command line: `demo` trains on the embedded digits, `evaluate` attacks a saved model on images of your own."""
 
-from .digits import main, table
-from .evaluate import evaluate
+from . import digits, evaluate
 
-main.add_command(evaluate)
+main = digits.main
+main.add_command(evaluate.evaluate)
 
-__all__ = ["evaluate", "main", "table"]
+__all__ = ["main"]
