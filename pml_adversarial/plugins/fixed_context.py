@@ -66,6 +66,7 @@ class FixedContext:
         for_miner: bool = False,
     ) -> None:
         adapter.check(attack)
+        self.given: dict[str, tuple[str, ...]] = {}
         self.attack = attack
         self.roles = parse_roles(perturb)
         if tuples_per_anchor is not None and not (isinstance(tuples_per_anchor, int) and tuples_per_anchor >= 1):
