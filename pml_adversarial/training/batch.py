@@ -62,9 +62,16 @@ class Batch:
         """How many rows, from the first on, have known inputs. A plan may perturb these rows only."""
         return len(self.inputs)
 
-    def own(self, rows: Tensor) -> Tensor:
-        """``(K,)`` places in ``rows`` of the rows whose inputs this process holds: all of them, if it is alone."""
-        return torch.arange(len(rows), device=rows.device)
+    def own(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Of values ``(M, ...)``, one for each of some batch rows, those of this process's own rows ``(K, ...)``.
+
+        A process that is alone holds the inputs of all rows, so all rows are its own.
+
+        Args:
+            values: ``(M, ...)``.
+            rows: ``(M,)`` rows of the batch.
+        """
+        return values
 
     def places_of(self, rows: Tensor) -> Tensor:
         """``(K,)`` places in ``inputs`` of rows that are this process's own."""
@@ -96,7 +103,7 @@ class Adversarial:
     """What an attack made of the ``M`` rows of a plan, embedded again with gradient.
 
     ``K`` is ``M``, unless several processes share the batch. Then each process attacks the ``K`` copies of its own
-    rows, ``batch.own(plan.rows)``, and only ``embeddings`` hold the copies of all processes.
+    rows, ``batch.own(plan.rows, plan.rows)``, and only ``embeddings`` hold the copies of all processes.
 
     Attributes:
         inputs: ``(K, ...)`` in [0, 1].

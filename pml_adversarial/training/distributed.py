@@ -62,9 +62,9 @@ class JointBatch(Batch):
         in_reference = (rows - self.num_queries) // max(reference, 1)
         return torch.where(rows < self.num_queries, rows // max(queries, 1), in_reference)
 
-    def own(self, rows: Tensor) -> Tensor:
-        """``(K,)`` places in ``rows`` of the rows whose inputs this process holds."""
-        return (self.owners(rows) == self.rank).nonzero().flatten()
+    def own(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Of values ``(M, ...)``, one for each of some batch rows ``(M,)``, those of this process's own rows."""
+        return values[self.owners(rows) == self.rank]
 
     def places_of(self, rows: Tensor) -> Tensor:
         """``(K,)`` places in ``inputs`` of rows that are this process's own."""

@@ -209,18 +209,22 @@ class AdversarialStep:
 
     def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Perturbed:
         """Perturbs this process's own copies."""
-        own = batch.own(plan.rows)
-        if not len(own):
-            return Perturbed(None, torch.zeros_like(own, dtype=torch.bool))
+        rows = batch.own(plan.rows, plan.rows)
+        if not len(rows):
+            return Perturbed(None, torch.zeros_like(rows, dtype=torch.bool))
         start = time.perf_counter()
         score = self.hooks.score(wrapped, batch, plan)
         clean = batch.context[plan.rows]
-        score_of_own = score if len(own) == len(plan) else _score_of_some(score, clean, own)
-        objective = Objective(self._embedder(batch), score_of_own, clean[own], self.capture.modules)
+        if len(rows) < len(plan):
+            own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
+            of_own, clean = _score_of_some(score, clean, own), clean[own]
+        else:
+            of_own = score
+        objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
         attack = self.hooks.attack(objective, batch, plan)
         if attack is adapter.unchanged:
             return Perturbed(None, torch.zeros_like(objective.has_gradient), score=score)
-        inputs = adapter.run(attack, batch.inputs_of(plan.rows[own]), objective.labels)
+        inputs = adapter.run(attack, batch.inputs_of(rows), objective.labels)
         if isinstance(attack, adapter.Learns):
             inputs.requires_grad_().register_hook(attack.learn)
         return Perturbed(inputs, objective.zero_gradient, time.perf_counter() - start, score)
@@ -240,7 +244,7 @@ class AdversarialStep:
 
     def _embed_again(self, batch: Batch, plan: Plan, perturbed: Perturbed) -> Adversarial:
         """The perturbed copies, embedded with gradient by the model in its own mode."""
-        own = plan.rows[batch.own(plan.rows)]
+        own = batch.own(plan.rows, plan.rows)
         inputs = perturbed.inputs
         if inputs is None:  # a copy that was left as it was is its row: no pass is spent, and dropout draws nothing
             inputs, embeddings = batch.inputs_of(own), batch.embeddings[own]
@@ -270,20 +274,19 @@ class AdversarialStep:
         Where the model depends on its mode, the score is asked for again (``score`` is None): rows and copies are
         compared in the model's own mode.
         """
-        own = batch.own(plan.rows)
         with isolated(wrapped), self.random_numbers() as restart, torch.no_grad():
             if score is None:
                 score = self.hooks.score(wrapped, batch, plan)
                 restart()
-            before = score(batch.context[plan.rows]).expand(len(plan))[own]
+            before = batch.own(score(batch.context[plan.rows]).expand(len(plan)), plan.rows)
             restart()
-            after = score(adversarial.embeddings.detach()).expand(len(plan))[own]
+            after = batch.own(score(adversarial.embeddings.detach()).expand(len(plan)), plan.rows)
             adversarial = replace(adversarial, score_before=before, score_after=after)
             if not trains:
                 return adversarial
             unperturbed = replace(
                 adversarial,
-                inputs=batch.inputs_of(plan.rows[own]),
+                inputs=batch.inputs_of(batch.own(plan.rows, plan.rows)),
                 embeddings=batch.embeddings[plan.rows],
                 score_after=before,
             )

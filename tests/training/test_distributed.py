@@ -589,7 +589,7 @@ class TestBatchOfSeveral:
     def test_knows_whose_rows_are_whose(self, rank):
         batch, rows = self.batch(rank, 3), torch.tensor([8, 0, 3, 3, 7, 5, 6, 1])
         assert batch.owners(rows).tolist() == [self.OWNERS[row] for row in rows]
-        own = batch.own(rows)
+        own = batch.own(torch.arange(len(rows)), rows)
         assert own.tolist() == [m for m, row in enumerate(rows) if self.OWNERS[row] == rank]
         assert batch.inputs_of(rows[own]).tolist() == rows[own].tolist()
 
@@ -600,7 +600,7 @@ class TestBatchOfSeveral:
     def test_alone_all_rows_are_own(self):
         batch = Batch(torch.arange(3.0), torch.zeros(3, 4), torch.zeros(3, 4), None, None, 3)
         rows = torch.tensor([2, 0, 2])
-        assert batch.own(rows).tolist() == [0, 1, 2]
+        assert batch.own(torch.arange(3), rows).tolist() == [0, 1, 2]
         assert batch.inputs_of(rows).tolist() == [2, 0, 2]
         assert (batch.num_attackable, batch.num_processes) == (3, 1)
         assert torch.equal(batch.gather_copies(rows, rows), rows)
