@@ -137,8 +137,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if warmup:
             adapter.check_warmup(own.attack)
         plugins = find_all(plugins)
-        self._shown = {**own.shown_options(), "warmup": f"{warmup} steps", "guard": guard and has_eps}
-        self._shown["plugins"] = options.names(plugins) or None
+        self._shown = options.shown(own.shown_options(), plugins, warmup=f"{warmup} steps", guard=guard and has_eps)
         self.loss = loss
         self.takes_two_views = calls.takes_two_views(loss)
         self.adversary = AdversarialStep(

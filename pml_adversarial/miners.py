@@ -97,11 +97,7 @@ class AdversarialMiner(Wrapper, BaseMiner):
             adapter.check_warmup(own.attack)
         hooks = Hooks(find_all(plugins), own)
         _check_asked(hooks)
-        self._shown = {
-            **own.shown_options(),
-            "warmup": f"{warmup} steps",
-            "plugins": options.names(hooks.named) or None,
-        }
+        self._shown = options.shown(own.shown_options(), hooks.named, warmup=f"{warmup} steps")
         self.miner = miner
         self.adversary = AdversarialStep(
             hooks,

@@ -157,14 +157,11 @@ def positional(module: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)] + several
 
 
-def names(plugins: Iterable[Any]) -> list[str]:
-    """The class of each plugin, or its name where it is a class or a module."""
-    return [getattr(plugin, "__name__", type(plugin).__name__) for plugin in plugins]
-
-
-def shown(options: Mapping[str, Any]) -> str:
-    """Options as they are shown in a ``repr``: ``eps=8/255, steps=3``."""
-    return ", ".join(f"{name}={_readable(value)}" for name, value in options.items() if value is not None)
+def shown(options: Mapping[str, Any], plugins: Iterable[Any] = (), **others: Any) -> str:
+    """Options as they are shown in a ``repr``, without those that are None: ``eps=8/255, steps=3, plugins=[HM]``."""
+    text = [f"{name}={value}" for name, value in {**options, **others}.items() if value is not None]
+    named = ", ".join(getattr(plugin, "__name__", type(plugin).__name__) for plugin in plugins)
+    return ", ".join([*text, f"plugins=[{named}]"] if named else text)
 
 
 def levels(eps: float) -> str:
@@ -173,17 +170,9 @@ def levels(eps: float) -> str:
     return f"{number}/255" if number and math.isclose(number / 255, eps) else f"{eps:g}"
 
 
-def _readable(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_readable, value))}]"
-    return value if isinstance(value, str) else repr(value)
-
-
 def _check_model(model: Any, call: str) -> None:
     if isinstance(model, type):
-        raise InputError(
-            f"model is the class {model.__name__}; expected an object, such as {model.__name__}(...)."
-        )
+        raise InputError(f"model is the class {model.__name__}; expected an object, such as {model.__name__}(...).")
     if isinstance(model, (*_LOSSES, *_MINERS)):
         raise InputError(
             f"model is {_name(model)}; expected the module that turns images into embeddings, {call}, or None."

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import InputError, PluginError
 
 _MARK = b"pml_adversarial 1\n"
-_LENGTHS = ">Iq"  # a checksum, and the length of the text that follows
+_CHECKSUM = 4  # bytes, after the mark
+_LENGTH = 8  # bytes, after the checksum: the length of the text that follows
 
 
 def packed(state: Mapping[str, Any]) -> Tensor:
@@ -34,9 +35,8 @@ def packed(state: Mapping[str, Any]) -> Tensor:
     """
     tensors: list[Tensor] = []
     text = json.dumps(_written(state, "", tensors), separators=(",", ":")).encode()
-    body = b"".join([text, *map(_bytes_of, tensors)])
-    whole = _MARK + struct.pack(_LENGTHS, zlib.crc32(body), len(text)) + body
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+    content = b"".join([len(text).to_bytes(_LENGTH, "big"), text, *map(_bytes_of, tensors)])
+    return torch.frombuffer(bytearray(_MARK + _checksum(content) + content), dtype=torch.uint8)
 
 
 def unpacked(saved: Any) -> dict[str, Any] | None:
@@ -55,13 +55,18 @@ def unpacked(saved: Any) -> dict[str, Any] | None:
             "and call load_state_dict with strict=False."
         )
     stream = BytesIO(saved.detach().cpu().to(torch.uint8).numpy().tobytes())
-    mark, lengths = stream.read(len(_MARK)), stream.read(struct.calcsize(_LENGTHS))
-    body = stream.read()
-    if mark != _MARK or zlib.crc32(body) != struct.unpack(_LENGTHS, lengths)[0]:
+    mark, checksum = stream.read(len(_MARK)), stream.read(_CHECKSUM)
+    content = stream.read()
+    if mark != _MARK or checksum != _checksum(content):
         return None
-    length = struct.unpack(_LENGTHS, lengths)[1]
-    state: dict[str, Any] = _read(json.loads(body[:length]), BytesIO(body[length:]))
+    tensors = BytesIO(content)
+    text = tensors.read(int.from_bytes(tensors.read(_LENGTH), "big"))
+    state: dict[str, Any] = _read(json.loads(text), tensors)
     return state
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(_CHECKSUM, "big")
 
 
 def _written(value: Any, place: str, tensors: list[Tensor]) -> list[Any]:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .options import shown
 from .replay import Models
 from .state import packed, unpacked
 from .step import AdversarialStep
@@ -53,11 +52,11 @@ class Wrapper(StandIn):
     """
 
     adversary: AdversarialStep
-    _shown: Mapping[str, Any]
+    _shown: str
 
     def extra_repr(self) -> str:
         """The options in force."""
-        return shown(self._shown)
+        return self._shown
 
     def watch(self, model: Models) -> None:
         """Takes inputs from ``model`` from now on. Call it when the model was replaced by another one."""
