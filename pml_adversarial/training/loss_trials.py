@@ -59,7 +59,9 @@ class LossTrials:
 
     def takes_tuples(self) -> bool:
         """Whether the loss has a value with tuples."""
-        tuples = None if self.batch is None else own_tuples(self._loss, self.batch)
+        if self.batch is None:
+            return False
+        tuples = own_tuples(self._loss, self.batch)
         return tuples is not None and self._value(self.batch, untouched(self.batch, tuples)) is not None
 
     def copies(self, roles: tuple[str, ...], tuples_per_anchor: int | None) -> Copies | None:
