@@ -95,8 +95,10 @@ class TestTable:
             if copies != "replace":
                 assert trials.keeps_value(copies, roles, None)
                 assert trials.keeps_value(copies, roles, 1)
-        if "replace" in {support.copies_for((role,), reference) for role in ROLES}:
-            assert "replace" in {trials.copies((role,), None) for role in ROLES}
+                assert members or trials.counts(copies, roles, None)
+        finer = [role for role in ROLES if trials.copies((role,), None) != "replace"]
+        told = [role for role in ROLES if support.copies_for((role,), reference) != "replace"]
+        assert len(finer) <= max(len(told), 1)  # of HistogramLoss positives could be told apart, by chance
 
     @pytest.mark.parametrize("name", WITH_LABELS)
     def test_append_only_if_the_reference_is_not_needed(self, name):
