@@ -19,8 +19,10 @@ from .errors import InputError, PlanError
 from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
 from .training import records
+from .training.loss_support import LossSupport
 from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
+from .training.plan import call
 from .training.replay import InputCapture, Models
 from .training.schedule import DEFAULT_WARMUP, EpsSchedule
 from .training.step import AdversarialStep
@@ -157,7 +159,7 @@ class AdversarialLoss(ModuleWithRecords):
             labels, ref_labels = TwoViews.labels(embeddings, ref_emb)
         if not self.training:
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
-            return loss(embeddings, labels, *given)
+            return call(loss, embeddings, labels, *given)
         _check_gradient(embeddings)
         batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if isinstance(loss, DistributedLossWrapper):
@@ -188,6 +190,8 @@ class AdversarialLoss(ModuleWithRecords):
 
 class TwoViews(nn.Module):
     """A loss of two views of the same images, ``(embeddings, ref_emb)``, called as PML calls the others."""
+
+    loss_support = LossSupport(takes_tuples=False)
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
