@@ -213,12 +213,11 @@ class FixedContext:
         support = self._support_of(wrapped, batch)
         copies = support.copies_for(self.roles, batch.num_queries < len(batch))
         logger.debug("%s: copies=%r", name, copies)
+        plans = with_copies(batch, tuples, self.roles, self.tuples_per_anchor)
         if copies == "replace":
-            self._check_replaced(
-                name, with_copies(batch, tuples, self.roles, self.tuples_per_anchor)["append"], replaced
-            )
+            self._check_replaced(name, plans["append"], replaced)
             return replaced
-        plan = with_copies(batch, tuples, self.roles, self.tuples_per_anchor).get(copies)
+        plan = plans.get(copies)
         if plan is None or (several and not support.may_copy_per_tuple(self.roles, len(tuples))):
             raise PlanError(self._another_loss(name))
         return plan

@@ -104,7 +104,9 @@ SUPPORT: dict[type[nn.Module], LossSupport] = {
     losses.MarginLoss: _OF_TRIPLETS,
     losses.MultiSimilarityLoss: _OF_MASKS,
     losses.NCALoss: _OF_LISTS,
-    losses.NPairsLoss: LossSupport("append", roles=("anchor", "positive"), beside_clean=False),  # looks at first rows
+    losses.NPairsLoss: LossSupport(  # looks at the first pair of each class
+        "append", roles=("anchor", "positive"), takes_reference=False, beside_clean=False
+    ),
     losses.NTXentLoss: _OF_ANCHORS,
     losses.NormalizedSoftmaxLoss: _OF_ROWS,
     losses.P2SGradLoss: replace(_OF_ROWS, takes_tuples=False),

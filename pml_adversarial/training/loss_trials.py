@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import cast
 
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -59,7 +60,9 @@ class LossTrials:
 
     def takes_tuples(self) -> bool:
         """Whether the loss has a value with tuples."""
-        tuples = None if self.batch is None else own_tuples(self._loss, self.batch)
+        if self.batch is None:
+            return False
+        tuples = own_tuples(self._loss, self.batch)
         return tuples is not None and self._value(self.batch, untouched(self.batch, tuples)) is not None
 
     def copies(self, roles: tuple[str, ...], tuples_per_anchor: int | None) -> Copies | None:
@@ -69,21 +72,52 @@ class LossTrials:
         """
         if self.batch is None:
             return None
+        if own_tuples(self._loss, self.batch) is None:
+            return "replace"
+        names: list[Copies] = ["append", "reference"] if self.batch.num_queries == len(self.batch) else ["reference"]
+        asked = roles, tuples_per_anchor
+        return next((name for name in names if self.keeps_value(name, *asked) and self.counts(name, *asked)), "replace")
+
+    def keeps_value(self, copies: Copies, roles: tuple[str, ...], tuples_per_anchor: int | None) -> bool:
+        """Whether the loss keeps its value while copies stand so and nothing is perturbed.
+
+        Also with one more copy that no tuple names: a loss that looks at rows beyond its tuples would see rows and
+        their copies at once.
+        """
+        trial, given, plan = self._planned(copies, roles, tuples_per_anchor)
+        expected = self._value(trial, untouched(trial, given))
+        if plan is None or expected is None:
+            return False
+        attended = plan.with_bystander(len(trial))
+        found = (
+            self._value(trial, plan),
+            self._value(trial, attended, torch.cat([trial.embeddings[plan.rows], self._elsewhere(1)])),
+        )
+        return all(value is not None and torch.allclose(expected, value, rtol=1e-9, atol=0) for value in found)
+
+    def counts(self, copies: Copies, roles: tuple[str, ...], tuples_per_anchor: int | None) -> bool:
+        """Whether the loss has another value once the copies move."""
+        trial, _, plan = self._planned(copies, roles, tuples_per_anchor)
+        if plan is None:
+            return False
+        still, moved = self._value(trial, plan), self._value(trial, plan, self._elsewhere(len(plan)))
+        return still is not None and moved is not None and not torch.equal(still, moved)
+
+    def _planned(
+        self, copies: Copies, roles: tuple[str, ...], tuples_per_anchor: int | None
+    ) -> tuple[Batch, IndicesTuple | None, Plan | None]:
+        """The trial batch, the tuples that the loss is given without copies, and the plan with copies, or None."""
+        trial = cast(Batch, self.batch)
         with random_stream(0, 0):
-            trial = self.batch
-            tuples = own_tuples(self._loss, trial)
-            if tuples is None:
-                return "replace"
+            tuples = cast(IndicesTuple, own_tuples(self._loss, trial))
             if tuples_per_anchor is not None:
                 tuples = keep_tuples(tuples, tuples_per_anchor)
-            given = tuples_to_give(self._loss, trial, tuples, tuples_per_anchor is not None)
-            expected = self._value(trial, untouched(trial, given))
-            plans = with_copies(trial, tuples, roles, tuples_per_anchor)
-            if expected is None or not len(plans["append"]):
-                return "replace"
-            if trial.num_queries < len(trial):
-                del plans["append"]
-            return next((name for name, plan in plans.items() if self._keeps(trial, plan, expected)), "replace")
+        given = tuples_to_give(self._loss, trial, tuples, tuples_per_anchor is not None)
+        return trial, given, with_copies(trial, tuples, roles, tuples_per_anchor).get(copies)
+
+    def _elsewhere(self, rows: int) -> Tensor:
+        with random_stream(0, 1):
+            return torch.randn(rows, cast(Batch, self.batch).embeddings.shape[1], dtype=torch.float64)
 
     def is_row_separable(self) -> bool:
         """Whether the loss is a sum of what each row contributes alone.
@@ -120,6 +154,7 @@ class LossTrials:
             return False
         with random_stream(0, 0):
             once, again = torch.randn_like(trial.embeddings), torch.randn_like(trial.embeddings)
+            order = torch.randperm(2 * len(trial))
         same = trial.labels[:, None] == trial.labels
         in_company = (same.sum(1) > len(trial) // trial.num_queries)[:, None]
         plan = replace_rows(torch.arange(len(trial)), len(trial), trial.indices_tuple).split(trial.num_queries)
@@ -128,8 +163,8 @@ class LossTrials:
         if found[0] is None or found[1] is None or torch.equal(found[0], found[1]):
             return False
         if plan.indices_tuple is None and plan.ref_pool_indices is None:
-            flipped = self._value(trial, replace(plan, pool_indices=plan.pool_indices.flip(0)), once)
-            if flipped is None or not torch.allclose(flipped, found[0], rtol=1e-9, atol=0):
+            shuffled = self._value(trial, replace(plan, pool_indices=plan.pool_indices[order]), once)
+            if shuffled is None or not torch.allclose(shuffled, found[0], rtol=1e-9, atol=0):
                 return False
         return self._has_gradient_at_equals(trial, plan)
 
@@ -141,23 +176,6 @@ class LossTrials:
         if value is None or not value.isfinite() or not value.requires_grad:
             return False
         return bool(torch.autograd.grad(value, copies)[0].isfinite().all())
-
-    def _keeps(self, trial: Batch, plan: Plan, expected: Tensor) -> bool:
-        """Whether the plan gives the expected value while nothing is perturbed, and another one once copies move.
-
-        Also with one more copy that no tuple names: a loss that looks at rows beyond its tuples would see rows and
-        their copies at once.
-        """
-        copies = trial.embeddings[plan.rows]
-        elsewhere = torch.randn(len(copies) + 1, trial.embeddings.shape[1], dtype=torch.float64)
-        still = (
-            self._value(trial, plan, copies),
-            self._value(trial, plan.with_bystander(len(trial)), torch.cat([copies, elsewhere[:1]])),
-        )
-        moved = self._value(trial, plan, elsewhere[1:])
-        if moved is None or torch.equal(moved, expected):
-            return False
-        return all(value is not None and torch.allclose(expected, value, rtol=1e-9, atol=0) for value in still)
 
     def _value(self, trial: Batch, plan: Plan, copies: Tensor | None = None) -> Tensor | None:
         """What the loss gives, with copies of rows unperturbed unless given; None where it raises."""

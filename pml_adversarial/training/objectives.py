@@ -67,7 +67,7 @@ class OwnLoss:
         self._position = _position_of_copies(plan, len(batch))
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """The score of copies ``(M, D)``: what each adds to the loss, ``(M,)``, or where it does not tell, all, ``()``."""
+        """The score of copies ``(M, D)``: ``(M,)`` what each adds to the loss; ``()`` if the loss does not tell."""
         with exactly(embeddings):
             found: Any = self.plan.evaluate(self.loss, self.batch, embeddings.to(self.batch.embeddings.dtype))
         if isinstance(found, Tensor):
@@ -97,7 +97,7 @@ def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, T
 
 
 def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
-    """The plan's tuples; where it has none, those that the loss forms of the labels, counted as the plan counts them."""
+    """The plan's tuples; if it has none, those that the loss forms of the labels, counted as the plan counts."""
     if plan.indices_tuple is not None:
         return plan.indices_tuple
     tuples = own_tuples(wrapped, batch)

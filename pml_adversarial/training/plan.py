@@ -7,7 +7,7 @@ pool indices 0 to ``N - 1``, copy ``m`` has the pool index ``N + m``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
@@ -27,14 +27,14 @@ def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     Arguments that are None at the end are left out where the loss does not take them: a loss of one's own may be
     ``forward(embeddings, labels)``.
     """
-    limit = _num_arguments(type(loss)) if isinstance(loss, nn.Module) else len(arguments)
+    limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
     while len(arguments) > limit and arguments[-1] is None:
         arguments = arguments[:-1]
     return loss(*arguments)
 
 
 @cache
-def _num_arguments(kind: type[nn.Module]) -> float:
+def _num_arguments(kind: Any) -> float:
     """How many positional arguments ``forward`` takes."""
     parameters = [*signature(kind.forward).parameters.values()][1:]
     if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
