@@ -235,6 +235,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if isinstance(loss, DistributedLossWrapper):
             loss = loss.loss  # the batch is joint already
         value, answers = self.adversary.train(loss, batch)
+        calls.check_scalar(loss, value)
         if answers:
             records.write(self, answers)
         else:

@@ -20,6 +20,7 @@ from ..attacks import adapter, keywords
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
 from ..training.batch import Adversarial, Batch
+from ..training.calls import check_scalar, name_of
 from ..training.isolation import random_stream
 from ..training.loss_support import Copies, LossSupport, support_of
 from ..training.loss_trials import CallSignature, LossTrials, call_signature, with_copies
@@ -209,7 +210,7 @@ class FixedContext:
         replaced = Plan(replaced.rows, replaced.pool_indices, given).split(batch.num_queries)
         if self.in_place or not len(replaced):
             return replaced
-        name, several = type(wrapped).__name__, (self.tuples_per_anchor or 1) > 1
+        name, several = name_of(wrapped), (self.tuples_per_anchor or 1) > 1
         support = self._support_of(wrapped, batch)
         copies = support.copies_for(self.roles, batch.num_queries < len(batch))
         logger.debug("%s: copies=%r", name, copies)
@@ -241,7 +242,7 @@ class FixedContext:
 
     def _support_of(self, wrapped: nn.Module, batch: Batch) -> LossSupport:
         """What the loss can take: from the table; if that does not know it, from the user; else the loss is asked."""
-        name, known, signature = type(wrapped).__name__, support_of(wrapped), call_signature(batch)
+        name, known, signature = name_of(wrapped), support_of(wrapped), call_signature(batch)
         if known is None:
             if signature not in self._asked:
                 self._asked[signature] = self._ask(name, wrapped, batch)
@@ -292,11 +293,11 @@ class FixedContext:
         if self.for_miner or signature in self._accepted:
             return
         with torch.no_grad(), random_stream(0, 0):  # a resumed run comes here again, and has to draw the same numbers
-            clean_loss(wrapped, batch)
+            check_scalar(wrapped, clean_loss(wrapped, batch))
         takes_tuples = self.tuples_per_anchor is None or self._support_of(wrapped, batch).takes_tuples
         if batch.labels is not None and not takes_tuples:
             raise PlanError(
-                f"{type(wrapped).__name__} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
+                f"{name_of(wrapped)} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
                 "choose from. Use tuples_per_anchor=None."
             )
         self._accepted.add(signature)

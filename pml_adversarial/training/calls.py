@@ -113,6 +113,25 @@ def split_by_mask(batch: Batch, mask: Tensor) -> Batch:
     )
 
 
+def name_of(loss: nn.Module) -> str:
+    """The class of the loss, as the user knows it."""
+    return type(loss.loss if isinstance(loss, PMLCall) else loss).__name__
+
+
+def check_scalar(loss: nn.Module, value: Any) -> None:
+    """Refuses a loss that does not return one number.
+
+    Raises:
+        InputError: ``value``, which the loss returned, is not a tensor of one element.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{name_of(loss)} returned {found}; expected a scalar tensor. Give a loss of pytorch-metric-learning a "
+            "reducer that returns one, such as reducer=MeanReducer(); in a loss of your own, return losses.mean()."
+        )
+
+
 def check_arguments(loss: nn.Module, indices_tuple: Any, ref_emb: Any) -> None:
     """Refuses tuples or a reference that the loss does not take.
 
