@@ -227,7 +227,6 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
             return call(loss, embeddings, labels, *given)
         _check_gradient(embeddings)
-        calls.check_arguments(loss, indices_tuple, ref_emb)
         batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if enqueue_mask is not None:
             calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)

@@ -132,27 +132,6 @@ def check_scalar(loss: nn.Module, value: Any) -> None:
         )
 
 
-def check_arguments(loss: nn.Module, indices_tuple: Any, ref_emb: Any) -> None:
-    """Refuses tuples or a reference that the loss does not take.
-
-    Raises:
-        PlanError: the loss takes no tuples.
-        InputError: the loss takes no reference.
-    """
-    names = positional(loss)
-    if any(name.startswith("*") for name in names):
-        return
-    call = f"{type(loss).__name__} is called with ({', '.join(names)})"
-    if indices_tuple is not None and len(names) < 3:
-        raise PlanError(
-            f"{call}, so it takes no tuples. Leave out the miner, or add indices_tuple=None to its forward."
-        )
-    if ref_emb is not None and len(names) < 5:
-        raise InputError(
-            f"{call}, so it takes no reference. Leave out ref_emb, or let its forward take PML's five arguments."
-        )
-
-
 def check_mask(mask: Any, loss: nn.Module, embeddings: Tensor, indices_tuple: IndicesTuple | None) -> None:
     """Refuses an ``enqueue_mask`` that cannot be used.
 

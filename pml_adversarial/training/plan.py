@@ -20,16 +20,28 @@ from ..errors import PlanError
 from .batch import Batch
 from .tuples import MEMBERS, IndicesTuple, as_slice, consecutive, played, rank_in_group, shift_partners, take
 
+_OF_PML = ("embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
+
 
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
 
     Arguments that are None at the end are left out where the loss does not take them: a loss of one's own may be
     ``forward(embeddings, labels)``.
+
+    Raises:
+        PlanError: other arguments are left that the loss does not take.
     """
     limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
     while len(arguments) > limit and arguments[-1] is None:
         arguments = arguments[:-1]
+    if len(arguments) > limit:
+        given = [name for name, value in zip(_OF_PML, arguments, strict=False) if value is not None]
+        raise PlanError(
+            f"{type(loss).__name__} takes {limit} arguments, and there are {', '.join(given)}. Leave out the miner, "
+            "the reference or the plugin that brings them, or let the loss's forward take what PML's losses take: "
+            f"{', '.join(_OF_PML)}."
+        )
     return loss(*arguments)
 
 
