@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attacks.ball import projected
 from ..attacks.objective import Objective, Score
-from ..attacks.pgd import momentum_pgd
+from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
 from .gallery import Changed, Embed, Gallery, Ranking, Targets, unit
 
@@ -92,7 +92,7 @@ class GalleryAttack:
         name: in reports.
         choose: batch, restart -> items ``(Q,)`` to perturb.
         score: batch -> the score of the items' embeddings that is raised.
-        steps: of `momentum_pgd`.
+        steps: of `MomentumPGD`.
         restarts: further runs, also on other items.
     """
 
@@ -111,7 +111,7 @@ class GalleryAttack:
         items = self.choose(batch, restart)
         pixels, origin = batch.pixels_of(items), batch.gallery.embeddings[items]
         objective = batch.objective(self.score(batch), origin)
-        found = momentum_pgd(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
+        found = MomentumPGD(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
         images = projected(found, pixels, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import drawn, per_image, projected
-from ..attacks.pgd import momentum_pgd
+from ..attacks.ball import per_image, projected, uniform_start
+from ..attacks.pgd import MomentumPGD
 from ..training.isolation import random_stream
 from .attacks import QueryBatch
 from .gallery import Gallery, Targets, chunks, unit
@@ -165,7 +165,7 @@ class Probe:
 def climb(batch: QueryBatch, eps: float, steps: int, random_start: bool = True) -> Tensor:
     """Perturbed queries of one run of the margin attack."""
     objective = batch.objective(toward_nearest_wrong(batch, 0))
-    return momentum_pgd(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
+    return MomentumPGD(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
 
 
 def breaks(batch: QueryBatch, images: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
 
 def _random_point(batch: QueryBatch, eps: float) -> Tensor:
     """Where attacks start: clean images are often at special values, such as 8-bit levels or black."""
-    return projected(batch.images + eps * drawn(batch.images, batch.norm), batch.images, eps, batch.norm)
+    return projected(batch.images + eps * uniform_start(batch.images, batch.norm), batch.images, eps, batch.norm)
 
 
 def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:

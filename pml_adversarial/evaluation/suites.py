@@ -11,7 +11,7 @@ import torchattacks
 from torch import Tensor
 
 from ..attacks.objective import Score
-from ..attacks.pgd import momentum_pgd
+from ..attacks.pgd import MomentumPGD
 from .attacks import AnyAttack, GalleryAttack, QueryAttack, QueryBatch
 from .classifier import apart
 from .gallery import Targets, unit
@@ -47,11 +47,11 @@ def embedding_shift(batch: QueryBatch, restart: int) -> Score:
 
 
 def raising(score: Callable[[QueryBatch, int], Score], steps: int) -> Callable[[QueryBatch, float, int], Tensor]:
-    """`momentum_pgd` of a score of the queries' embeddings, which may differ from run to run."""
+    """`MomentumPGD` of a score of the queries' embeddings, which may differ from run to run."""
 
     def find(batch: QueryBatch, eps: float, restart: int) -> Tensor:
         objective = batch.objective(score(batch, restart))
-        return momentum_pgd(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
     return find
 
