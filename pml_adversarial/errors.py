@@ -5,6 +5,8 @@ existing ``except ValueError`` clauses keep working. Messages say what was found
 what to do.
 """
 
+__all__ = ["AdversarialError", "AttackError", "CaptureError", "InputError", "PlanError", "PluginError"]
+
 
 class AdversarialError(Exception):
     """Base of all errors that pml_adversarial raises on purpose."""

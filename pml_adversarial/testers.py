@@ -20,6 +20,8 @@ from .evaluation.task import whole_numbers
 from .training.isolation import isolated
 from .training.pixels import Normalization, PixelSpace
 
+__all__ = ["AdversarialTester"]
+
 _WORST = {"query": "worst_case", "gallery": "worst_case_gallery"}
 _UNEQUAL = 1e-3  # lengths of embeddings that a network normalised in half precision differ by less
 
