@@ -1,4 +1,4 @@
-"""What does a step cost with a loss that holds large tensors: a classifier of 100,000 classes, a memory of 100,000 rows?
+"""What does a step cost with a loss of large tensors: a classifier of 100,000 classes, a memory of 100,000 rows?
 
 The model is one linear layer, so that the loss is what is measured. "first" is the first step of a new wrapper beside a
 later one; "later" is a later step beside one evaluation (forward and backward) of the plain loss; "memory" is a step
