@@ -826,7 +826,7 @@ class TestBadInput:
             AdversarialLoss(losses.TripletMarginLoss(), model, warmup=-1)
         with pytest.raises(AttackError, match="no eps"):
             AdversarialLoss(losses.TripletMarginLoss(), model, attack=torchattacks.CW, warmup=5)
-        with pytest.raises(InputError, match="loss is the class TripletMarginLoss; expected a loss"):
+        with pytest.raises(InputError, match="loss is the class TripletMarginLoss; expected an object"):
             AdversarialLoss(losses.TripletMarginLoss, model)
         with pytest.raises(InputError, match="loss is BatchHardMiner; expected a loss"):
             AdversarialLoss(miners.BatchHardMiner(), model)

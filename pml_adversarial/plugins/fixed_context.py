@@ -16,70 +16,112 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter, presets
+from ..attacks import adapter, keywords
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
 from ..training.batch import Adversarial, Batch
+from ..training.calls import check_scalar, name_of
 from ..training.isolation import random_stream
 from ..training.loss_support import Copies, LossSupport, support_of
 from ..training.loss_trials import CallSignature, LossTrials, call_signature, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
+from ..training.options import levels, shown
 from ..training.plan import Plan, clean_loss, plan_rows, replace_rows
-from ..training.records import STANDARD
-from ..training.tuples import ROLES, IndicesTuple, consecutive, keep_tuples, parse_roles
+from ..training.records import nobody_perturbed
+from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles
 from .hookspecs import hookimpl
 
 logger = logging.getLogger("pml_adversarial")
 
 
+_COUNT_IN = {
+    "plan": ("perturb", "tuples_per_anchor", "keep_clean", "copies"),
+    "attack": ("eps", "steps", "attack"),
+    "training_loss": ("keep_clean", "clean_weight"),
+}
+"""Question -> options that count where `FixedContext` answers it."""
+
+
 class FixedContext:
-    """Perturbs roles within a fixed batch context.
+    """The package's own method: chosen rows are perturbed while the rest of the batch is held fixed.
+
+    Every option left out has its default. To set some of them: ``AdversarialLoss(loss, model,
+    method=FixedContext(perturb="anchor"))``, or ``AdversarialLoss(loss, model, perturb="anchor")``.
 
     Args:
-        attack: a factory, see `attacks`.
-        perturb: "anchor", "positive", "negative", several of them, or "all".
-        tuples_per_anchor: keep so many tuples per anchor, each with its own copies; None: keep all, with one
-            copy per row and role.
-        clean_weight: weight of the unperturbed loss.
-        keep_clean: whether training sees the clean rows beside the perturbed ones.
-        for_miner: whether a miner is wrapped; rows are then replaced wherever they stand, since it names them by place.
-        copies: how copies may stand in a loss of your own, see `loss_support.Copies`; None: the loss is asked.
+        eps: radius of the attack, in pixels of [0, 1]; default 8/255, or that of ``attack``.
+        steps: attack steps; default 3, or those of ``attack``.
+        attack: an attack factory, see `attacks`; default `attacks.preset`.
+        perturb: "anchor", "positive", "negative", several of them, or "all", the default.
+        tuples_per_anchor: how many tuples of each anchor are kept, each with copies of its own. By default all are
+            kept, with one copy per row and role.
+        keep_clean: whether training sees the clean rows beside the perturbed ones; default True, for a miner False.
+        clean_weight: weight of the unperturbed loss that is added; default 0.
+        copies: how copies may stand in a loss of your own, see `loss_support.Copies`. By default the loss is asked.
+        for_miner: whether a miner is wrapped. It names rows by place, so copies then replace rows in their places.
+
+    Attributes:
+        given: question -> names of the options that were set for it.
 
     Raises:
-        InputError: ``clean_weight`` is no weight.
-        PlanError: ``perturb``, ``tuples_per_anchor`` or ``copies`` is not one of the values above.
+        AttackError: eps, steps or attack cannot be used.
+        PlanError: perturb, tuples_per_anchor or copies cannot be used.
+        InputError: clean_weight cannot be used.
     """
 
     def __init__(
         self,
-        attack: AttackFactory = presets.PRESET,
-        perturb: str | Iterable[str] = "all",
+        *,
+        eps: float | None = None,
+        steps: int | None = None,
+        attack: AttackFactory | None = None,
+        perturb: Role | Iterable[Role] | None = None,
         tuples_per_anchor: int | None = None,
-        clean_weight: float = 0.0,
-        keep_clean: bool = True,
-        for_miner: bool = False,
+        keep_clean: bool | None = None,
+        clean_weight: float | None = None,
         copies: Copies | None = None,
+        for_miner: bool = False,
     ) -> None:
-        adapter.check(attack)
-        self.given: dict[str, tuple[str, ...]] = {}
-        self.attack = attack
-        self.roles = parse_roles(perturb)
-        if tuples_per_anchor is not None and not (isinstance(tuples_per_anchor, int) and tuples_per_anchor >= 1):
-            raise PlanError(
-                f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all "
-                "tuples."
-            )
-        if not (isinstance(clean_weight, int | float) and 0 <= clean_weight < math.inf):
-            raise InputError(f"clean_weight={clean_weight!r}; expected a number from 0 on.")
+        _check_numbers(tuples_per_anchor, clean_weight)
+        self.attack = keywords.attack_of(attack, eps, steps)
+        self.roles = parse_roles("all" if perturb is None else perturb)
+        self.given = _given(
+            eps=eps,
+            steps=steps,
+            attack=attack,
+            perturb=perturb,
+            tuples_per_anchor=tuples_per_anchor,
+            keep_clean=keep_clean,
+            clean_weight=clean_weight,
+            copies=copies,
+        )
         self.tuples_per_anchor = tuples_per_anchor
-        self.clean_weight, self.keep_clean = clean_weight, keep_clean
+        self.clean_weight = 0.0 if clean_weight is None else clean_weight
+        self.keep_clean = not for_miner if keep_clean is None else keep_clean
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
         self.copies = self._checked_copies(copies)
         self._asked: dict[CallSignature, LossSupport] = {}
         self._accepted: set[CallSignature] = set()
         self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"FixedContext({shown(self.shown_options())})"
+
+    def shown_options(self) -> dict[str, Any]:
+        """The options in force, by name, for a ``repr``."""
+        of_attack = keywords.shown_options(self.attack)
+        if isinstance(of_attack.get("eps"), float):
+            of_attack["eps"] = levels(of_attack["eps"])
+        return {
+            **of_attack,
+            "perturb": "all" if self.roles == ROLES else " and ".join(self.roles),
+            "tuples_per_anchor": self.tuples_per_anchor,
+            "keep_clean": None if self.for_miner else self.keep_clean,
+            "clean_weight": self.clean_weight or None,
+            "copies": self.copies,
+        }
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -138,7 +180,7 @@ class FixedContext:
         """How far inputs, embeddings and scores of this process's own copies moved."""
         rows = batch.own(plan.rows, plan.rows)
         if not len(rows):
-            return {**dict.fromkeys(STANDARD, 0), "strength": batch.strength}
+            return nobody_perturbed(batch.strength)
         change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
         shift = batch.own(adversarial.embeddings - batch.embeddings[plan.rows], plan.rows).float()
         return {
@@ -168,7 +210,7 @@ class FixedContext:
         replaced = Plan(replaced.rows, replaced.pool_indices, given).split(batch.num_queries)
         if self.in_place or not len(replaced):
             return replaced
-        name, several = type(wrapped).__name__, (self.tuples_per_anchor or 1) > 1
+        name, several = name_of(wrapped), (self.tuples_per_anchor or 1) > 1
         support = self._support_of(wrapped, batch)
         copies = support.copies_for(self.roles, batch.num_queries < len(batch))
         logger.debug("%s: copies=%r", name, copies)
@@ -200,7 +242,7 @@ class FixedContext:
 
     def _support_of(self, wrapped: nn.Module, batch: Batch) -> LossSupport:
         """What the loss can take: from the table; if that does not know it, from the user; else the loss is asked."""
-        name, known, signature = type(wrapped).__name__, support_of(wrapped), call_signature(batch)
+        name, known, signature = name_of(wrapped), support_of(wrapped), call_signature(batch)
         if known is None:
             if signature not in self._asked:
                 self._asked[signature] = self._ask(name, wrapped, batch)
@@ -251,11 +293,11 @@ class FixedContext:
         if self.for_miner or signature in self._accepted:
             return
         with torch.no_grad(), random_stream(0, 0):  # a resumed run comes here again, and has to draw the same numbers
-            clean_loss(wrapped, batch)
+            check_scalar(wrapped, clean_loss(wrapped, batch))
         takes_tuples = self.tuples_per_anchor is None or self._support_of(wrapped, batch).takes_tuples
         if batch.labels is not None and not takes_tuples:
             raise PlanError(
-                f"{type(wrapped).__name__} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
+                f"{name_of(wrapped)} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
                 "choose from. Use tuples_per_anchor=None."
             )
         self._accepted.add(signature)
@@ -291,6 +333,23 @@ class FixedContext:
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
                 "model."
             )
+
+
+def _given(**options: Any) -> dict[str, tuple[str, ...]]:
+    """Question -> options that the user set and that count in it."""
+    found = {q: tuple(name for name in names if options.get(name) is not None) for q, names in _COUNT_IN.items()}
+    return {question: names for question, names in found.items() if names}
+
+
+def _check_numbers(tuples_per_anchor: Any, clean_weight: Any) -> None:
+    whole = isinstance(tuples_per_anchor, int) and not isinstance(tuples_per_anchor, bool)
+    if tuples_per_anchor is not None and not (whole and tuples_per_anchor >= 1):
+        raise PlanError(
+            f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all tuples."
+        )
+    number = isinstance(clean_weight, int | float) and not isinstance(clean_weight, bool)
+    if clean_weight is not None and not (number and 0 <= clean_weight < math.inf):
+        raise InputError(f"clean_weight={clean_weight!r}; expected a finite number from 0 on.")
 
 
 def _tells_images_apart(batch: Batch) -> bool:

@@ -7,7 +7,7 @@ negative of others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from ..errors import PlanError
 IndicesTuple = tuple[Tensor, ...]
 """PML's tuples: triplets ``(a, p, n)`` or pairs ``(a1, p, a2, n)``, one long tensor per member."""
 
-ROLES = ("anchor", "positive", "negative")
+Role = Literal["anchor", "positive", "negative", "all"]
+"""The part that a row plays in a tuple; "all" names each of them."""
+
+ROLES: tuple[Role, ...] = ("anchor", "positive", "negative")
 MEMBERS = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
 
 
@@ -90,7 +93,7 @@ def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> I
     return members
 
 
-def parse_roles(perturb: str | Iterable[str]) -> tuple[str, ...]:
+def parse_roles(perturb: str | Iterable[str]) -> tuple[Role, ...]:
     """One or several role names, or "all", as a tuple of roles in a fixed order.
 
     Raises:
