@@ -17,15 +17,13 @@ from .attacks import adapter, presets
 from .attacks.objective import AttackFactory
 from .errors import InputError, PlanError
 from .plugins.fixed_context import FixedContext
-from .plugins.manager import find_all
-from .training import monitor, records
-from .training.batch import Adversarial, Batch
-from .training.isolation import isolated
-from .training.monitor import Strength, batch_recall
+from .plugins.manager import Hooks, find_all
+from .training import records
+from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
-from .training.plan import Plan, clean_loss
 from .training.replay import InputCapture, Models
-from .training.step import Adversary
+from .training.schedule import DEFAULT_WARMUP, EpsSchedule
+from .training.step import AdversarialStep
 from .training.tuples import IndicesTuple
 
 _REMEMBERED = ("queue_idx", "has_been_filled")  # of CrossBatchMemory, which are no buffers in PML
@@ -59,7 +57,7 @@ class AdversarialLoss(ModuleWithRecords):
             both; False: perturbed ones take their place.
         clean_weight: weight of the unperturbed loss, added to the adversarial one.
         warmup: training steps over which eps and alpha grow linearly from 0 to their full values; half of all steps is
-            a good choice. None: `collapse.WARMUP`, or 0 for an attack without ``eps``, which cannot grow.
+            a good choice. None: `schedule.DEFAULT_WARMUP`, or 0 for an attack without ``eps``, which cannot grow.
         guard: whether eps and alpha are held back while the embedding is collapsing, see `collapse`. An attack without
             ``eps`` cannot be held back.
         normalization: ``(mean, std)`` per channel if the model takes normalised inputs; eps counts in pixels.
@@ -111,15 +109,20 @@ class AdversarialLoss(ModuleWithRecords):
         own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight, keep_clean)
         has_eps = "eps" in adapter.budget(attack)
         if warmup is None:
-            warmup = monitor.WARMUP if has_eps else 0
+            warmup = DEFAULT_WARMUP if has_eps else 0
         elif warmup:
             adapter.check_warmup(attack)
         self.loss = loss
         parameters = signature(loss.forward).parameters
         self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
-        strength = Strength(warmup, guard and has_eps)
-        self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
+        self.adversary = AdversarialStep(
+            Hooks(find_all(plugins), own),
+            InputCapture(model),
+            PixelSpace(normalization),
+            EpsSchedule(warmup),
+            CollapseMonitor(guard and has_eps),
+            seed,
+            joint,
         )
         records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
 
@@ -156,23 +159,19 @@ class AdversarialLoss(ModuleWithRecords):
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
             return loss(embeddings, labels, *given)
         _check_gradient(embeddings)
-        batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if isinstance(loss, DistributedLossWrapper):
-            loss = loss.loss  # the batch is gathered
-        plan, adversarial = self.adversary.perturb(loss, batch)
-        if adversarial is None:
-            value = clean_loss(loss, batch)
-            records.clear(self, strength=batch.strength)
+            loss = loss.loss  # the batch is joint already
+        value, answers = self.adversary.train(loss, batch)
+        if answers:
+            records.write(self, answers)
         else:
-            change = self._loss_change(loss, batch, plan, adversarial.embeddings)
-            value = self.adversary.training_loss(loss, batch, plan, adversarial)
-            records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        if self.adversary.step % monitor.EVERY == 0:
-            self._look(loss, batch, plan, adversarial)
-        for name, number in self.adversary.strength.records().items():
-            setattr(self, name, number)
-        self.adversary.step += 1  # here, so that a step that failed is taken again
-        return batch.world_size * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
+            records.clear(self, strength=batch.strength)
+        self.batch_recall, self.batch_recall_attacked = (
+            self.adversary.monitor.recall,
+            self.adversary.monitor.recall_attacked,
+        )
+        return batch.num_processes * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond parameters and buffers: step, seed, and what plugins and losses remember."""
@@ -185,24 +184,6 @@ class AdversarialLoss(ModuleWithRecords):
         for name in modules.keys() & state["attributes"]:
             for attribute, value in state["attributes"][name].items():
                 setattr(modules[name], attribute, value)
-
-    def _loss_change(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
-        """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
-        values = {}
-        for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
-            with self.adversary.own_randomness(), isolated(loss), torch.no_grad():
-                values[name] = torch.as_tensor(plan.evaluate(loss, batch, copies))
-        return values
-
-    def _look(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
-        """Tells the schedule how well the batch is retrieved."""
-        if batch.labels is None or not len(batch):
-            return
-        copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
-        with torch.no_grad():
-            recall, attacked = batch_recall(loss, batch, plan, copies).tolist()
-        if recall == recall:
-            self.adversary.strength.look(self.adversary.step, recall, attacked if attacked == attacked else None)
 
 
 class TwoViews(nn.Module):

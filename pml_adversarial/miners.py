@@ -16,15 +16,16 @@ from .attacks import adapter, presets
 from .attacks.objective import AttackFactory
 from .errors import InputError, PlanError, PluginError
 from .plugins.fixed_context import FixedContext
-from .plugins.hookspecs import PROJECT
-from .plugins.manager import find_all
+from .plugins.manager import Hooks, find_all
 from .training import distributed, records
 from .training.batch import Batch
-from .training.monitor import Strength
+from .training.distributed import JointBatch
+from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
 from .training.plan import Plan, untouched
 from .training.replay import InputCapture, Models
-from .training.step import Adversary
+from .training.schedule import EpsSchedule
+from .training.step import AdversarialStep
 from .training.tuples import IndicesTuple, checked_tuples, map_members, shift_partners
 
 
@@ -85,11 +86,17 @@ class AdversarialMiner(BaseMiner):
         if warmup:
             adapter.check_warmup(attack)
         self.miner = miner
-        strength = Strength(warmup, guarded=False)
-        self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
+        hooks = Hooks(find_all(plugins), own)
+        _check_asked(hooks)
+        self.adversary = AdversarialStep(
+            hooks,
+            InputCapture(model),
+            PixelSpace(normalization),
+            EpsSchedule(warmup),
+            CollapseMonitor(guarded=False),
+            seed,
+            joint,
         )
-        _check_asked(self.adversary)
         records.declare(self, records.STANDARD)
 
     def watch(self, model: Models) -> None:
@@ -108,19 +115,19 @@ class AdversarialMiner(BaseMiner):
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
-        batch = self.adversary.batch(embeddings, labels, None, *reference)
-        with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
+        batch = self.adversary.collate(embeddings, labels, None, *reference)
+        with self.adversary.random_numbers():  # the caller's numbers are for the tuples that are returned
             found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))
-        plan, adversarial = self.adversary.rehearse(self._of_the_batch, batch)
+        plan, adversarial = self.adversary.perturb_only(self._of_the_batch, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
             _check_places(plan, batch)
             found = self._mine(plan, batch, adversarial.embeddings)
-            records.write(self, self.adversary.records(batch, plan, adversarial))
+            records.write(self, self.adversary.record(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
-        return found if batch.world_size == 1 else _own_first(found, batch)
+        return _own_first(found, batch) if isinstance(batch, JointBatch) else found
 
     @property
     def _of_the_batch(self) -> BaseMiner:
@@ -142,10 +149,8 @@ class AdversarialMiner(BaseMiner):
         self.adversary.load_state_dict(state)
 
 
-def _check_asked(adversary: Adversary) -> None:
-    asked = [(plugin, adversary.manager.get_hookcallers(plugin) or ()) for plugin in adversary.plugins]
-    only = [f"{PROJECT}_training_loss"]
-    idle = [type(plugin).__name__ for plugin, callers in asked if [c.name for c in callers] == only]
+def _check_asked(hooks: Hooks) -> None:
+    idle = [type(plugin).__name__ for plugin in hooks.named if hooks.questions_of(plugin) == {"training_loss"}]
     if idle:
         raise PluginError(
             f"{', '.join(idle)} answers nothing but training_loss, which a miner does not ask; expected plugins that "
@@ -170,7 +175,7 @@ def _in_batch_rows(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
     return shift_partners(mined, batch.num_queries) if in_reference else mined
 
 
-def _own_first(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
+def _own_first(mined: IndicesTuple, batch: JointBatch) -> IndicesTuple:
     """As PML numbers the rows of all ranks, so that the tuples fit its ``DistributedLossWrapper``."""
     queries, reference = batch.own_sizes
     per_rank = {"anchor": queries, "positive": reference or queries, "negative": reference or queries}

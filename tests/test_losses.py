@@ -680,7 +680,7 @@ class TestBadInput:
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4))
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         one_triplet = tuple(torch.tensor([row]) for row in (0, 1, 2))
-        with pytest.raises(InputError, match="cannot embed one row alone: Expected more than 1 value"):
+        with pytest.raises(InputError, match="cannot embed a single row: Expected more than 1 value"):
             loss_func(model(images), labels, one_triplet)
         model[2].eval()
         loss_func(model(images), labels, one_triplet)

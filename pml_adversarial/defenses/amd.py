@@ -96,7 +96,7 @@ class AMD:
     def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Generator[None, Attack, Attack]:
         """Whatever attack it is; one that finds nothing to climb leaves the inputs as they were, on purpose."""
         attack = yield
-        inputs = batch.inputs_of(plan.rows[batch.own(plan.rows)])
+        inputs = batch.inputs_of(batch.own(plan.rows, plan.rows))
         try:
             found = adapter.run(attack, inputs, objective.labels)
         except AttackError:

@@ -66,6 +66,7 @@ class FixedContext:
         for_miner: bool = False,
     ) -> None:
         adapter.check(attack)
+        self.given: dict[str, tuple[str, ...]] = {}
         self.attack = attack
         self.roles = parse_roles(perturb)
         if tuples_per_anchor is not None and not (isinstance(tuples_per_anchor, int) and tuples_per_anchor >= 1):
@@ -139,14 +140,14 @@ class FixedContext:
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
         """How far inputs, embeddings and scores of this process's own copies moved."""
-        own = batch.own(plan.rows)
-        if not len(own):
+        rows = batch.own(plan.rows, plan.rows)
+        if not len(rows):
             return {**dict.fromkeys(STANDARD, 0), "strength": batch.strength}
-        change = (adversarial.inputs - batch.inputs_of(plan.rows[own])).reshape(len(own), -1).float()
-        shift = (adversarial.embeddings[own] - batch.embeddings[plan.rows[own]]).detach().float()
+        change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
+        shift = batch.own(adversarial.embeddings - batch.embeddings[plan.rows], plan.rows).float()
         return {
             "strength": batch.strength,
-            "num_perturbed": len(own),
+            "num_perturbed": len(rows),
             "perturbation_linf": change.abs().max(),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType
@@ -64,7 +64,7 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_stream(seed: int, step: int) -> Iterator[None]:
+def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
     """Within it, all global generators draw from a stream of their own; after it they are as found.
 
     The stream is a function of ``seed`` and ``step`` alone, so it moves on from step to step and a resumed
@@ -78,12 +78,16 @@ def random_stream(seed: int, step: int) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
-        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
-        if devices:
-            torch.cuda.manual_seed_all(mixed)
-        numpy.random.seed(mixed % 2**32)  # noqa: NPY002
-        random.seed(mixed)
-        yield
+
+        def restart() -> None:
+            torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
+            if devices:
+                torch.cuda.manual_seed_all(mixed)
+            numpy.random.seed(mixed % 2**32)  # noqa: NPY002
+            random.seed(mixed)
+
+        restart()
+        yield restart
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:

@@ -133,7 +133,7 @@ def same(one, other):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return one == other or (one != one and other != other)  # what has not been measured is NaN
 
 
 def loaded(path):
