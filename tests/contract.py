@@ -251,7 +251,7 @@ def outcome(name, situation, perturb):
     return loss_func.num_perturbed > 0, rose, loss_func.share_score_rose == 1
 
 
-class _Addressing(logging.Handler):
+class _Copies(logging.Handler):
     """Listens to how copies are said to stand."""
 
     def __init__(self):
@@ -259,15 +259,15 @@ class _Addressing(logging.Handler):
         self.said = []
 
     def emit(self, record):
-        if "copies are" in record.msg:
+        if "copies=%r" in record.msg:
             self.said.append(record.args[1])
 
 
-def addressing(name, situation):
+def copies_of(name, situation):
     """Where copies of positives stand, and what their attack raises; "refused" if PML refuses the call."""
     if situation not in accepted(name):
         return "refused", None
-    scene, spy, listener = Scene(name, situation), Spy(), _Addressing()
+    scene, spy, listener = Scene(name, situation), Spy(), _Copies()
     logger = logging.getLogger("pml_adversarial")
     level = logger.level
     logger.addHandler(listener)
@@ -278,7 +278,7 @@ def addressing(name, situation):
         logger.removeHandler(listener)
         logger.setLevel(level)
     raises = "its own value" if isinstance(spy.score, OwnLoss) else "violation"
-    return (listener.said or ["in place"])[-1], raises
+    return (listener.said or ["replace"])[-1], raises
 
 
 @cache
@@ -293,8 +293,8 @@ def table():
     without_labels = CallSignature(labels=False), CallSignature(reference=True, labels=False)
     rows = {}
     for name in [*LOSSES, *WRAPPERS]:
-        found = [addressing(name, way) for way in ways]
-        unlabelled = [addressing(name, way) for way in without_labels]
+        found = [copies_of(name, way) for way in ways]
+        unlabelled = [copies_of(name, way) for way in without_labels]
         found.append(min(unlabelled, key=lambda cell: cell[0] == "refused"))
         raises = next(what for _, what in found if what)
         rows[name] = " | ".join([name, *(where for where, _ in found), raises])

@@ -18,7 +18,7 @@ from ..training.batch import Batch
 from ..training.isolation import preserved
 from ..training.objectives import OwnLoss, at_least_float, tuples_of
 from ..training.plan import Plan
-from ..training.tuples import ROLES
+from ..training.tuples import ROLES, Role
 from .triplets import distance
 
 _RAISED = ("loss", "hardness")
@@ -50,7 +50,7 @@ class AMD:
             wrapper's, as ``perturb`` does not count.
     """
 
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[Role, ...] = ROLES
 
     def __init__(self, raises: str = "loss", tuples_per_anchor: int | None = None) -> None:
         if raises not in _RAISED:
@@ -120,7 +120,7 @@ class RAMD(AMD):
         tuples_per_anchor: as in `AMD`.
     """
 
-    roles = ("positive", "negative")
+    roles: tuple[Role, ...] = ("positive", "negative")
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
