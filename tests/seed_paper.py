@@ -1,11 +1,9 @@
 """The seed paper's method, for tests of mechanisms."""
 
-import inspect
-
 from pml_adversarial import AdversarialLoss, attacks
 from pml_adversarial.plugins.manager import find_all
 
-OPTIONS = {"perturb": ("plan",), "keep_clean": ("plan", "training_loss")}
+OPTIONS = {"perturb": ("plan",), "keep_clean": ("plan", "training_loss"), "attack": ("attack",)}
 """Option -> questions in which it counts."""
 
 
@@ -27,6 +25,5 @@ def answers(plugin, question):
     method = getattr(plugin, f"pml_adversarial_{question}", None)
     if method is None:
         return False
-    marks = getattr(method, "pml_adversarial_impl", {})
-    gives_none = inspect.getsource(method).rstrip().endswith("return None")
-    return bool(marks) and not marks.get("wrapper") and not gives_none
+    sees_others = getattr(method, "pml_adversarial_impl", {}).get("wrapper")
+    return not sees_others and getattr(plugin, "has_opinions", True)
