@@ -92,8 +92,9 @@ class AdversarialTester(_Proxy):
         batch_size: queries that are attacked together.
 
     Attributes:
-        reports: name -> `Report`, of the last test. The name is that of the split, such as ``"val"``. With several label
-            levels it is ``"val_level0"`` and so on; with parent labels ``"val_parent3"`` or ``"val_level0_parent3"``.
+        reports: of the last test, name -> `Report`. The name is that of the split, such as ``"val"``. With several
+            label levels it is ``"val_level0"`` and so on; with parent labels ``"val_parent3"`` or
+            ``"val_level0_parent3"``.
         metrics: names of the metrics that are added.
 
     Raises:
@@ -280,13 +281,13 @@ class AdversarialTester(_Proxy):
             )
         if self.tester.pca:
             raise InputError(
-                f"The tester has pca={self.tester.pca}. PCA is fitted to all embeddings of a split, so a single image has "
-                "no embedding of its own that could be attacked. Use pca=None."
+                f"The tester has pca={self.tester.pca}. PCA is fitted to all embeddings of a split, so a single image "
+                "has no embedding of its own that could be attacked. Use pca=None."
             )
         if self.tester.accuracy_calculator.label_comparison_fn is not torch.eq:
             raise InputError(
-                "The accuracy calculator has a label_comparison_fn, but for the attacks an item is right only if its label "
-                "is equal. Use an AccuracyCalculator without label_comparison_fn."
+                "The accuracy calculator has a label_comparison_fn, but for the attacks an item is right only if its "
+                "label is equal. Use an AccuracyCalculator without label_comparison_fn."
             )
 
 

@@ -82,7 +82,7 @@ def main(
     """Trains one embedding plainly and one adversarially on handwritten digits, then attacks both.
 
     Some digits are for training. The others are never seen in training and serve as the test. Each test image is
-    attacked as a query that searches all others. A query counts as robust if every attack from every random start fails.
+    attacked as a query that searches all others. A query is robust if every attack from every random start fails.
 
     For a saved model and images of your own, use the command evaluate, which has options of its own.
     """
@@ -132,8 +132,8 @@ def table(report: dict[str, Any]) -> str:
     notes = [
         "",
         f"Percent, on digits never seen in training, mean of {seeds} seed(s). Attacked R@1 is the worst case per",
-        f"query over {attacks} attacks (toward the nearest wrong item, re-chosen at each step; away from its own embedding),",
-        f"l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
+        f"query over {attacks} attacks (toward the nearest wrong item, chosen anew in each step; away from its clean",
+        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
         "the gallery is clean.",
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])

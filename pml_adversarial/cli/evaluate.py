@@ -43,9 +43,7 @@ Examples:
     "--network", help="For weights: what builds the network, module:callable or module:callable:key=value,key=value."
 )
 @click.option("--queries", required=True, type=_PATH, help="Folder with a subfolder per class, or npz: images, labels.")
-@click.option(
-    "--gallery", type=_PATH, help="What is searched, in the same form.  [default: the queries, leave one out]"
-)
+@click.option("--gallery", type=_PATH, help="What is searched, in that form.  [default: the queries, leave one out]")
 @click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
 @click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
 @click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
@@ -54,9 +52,7 @@ Examples:
 )
 @click.option("--size", help="Resize the shorter side, cut out the middle square: 224, or 256,224 if they differ.")
 @click.option("--grayscale", is_flag=True, help="One channel in place of three.")
-@click.option(
-    "--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by the seed.  [default: all]"
-)
+@click.option("--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by --seed.  [default: all]")
 @click.option("--recall-at", default="1,2,4,8", help="The k of R@k, with commas.")
 @click.option("--nmi", is_flag=True, help="Also measure how well clusters of the embeddings agree with the classes.")
 @click.option("--no-checks", is_flag=True, help="Do not look for signs that the numbers are too high.")
@@ -175,7 +171,7 @@ def _network(text: str) -> Callable[[], nn.Module]:
     if not callable(make):
         raise _refused(
             "--network",
-            f"{name} of {module} is {type(make).__name__}; expected a class or function that builds a network.",
+            f"{name} of {module} is {type(make).__name__}; expected a callable.",
         )
 
     def build() -> nn.Module:

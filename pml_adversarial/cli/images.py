@@ -106,15 +106,16 @@ def images_from(
     """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
 
     Images of a folder are read when they are needed, in the same way as by torchvision's ``ImageFolder``: transparency
-    is dropped, and the EXIF orientation is ignored. Hidden files, and files that are no images, are skipped. An npz file
-    holds ``images`` of uint8 (0 to 255) or floating point in [0, 1], of shape ``(N, H, W)``, ``(N, C, H, W)`` or
+    is dropped, and the EXIF orientation is ignored. Hidden files, and files that are no images, are skipped. An npz
+    file holds ``images`` of uint8 (0 to 255) or floating point in [0, 1], of shape ``(N, H, W)``, ``(N, C, H, W)`` or
     ``(N, H, W, C)`` (of the two possible axes, the shorter one is taken for the channels), and ``labels`` ``(N,)``,
     integers or words. It must not hold pickled objects.
 
     Args:
         path: the folder or the npz.
-        size: side of a square. The shorter side of each image of a folder is resized to it, and the square in the middle
-            is cut out. Two numbers: the shorter side, and the side of the square. None: all images have one size already.
+        size: side of a square. The shorter side of each image of a folder is resized to it, and the square in the
+            middle is cut out. Two numbers: the shorter side, and the side of the square. None: all images have one
+            size already.
         grayscale: whether images of a folder have one channel instead of three.
 
     Raises:
@@ -127,9 +128,7 @@ def images_from(
     if not path.is_file():
         raise InputError(f"There is no {path}; expected a folder with one subfolder per class, or an npz.")
     if size is not None or grayscale:
-        raise InputError(
-            f"{path} is an npz file, and size and grayscale are for folders only. Change its arrays instead."
-        )
+        raise InputError(f"{path} is an npz file; size and grayscale are for folders only. Change its arrays instead.")
     return _from_npz(path)
 
 

@@ -82,8 +82,8 @@ def load_model(
     weights = _state_dict(_saved(path), path)
     if network is None:
         raise InputError(
-            f"{path} holds weights only; expected an exported program, or a network that the weights are for (on the command "
-            "line --network module:callable)."
+            f"{path} holds weights only; expected an exported program, or a network that the weights are for (on the "
+            "command line --network module:callable)."
         )
     return _filled(network(), weights, path).to(device)
 
@@ -167,9 +167,7 @@ def _as_in_training(node: torch.fx.Node) -> bool:
         return False
     names = [argument.name for argument in node.target._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    by_batch = (
-        given.get("training") and given.get("running_mean") is not None
-    )  # without running statistics, eval mode uses the batch too
+    by_batch = given.get("training") and given.get("running_mean") is not None  # else as in eval mode
     return bool(by_batch or given.get("train") or given.get("dropout_p"))
 
 

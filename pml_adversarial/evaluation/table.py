@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .results import Measures, Results, heading
 
-_CHECK = {True: "ok", False: "FLAG", None: "not asked"}
+_CHECK = {True: "ok", False: "FLAG", None: "skipped"}
 
 
 def table(results: Results) -> str:

@@ -40,6 +40,7 @@ class _ExamplePictures:
 def render(results: Results) -> str:
     """Results as one complete HTML page."""
     norm = str(results.settings.get("norm", ""))
+    measures = [name for name in ("recall_at_1", "map_at_r") if name in results.clean] if results.attacks else []
     cases = {target: [worst for worst in results.worst if worst.target == target] for target in TARGETS}
     return (
         environment()
@@ -47,11 +48,11 @@ def render(results: Results) -> str:
         .render(
             results=results,
             norm=norm,
-            radii=sorted({part.eps for part in (*results.attacks, *results.worst)}),
+            radii=sorted({result.eps for result in results.attacks} | {worst.eps for worst in results.worst}),
             targets=[target for target in TARGETS if cases[target]],
             headline_cases={target: _few(cases[target]) for target in TARGETS},
             num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
-            figures=[_figure(results, name, norm) for name in ("recall_at_1", "map_at_r") if name in results.clean],
+            figures=[_figure(results, measure, norm) for measure in measures],
             examples=[_pictures(example) for example in results.examples],
             settings=_settings(results),
         )
