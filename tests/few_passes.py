@@ -1,4 +1,4 @@
-"""A small network that counts what passes it, and one step of it by hand, for tests of ways to attack for fewer passes."""
+"""A small network that counts what passes it, and one step of it by hand, for tests of cheaper attacks."""
 
 import pytest
 import torch

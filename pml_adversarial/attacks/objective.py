@@ -67,7 +67,7 @@ class Objective(nn.Module):
             return self._rows(self._score(self.clean), len(self.clean)).float()
 
     def satisfied(self, values: Tensor) -> Tensor | None:
-        """``(M,)`` bool, rows that need no further perturbation at these scores ``(M,)``; None: the score does not say."""
+        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
         ask = getattr(self._score, "satisfied", None)
         return None if ask is None else ask(values)
 

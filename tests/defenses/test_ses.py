@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses, miners
 from seed_paper import seed_paper_loss
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialMiner, InputError, hookimpl
+from pml_adversarial import AdversarialMiner, InputError, PluginError, hookimpl
 from pml_adversarial.defenses.est import EST
 from pml_adversarial.defenses.ses import SES
 from pml_adversarial.training.plan import replace_rows
