@@ -15,7 +15,7 @@ from .testers import AdversarialTester
 from .training.batch import Adversarial, Batch
 from .training.plan import Plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adversarial",
