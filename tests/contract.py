@@ -210,7 +210,7 @@ def outcome(name, situation, perturb):
     return loss_func.num_perturbed > 0, rose, loss_func.share_score_rose == 1
 
 
-class _Addressing(logging.Handler):
+class _Copies(logging.Handler):
     """Listens to how copies are said to stand."""
 
     def __init__(self):
@@ -218,13 +218,13 @@ class _Addressing(logging.Handler):
         self.said = []
 
     def emit(self, record):
-        if "copies are" in record.msg:
+        if "copies=%r" in record.msg:
             self.said.append(record.args[1])
 
 
-def addressing(name, situation):
+def copies_of(name, situation):
     """Where copies of positives stand, and what their attack raises; "refused" if PML refuses the call."""
-    scene, spy, listener = Scene(name, situation), Spy(), _Addressing()
+    scene, spy, listener = Scene(name, situation), Spy(), _Copies()
     if isinstance(scene.plain(), Exception):
         return "refused", None
     logger = logging.getLogger("pml_adversarial")
@@ -237,7 +237,7 @@ def addressing(name, situation):
         logger.removeHandler(listener)
         logger.setLevel(level)
     raises = "its own value" if isinstance(spy.score, OwnLoss) else "violation"
-    return (listener.said or ["in place"])[-1], raises
+    return (listener.said or ["replace"])[-1], raises
 
 
 @cache
@@ -253,8 +253,8 @@ def table():
     rows = {}
     for name in [*LOSSES, *WRAPPERS]:
         known = situations(name)
-        found = [addressing(name, way) if way in known else ("refused", None) for way in ways]
-        unlabelled = [addressing(name, way) for way in without_labels if way in known]
+        found = [copies_of(name, way) if way in known else ("refused", None) for way in ways]
+        unlabelled = [copies_of(name, way) for way in without_labels if way in known]
         found.append(min(unlabelled, key=lambda cell: cell[0] == "refused"))
         raises = next(what for _, what in found if what)
         rows[name] = " | ".join([name, *(where for where, _ in found), raises])

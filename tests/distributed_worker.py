@@ -59,7 +59,7 @@ class Spy:
     def pml_adversarial_record(self, batch, plan, adversarial):
         self.seen = {
             "plan": (plan.rows, plan.pool_indices, plan.indices_tuple, plan.ref_pool_indices),
-            "own": batch.own(plan.rows),
+            "own": batch.own(torch.arange(len(plan)), plan.rows),
             "inputs": adversarial.inputs,
             "embeddings": adversarial.embeddings.detach(),
             "tuples": batch.indices_tuple,

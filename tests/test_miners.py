@@ -117,7 +117,7 @@ def test_states_and_copies(model, images, labels):
 
 
 def test_bad_input(model, images, labels):
-    with pytest.raises(InputError, match="expected a tuple miner"):
+    with pytest.raises(InputError, match="miner is the class BatchHardMiner; expected an object"):
         AdversarialMiner(miners.BatchHardMiner, model)
     with pytest.raises(InputError, match="miner is ContrastiveLoss"):
         AdversarialMiner(losses.ContrastiveLoss(), model)

@@ -96,7 +96,7 @@ USE = """
         loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[plugin], warmup=0)
         loss_func(model(torch.rand(8, 1, 4, 4)), torch.arange(8) // 2).backward()
         assert loss_func.score_gain > 0
-        print(*(type(plugin).__name__ for plugin in loss_func.adversary.plugins))
+        print(*(type(plugin).__name__ for plugin in loss_func.adversary.hooks.plugins))
     for name in ("embeding_shift", "embedding-shift", "Embedding_Shift"):
         try:
             AdversarialLoss(TripletMarginLoss(), model, plugins=[name])

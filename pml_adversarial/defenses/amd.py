@@ -18,7 +18,7 @@ from ..training.batch import Batch
 from ..training.isolation import preserved
 from ..training.objectives import OwnLoss, at_least_float, tuples_of
 from ..training.plan import Plan
-from ..training.tuples import ROLES
+from ..training.tuples import ROLES, Role
 from .triplets import distance
 
 _RAISED = ("loss", "hardness")
@@ -50,7 +50,7 @@ class AMD:
             wrapper's, as ``perturb`` does not count.
     """
 
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[Role, ...] = ROLES
 
     def __init__(self, raises: str = "loss", tuples_per_anchor: int | None = None) -> None:
         if raises not in _RAISED:
@@ -96,7 +96,7 @@ class AMD:
     def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Generator[None, Attack, Attack]:
         """Whatever attack it is; one that finds nothing to climb leaves the inputs as they were, on purpose."""
         attack = yield
-        inputs = batch.inputs_of(plan.rows[batch.own(plan.rows)])
+        inputs = batch.inputs_of(batch.own(plan.rows, plan.rows))
         try:
             found = adapter.run(attack, inputs, objective.labels)
         except AttackError:
@@ -120,7 +120,7 @@ class RAMD(AMD):
         tuples_per_anchor: as in `AMD`.
     """
 
-    roles = ("positive", "negative")
+    roles: tuple[Role, ...] = ("positive", "negative")
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:

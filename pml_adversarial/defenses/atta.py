@@ -83,7 +83,7 @@ class ATTA:
                 f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; call `reuse.next(index)` with "
                 "the places of the batch's images in the data set before each call of the loss."
             )
-        places = batch.places_of(plan.rows[batch.own(plan.rows)])
+        places = batch.places_of(batch.own(plan.rows, plan.rows))
         index, self._index = self._index.to(places.device)[places], None
         return partial(self._attack, objective, index, batch.strength) if batch.strength else unchanged
 

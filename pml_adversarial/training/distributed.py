@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import AdversarialError
+from .batch import Batch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -22,6 +24,72 @@ U = TypeVar("U")
 _PLASTIC_NUMBER_64 = (
     0xC13FA9A902A6328F  # far-apart seeds for neighbouring ranks, and no multiple of a step's own stride
 )
+
+
+@dataclass(frozen=True, eq=False)
+class JointBatch(Batch):
+    """The batch that several processes share: the union of what they hold, the same in each.
+
+    The queries of all processes come first, in rank order, then their references. Each process holds the inputs of its
+    own rows, and attacks these.
+
+    Attributes:
+        world_size: how many processes share the batch, with as many rows each.
+        rank: number of this process.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes share the batch."""
+        return self.world_size
+
+    @property
+    def num_attackable(self) -> int:
+        """How many rows, from the first on, have inputs that some process knows."""
+        return self.world_size * len(self.inputs)
+
+    @property
+    def own_sizes(self) -> tuple[int, int]:
+        """How many queries, and how many rows of the reference, each process holds."""
+        return self.num_queries // self.world_size, (len(self) - self.num_queries) // self.world_size
+
+    def owners(self, rows: Tensor) -> Tensor:
+        """``(M,)`` the rank of the process that holds the inputs of each row."""
+        queries, reference = self.own_sizes
+        in_reference = (rows - self.num_queries) // max(reference, 1)
+        return torch.where(rows < self.num_queries, rows // max(queries, 1), in_reference)
+
+    def own(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Of values ``(M, ...)``, one for each of some batch rows ``(M,)``, those of this process's own rows."""
+        return values[self.owners(rows) == self.rank]
+
+    def places_of(self, rows: Tensor) -> Tensor:
+        """``(K,)`` places in ``inputs`` of rows that are this process's own."""
+        queries, reference = self.own_sizes
+        in_reference = rows - self.num_queries - self.rank * reference + queries
+        return torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)
+
+    def decide(self, work: Callable[[], Any]) -> Any:
+        """The result of ``work`` in the first process, for all of them. It has to have a method ``to(device)``."""
+        return decide(lambda: work().to("cpu")).to(self.embeddings.device)
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """The result of ``work`` in this process. An error in one process is raised in all of them."""
+        return agree(work, lambda _: None)[0]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """``(N, ...)`` the rows with known inputs of all processes, in the order of the batch."""
+        queries, _ = self.own_sizes
+        return gather_parts(rows, (queries, len(rows) - queries))
+
+    def gather_copies(self, copies: Tensor, rows: Tensor) -> Tensor:
+        """``(M, D)`` the copies of batch rows ``rows`` of all processes. Own copies carry gradient."""
+        owners = self.owners(rows)
+        by_rank = gather_rows(copies, torch.bincount(owners, minlength=self.world_size).tolist())
+        return by_rank[owners.argsort(stable=True).argsort()]
 
 
 def world_size() -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 import numpy
 import torch
-from torch import nn
+from pytorch_metric_learning.losses import CrossBatchMemory
+from torch import Tensor, nn
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
 
@@ -32,12 +33,17 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
     tensors = [(p, p.requires_grad, p.grad, p.data) for p in parameters]
+    queues = ExitStack()
     try:
         for module, _, buffers in states:
+            if _enqueues_as_pml(module):
+                queues.enter_context(_queue_preserved(cast(CrossBatchMemory, module)))
+                continue
             for name, buffer in buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.detach().clone()
         yield
     finally:
+        queues.close()
         for module, state, buffers in states:
             vars(module).clear()
             vars(module).update(state)
@@ -48,6 +54,42 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+def _enqueues_as_pml(module: nn.Module) -> bool:
+    """Whether the module is a `CrossBatchMemory` that writes to its memory in PML's ``add_to_memory`` alone."""
+    kind: Any = type(module)
+    pml = CrossBatchMemory
+    return isinstance(module, pml) and (kind.forward, kind.add_to_memory) == (pml.forward, pml.add_to_memory)
+
+
+@contextmanager
+def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
+    """Whatever is enqueued inside, after it the memory holds what it held before.
+
+    The memory may be large and few of its rows are written, so only those are kept and written back. The version of its
+    tensors is set back too: a graph that was made before can still be walked backward, and one that was made inside,
+    of rows that are gone, raises.
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    enqueue = memory.add_to_memory
+
+    def keep_and_enqueue(self: CrossBatchMemory, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        rows = (self.queue_idx + torch.arange(batch_size, device=labels.device)) % self.memory_size
+        if self is memory:
+            kept.extend((tensor, rows, tensor[rows]) for tensor in (self.embedding_memory, self.label_memory))
+            enqueue(embeddings, labels, batch_size)
+        else:  # a copy of the memory, which carries this function along
+            CrossBatchMemory.add_to_memory(self, embeddings, labels, batch_size)
+
+    version_of: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    with version_of(memory.embedding_memory), version_of(memory.label_memory):
+        memory.add_to_memory = MethodType(keep_and_enqueue, memory)
+        try:
+            yield
+        finally:
+            for tensor, rows, before in reversed(kept):
+                tensor[rows] = before
 
 
 @contextmanager
@@ -67,7 +109,7 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_stream(seed: int, step: int) -> Iterator[None]:
+def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
     """Within it, all global generators draw from a stream of their own; after it they are as found.
 
     The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
@@ -81,12 +123,16 @@ def random_stream(seed: int, step: int) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
-        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
-        if devices:
-            torch.cuda.manual_seed_all(mixed)
-        numpy.random.seed(mixed % 2**32)  # noqa: NPY002
-        random.seed(mixed)
-        yield
+
+        def restart() -> None:
+            torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
+            if devices:
+                torch.cuda.manual_seed_all(mixed)
+            numpy.random.seed(mixed % 2**32)  # noqa: NPY002
+            random.seed(mixed)
+
+        restart()
+        yield restart
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:

@@ -57,11 +57,11 @@ class TestWarmup:
         ("attack", "steps"), [(PRESET, 200), (torchattacks.FGSM, 200), (brighter, 0), (torchattacks.CW, 0)]
     )
     def test_is_of_200_steps_where_there_is_an_eps(self, attack, steps, model):
-        assert AdversarialLoss(ContrastiveLoss(), model, attack=attack).adversary.strength.warmup == steps
+        assert AdversarialLoss(ContrastiveLoss(), model, attack=attack).adversary.schedule.warmup == steps
 
     def test_of_its_own_is_taken(self, model):
         for steps in (0, 7):
-            assert AdversarialLoss(ContrastiveLoss(), model, warmup=steps).adversary.strength.warmup == steps
+            assert AdversarialLoss(ContrastiveLoss(), model, warmup=steps).adversary.schedule.warmup == steps
 
     def test_cannot_be_asked_of_an_attack_without_eps(self, model):
         AdversarialLoss(ContrastiveLoss(), model, attack=brighter, warmup=0)
@@ -120,7 +120,7 @@ def test_the_seed_papers_method_is_one_call_away(model, images, labels):
     value = loss_func(model(images), labels)
     assert loss_func.perturbation_linf == pytest.approx(0.01, rel=1e-4)
     assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # nothing but the readdressed tuples
-    assert not loss_func.adversary.strength.guarded
+    assert not loss_func.adversary.monitor.guarded
 
 
 @pytest.mark.parametrize("eps", [0, -0.1, 8, 1.01, float("nan"), float("inf"), True, "8/255", None])
@@ -139,4 +139,4 @@ def test_the_run_on_digits_keeps_the_settings_of_its_figures(model, images, labe
     loss_func = demo._adversarial(demo.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
     value = loss_func(model(images), labels)
     assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # perturbed rows in place of the clean ones
-    assert not loss_func.adversary.strength.guarded
+    assert not loss_func.adversary.monitor.guarded

@@ -268,7 +268,7 @@ class TestTraining:
 
     def test_a_budget_ends_it(self, part, tmp_path):
         training, _ = trained("preset-ms", part, tmp_path, steps=0, budget=200)
-        assert training.loss.adversary.strength.warmup == 200 // 30 // 2
+        assert training.loss.adversary.schedule.warmup == 200 // 30 // 2
         assert 200 <= training.passed.forward < 200 + 30
 
     def test_methods_start_from_the_same_weights(self, part):

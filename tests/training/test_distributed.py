@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pml_adversarial
 from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError
 from pml_adversarial.training import distributed
+from pml_adversarial.training.distributed import JointBatch
 
 HERE = Path(__file__).parents[1]
 RANKS = (0, 1)
@@ -582,13 +583,13 @@ class TestBatchOfSeveral:
     def batch(self, rank, known):
         rows = torch.zeros(9, 4)
         inputs = torch.tensor([2.0 * rank, 2 * rank + 1, 6 + rank])[:known]  # each names its row
-        return Batch(inputs, rows, rows, None, None, 6, world_size=3, rank=rank)
+        return JointBatch(inputs, rows, rows, None, None, 6, world_size=3, rank=rank)
 
     @pytest.mark.parametrize("rank", range(3))
     def test_knows_whose_rows_are_whose(self, rank):
         batch, rows = self.batch(rank, 3), torch.tensor([8, 0, 3, 3, 7, 5, 6, 1])
         assert batch.owners(rows).tolist() == [self.OWNERS[row] for row in rows]
-        own = batch.own(rows)
+        own = batch.own(torch.arange(len(rows)), rows)
         assert own.tolist() == [m for m, row in enumerate(rows) if self.OWNERS[row] == rank]
         assert batch.inputs_of(rows[own]).tolist() == rows[own].tolist()
 
@@ -599,10 +600,10 @@ class TestBatchOfSeveral:
     def test_alone_all_rows_are_own(self):
         batch = Batch(torch.arange(3.0), torch.zeros(3, 4), torch.zeros(3, 4), None, None, 3)
         rows = torch.tensor([2, 0, 2])
-        assert batch.own(rows).tolist() == [0, 1, 2]
-        assert batch.owners(rows).tolist() == [0, 0, 0]
+        assert batch.own(torch.arange(3), rows).tolist() == [0, 1, 2]
         assert batch.inputs_of(rows).tolist() == [2, 0, 2]
-        assert (batch.num_attackable, batch.own_sizes) == (3, (3, 0))
+        assert (batch.num_attackable, batch.num_processes) == (3, 1)
+        assert torch.equal(batch.gather_copies(rows, rows), rows)
 
 
 def test_models_that_are_no_ddp_are_called_as_they_are(images):

@@ -120,10 +120,14 @@ class TestOfLoss:
         assert loss_func.loss_before == pytest.approx(TripletMarginLoss(margin=1.0)(model(images), labels).item())
         assert loss_func.loss_after > loss_func.loss_before
 
-    def test_loss_values_do_not_hold_the_clean_loss(self, model, images, labels):
-        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0)
+    def test_loss_values_are_of_all_that_is_minimised(self, model, images, labels):
+        alone = seed_paper_loss(TripletMarginLoss(margin=1.0), model, seed=1)
+        alone(model(images), labels)
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0, seed=1)
         loss = loss_func(model(images), labels)
-        assert loss.item() == pytest.approx(loss_func.loss_after + 2 * loss_func.loss_before)
+        clean = TripletMarginLoss(margin=1.0)(model(images), labels).item()
+        assert loss.item() == pytest.approx(loss_func.loss_after) == pytest.approx(alone.loss_after + 2 * clean)
+        assert loss_func.loss_before == pytest.approx(3 * clean)
 
     def test_numbers_are_pythons(self, model, images, labels):
         loss_func = seed_paper_loss(TripletMarginLoss(), model)
