@@ -16,7 +16,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 EPOCHS, BATCH_SIZE, ACCUMULATED = 25, 56, 2
@@ -42,7 +42,7 @@ def train(accelerator, images, labels):
     loss_func = AdversarialLoss(
         MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
         model,  # the model that prepare returned
-        attack=attacks.preset(eps=0.2),
+        eps=0.2,
         warmup=EPOCHS * len(loader) // 2,  # counts calls of the loss; each call is one attack
     )
     loss_func = accelerator.prepare(loss_func)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2 as transforms
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TO_PIXELS = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True)]  # in [0, 1], not normalised
@@ -56,7 +56,7 @@ def train(model, train_set, args, device):
     loss_func = AdversarialLoss(
         MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
         model,
-        attack=attacks.preset(eps=args.eps / 255),
+        eps=args.eps / 255,
         warmup=args.epochs * len(loader) // 2,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)

@@ -15,12 +15,11 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 FOLDER = "lightning_run"
 EPOCHS, BATCH_SIZE = 15, 112
-RECORDS = ("strength", "loss_before", "loss_after", "share_score_rose", "batch_recall", "batch_recall_attacked")
 
 
 class MetricLearner(lightning.LightningModule):
@@ -43,7 +42,7 @@ class MetricLearner(lightning.LightningModule):
             nn.Linear(512, 64),
         )
         loss_func = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
-        self.loss_func = AdversarialLoss(loss_func, self.model, attack=attacks.preset(eps=eps), warmup=warmup)
+        self.loss_func = AdversarialLoss(loss_func, self.model, eps=eps, warmup=warmup)
 
     def forward(self, images):
         """Pixels in [0, 1] -> embeddings."""
@@ -53,7 +52,7 @@ class MetricLearner(lightning.LightningModule):
         """The attack runs inside the loss. The records of the step are logged."""
         images, labels = batch
         loss = self.loss_func(self.model(images), labels)
-        self.log_dict({f"train/{name}": float(getattr(self.loss_func, name)) for name in RECORDS})
+        self.log_dict({f"train/{name}": value for name, value in self.loss_func.records.items()})
         return loss
 
     def validation_step(self, batch, batch_idx):

@@ -12,7 +12,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 EPOCHS = 25
@@ -33,7 +33,7 @@ def train(images, labels, adversarial):
     steps = EPOCHS * len(loader)
     loss_func = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
     if adversarial:
-        loss_func = AdversarialLoss(loss_func, model, attack=attacks.preset(eps=2 * EPS), warmup=steps // 2)
+        loss_func = AdversarialLoss(loss_func, model, eps=2 * EPS, warmup=steps // 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     for _ in range(EPOCHS):

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialTester, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, AdversarialTester, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 FOLDER = "pml_trainer_run"
@@ -38,7 +38,7 @@ def train(dataset, val):
     loss_func = AdversarialLoss(
         losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
         models,
-        attack=attacks.preset(eps=2 * EPS),
+        eps=2 * EPS,
         warmup=EPOCHS * ITERATIONS // 2,
     )
     keeper, records, tensorboard = logging_presets.get_record_keeper(f"{FOLDER}/records", f"{FOLDER}/tensorboard")
