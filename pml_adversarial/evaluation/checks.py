@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import uniform_start, per_image, projected
+from ..attacks.ball import per_image, projected, uniform_start
 from ..attacks.pgd import MomentumPGD
 from ..training.isolation import random_stream
 from . import binomial
