@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .evaluation import Report, evaluate_robustness
     from .testers import AdversarialTester
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adversarial",

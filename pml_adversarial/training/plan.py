@@ -26,16 +26,16 @@ _OF_PML = ("embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
 
-    Arguments that are None at the end are left out where the loss does not take them: a loss of one's own may be
+    What follows the labels is left out if all of it is None and the loss takes less: a loss of one's own may be
     ``forward(embeddings, labels)``.
 
     Raises:
-        PlanError: other arguments are left that the loss does not take.
+        PlanError: there are tuples or a reference, and the loss does not take them.
     """
     limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
-    while len(arguments) > limit and arguments[-1] is None:
-        arguments = arguments[:-1]
-    if len(arguments) > limit:
+    if all(argument is None for argument in arguments[2:]):
+        return loss(*arguments[:limit])
+    if limit is not None and len(arguments) > limit:
         given = [name for name, value in zip(_OF_PML, arguments, strict=False) if value is not None]
         raise PlanError(
             f"{type(loss).__name__} takes {limit} arguments, and there are {', '.join(given)}. Leave out the miner, "
@@ -46,11 +46,11 @@ def call(loss: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @cache
-def _num_arguments(kind: Any) -> float:
-    """How many positional arguments ``forward`` takes."""
+def _num_arguments(kind: Any) -> int | None:
+    """How many positional arguments ``forward`` takes; None: any number."""
     parameters = [*signature(kind.forward).parameters.values()][1:]
     if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
-        return float("inf")
+        return None
     return sum(p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
