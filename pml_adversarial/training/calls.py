@@ -10,7 +10,6 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from ..errors import InputError, PlanError
-from .batch import Batch
 from .loss_support import LossSupport, support_of
 from .options import positional
 from .tuples import IndicesTuple
@@ -72,7 +71,10 @@ class TwoViews(PMLCall):
 
 
 class Enqueuing(PMLCall):
-    """A `CrossBatchMemory` called with ``enqueue_mask``: the rows of the mask are a reference that joins the memory."""
+    """A `CrossBatchMemory` called with ``enqueue_mask``: the rows of the mask are a reference that joins the memory.
+
+    Queries meet the memory only, and not one another.
+    """
 
     @property
     def loss_support(self) -> LossSupport | None:
@@ -92,25 +94,6 @@ class Enqueuing(PMLCall):
         mask = torch.arange(len(embeddings) + len(ref_emb), device=embeddings.device) >= len(embeddings)
         rows, classes = torch.cat([embeddings, ref_emb]), torch.cat([labels, ref_labels])
         return self.loss(rows, classes, enqueue_mask=mask)
-
-
-def split_by_mask(batch: Batch, mask: Tensor) -> Batch:
-    """The batch with the rows outside of the mask as queries, and those of the mask as the reference.
-
-    Args:
-        batch: without a reference, of one process.
-        mask: ``(N,)`` bool.
-    """
-    mask = mask.to(batch.embeddings.device)
-    order = mask.long().argsort(stable=True)
-    return replace(
-        batch,
-        inputs=batch.inputs[order],
-        embeddings=batch.embeddings[order],
-        context=batch.context[order],
-        labels=None if batch.labels is None else batch.labels[order],
-        num_queries=len(batch) - int(mask.sum()),
-    )
 
 
 def name_of(loss: nn.Module) -> str:

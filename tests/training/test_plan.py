@@ -540,9 +540,9 @@ class TestCall:
 
         assert call(Own(), 1, 2, None) == (1, 2)
         assert call(Own(), 1, 2, None, None, None) == (1, 2)
-        with pytest.raises(TypeError):
+        with pytest.raises(PlanError, match="Own takes 2 arguments"):
             call(Own(), 1, 2, (3,))
-        with pytest.raises(TypeError):
+        with pytest.raises(PlanError, match="there are embeddings, labels, ref_emb"):
             call(Own(), 1, 2, None, 4, None)
 
     def test_hands_on_what_is_taken(self):
