@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pml_adversarial.evaluation.html.page import environment
 
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.html import render
 from pml_adversarial.evaluation.html.charts import Line, chart, spread
+from pml_adversarial.evaluation.html.page import environment
 from pml_adversarial.evaluation.html.pictures import data_uri, magnified, small, visible
 from pml_adversarial.evaluation.report import Report
 from pml_adversarial.evaluation.results import AttackResult, Check, Example, Neighbour, WorstCase
@@ -436,7 +436,12 @@ class TestCurves:
         assert {("query one", "same"), ("gallery one", "same")} < set(lines(figure))
 
     def test_without_attacks(self):
-        assert section(render(report(**REPORTS["no attacks"])), "Curves").text.split() == ["Curves", "No", "attack", "ran."]
+        assert section(render(report(**REPORTS["no attacks"])), "Curves").text.split() == [
+            "Curves",
+            "No",
+            "attack",
+            "ran.",
+        ]
 
     def test_only_measures_that_there_are(self):
         made = report()
