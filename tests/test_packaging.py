@@ -50,9 +50,9 @@ def with_plugin(built, tmp_path_factory):
 class TestDistributions:
     def test_wheel_holds_the_package_alone(self, built):
         names = zipfile.ZipFile(built["wheel"]).namelist()
-        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pml_adversarial").rglob("*.py")}
-        assert sources <= set(names)
-        assert "pml_adversarial/py.typed" in names
+        files = [path for path in (ROOT / "pml_adversarial").rglob("*.*") if path.suffix != ".pyc"]
+        assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
+        assert {"pml_adversarial/py.typed", "pml_adversarial/evaluation/html/templates/page.html"} <= set(names)
         assert all(name.startswith(("pml_adversarial/", "pml_adversarial-")) for name in names)
 
     def test_sdist_holds_what_it_is_tested_with(self, built):
@@ -67,9 +67,11 @@ class TestDistributions:
         assert (metadata["Name"], metadata["Version"]) == ("pml-adversarial", pml_adversarial.__version__)
         required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
         assert {re.match(r"[\w-]+", line)[0] for line in required} == {
+            "jinja2",
             "numpy",
             "pluggy",
             "pytorch-metric-learning",
+            "scipy",
             "torch",
             "torchattacks",
         }

@@ -133,8 +133,8 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Percent, on digits never seen in training, mean of {seeds} seed(s). Attacked R@1 is the worst case per",
         f"query over {attacks} attacks (toward the nearest wrong item, chosen anew in each step; away from its clean",
-        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
-        "the gallery is clean.",
+        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random "
+        "starts each; the gallery is clean.",
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
