@@ -1,7 +1,7 @@
-"""What the other processes hold: rows gathered in rank order, and one outcome, or one error, for all of them.
+"""Several processes share a batch: rows are gathered in rank order, and decisions and errors are the same on all ranks.
 
-Everything here is about the default process group of ``torch.distributed``. What is gathered is what the ranks hold;
-nothing is sent backward: own rows carry gradient, the others do not, and `DistributedDataParallel` averages.
+Everything here uses the default process group of ``torch.distributed``. No gradient is communicated here: the rows of
+this rank carry gradient, the rows of other ranks do not, and `DistributedDataParallel` averages the gradients.
 """
 
 from __future__ import annotations
@@ -93,26 +93,26 @@ class JointBatch(Batch):
 
 
 def world_size() -> int:
-    """How many processes there are; 1 where nothing is distributed."""
+    """The number of processes; 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process; 0 where nothing is distributed."""
+    """The number of this process; 0 where there is no process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def seed_of_rank(seed: int) -> int:
-    """A seed of this rank's own; ``seed`` itself for a single process."""
+    """A seed for this rank, different on each rank; ``seed`` itself for a single process."""
     return seed if world_size() == 1 else (seed + (rank() + 1) * _PLASTIC_NUMBER_64) % 2**63
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """The rows of all ranks in rank order; own rows carry gradient.
+    """Gathers the rows of all ranks in rank order; the rows of this rank carry gradient.
 
     Args:
-        rows: ``(K, ...)``, of one type and of the same further dimensions on all ranks.
-        counts: how many rows each rank gives; None: all as many as this one.
+        rows: ``(K, ...)``, on all ranks with the same type and the same dimensions after the first.
+        counts: the number of rows of each rank; None: each rank has as many as this one.
 
     Returns:
         ``(sum of counts, ...)``.
@@ -128,25 +128,28 @@ def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def gather_parts(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The rows of all ranks, part by part: first the first part of each rank, then the second.
+    """Gathers the rows of all ranks part by part: the first part of every rank, then the second part of every rank.
 
     Args:
-        rows: ``(sum of sizes, ...)``, such as queries and reference; as many on each rank.
-        sizes: how many rows each part has.
+        rows: ``(sum of sizes, ...)``, such as queries and references; the same number on each rank.
+        sizes: the number of rows of each part.
 
     Returns:
-        ``(world size * sum of sizes, ...)``; own rows carry gradient.
+        ``(world size * sum of sizes, ...)``; the rows of this rank carry gradient.
     """
     by_rank = gather_rows(rows).unflatten(0, (world_size(), len(rows)))
     return torch.cat([part.flatten(0, 1) for part in by_rank.split(list(sizes), 1)])
 
 
 def own_first(rows: Tensor, per_rank: int) -> Tensor:
-    """Row numbers in rank order as PML's distributed wrappers number them: own rows, then the others in rank order.
+    """Renumbers rows as PML's distributed wrappers number them: own rows first, then the other ranks' in rank order.
 
     Args:
-        rows: numbers below ``world size * per_rank``.
-        per_rank: how many rows each rank holds.
+        rows: row numbers in rank order, below ``world size * per_rank``.
+        per_rank: the number of rows that each rank holds.
+
+    Returns:
+        The numbers of the same rows, of the same shape.
     """
     own = rank() * per_rank
     numbers = torch.where(rows < own, rows + per_rank, rows)
@@ -154,14 +157,14 @@ def own_first(rows: Tensor, per_rank: int) -> Tensor:
 
 
 def agree(work: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
-    """Runs ``work`` on each rank; an error on one of them is raised on all, so that nobody waits for it.
+    """Runs ``work`` on each rank. An error on one rank is raised on all ranks, so that no rank waits for another.
 
     Args:
-        work: uses no collective.
-        tell: what of the result the other ranks learn, as an object that can be pickled.
+        work: must not use a collective operation.
+        tell: maps the result to what the other ranks learn of it, an object that can be pickled.
 
     Returns:
-        The result of this rank, and what each rank told.
+        The result of this rank, and what each rank told, in rank order.
     """
     result, error = _attempt(work)
     told: list[Any] = [None] * world_size()
@@ -175,10 +178,10 @@ def agree(work: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
 
 
 def decide(work: Callable[[], T]) -> T:
-    """Runs ``work`` on rank 0 alone; its result, or its error, is that of all ranks.
+    """Runs ``work`` on rank 0 only. All ranks return its result, or raise its error.
 
     Args:
-        work: uses no collective, and gives something that can be pickled, with tensors on the CPU.
+        work: must not use a collective operation; returns an object that can be pickled, with tensors on the CPU.
     """
     result, error = _attempt(work) if rank() == 0 else (None, None)
     said: list[Any] = [(result, _portable(error))]
@@ -194,15 +197,15 @@ def decide(work: Callable[[], T]) -> T:
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except Exception as error:  # to be raised on all ranks
+    except Exception as error:  # the caller raises it on all ranks
         return None, error
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error if it survives the journey to another process; else a plain one that tells of it."""
+    """The error itself if it can be sent to another process; otherwise a `RuntimeError` with its name and message."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception of somebody else does when it is pickled
+    except Exception:  # pickling an exception of another library may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

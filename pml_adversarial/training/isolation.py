@@ -1,4 +1,4 @@
-"""How an attack leaves no trace: modules, gradients and random number generators come back as they were."""
+"""An attack leaves no trace: modules, gradients and random number generators are restored after it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get f
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Whatever happens to the modules within it, after it they are as found.
+    """Restores the state of modules on exit, also after an exception.
 
-    What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
-    graph that saved them can still be walked backward), attributes (what they are bound to: a list that was
-    changed in place stays changed), each parameter's ``.grad``, ``requires_grad`` and ``.data`` (what it is bound to:
-    some losses cast or normalise their own in each call).
+    It restores:
+
+    - the mode (train or eval) of every submodule;
+    - buffers. The original tensors come back, so an autograd graph that saved them can still be walked backward;
+    - attributes, each bound to the object that it was bound to. An object that was changed in place stays changed;
+    - each parameter's ``.grad``, ``requires_grad`` and ``.data``. Some losses cast or normalise their parameters in
+      each call, and so bind ``.data`` to another tensor.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
@@ -91,9 +94,9 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
 
 @contextmanager
 def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Within it, modules are in eval mode with frozen parameters; after it they are as found, see `preserved`.
+    """Puts modules into eval mode and freezes their parameters; on exit it restores them, see `preserved`.
 
-    Gradient is enabled inside.
+    Gradients are enabled inside.
     """
     with preserved(*modules), torch.enable_grad():
         for module in modules:
@@ -109,8 +112,8 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
     """Within it, all global generators draw from a stream of their own; after it they are as found.
 
-    The stream is a function of ``seed`` and ``step`` alone, so it moves on from step to step and a resumed
-    run repeats an unbroken one. torch (CPU and the accelerator), numpy and ``random`` are covered, since
+    The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
+    numbers of an unbroken run. The generators are those of torch (CPU and accelerator), numpy and ``random``, since
     attacks draw from all three.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
@@ -135,8 +138,8 @@ def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
 def depends_on_mode(*modules: nn.Module) -> bool:
     """Whether any submodule is in train mode and runs code that asks for the mode.
 
-    BatchNorm and Dropout do, a convolution does not. Asked from the code of the class, so that modules that
-    users write are covered; scripted modules, whose code cannot be read, count as dependent.
+    BatchNorm and Dropout ask for it, a convolution does not. The answer comes from the code of each class, so it also
+    covers modules that users write. Scripted modules count as dependent, because their code cannot be read.
     """
     return any(m.training and _reads_training(cast(Hashable, type(m))) for module in modules for m in module.modules())
 

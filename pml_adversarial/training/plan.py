@@ -24,21 +24,20 @@ from .tuples import MEMBERS, IndicesTuple, as_slice, consecutive, played, rank_i
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
 
-    Arguments that are None at the end are left out where the loss does not take them: a loss of one's own may be
+    What follows the labels is left out if all of it is None and the loss takes less: a loss of one's own may be
     ``forward(embeddings, labels)``.
     """
-    limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
-    while len(arguments) > limit and arguments[-1] is None:
-        arguments = arguments[:-1]
+    if isinstance(loss, nn.Module) and all(argument is None for argument in arguments[2:]):
+        return loss(*arguments[: _num_arguments(cast(Hashable, type(loss)))])
     return loss(*arguments)
 
 
 @cache
-def _num_arguments(kind: Any) -> float:
-    """How many positional arguments ``forward`` takes."""
+def _num_arguments(kind: Any) -> int | None:
+    """How many positional arguments ``forward`` takes; None: any number."""
     parameters = [*signature(kind.forward).parameters.values()][1:]
     if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
-        return float("inf")
+        return None
     return sum(p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
