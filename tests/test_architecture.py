@@ -2,10 +2,6 @@
 
 import ast
 import graphlib
-import importlib
-import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -119,52 +115,6 @@ def test_a_library_is_known_in_few_places(library):
     assert knowing <= LIBRARIES[library]
 
 
-def exported(tree):
-    """Names in ``__all__``, in the order in which a module lists them; None: it has none."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-                return ast.literal_eval(node.value)
-    return None
-
-
-def without_exports(trees):
-    """Packages, and modules at the root, that do not say what they export."""
-    public = [name for name in trees if name in ROOT or name.endswith(".__init__")]
-    return [name for name in public if name != "__main__" and exported(trees[name]) is None]
-
-
-def strangers(package):
-    """Public names that ``dir`` shows and that are neither exported nor a module of the package."""
-    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    return {name for name in dir(package) if not name.startswith("_")} - modules - {*package.__all__}
-
-
-@pytest.fixture(params=["", *sorted({name.split(".")[0] for name in modules() if "." in name})])
-def package(request):
-    return importlib.import_module(f"pml_adversarial.{request.param}".rstrip("."))
-
-
-class TestExports:
-    def test_public_modules_say_what_they_export(self):
-        assert without_exports(modules()) == []
-
-    def test_what_is_exported_is_there_once(self, package):
-        assert len({*package.__all__}) == len(package.__all__)
-        assert all(getattr(package, name, None) is not None for name in package.__all__)
-
-    def test_dir_shows_no_imported_helpers(self, package):
-        assert strangers(package) == set()
-
-    def test_one_import_reaches_all_public_names(self):
-        """In a process of its own, since other tests have imported all of the package in this one."""
-        names = [*pml_adversarial.__all__, "attacks.NFGSM", "attacks.preset", "defenses.HM", "evaluation.certify"]
-        code = "import pml_adversarial\n" + "".join(f"pml_adversarial.{name}\n" for name in names)
-        done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-
 class TestTheRules:
     """The rules themselves find what they are for."""
 
@@ -187,14 +137,3 @@ class TestTheRules:
         trees = modules()
         trees["attacks.ball"] = ast.parse("from .pgd import *")
         assert set(circle(trees)) >= {"attacks.ball", "attacks.pgd"}
-
-    def test_a_door_without_exports(self):
-        trees = modules()
-        trees["losses"], trees["attacks.__init__"] = ast.parse("import torch"), ast.parse("")
-        assert {"losses", "attacks.__init__"} <= {*without_exports(trees)}
-
-    def test_a_helper_in_dir(self, monkeypatch):
-        from pml_adversarial import attacks
-
-        monkeypatch.setattr(attacks, "helper", print, raising=False)
-        assert strangers(attacks) == {"helper"}
