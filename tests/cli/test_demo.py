@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from pml_adversarial.attacks import adapter
-from pml_adversarial.cli import experiment, main
+from pml_adversarial.cli import demo, experiment, main
 from pml_adversarial.cli.demo import table
 from pml_adversarial.cli.options import parse_call
 
