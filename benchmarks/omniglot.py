@@ -32,7 +32,7 @@ from torchvision.datasets import Omniglot
 
 from pml_adversarial import AdversarialLoss, Report, evaluate_robustness
 from pml_adversarial.cli.images import OpenSetSplit
-from pml_adversarial.evaluation import robrank as peers
+from pml_adversarial.evaluation import robrank_scores
 
 logger = logging.getLogger("omniglot")
 
@@ -146,20 +146,19 @@ def compare(
     )
     report.save_json(resume / "report.json")
     report.save_html(resume / "report.html")
-    worst = {w.eps: w.standing for w in report.worst if w.target == "query"}[peer_eps]
+    worst = {w.eps: w.robust_flags for w in report.worst if w.target == "query"}[peer_eps]
     found: dict[str, Any] = {"worst_case": report.worst_case(peer_eps), "peers": {}}
     for version in ("published", "corrected"):
-        scores = peers.robrank_scores(
+        scores = robrank_scores(
             model,
-            data.test_images,
-            data.test_labels,
-            settings=peers.Settings(eps=peer_eps),
+            (data.test_images, data.test_labels),
+            eps=peer_eps,
             version=version,  # type: ignore[arg-type]
-            queries=queries,
+            subset=queries,
         )
-        recalls = {name: scores.held[name] for name in ("ES:R", "LTM", "GTM")}
+        recalls = {name: scores.robust_flags[name] for name in ("ES:R", "LTM", "GTM")}
         missed = {
-            name: sum(bool(ours == "1") and not bool(held) for ours, held in zip(worst, kept, strict=True))
+            name: sum(bool(ours == "1") and not bool(robust) for ours, robust in zip(worst, kept, strict=True))
             for name, kept in recalls.items()
         }
         found["peers"][version] = {
@@ -201,9 +200,9 @@ def main() -> None:
         model.load_state_dict(torch.load(options.out / f"{name}.pt", weights_only=True))
         report, found = compare(model.eval(), data, eps, queries, eps[-1], options.out / f"{name}_evaluation")
         logger.info("%s\n%s\n%s", name, report, json.dumps(found, indent=2))
-        shown = {key: value for key, value in report.to_dict().items() if key not in ("settings", "clean_standing")}
+        shown = {key: value for key, value in report.to_dict().items() if key not in ("settings", "clean_flags")}
         for part in (*shown["attacks"], *shown["worst"]):
-            part.pop("standing")
+            part.pop("robust_flags")
         results[name] = {"report": shown, **found}
         (options.out / "omniglot.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

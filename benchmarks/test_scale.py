@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE, compared, paired, peak
 from pml_adversarial.evaluation import Report, evaluate_robustness
-from pml_adversarial.evaluation.attacks import AnyAttack, GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack, RetrievalAttack
 from pml_adversarial.evaluation.gallery import Gallery
-from pml_adversarial.evaluation.suites import classified, nearest_wrong, promotion, raising, toward_nearest_wrong
+from pml_adversarial.evaluation.suites import classifier_attack, gradient_attack, margin_score, nearest_wrong, promotion
 
 ITEMS, CLASSES, SHAPE, EPS, PAIRS = 60_502, 11_316, (1, 16, 32), 0.02, 3
 
@@ -57,11 +57,11 @@ def gallery() -> tuple[Tensor, Tensor]:
     return images.clamp_(0, 1), labels
 
 
-def attacks(steps: int = 5) -> tuple[AnyAttack, ...]:
+def attacks(steps: int = 5) -> tuple[RetrievalAttack, ...]:
     """One of each kind: on the query by its margin, on the query as a class, on the gallery."""
-    apgd = classified(partial(torchattacks.APGD, steps=steps))
+    apgd = classifier_attack(partial(torchattacks.APGD, steps=steps))
     return (
-        QueryAttack("margin", raising(toward_nearest_wrong, steps)),
+        QueryAttack("margin", gradient_attack(margin_score, steps)),
         QueryAttack("apgd-ce", apgd),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
     )
@@ -70,7 +70,7 @@ def attacks(steps: int = 5) -> tuple[AnyAttack, ...]:
 def evaluate(data: tuple[Tensor, Tensor], queries: int, steps: int = 5) -> Report:
     """The first queries before all items."""
     return evaluate_robustness(
-        Pixels().to(DEVICE), data, eps=EPS, attacks=attacks(steps), subset=range(queries), checks=False, chunk=128
+        Pixels().to(DEVICE), data, eps=EPS, attacks=attacks(steps), subset=range(queries), checks=False, batch_size=128
     )
 
 

@@ -4,6 +4,8 @@ Each error derives from `AdversarialError` and from the builtin error that fits,
 ``except ValueError`` clauses keep working. Each message says what was found, what was expected and what to do.
 """
 
+__all__ = ["AdversarialError", "AttackError", "CaptureError", "InputError", "PlanError", "PluginError"]
+
 
 class AdversarialError(Exception):
     """Base of all errors that pml_adversarial raises on purpose."""

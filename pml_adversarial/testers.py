@@ -1,4 +1,4 @@
-"""Robustness where PML tests, so that PML's logging and model selection see it: the drop-in `AdversarialTester`."""
+"""Wraps a tester of pytorch-metric-learning so that each test measures robustness too."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_collate
 
 from .errors import InputError
-from .evaluation.attacks import AnyAttack
-from .evaluation.report import TARGETS, Report
-from .evaluation.robustness import check_options, evaluate_robustness, to_radii, to_suite
-from .evaluation.task import whole_numbers
+from .evaluation import Report, RetrievalAttack, evaluate_robustness
+from .evaluation.embedder import Embedder
+from .evaluation.options import check_norm, check_whole, to_radii, to_recall_at
+from .evaluation.results import TARGETS
+from .evaluation.suites import find_suite
 from .training.isolation import isolated
 from .training.pixels import Normalization, PixelSpace
 
+__all__ = ["AdversarialTester"]
+
 _WORST = {"query": "worst_case", "gallery": "worst_case_gallery"}
-_UNEQUAL = 1e-3  # lengths of embeddings that a network normalised in half precision differ by less
+_LENGTH_TOLERANCE = 1e-3  # relative; a network that normalises in half precision stays below it
 
 
-class _Delegate:
-    """What it has not itself is another object's: read, set and deleted there."""
+class _Proxy:
+    """Passes attributes that it does not have itself on to the wrapped object: to be read, set and deleted there."""
 
     def __init__(self, wrapped: Any, **own: Any) -> None:
         vars(self).update(own, _wrapped=wrapped)
 
     def __getattr__(self, name: str) -> Any:
-        if "_wrapped" not in vars(self) or name.startswith("__"):  # copy and pickle ask before anything is there
+        if "_wrapped" not in vars(self) or name.startswith("__"):  # copy and pickle ask before __init__
             raise AttributeError(name)
         return getattr(self._wrapped, name)
 
@@ -54,48 +57,50 @@ class _Delegate:
         return name in vars(self) or hasattr(type(self), name)
 
 
-class AdversarialTester(_Delegate):
-    """Wraps a PML tester: in each `test`, queries are attacked, and what is left joins the tester's own accuracies.
+class AdversarialTester(_Proxy):
+    """Wraps a PML tester. Each `test` attacks the queries and adds robust metrics to the tester's accuracies.
 
-    It is used as the tester that it wraps, also by ``HookContainer``, which logs the metrics below and selects models
-    by any of them (``primary_metric="worst_case_recall_at_1"``). All else, read or set, is the wrapped tester's, and
-    its numbers stay what they are.
+    Use it in place of the tester that it wraps, also with ``HookContainer``, which then logs the metrics and can select
+    models by one of them (``primary_metric="worst_case_recall_at_1"``). All other attributes and methods are those of
+    the wrapped tester, and its own accuracies do not change.
 
-    The metrics, each a mean over the attacked queries, are named for ``HookContainer`` and SQL:
+    Each metric is a mean over the attacked queries:
 
-    - ``clean_M`` without attack, by the rules of the others;
-    - ``worst_case_M`` if each query meets the attack on the query that is worst for it;
-    - ``worst_case_gallery_M`` the same of attacks on the gallery, where there are any;
-    - ``A_M`` under one attack, such as ``margin_recall_at_1``, with "_" for whatever is no letter or digit.
+    - ``clean_M``: without attack, by the same rules as the other metrics here;
+    - ``worst_case_M``: each query meets the attack on the query that is worst for it;
+    - ``worst_case_gallery_M``: each query meets the attack on the gallery that is worst for it, if there is any;
+    - ``A_M``: under the attack A, such as ``margin_recall_at_1``.
 
-    M is ``recall_at_1`` or another of ``recall_at``, ``map_at_r`` or ``r_precision``. These are of the first eps;
-    names at each further one end in it, such as ``worst_case_recall_at_1_eps_0_0314``. What was not measured is nan:
-    splits that were not attacked, attacks that need more classes.
+    M is ``map_at_r``, ``r_precision``, or ``recall_at_k`` for each k in ``recall_at``. These names are for the first
+    eps; for each further eps a suffix is added, such as ``worst_case_recall_at_1_eps_0_0314``. Characters that are no
+    letters or digits become "_", so that names are valid in SQL. A metric is nan if it was not measured: in splits that
+    are not attacked, and for attacks that need more classes.
 
-    References are the clean gallery, in which a query never finds itself. Each label level is attacked for itself, and
-    with ``WithSameParentLabelTester`` each parent label too; parents under which no query has a right item are left
-    out. ``GlobalTwoStreamEmbeddingSpaceTester`` has its first stream attacked.
+    The gallery is the reference splits, clean; a query never finds itself. Each label level is attacked separately.
+    With ``WithSameParentLabelTester``, each parent label is attacked separately too, and a parent label is left out if
+    no query under it has a right item. With ``GlobalTwoStreamEmbeddingSpaceTester``, the first stream is attacked.
 
     Args:
-        tester: any tester of pytorch-metric-learning that compares embeddings by direction: normalised, without PCA.
-        eps: radius in pixels of [0, 1], or several, of which the first gives the metrics without a suffix.
+        tester: a tester of pytorch-metric-learning that compares normalised embeddings, without PCA.
+        eps: one or more radii, in pixels of [0, 1]. The first gives the metrics without suffix.
         attacks: "quick", "standard" or a list, see `evaluate_robustness`.
-        norm: "Linf" or "L2".
+        norm: of the perturbations, "Linf" or "L2".
         recall_at: the k of R@k; 1 is always among them.
-        normalization: ``(mean, std)`` that the images of the data sets are normalised with; None: they are pixels.
-        splits: names of the splits whose queries are attacked; None: all that are tested.
-        max_queries: so many queries of each split are attacked, the same in all tests; None: all.
-        checks: whether to ask for signs of a false claim, see `evaluate_robustness`.
+        normalization: ``(mean, std)`` with which the data sets normalise images. None: images are pixels in [0, 1].
+        splits: names of the splits whose queries are attacked; None: all splits that are tested.
+        max_queries: how many queries of each split are attacked, the same ones in each test; None: all.
+        checks: whether to look for signs that the measured robustness is too high, see `evaluate_robustness`.
         seed: of all random choices.
-        chunk: queries that are attacked together.
+        batch_size: queries that are attacked together.
 
     Attributes:
-        reports: of the last test, split -> `Report`; with several levels ``"val_level0"`` -> `Report` and so on, with
-            parent labels ``"val_parent3"`` or ``"val_level0_parent3"``.
+        reports: of the last test, name -> `Report`. The name is that of the split, such as ``"val"``. With several
+            label levels it is ``"val_level0"`` and so on; with parent labels ``"val_parent3"`` or
+            ``"val_level0_parent3"``.
         metrics: names of the metrics that are added.
 
     Raises:
-        InputError: here, or in `test`, for what cannot be attacked; no metric is added then.
+        InputError: here or in `test`, if something cannot be attacked. Then `test` adds no metric.
 
     Example:
         >>> from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
@@ -116,7 +121,7 @@ class AdversarialTester(_Delegate):
         tester: Any,
         *,
         eps: float | Iterable[float],
-        attacks: str | Sequence[str | AnyAttack] = "quick",
+        attacks: str | Sequence[str | RetrievalAttack] = "quick",
         norm: str = "Linf",
         recall_at: Sequence[int] = (1,),
         normalization: Normalization | None = None,
@@ -124,33 +129,34 @@ class AdversarialTester(_Delegate):
         max_queries: int | None = None,
         checks: bool = False,
         seed: int = 0,
-        chunk: int = 128,
+        batch_size: int = 128,
     ) -> None:
         _check_kind(tester)
-        measures, radii = tuple(sorted({1, *whole_numbers(recall_at, "recall_at")})), _first_ahead(eps)
-        check_options(norm, chunk, measures, sorted(radii))
-        if max_queries is not None and (not isinstance(max_queries, int) or max_queries < 1):
-            raise InputError(f"max_queries={max_queries}; expected a whole number from 1 on, or None for all.")
-        members = to_suite(attacks)[1]
-        naming = _Naming(radii, tuple((attack.name, attack.target) for attack in members), measures)
+        check_norm(norm)
+        check_whole("batch_size", batch_size)
+        if max_queries is not None:
+            check_whole("max_queries", max_queries)
+        members = find_suite(attacks)[1]
+        targets = {attack.name: attack.target for attack in members}
+        names = _MetricNames(_radii(eps, norm), targets, tuple(to_recall_at(recall_at)))
         super().__init__(
             tester,
             reports={},
-            metrics=naming.all(),
-            _naming=naming,
+            metrics=names.all(),
+            _names=names,
             _needs_gradient=not all(attack.black_box for attack in members),
             _splits=_names_of(splits),
             _max_queries=max_queries,
             _space=PixelSpace(normalization),
             _options={
-                "eps": naming.radii,
+                "eps": names.radii,
                 "attacks": attacks,
                 "norm": norm,
-                "recall_at": measures,
+                "recall_at": names.recall_at,
                 "normalization": normalization,
                 "checks": checks,
                 "seed": seed,
-                "chunk": chunk,
+                "batch_size": batch_size,
             },
         )
 
@@ -161,7 +167,7 @@ class AdversarialTester(_Delegate):
 
     @property
     def accuracy_calculator(self) -> Any:
-        """The wrapped tester's, which names the added metrics too: ``HookContainer`` asks there."""
+        """The wrapped tester's calculator, with the names of the added metrics: ``HookContainer`` reads them there."""
         return _Calculator(self.tester.accuracy_calculator, metrics=self.metrics)
 
     @accuracy_calculator.setter
@@ -169,8 +175,11 @@ class AdversarialTester(_Delegate):
         self.tester.accuracy_calculator = calculator._wrapped if isinstance(calculator, _Calculator) else calculator
 
     def description_suffixes(self, base_name: str) -> str:
-        """The wrapped tester's, marked: ``HookContainer`` fails on a table that was begun without these metrics."""
-        return f"{self.tester.description_suffixes(base_name)}_attacked"  # longer, and record-keeper hashes the name
+        """The wrapped tester's suffixes and another one.
+
+        ``HookContainer`` fails on a table that was started without the added metrics, so this needs a table of its own.
+        """
+        return f"{self.tester.description_suffixes(base_name)}_attacked"
 
     def test(
         self,
@@ -181,7 +190,7 @@ class AdversarialTester(_Delegate):
         splits_to_eval: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Tests as the wrapped tester does, and attacks before its ``end_of_testing_hook`` is called.
+        """Runs the wrapped tester's test, and the attacks before its ``end_of_testing_hook`` is called.
 
         Returns:
             ``all_accuracies``: split -> name of a metric with its label level -> value.
@@ -204,56 +213,56 @@ class AdversarialTester(_Delegate):
         finally:
             if tester.end_of_testing_hook is attack_first:
                 tester.end_of_testing_hook = users_hook
-            vars(tester).pop("embeddings_and_labels", None)  # PML leaves them behind where a hook fails
+            vars(tester).pop("embeddings_and_labels", None)  # PML keeps them if a hook fails
 
     def _attack(self, model: _Embedding, reader: _Reader) -> None:
-        """Adds the metrics to ``all_accuracies``, of all splits or, after an exception, of none."""
+        """Adds the metrics to ``all_accuracies``; if anything fails, nothing is added."""
         reports: dict[str, Report] = {}
         added = []
         for split, accuracies in self.tester.all_accuracies.items():
-            asked = _Asked.of(self.tester, split)
+            queries = _SplitQueries.of(self.tester, split)
             found: dict[str, Any] = {}
-            for level in asked.levels:
+            for level in queries.levels:
                 means = dict.fromkeys(self.metrics, torch.nan)
                 if self._splits is None or split in self._splits:
-                    means = _mean(list(self._groups(model, reader, asked, level, reports)), asked)
+                    means = _mean(list(self._groups(model, reader, queries, level, reports)), queries)
                 for name, value in means.items():
                     found[self.tester.accuracies_keyname(name, label_hierarchy_level=level)] = value
-            if len(asked.levels) > 1:
-                self.tester.calculate_average_accuracies(found, self.metrics, asked.levels)
+            if len(queries.levels) > 1:
+                self.tester.calculate_average_accuracies(found, self.metrics, queries.levels)
             added.append((accuracies, found))
         for accuracies, found in added:
             accuracies.update(found)
         self.reports = reports
 
     def _groups(
-        self, model: _Embedding, reader: _Reader, asked: _Asked, level: int, reports: dict[str, Report]
+        self, model: _Embedding, reader: _Reader, split: _SplitQueries, level: int, reports: dict[str, Report]
     ) -> Iterator[dict[str, float]]:
-        """The metrics of each set of queries that is tested for itself."""
-        _check_lengths(self.tester, asked.item_embeddings)
-        drawn = self._drawn(len(asked.labels))
-        for name, queries, items in asked.groups(level):
-            chosen = torch.isin(queries, drawn)
-            labels, item_labels = asked.labels[queries, level], asked.item_labels[items, level]
-            if asked.by_parent and not asked.has_answer(labels[chosen], item_labels):
+        """The metrics of each group of queries that is tested separately."""
+        _check_lengths(self.tester, split.item_embeddings)
+        attacked = self._drawn(len(split.labels))
+        for name, queries, items in split.groups(level):
+            chosen = torch.isin(queries, attacked)
+            labels, item_labels = split.labels[queries, level], split.item_labels[items, level]
+            if split.by_parent and not split.has_right_item(labels[chosen], item_labels):
                 continue
-            if asked.by_parent and len(item_labels.unique()) == 1:
-                yield dict.fromkeys(self.metrics, 1.0)  # as PML has it: nothing there is wrong
+            if split.by_parent and len(item_labels.unique()) == 1:
+                yield dict.fromkeys(self.metrics, 1.0)  # no item is wrong; PML counts 1 too
                 continue
-            images = reader.images([asked.split], queries, labels)
+            images = reader.images([split.name], queries, labels)
             self._check_gradient(model, images)
-            themselves = asked.includes and len(queries) == len(items)
+            leave_one_out = split.includes_queries and len(queries) == len(items)
             report = evaluate_robustness(
                 model,
                 images,
-                None if themselves else reader.images(asked.references, items, item_labels, asked.item_stream),
+                None if leave_one_out else reader.images(split.references, items, item_labels, split.item_stream),
                 subset=None if chosen.all() else chosen.nonzero().squeeze(1),
-                own=torch.searchsorted(items, queries) if asked.includes and not themselves else None,
-                gallery_embeddings=asked.item_embeddings[items.to(asked.item_embeddings.device)],
+                own=torch.searchsorted(items, queries) if split.includes_queries and not leave_one_out else None,
+                gallery_embeddings=split.item_embeddings[items.to(split.item_embeddings.device)],
                 **self._options,
             )
-            reports[asked.split + (f"_level{level}" if len(asked.levels) > 1 else "") + name] = report
-            yield self._naming.of(report)
+            reports[split.name + (f"_level{level}" if len(split.levels) > 1 else "") + name] = report
+            yield self._names.values(report)
 
     def _drawn(self, count: int) -> Tensor:
         if self._max_queries is None or self._max_queries >= count:
@@ -262,55 +271,50 @@ class AdversarialTester(_Delegate):
         return torch.randperm(count, generator=generator)[: self._max_queries]
 
     def _check_gradient(self, model: _Embedding, images: _Images) -> None:
-        if not self._needs_gradient:
-            return
-        with isolated(model):
-            embeddings = model(self._space.to_inputs(images[0][0].unsqueeze(0).requires_grad_()))
-        if not embeddings.requires_grad:
-            raise InputError(
-                "The embeddings have no gradient with respect to the images, and attacks with gradients were asked "
-                "for. Use a model that computes them with torch and without torch.no_grad(), or black-box attacks only."
-            )
+        if self._needs_gradient:
+            with isolated(model):
+                Embedder(model, self._space.normalization).check_gradient(images[0][0].unsqueeze(0))
 
     def _check(self, dataset_dict: Mapping[str, Any]) -> None:
         unknown = sorted(set(self._splits or ()) - set(dataset_dict))
         if unknown:
-            raise InputError(f"splits holds {', '.join(unknown)}; the data sets are {', '.join(dataset_dict)}.")
+            raise InputError(
+                f"splits holds {', '.join(unknown)}; expected some of the data sets {', '.join(dataset_dict)}."
+            )
         if self.tester.pca:
             raise InputError(
-                f"The tester has pca={self.tester.pca}, which is fitted anew to all embeddings of a split, so that no "
-                "single image has an embedding. Use pca=None."
+                f"The tester has pca={self.tester.pca}. PCA is fitted to all embeddings of a split, so a single image "
+                "has no embedding of its own that could be attacked. Use pca=None."
             )
         if self.tester.accuracy_calculator.label_comparison_fn is not torch.eq:
             raise InputError(
-                "The accuracy calculator has a label_comparison_fn; the attacks know right items by equal labels only. "
-                "Use an AccuracyCalculator without it."
+                "The accuracy calculator has a label_comparison_fn, but for the attacks an item is right only if its "
+                "label is equal. Use an AccuracyCalculator without label_comparison_fn."
             )
 
 
 @dataclass(frozen=True)
-class _Naming:
-    """Names of metrics: one attack or the worst, a measure, an eps unless it is the first.
+class _MetricNames:
+    """Names of metrics: an attack or the worst case, then a measure, then the eps unless it is the first.
 
     Attributes:
-        radii: all eps, the first ahead.
-        attacks: names and targets.
+        radii: all eps, in the order of their metrics.
+        attacks: name -> target of each attack.
         recall_at: the k of R@k.
     """
 
     radii: tuple[float, ...]
-    attacks: tuple[tuple[str, str], ...]
+    attacks: Mapping[str, str]
     recall_at: Sequence[int]
 
     def all(self) -> tuple[str, ...]:
         """All names.
 
         Raises:
-            InputError: two are the same, which SQL compares without case.
+            InputError: two names are equal, apart from upper and lower case, which SQL ignores.
         """
         measures = [*(f"recall_at_{k}" for k in self.recall_at), "map_at_r", "r_precision"]
-        targets = {target for _, target in self.attacks}
-        parts = [*(_WORST[target] for target in TARGETS if target in targets), *(name for name, _ in self.attacks)]
+        parts = [*(_WORST[target] for target in TARGETS if target in self.attacks.values()), *self.attacks]
         attacked = [(part, eps) for eps in self.radii for part in parts]
         names = [self._name(part, m, eps) for part, eps in [("clean", self.radii[0]), *attacked] for m in measures]
         folded = [name.casefold() for name in names]
@@ -322,8 +326,8 @@ class _Naming:
             )
         return tuple(names)
 
-    def of(self, report: Report) -> dict[str, float]:
-        """All names with their values, nan for attacks that were not made."""
+    def values(self, report: Report) -> dict[str, float]:
+        """All names with their values; nan for attacks that were left out."""
         found = dict.fromkeys(self.all(), torch.nan)
         parts = [
             ("clean", self.radii[0], report.clean),
@@ -339,34 +343,34 @@ class _Naming:
         return re.sub(r"\W", "_", f"{part}_{measure}{suffix}", flags=re.ASCII)
 
 
-class _Asked(NamedTuple):
-    """Which queries of a split a tester asks, and what it searches.
+class _SplitQueries(NamedTuple):
+    """The queries of a split, and the gallery that the tester searches for them.
 
     Attributes:
-        split: name of the queries' split.
-        references: names of the splits that are searched.
+        name: of the split.
+        references: names of the splits that form the gallery.
         labels: ``(Q, L)`` of the queries.
         item_embeddings: ``(G, D)``.
         item_labels: ``(G, L)``.
-        includes: whether the first items are the queries.
-        levels: of labels, that are tested.
-        by_parent: whether queries are tested apart by the label of the next level.
-        item_stream: which of the images that the data hold are the items.
+        includes_queries: whether the first items of the gallery are the queries.
+        levels: label levels that are tested.
+        by_parent: whether queries are tested separately for each label of the next level.
+        item_stream: number of the stream, of those that the data sets give, that holds the items' images.
     """
 
-    split: str
+    name: str
     references: list[str]
     labels: Tensor
     item_embeddings: Tensor
     item_labels: Tensor
-    includes: bool
+    includes_queries: bool
     levels: list[int]
     by_parent: bool
     item_stream: int
 
     @classmethod
-    def of(cls, tester: Any, split: str) -> _Asked:
-        """What the tester has just asked."""
+    def of(cls, tester: Any, split: str) -> _SplitQueries:
+        """What the tester has just tested."""
         from pytorch_metric_learning.testers import GlobalTwoStreamEmbeddingSpaceTester, WithSameParentLabelTester
 
         references = tester.reference_split_names[split]
@@ -391,7 +395,7 @@ class _Asked(NamedTuple):
         )
 
     def groups(self, level: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, rows of queries and rows of items of what is tested for itself."""
+        """Name, rows of queries and rows of items of each group that is tested separately."""
         if not self.by_parent:
             yield "", torch.arange(len(self.labels)), torch.arange(len(self.item_labels))
             return
@@ -400,14 +404,14 @@ class _Asked(NamedTuple):
             queries, items = ((rows == parent).nonzero().squeeze(1) for rows in (parents, item_parents))
             yield f"_parent{parent}", queries, items
 
-    def has_answer(self, labels: Tensor, item_labels: Tensor) -> bool:
-        """Whether there is a right item for any of the queries, itself left out."""
+    def has_right_item(self, labels: Tensor, item_labels: Tensor) -> bool:
+        """Whether any of the queries has a right item other than itself."""
         classes, sizes = item_labels.unique(return_counts=True)
-        return bool((sizes[torch.isin(classes, labels)] > int(self.includes)).any())
+        return bool((sizes[torch.isin(classes, labels)] > int(self.includes_queries)).any())
 
 
 class _Embedding(nn.Module):
-    """A tester's way from images to embeddings."""
+    """The model that computes a tester's embeddings."""
 
     def __init__(self, tester: Any, trunk: nn.Module, embedder: nn.Module) -> None:
         super().__init__()
@@ -419,7 +423,7 @@ class _Embedding(nn.Module):
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
-    """Some rows of a data set as pixels in [0, 1] with their labels, read when asked for."""
+    """Some rows of a data set as pixels in [0, 1] with labels; images are read when they are needed."""
 
     def __init__(self, read: Callable[[int], Tensor], rows: Tensor, labels: Tensor) -> None:
         self._read, self._rows, self.labels = read, rows.tolist(), labels
@@ -433,7 +437,7 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """Reads images as a tester reads them, and turns them into pixels."""
+    """Reads images as the tester does, as pixels in [0, 1]."""
 
     tester: Any
     space: PixelSpace
@@ -441,10 +445,10 @@ class _Reader:
     collate_fn: Callable[[list[Any]], Any] | None
 
     def images(self, splits: list[str], rows: Tensor, labels: Tensor, stream: int = 0) -> _Images:
-        """Rows of several splits, one after the other, of the first or the second image that they hold."""
+        """Rows of several splits, which are counted through; of each row, the image of one stream."""
         parts = [self.dataset_dict[split] for split in splits]
         if any(isinstance(part, IterableDataset) for part in parts):
-            raise InputError(f"{' and '.join(splits)}: the data have no index; expected a data set with one.")
+            raise InputError(f"{' and '.join(splits)}: the data set is an IterableDataset; expected one with an index.")
         dataset: Dataset[Any] = ConcatDataset(parts)
         collate = default_collate if self.collate_fn is None else self.collate_fn
 
@@ -464,7 +468,7 @@ class _Reader:
         return _Images(read, rows, labels)
 
 
-class _Calculator(_Delegate):
+class _Calculator(_Proxy):
     """An accuracy calculator that names further metrics."""
 
     def get_curr_metrics(self) -> list[str]:
@@ -487,24 +491,25 @@ def _check_lengths(tester: Any, embeddings: Tensor) -> None:
     if tester.normalize_embeddings or getattr(distance, "normalize_embeddings", False):
         return
     shortest, longest = torch.stack(torch.aminmax(embeddings.float().norm(dim=1))).tolist()
-    if longest > shortest * (1 + _UNEQUAL):
+    if longest > shortest * (1 + _LENGTH_TOLERANCE):
         raise InputError(
-            f"The tester compares embeddings as they are, and their lengths are {shortest:.3g} to {longest:.3g}; the "
-            "attacks compare by cosine similarity. Use normalize_embeddings=True."
+            f"The tester does not normalise embeddings, and their lengths range from {shortest:.3g} to {longest:.3g}, "
+            "but the attacks compare embeddings by cosine similarity. Use normalize_embeddings=True."
         )
 
 
-def _first_ahead(eps: float | Iterable[float]) -> tuple[float, ...]:
+def _radii(eps: float | Iterable[float], norm: str) -> tuple[float, ...]:
+    """Different radii, the first that was given ahead."""
     given = tuple(eps) if isinstance(eps, Iterable) else (eps,)
-    radii = to_radii(given)
+    radii = to_radii(given, norm)
     return (float(given[0]), *(radius for radius in radii if radius != float(given[0])))
 
 
-def _mean(groups: Sequence[Mapping[str, float]], asked: _Asked) -> dict[str, float]:
+def _mean(groups: Sequence[Mapping[str, float]], split: _SplitQueries) -> dict[str, float]:
     if not groups:
         raise InputError(
-            f"None of the chosen queries of {asked.split} has a right item under its own parent label; expected labels "
-            f"that occur twice under one parent in {' and '.join(asked.references)}."
+            f"None of the chosen queries of {split.name} has a right item under its own parent label; expected labels "
+            f"that occur twice under one parent in {' and '.join(split.references)}."
         )
     return {name: sum(group[name] for group in groups) / len(groups) for name in groups[0]}
 

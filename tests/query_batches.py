@@ -51,6 +51,6 @@ def bench_of(model, queries, gallery=None, norm="Linf"):
     """A task that is ready to make scenes; the model is left in eval mode."""
     model.eval().requires_grad_(False)
     task = RetrievalTask(model, queries, gallery, norm, None)
-    task.search(embedded(model, task.items.pixels(range(len(task.items)))))
+    task.set_gallery(embedded(model, task.items[:]))
     model.eval()
     return task

@@ -27,7 +27,7 @@ from pml_adversarial.evaluation import Gallery
 from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.classifier import RetrievalClassifier
 from pml_adversarial.evaluation.gallery import Targets
-from pml_adversarial.evaluation.suites import embedding_shift, quick, raising, standard, toward_nearest_wrong
+from pml_adversarial.evaluation.suites import gradient_attack, margin_score, quick, shift_score, standard
 
 EPS = 0.04
 AS_PML_CALLS_IT = {
@@ -85,7 +85,7 @@ def plain(kind=GlobalEmbeddingSpaceTester, **options):
 
 
 def wrapped(kind=GlobalEmbeddingSpaceTester, *, eps=EPS, attacks=None, tester=None, **options):
-    names = ("norm", "recall_at", "normalization", "splits", "max_queries", "checks", "seed", "chunk")
+    names = ("norm", "recall_at", "normalization", "splits", "max_queries", "checks", "seed", "batch_size")
     own = {name: options.pop(name) for name in names if name in options}
     tester = plain(kind, **options) if tester is None else tester
     return AdversarialTester(tester, eps=eps, attacks=fast() if attacks is None else attacks, **own)
@@ -342,7 +342,7 @@ class TestLabelLevels:
             assert same_report(tester.reports[f"val_level{level}"], direct)
 
     def test_an_attack_that_needs_more_classes_is_nan(self, data, trunk, embedder):
-        needy = QueryAttack("needy", raising(embedding_shift, 2), num_classes=4)
+        needy = QueryAttack("needy", gradient_attack(shift_score, 2), num_classes=4)
         found = wrapped(label_hierarchy_level=[0, 1], attacks=(*fast(), needy)).test(data, 3, trunk, embedder)["val"]
         assert found["needy_recall_at_1_level0"] >= 0
         assert math.isnan(found["needy_recall_at_1_level1"])
@@ -652,7 +652,7 @@ class TestErrors:
             ({"eps": ()}, "eps="),
             ({"attacks": "strong"}, "attacks='strong'"),
             ({"norm": "L1"}, "norm='L1'"),
-            ({"chunk": 0}, "chunk=0"),
+            ({"batch_size": 0}, "batch_size=0"),
             ({"max_queries": 0}, "max_queries=0"),
             ({"max_queries": 0.5}, "max_queries=0.5"),
             ({"recall_at": (1.5,)}, "recall_at"),
@@ -661,7 +661,10 @@ class TestErrors:
             ({"splits": "val"}, r"splits='val'.*\('val',\)"),
             ({"normalization": ((0.5,), (0.0,))}, "normalization"),
             ({"eps": (0.031371, 0.031372)}, "one name: .*_eps_0_03137"),
-            ({"attacks": [QueryAttack(name, raising(embedding_shift, 1)) for name in ("a-b", "A_B")]}, "one name: a_b"),
+            (
+                {"attacks": [QueryAttack(name, gradient_attack(shift_score, 1)) for name in ("a-b", "A_B")]},
+                "one name: a_b",
+            ),
         ],
     )
     def test_at_once(self, options, message):
@@ -778,8 +781,8 @@ class TestQueriesInAGivenGallery:
             model, (images, labels), (images, labels), own=own, eps=1e-6, attacks=attacks, checks=False
         )
         alone = evaluate_robustness(model, (images, labels), eps=1e-6, attacks=attacks, checks=False)
-        assert report.clean_standing == alone.clean_standing[:8] + "1" * 8
-        assert "0" in alone.clean_standing[:8]
+        assert report.clean_flags == alone.clean_flags[:8] + "1" * 8
+        assert "0" in alone.clean_flags[:8]
         right = torch.tensor([3 / 15] * 8 + [4 / 16] * 8)
         assert report.chance == pytest.approx(right.mean().item())
 
@@ -1014,7 +1017,7 @@ class TestInTrainer:
 
 def test_the_margin_attack_is_what_breaks(data, trunk, embedder):
     """A query that stands without attack and fails under it is shown as perturbed within the budget."""
-    tester = wrapped(attacks=[QueryAttack("margin", raising(toward_nearest_wrong, 8))])
+    tester = wrapped(attacks=[QueryAttack("margin", gradient_attack(margin_score, 8))])
     tester.test(data, 3, trunk, embedder)
     examples = tester.reports["val"].examples
     images, labels = data["val"].tensors

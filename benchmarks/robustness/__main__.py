@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pml_adversarial import InputError
-from pml_adversarial.evaluation.robustness import to_suite
+from pml_adversarial.evaluation.suites import find_suite
 
 from . import __doc__ as about
 from .backbones import BACKBONES, check
@@ -105,7 +105,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
     evaluation = Evaluation(radii, tuple(options.suite), options.queries)
     if not all(0 < radius <= 255 for radius in radii):
         raise InputError(f"--eps {' '.join(f'{radius:g}' for radius in radii)}; expected radii above 0 up to 255.")
-    to_suite(evaluation.named())
+    find_suite(evaluation.named())
     if options.queries < 0 or options.workers < 0 or (options.threads is not None and options.threads < 1):
         raise InputError("Expected --queries and --workers from 0 on, and --threads from 1 on.")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.omniglot import network
-from pml_adversarial.cli.demo import small_network
+from pml_adversarial.cli.experiment import small_network
 from pml_adversarial.errors import InputError
 
 Shape = tuple[int, ...]

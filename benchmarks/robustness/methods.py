@@ -24,7 +24,7 @@ from pml_adversarial.attacks.nfgsm import NFGSM
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.defenses.free import FreeAT
 from pml_adversarial.defenses.hard_rows import HardRows
-from pml_adversarial.evaluation.resume import description
+from pml_adversarial.evaluation.checkpoint import description
 
 from . import miners
 from .protocol import Protocol

@@ -159,8 +159,8 @@ def _brief(report: Report) -> dict[str, Any]:
     """The report without the fate of each query, which is in the report's own file."""
     kept = report.to_dict()
     for part in (*kept["attacks"], *kept["worst"]):
-        part.pop("standing")
-    return {key: value for key, value in kept.items() if key not in ("settings", "clean_standing")}
+        part.pop("robust_flags")
+    return {key: value for key, value in kept.items() if key not in ("settings", "clean_flags")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def main():
     model = make_model().to(accelerator.device)  # evaluated in full precision
     model.load_state_dict(torch.load(CHECKPOINT, map_location=accelerator.device, weights_only=True))
     report = evaluate_robustness(
-        model, (data.test_images, data.test_labels), eps=0.1, attacks="quick", checks=False, chunk=512
+        model, (data.test_images, data.test_labels), eps=0.1, attacks="quick", checks=False, batch_size=512
     )
     clean, attacked = report.clean["recall_at_1"], report.worst_case(0.1)
     accelerator.print(f"unseen classes: R@1 {clean:.1%}, at most {attacked:.1%} under attack at eps 0.1")

@@ -61,7 +61,7 @@ def main():
         attacks=args.attacks,
         normalization=(config["mean"], config["std"]),
         subset=drawn,
-        chunk=32,
+        batch_size=32,
         progress=True,
     )
     print(report)

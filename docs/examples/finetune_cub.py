@@ -104,7 +104,7 @@ def main():
 
     drawn = torch.randperm(len(test_set))[: args.queries].sort().values
     radii = [args.eps / 4 / 255, args.eps / 2 / 255, args.eps / 255]
-    report = evaluate_robustness(model, test_set, eps=radii, attacks=args.attacks, subset=drawn, chunk=32)
+    report = evaluate_robustness(model, test_set, eps=radii, attacks=args.attacks, subset=drawn, batch_size=32)
     print(report)
     report.save_json(args.output / "robustness.json")
     report.save_html(args.output / "robustness.html")

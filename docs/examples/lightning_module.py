@@ -95,7 +95,7 @@ def main():
     data = digits()
     module = MetricLearner.load_from_checkpoint(train(data), map_location="cpu")
     report = evaluate_robustness(
-        module.model, (data.test_images, data.test_labels), eps=0.1, attacks="quick", checks=False, chunk=512
+        module.model, (data.test_images, data.test_labels), eps=0.1, attacks="quick", checks=False, batch_size=512
     )
     clean, attacked = report.clean["recall_at_1"], report.worst_case(0.1)
     print(f"unseen classes: R@1 {clean:.1%}, at most {attacked:.1%} under attack at eps 0.1")

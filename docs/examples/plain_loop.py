@@ -50,7 +50,7 @@ def main():
     for name, adversarial in (("plain", False), ("adversarial", True)):
         model = train(data.train_images, data.train_labels, adversarial)
         report = evaluate_robustness(
-            model, (data.test_images, data.test_labels), eps=EPS, attacks="quick", checks=False, chunk=512
+            model, (data.test_images, data.test_labels), eps=EPS, attacks="quick", checks=False, batch_size=512
         )
         clean, attacked = report.clean["recall_at_1"], report.worst_case(EPS)
         print(f"{name + ':':12} R@1 {clean:6.1%}, at most {attacked:6.1%} under attack at eps {EPS}", flush=True)

@@ -14,12 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torchattacks
-from torch import Tensor, nn
+from torch import Tensor
 from torchattacks.attack import Attack as TorchAttack
 
 from ..errors import AttackError
 from .ball import per_image
-from .objective import Attack, AttackFactory
+from .objective import Attack, AttackFactory, Objective
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -108,14 +108,16 @@ def check_warmup(factory: AttackFactory) -> None:
         )
 
 
-def build(factory: AttackFactory, objective: nn.Module, strength: float = 1.0) -> Attack:
-    """The attack on ``objective``, with eps and alpha scaled by ``strength``; `unchanged` where eps is 0.
+def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -> Attack:
+    """The attack on ``objective``, with eps and alpha scaled by ``strength``.
+
+    It is `unchanged` where eps is 0, and where the score is satisfied from the start.
 
     Raises:
         AttackError: the factory returns something that cannot be called, or cannot raise a score.
     """
     full = budget(factory)
-    if full.get("eps", 1.0) * strength == 0:
+    if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
         return unchanged
     scaled = {name: value * strength for name, value in full.items()} if strength < 1 else {}
     attack = factory(objective, **scaled)
@@ -154,16 +156,17 @@ def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
     return inputs
 
 
-def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
+def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
     """Runs an attack and holds it to its contract.
 
     Args:
         attack: ``(inputs, labels) -> inputs``.
         inputs: ``(M, ...)`` in [0, 1].
         labels: ``(M,)``.
+        objective: what is raised; it may say that the attack may leave all inputs as they were.
 
     Returns:
-        ``(M, ...)`` in [0, 1], detached.
+        ``(M, ...)`` in [0, 1], detached; ``inputs`` itself where it is right that they were left as they were.
 
     Raises:
         AttackError: another type or shape came back, complex or sparse tensors, or values that are not finite,
@@ -184,6 +187,8 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
     if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
         found = f"values from {low:.3g} to {high:.3g}" if low == low else "NaN"
         raise AttackError(f"{name} returned {found}; expected finite values in [0, 1].")
+    if not changed and objective is not None and objective.may_stay:
+        return inputs
     if not changed:
         raise AttackError(
             f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "

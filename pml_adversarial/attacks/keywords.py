@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import AttackError
 from . import adapter
-from .ball import is_radius
+from .checks import check_eps, check_steps
 from .objective import AttackFactory
-from .presets import PRESET, SEED_PAPER, check_steps, preset
+from .presets import PRESET, SEED_PAPER, preset
 
 _DEFAULT = {"eps": 8 / 255, "steps": 3}
 
@@ -57,16 +57,6 @@ def seed_paper_attack(eps: float | None = None, steps: int | None = None) -> Att
     check_eps(eps)
     check_steps(steps)
     return partial(SEED_PAPER, eps=eps, alpha=2 * eps / steps, steps=steps)
-
-
-def check_eps(eps: Any) -> None:
-    """Refuses what is not a radius.
-
-    Raises:
-        AttackError: ``eps`` is not a number above 0 and up to 1.
-    """
-    if not is_radius(eps):
-        raise AttackError(f"eps={eps!r}; expected a number above 0 and up to 1, in pixels of [0, 1], such as 8/255.")
 
 
 def shown_options(attack: AttackFactory) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,12 @@ from ..errors import AttackError
 from .ball import per_image
 
 Score = Callable[[Tensor], Tensor]
-"""Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar."""
+"""Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar.
+
+A score may have two attributes. ``satisfied(values) -> bool``, of ``(M,)`` or ``()`` values: rows that need no further
+perturbation. `pgd.PGD` lets them rest, and a batch of which all rows are satisfied from the start is not attacked.
+``may_be_flat = True``: an attack may leave all rows as they are where the score has no gradient.
+"""
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 """Inputs ``(M, ...)`` and labels ``(M,)`` -> perturbed inputs ``(M, ...)``."""
@@ -46,8 +51,7 @@ class Objective(nn.Module):
         self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
         self._embed, self._score, self._stand = embed, score, clean
-        with torch.no_grad():
-            self.clean_score = self._rows(score(clean), len(clean)).float()
+        self.clean = clean
         self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.best_inputs: Tensor | None = None
         self._watched_gradient = False
@@ -55,6 +59,29 @@ class Objective(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
+
+    @cached_property
+    def clean_score(self) -> Tensor:
+        """``(M,)`` the score of the unperturbed rows."""
+        with torch.no_grad():
+            return self._rows(self._score(self.clean), len(self.clean)).float()
+
+    def satisfied(self, values: Tensor) -> Tensor | None:
+        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
+        ask = getattr(self._score, "satisfied", None)
+        return None if ask is None else ask(values)
+
+    @property
+    def is_satisfied(self) -> bool:
+        """Whether all rows are satisfied before any attack."""
+        found = self.satisfied(self.clean_score) if hasattr(self._score, "satisfied") else None
+        return found is not None and bool(found.all())
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether it is right that an attack leaves all rows as they are: the score is flat, and may be."""
+        flat = getattr(self._score, "may_be_flat", False)
+        return flat and (bool(self.zero_gradient.all()) or not bool(self.clean_score.any()))
 
     @property
     def zero_gradient(self) -> Tensor:
@@ -72,9 +99,9 @@ class Objective(nn.Module):
         Raises:
             AttackError: the attack asks about some of the rows; a row's context is known by its position.
         """
-        if len(inputs) != len(self.clean_score):
+        if len(inputs) != len(self.clean):
             raise AttackError(
-                f"The attack asked about {len(inputs)} of {len(self.clean_score)} perturbed rows. Each row has its own "
+                f"The attack asked about {len(inputs)} of {len(self.clean)} perturbed rows. Each row has its own "
                 "fixed context, known by its position, so attacks that take rows one by one, drop or repeat some "
                 "cannot be used in training. Use one that moves the whole batch, such as PGD."
             )
@@ -100,7 +127,7 @@ class Objective(nn.Module):
         if rows is not None:
             embeddings = self._stand.index_copy(0, rows, embeddings.to(self._stand.dtype))
         self._stand = embeddings.detach()
-        score = self._rows(self._score(embeddings), len(self.clean_score)).float()
+        score = self._rows(self._score(embeddings), len(self.clean)).float()
         return score if rows is None else score[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
@@ -116,7 +143,7 @@ class Objective(nn.Module):
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
         self._watched_gradient = True
-        found = gradient.detach().reshape(len(gradient), -1).abs().amax(1) != 0
+        found = gradient.reshape(len(gradient), -1).any(1)
         self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""The command line: `demo` trains on the embedded digits, `evaluate` attacks a saved model on images of your own."""
+"""The command line. Without a command it runs the demo on handwritten digits; `evaluate` attacks a saved model."""
 
-from . import digits, evaluate
+from . import demo, evaluate
 
-main = digits.main
+main = demo.main
 main.add_command(evaluate.evaluate)
 
 __all__ = ["main"]

@@ -1,269 +1,190 @@
-"""The main job on the embedded data: train one embedding plainly and one adversarially, attack both."""
+"""The demo command: trains and attacks two models on handwritten digits, and writes a table, pictures and JSON."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import inspect
+import json
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import pytorch_metric_learning
+import click
 import torch
-from torch import Tensor, nn
-from torchvision.transforms.v2 import RandomCrop
-from tqdm import tqdm
+import torchattacks
+from click.core import ParameterSource
+from pytorch_metric_learning import losses, miners
+from torch import nn
+from torchattacks.attack import Attack as TorchAttack
 
-from .. import __version__
 from ..attacks.objective import AttackFactory
-from ..errors import InputError
-from ..evaluation import Report, evaluate_robustness
-from ..evaluation.suites import quick
-from ..losses import AdversarialLoss
-from ..training.isolation import random_stream
-from ..training.tuples import Role
+from ..errors import AdversarialError
+from ..evaluation.evaluator import choose_queries
+from ..evaluation.results import decode_flags
+from ..training.tuples import ROLES, parse_roles
+from . import figures
+from .experiment import MODELS, Settings, TrainedModel, run, summary
 from .images import OpenSetSplit, digits
-
-MODELS = ("plain", "adversarial")
-_CHUNK = 512
+from .options import CONTEXT, check_device, parse_class, parse_radii, try_option
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What can be changed about the run.
-
-    Attributes:
-        epochs: passes over the training images, for each of the two models.
-        batch_size: images per step.
-        learning_rate: of Adam.
-        shift: training images are moved at random by up to so many pixels each way, for both models.
-        perturb: roles that are perturbed in adversarial training.
-        clean_weight: weight of the unperturbed loss in adversarial training.
-        warmup: share of the steps over which the attack grows to its full strength.
-        eps: l-inf radii at which both models are attacked, in pixels of [0, 1].
-        attack_steps: gradient steps of the evaluation's attacks.
-        restarts: random starts of each of them.
-        seeds: one plain and one adversarial model are trained per seed.
-        device: of models and data.
-    """
-
-    epochs: int = 25
-    batch_size: int = 112
-    learning_rate: float = 1e-3
-    shift: int = 1
-    perturb: tuple[Role, ...] = ("all",)
-    clean_weight: float = 0.0
-    warmup: float = 0.5
-    eps: tuple[float, ...] = (0.05, 0.1, 0.15)
-    attack_steps: int = 40
-    restarts: int = 3
-    seeds: tuple[int, ...] = (0,)
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One trained model and what was measured of it.
-
-    Attributes:
-        kind: one of `MODELS`.
-        seed: of initial weights, batches and attacks.
-        model: the embedding, on the device of the run.
-        report: what was measured.
-        seconds: wall-clock seconds of its training.
-    """
-
-    kind: str
-    seed: int
-    model: nn.Module
-    report: Report
-    seconds: float
-
-
-def small_network() -> nn.Sequential:
-    """8x8 images -> 64-dimensional embeddings, two convolutions and a linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(512, 64),
-    )
-
-
-def run(
-    settings: Settings,
-    make_loss: Callable[[], nn.Module],
-    make_miner: Callable[[], nn.Module | None],
-    attack: AttackFactory,
-    data: OpenSetSplit | None = None,
-    progress: bool = True,
-) -> list[Measured]:
-    """Trains and attacks both models for every seed.
-
-    Args:
-        settings: see `Settings`.
-        make_loss: gives the loss; it is called once per model, since losses may have parameters.
-        make_miner: gives a miner or None.
-        attack: factory of the training attack.
-        data: images to train on and unseen classes to test on; None: the digits.
-        progress: whether to show progress bars.
-    """
-    data = digits() if data is None else data
-    device = torch.device(settings.device)
-    data = OpenSetSplit(*(tensor.to(device) for tensor in vars(data).values()))
-    measured = []
-    for seed in settings.seeds:
-        for kind in MODELS:
-            start = time.perf_counter()
-            wrap = partial(_adversarial, settings, attack, seed) if kind == "adversarial" else _plain
-            bar = _bar(progress, f"train {kind}, seed {seed}")
-            with random_stream(seed, -1):  # initial weights, proxies and miners draw the same for both models
-                model = train(settings, data, make_loss(), make_miner(), wrap, seed, bar)
-            seconds = time.perf_counter() - start
-            measured.append(Measured(kind, seed, model, measure(settings, data, model, seed, progress), seconds))
-    return measured
-
-
-def train(
-    settings: Settings,
-    data: OpenSetSplit,
-    loss: nn.Module,
-    miner: nn.Module | None,
-    wrap: Callable[[nn.Module, nn.Module, int], nn.Module],
+@click.group(invoke_without_command=True, context_settings=CONTEXT)
+@click.option("--loss", default="MultiSimilarityLoss:alpha=2,beta=40,base=0.5", help="A PML loss, with its options.")
+@click.option("--miner", default=None, help="A PML tuple miner, with its options.  [default: none]")
+@click.option("--attack", default="PGD:steps=5", help="A torchattacks class to train against, with its options.")
+@click.option(
+    "--train-eps", default=0.2, type=click.FloatRange(0, 1), help="Its full l-inf radius, in pixels of [0, 1]."
+)
+@click.option(
+    "--perturb", default="all", help=f"Roles to perturb in training: {', '.join(ROLES)} (with commas), or all."
+)
+@click.option("--clean-weight", default=0.0, type=click.FloatRange(0), help="Weight of the clean loss beside it.")
+@click.option(
+    "--warmup", default=0.5, type=click.FloatRange(0, 1), help="Share of the steps in which eps grows from 0."
+)
+@click.option("--eps", default="0.05,0.1,0.15", help="Radii at which both models are attacked, with commas.")
+@click.option("--attack-steps", default=40, type=click.IntRange(1), help="Steps of each evaluation attack.")
+@click.option("--restarts", default=3, type=click.IntRange(1), help="Random starts of each evaluation attack.")
+@click.option("--train-classes", default="0,1,2,3,4", help="Digits to train on, with commas; the others are the test.")
+@click.option("--epochs", default=25, type=click.IntRange(1), help="Passes over the training images.")
+@click.option("--batch-size", default=112, type=click.IntRange(2, 901), help="Images per step.")
+@click.option("--learning-rate", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of Adam.")
+@click.option("--shift", default=1, type=click.IntRange(0), help="Training images move by up to so many pixels.")
+@click.option("--seed", default=0, type=int, help="The first seed.")
+@click.option("--seeds", default=1, type=click.IntRange(1), help="How many seeds; the table shows their mean.")
+@click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--output", default="pml_adversarial_run", type=click.Path(file_okay=False, path_type=Path), help="Folder."
+)
+@click.option(
+    "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
+)
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.pass_context
+def main(
+    context: click.Context,
+    /,
+    loss: str,
+    miner: str | None,
+    attack: str,
+    train_eps: float,
+    perturb: str,
+    eps: str,
     seed: int,
-    bar: Callable[..., tqdm],
-) -> nn.Module:
-    """A plain PyTorch training loop; ``wrap`` is all that makes it adversarial."""
-    device = data.train_images.device
-    if settings.batch_size > len(data.train_images):
-        raise InputError(
-            f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
-            "full batch."
-        )
-    _, train_labels = data.train_labels.unique(return_inverse=True)  # losses with proxies count classes from 0
-    model = small_network().to(device)
-    batches = list(_batches(settings, len(data.train_images), seed))
-    loss_func = wrap(loss.to(device), model, len(batches))
-    optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)
-    augment = RandomCrop(data.train_images.shape[-2:], padding=settings.shift)
-    for rows in bar(batches):
-        embeddings = model(torch.stack([augment(image) for image in data.train_images[rows]]))
-        labels = train_labels[rows]
-        indices_tuple = None if miner is None else miner(embeddings, labels)
-        value = loss_func(embeddings, labels, indices_tuple)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    return model
+    seeds: int,
+    output: Path,
+    quiet: bool,
+    threads: int,
+    train_classes: str,
+    device: str,
+    **numbers: Any,
+) -> None:
+    """Trains one embedding plainly and one adversarially on handwritten digits, then attacks both.
 
+    Some digits are for training. The others are never seen in training and serve as the test. Each test image is
+    attacked as a query that searches all others. A query is robust if every attack from every random start fails.
 
-def measure(settings: Settings, data: OpenSetSplit, model: nn.Module, seed: int, progress: bool) -> Report:
-    """What is left of retrieval of the unseen classes under attack."""
-    return evaluate_robustness(
-        model,
-        (data.test_images, data.test_labels),
-        eps=settings.eps,
-        attacks=quick(settings.attack_steps, settings.restarts),
-        checks=False,
-        keep_attacked=True,
-        seed=seed,
-        chunk=_CHUNK,
-        progress=progress,
-    )
-
-
-def summary(settings: Settings, measured: list[Measured], described: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything measured and everything needed to measure it again, in JSON's types.
-
-    Args:
-        settings: of the run.
-        measured: its results.
-        described: further settings, such as the names of loss and attack.
+    For a saved model and images of your own, use the command evaluate, which has options of its own.
     """
-    return {
-        "schema": 1,
-        "settings": {**asdict(settings), **described},
-        "evaluation": {
-            "attacks": list(measured[0].report.settings["attacks"]),
-            "protocol": "leave one out, queries attacked, gallery clean, worst case per query",
-            "norm": "linf",
-        },
-        "versions": {
-            "pml_adversarial": __version__,
-            "torch": torch.__version__,
-            "pytorch_metric_learning": pytorch_metric_learning.__version__,
-            "torchattacks": version("torchattacks"),
-        },
-        "models": {kind: _mean([m for m in measured if m.kind == kind]) for kind in MODELS},
-        "runs": [_one(m) for m in measured],
-    }
-
-
-def _adversarial(
-    settings: Settings, attack: AttackFactory, seed: int, loss: nn.Module, model: nn.Module, steps: int
-) -> AdversarialLoss:
-    return AdversarialLoss(
-        loss,
-        model,
-        attack=attack,
-        perturb=settings.perturb,
-        keep_clean=False,
-        clean_weight=settings.clean_weight,
-        warmup=int(settings.warmup * steps),
-        guard=False,
-        seed=seed,
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
+    torch.set_num_threads(threads)
+    settings = Settings(
+        eps=parse_radii(eps),
+        perturb=try_option(lambda: parse_roles(perturb.split(",")), "--perturb"),
+        seeds=tuple(range(seed, seed + seeds)),
+        device=check_device(device),
+        **numbers,
     )
+    data = try_option(lambda: digits(_classes(train_classes)), "--train-classes")
+    classes = len(data.train_labels.unique())
+    make_loss = parse_class(losses, nn.Module, loss, "loss", num_classes=classes, embedding_size=64)
+    make_miner: Callable[[], Any] = parse_class(miners, nn.Module, miner, "miner") if miner else _no_miner
+    factory = _training_attack(attack, train_eps)
+    some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
+    try_option(lambda: make_loss()(*some), "--loss")
+    try_option(lambda: miner and make_miner()(*some), "--miner")
+    try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    try:
+        measured = run(settings, make_loss, make_miner, factory, data, progress=not quiet)
+    except AdversarialError as error:
+        raise click.ClickException(str(error)) from error
+    described = {"train_classes": train_classes, "loss": loss, "miner": miner, "attack": attack, "train_eps": train_eps}
+    report = summary(settings, measured, described)
+    (output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    _draw(report, measured, data, output)
+    click.echo(table(report))
+    click.echo(f"\nWritten to {output}/: results.json, recall_against_eps.png, queries.png")
 
 
-def _plain(loss: nn.Module, model: nn.Module, steps: int) -> nn.Module:
-    return loss
-
-
-def _batches(settings: Settings, total: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(settings.epochs):
-        order = torch.randperm(total, generator=generator)
-        yield from order[: total - total % settings.batch_size].split(settings.batch_size)
-
-
-def _bar(shown: bool, description: str) -> Callable[..., tqdm]:
-    return partial(tqdm, desc=description, disable=not shown, ncols=100)
-
-
-def _one(measured: Measured) -> dict[str, Any]:
-    report = measured.report
-    by_attack = {(result.eps, result.attack): result.measures["recall_at_1"] for result in report.attacks}
-    robust = [
-        {
-            "eps": eps,
-            "worst_case": report.worst_case(eps),
-            "by_attack": {attack: value for (radius, attack), value in by_attack.items() if radius == eps},
-        }
-        for eps in report.settings["eps"]
+def table(report: dict[str, Any]) -> str:
+    """The report as a table, in percent."""
+    settings = report["settings"]
+    heads = ["", "R@1", "mAP@R", *(f"R@1 eps {eps:g}" for eps in settings["eps"])]
+    rows = [
+        [kind, *(f"{100 * v:.1f}" for v in (m["recall_at_1"], m["map_at_r"], *m["worst_case"].values()))]
+        for kind, m in report["models"].items()
     ]
-    return {
-        "kind": measured.kind,
-        "seed": measured.seed,
-        "train_seconds": measured.seconds,
-        "recall_at_1": report.clean["recall_at_1"],
-        "map_at_r": report.clean["map_at_r"],
-        "robust_recall_at_1": robust,
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows]]
+    seeds, attacks = len(settings["seeds"]), len(report["evaluation"]["attacks"])
+    notes = [
+        "",
+        f"Percent, on digits never seen in training, mean of {seeds} seed(s). Attacked R@1 is the worst case per",
+        f"query over {attacks} attacks (toward the nearest wrong item, chosen anew in each step; away from its clean",
+        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
+        "the gallery is clean.",
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+
+
+def _draw(report: dict[str, Any], measured: list[TrainedModel], data: OpenSetSplit, output: Path) -> None:
+    curves = {
+        kind: {0.0: m["recall_at_1"], **{float(eps): value for eps, value in m["worst_case"].items()}}
+        for kind, m in report["models"].items()
     }
+    labels = data.test_labels
+    figures.recall_curves(curves, measured[0].report.chance, output / "recall_against_eps.png")
+    first = {m.kind: m for m in measured[: len(MODELS)]}
+    shown = len(report["settings"]["eps"]) // 2
+    eps = report["settings"]["eps"][shown]
+    attacked = {kind: (m.model.cpu(), m.report.attacked[eps].cpu()) for kind, m in first.items() if m.report.attacked}
+    plain = first["plain"].report
+    broken = decode_flags(plain.clean_flags) & ~decode_flags(plain.worst[shown].robust_flags)
+    queries = choose_queries(labels, broken, 5).tolist()
+    figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
 
 
-def _mean(measured: list[Measured]) -> dict[str, Any]:
-    def over_seeds(value: Callable[[Report], float]) -> float:
-        return statistics.fmean(value(m.report) for m in measured)
+def _training_attack(text: str, eps: float) -> AttackFactory:
+    made = parse_class(torchattacks, TorchAttack, text, "attack")
+    parameters = inspect.signature(made.func).parameters  # type: ignore[attr-defined]
+    given = made.keywords  # type: ignore[attr-defined]
+    if "eps" not in parameters:
+        raise click.BadParameter(f"{text} has no option eps; choose an attack with an l-inf radius, such as PGD.")
+    steps = given.get("steps", getattr(parameters.get("steps"), "default", 1))
+    alpha = {"alpha": 2.5 * eps / steps} if "alpha" in parameters and "alpha" not in given else {}
+    return partial(made, **{"eps": eps, **alpha, **given})
 
-    return {
-        "recall_at_1": over_seeds(lambda report: report.clean["recall_at_1"]),
-        "map_at_r": over_seeds(lambda report: report.clean["map_at_r"]),
-        "worst_case": {
-            str(eps): over_seeds(lambda report, eps=eps: report.worst_case(eps))  # type: ignore[misc]
-            for eps in measured[0].report.settings["eps"]
-        },
-    }
+
+def _refuse_options(context: click.Context) -> None:
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)} before {context.invoked_subcommand}: options of a command come after its name."
+        )
+
+
+def _no_miner() -> None:
+    return None
+
+
+def _classes(text: str) -> list[int]:
+    try:
+        return [int(value) for value in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{text!r}; expected digits with commas, such as 0,1,2") from error

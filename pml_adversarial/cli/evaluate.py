@@ -1,4 +1,4 @@
-"""``evaluate``: how robust a saved model is, on images of a folder or an npz."""
+"""The command ``evaluate``: how robust a saved model is on images of a folder or an npz file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from ..errors import AdversarialError
-from ..evaluation import evaluate_robustness
-from ..evaluation.attacks import AnyAttack
-from ..evaluation.suites import SUITES, by_name
+from ..evaluation import RetrievalAttack, evaluate_robustness
+from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .images import images_from, same_classes
 from .models import check_model, load_model
-from .options import SETTINGS, did_you_mean, parse_call, radii, usable, usable_device
+from .options import CONTEXT, check_device, did_you_mean, parse_call, parse_radii, try_option
 
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, with which torchvision's models are trained."""
@@ -38,13 +37,13 @@ Examples:
 """
 
 
-@click.command(context_settings=SETTINGS, epilog=_EXAMPLES)
+@click.command(context_settings=CONTEXT, epilog=_EXAMPLES)
 @click.option("--model", required=True, type=_PATH, help="An exported program (.pt2), or weights (.pt, .safetensors).")
 @click.option(
-    "--network", help="What builds the network of weights: module:callable, or module:callable:key=value,key=value."
+    "--network", help="For weights: what builds the network, module:callable or module:callable:key=value,key=value."
 )
 @click.option("--queries", required=True, type=_PATH, help="Folder with a subfolder per class, or npz: images, labels.")
-@click.option("--gallery", type=_PATH, help="What is searched, the same way.  [default: the queries, leave one out]")
+@click.option("--gallery", type=_PATH, help="What is searched, in that form.  [default: the queries, leave one out]")
 @click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
 @click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
 @click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
@@ -53,15 +52,15 @@ Examples:
 )
 @click.option("--size", help="Resize the shorter side, cut out the middle square: 224, or 256,224 if they differ.")
 @click.option("--grayscale", is_flag=True, help="One channel in place of three.")
-@click.option("--limit", type=click.IntRange(1), help="Attack only so many queries, drawn by the seed.  [default: all]")
+@click.option("--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by --seed.  [default: all]")
 @click.option("--recall-at", default="1,2,4,8", help="The k of R@k, with commas.")
-@click.option("--nmi", is_flag=True, help="Also cluster the embeddings.")
-@click.option("--no-checks", is_flag=True, help="Do not ask whether the numbers are to be believed.")
+@click.option("--nmi", is_flag=True, help="Also measure how well clusters of the embeddings agree with the classes.")
+@click.option("--no-checks", is_flag=True, help="Do not look for signs that the numbers are too high.")
 @click.option("--seed", default=0, type=int, help="Of all that is random.")
-@click.option("--chunk", default=128, type=click.IntRange(1), help="Queries that are attacked together.")
+@click.option("--batch-size", default=128, type=click.IntRange(1), help="Queries that are attacked together.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
 @click.option("--output", default="pml_adversarial_evaluation", type=_FOLDER, help="Folder for the reports.")
-@click.option("--resume", type=_FOLDER, help="Keep finished chunks in this folder, and go on from those in it.")
+@click.option("--resume", type=_FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch decides]")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def evaluate(
@@ -79,7 +78,7 @@ def evaluate(
     recall_at: str,
     no_checks: bool,
     seed: int,
-    chunk: int,
+    batch_size: int,
     device: str,
     output: Path,
     threads: int | None,
@@ -94,21 +93,21 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     settings: dict[str, Any] = {
-        "eps": radii(eps, 1.0 if norm == "Linf" else float("inf")),
+        "eps": parse_radii(eps, 1.0 if norm == "Linf" else float("inf")),
         "norm": norm,
         "attacks": attacks if attacks in SUITES else _attacks(attacks),
         "recall_at": _numbers(recall_at, "--recall-at"),
         "normalization": _normalization(normalization),
     }
-    usable_device(device)
+    check_device(device)
     build = _network(network) if network else None
     sides = _size(size) if size else None
-    usable(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
     try:
         read = partial(images_from, size=sides, grayscale=grayscale)
         searched, items = same_classes(read(queries), None if gallery is None else read(gallery))
         loaded = load_model(model, build, device)
-        for images, count in ((searched, chunk), (items or searched, 1)):
+        for images, count in ((searched, batch_size), (items or searched, 1)):
             some = torch.stack([images[row][0] for row in range(min(count, len(images)))])
             check_model(loaded, some.to(device), settings["normalization"])
         report = evaluate_robustness(
@@ -118,7 +117,7 @@ def evaluate(
             subset=_drawn(len(searched), limit, seed),
             checks=not no_checks,
             seed=seed,
-            chunk=chunk,
+            batch_size=batch_size,
             progress=not quiet,
             **settings,
             **passed_on,
@@ -126,7 +125,9 @@ def evaluate(
     except AdversarialError as error:
         raise click.ClickException(str(error)) from error
     except torch.cuda.OutOfMemoryError as error:
-        raise click.ClickException(f"{device} has not enough memory for --chunk {chunk}; try half of it.") from error
+        raise click.ClickException(
+            f"{device} has not enough memory for --batch-size {batch_size}; try half of it."
+        ) from error
     report.save_json(output / "report.json")
     report.save_html(output / "report.html")
     click.echo(str(report))
@@ -134,15 +135,15 @@ def evaluate(
 
 
 def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
-    """Rows of ``limit`` queries out of all, in ascending order; None if all of them are taken."""
+    """Indices of ``limit`` queries, ascending; None: all queries."""
     if limit is None or limit >= total:
         return None
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
-def _attacks(text: str) -> list[AnyAttack]:
+def _attacks(text: str) -> list[RetrievalAttack]:
     """Attacks of the suites by their names."""
-    known = by_name()
+    known = attacks_by_name()
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
@@ -152,7 +153,7 @@ def _attacks(text: str) -> list[AnyAttack]:
 
 
 def _network(text: str) -> Callable[[], nn.Module]:
-    """What ``text`` names, with its options; modules are also looked for in the current folder."""
+    """The callable that ``text`` names, with its options. The current folder is searched for modules too."""
     module, _, call = text.partition(":")
     name, options = parse_call(call)
     if not module or not name:
@@ -168,7 +169,10 @@ def _network(text: str) -> Callable[[], nn.Module]:
     except AttributeError as error:
         raise _refused("--network", f"{module} has no {name}.{did_you_mean(name, vars(found))}") from error
     if not callable(make):
-        raise _refused("--network", f"{name} of {module} is {type(make).__name__}; expected what builds a network.")
+        raise _refused(
+            "--network",
+            f"{name} of {module} is {type(make).__name__}; expected a callable.",
+        )
 
     def build() -> nn.Module:
         try:
@@ -191,7 +195,7 @@ def _normalization(text: str | None) -> Normalization | None:
         raise _refused(
             "--normalization", f'{text!r}; expected imagenet or "mean;std", such as "0.5,0.5,0.5;0.25,0.25,0.25".'
         ) from error
-    usable(lambda: PixelSpace((mean, std)), "--normalization")
+    try_option(lambda: PixelSpace((mean, std)), "--normalization")
     return mean, std
 
 

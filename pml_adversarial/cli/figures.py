@@ -1,4 +1,4 @@
-"""The pictures a person wants to see: R@1 against eps, and what attacked queries find."""
+"""Pictures of the demo: R@1 against eps, and the items that attacked queries find."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..evaluation import Gallery
-from ..evaluation.gallery import embed_all
+from ..evaluation.embedder import embed_all
 
 _RIGHT, _WRONG, _QUERY = "#1b7f4d", "#c0392b", "#444444"
 _COLOURS = ("#7f7f7f", "#1f5fa8")
 
 
 def recall_curves(curves: Mapping[str, Mapping[float, float]], chance: float, path: Path) -> None:
-    """R@1 against eps, one curve per model.
+    """Draws R@1 against eps, one curve per model.
 
     Args:
         curves: model name -> eps (0: clean) -> R@1 in [0, 1].
@@ -46,11 +46,11 @@ def query_panel(
     path: Path,
     neighbours: int = 5,
 ) -> None:
-    """Queries, clean and perturbed, each with the nearest items that they find.
+    """Draws queries, clean and perturbed, with the nearest items that they find.
 
     Args:
-        models: name -> the model and the attacked queries ``(Q, C, H, W)``, one per image.
-        images: ``(Q, C, H, W)``, at once the gallery.
+        models: name -> the model, and the attacked queries ``(Q, C, H, W)``, one per image.
+        images: ``(Q, C, H, W)``, the clean queries, which are the gallery too.
         labels: ``(Q,)``.
         queries: rows to show.
         eps: of the attack, for the title.

@@ -1,4 +1,4 @@
-"""Images with labels: handwritten digits to start with, or what lies in a folder or an npz."""
+"""Labelled images: handwritten digits, or the images of a folder or an npz file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torchvision.transforms.v2 import functional as transforms
 from ..errors import InputError
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_ROUNDING = 1e-4  # as far as images of floating point may be outside of [0, 1]
+_ROUNDING = 1e-4  # by which floating-point images may leave [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class OpenSetSplit:
-    """Images of classes to train on and of classes that are never seen in training.
+    """Images of some classes for training, and of other classes for testing.
 
     Attributes:
         train_images: ``(N, C, H, W)`` in [0, 1].
@@ -40,7 +40,7 @@ class OpenSetSplit:
 
 
 def digits(train_classes: Iterable[int] = range(5)) -> OpenSetSplit:
-    """scikit-learn's 1797 handwritten digits, 8x8: some classes to train on, the others to test.
+    """scikit-learn's 1797 handwritten digits of 8x8 pixels: some classes for training, the others for testing.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
     """
@@ -50,7 +50,7 @@ def digits(train_classes: Iterable[int] = range(5)) -> OpenSetSplit:
 
 
 def split_by_class(images: Tensor, labels: Tensor, train_classes: Iterable[int]) -> OpenSetSplit:
-    """Rows of ``train_classes`` to train on, all others to test.
+    """Images of ``train_classes`` for training, all others for testing.
 
     Raises:
         InputError: a class has no images, or one of the two parts has fewer than two classes.
@@ -72,12 +72,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images of named classes, read one at a time: ``dataset[i]`` is pixels ``(C, H, W)`` in [0, 1] and a label.
 
     Args:
-        read: gives the image of a row.
+        read: row -> image.
         names: the class of each row.
-        classes: names that labels count in; None: those of the rows, sorted.
+        classes: names of all classes; None: those of the rows, sorted.
 
     Attributes:
-        classes: names of the classes; a label is the index of one of them.
+        classes: names of the classes. A label is an index into them.
         labels: ``(N,)``.
     """
 
@@ -95,7 +95,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.read(index), int(self.labels[index])
 
-    def counted_in(self, classes: Sequence[str]) -> LabelledImages:
+    def with_classes(self, classes: Sequence[str]) -> LabelledImages:
         """The same images, with labels that are indices into ``classes``."""
         return LabelledImages(self.read, self.names, classes)
 
@@ -105,20 +105,22 @@ def images_from(
 ) -> LabelledImages:
     """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
 
-    A folder is read lazily, as torchvision's ``ImageFolder`` does it: transparency is dropped, and images are not
-    turned by their EXIF orientation. Hidden files, and files that are no images, are passed over. An npz is ``images``
-    of uint8 (0 to 255) or floating point in [0, 1], ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` (the shorter
-    of the two axes is the channels), and ``labels`` ``(N,)``, integers or words, without pickled objects.
+    Images of a folder are read when they are needed, in the same way as by torchvision's ``ImageFolder``: transparency
+    is dropped, and the EXIF orientation is ignored. Hidden files, and files that are no images, are skipped. An npz
+    file holds ``images`` of uint8 (0 to 255) or floating point in [0, 1], of shape ``(N, H, W)``, ``(N, C, H, W)`` or
+    ``(N, H, W, C)`` (of the two possible axes, the shorter one is taken for the channels), and ``labels`` ``(N,)``,
+    integers or words. It must not hold pickled objects.
 
     Args:
         path: the folder or the npz.
-        size: resizes the shorter side of a folder's images and cuts out the square in the middle; two numbers are
-            the shorter side and the square's. None: all images have one size already.
-        grayscale: one channel in place of three, for a folder.
+        size: side of a square. The shorter side of each image of a folder is resized to it, and the square in the
+            middle is cut out. Two numbers: the shorter side, and the side of the square. None: all images have one
+            size already.
+        grayscale: whether images of a folder have one channel instead of three.
 
     Raises:
-        InputError: there is nothing at the path, or not what is expected; an image that cannot be read raises it when
-            it is asked for.
+        InputError: the path does not exist or holds something else. If a single image cannot be read, this is raised
+            when the image is needed.
     """
     path = Path(path)
     if path.is_dir():
@@ -126,21 +128,21 @@ def images_from(
     if not path.is_file():
         raise InputError(f"There is no {path}; expected a folder with one subfolder per class, or an npz.")
     if size is not None or grayscale:
-        raise InputError(f"{path} is taken as it is; size and grayscale are for folders. Change its arrays instead.")
+        raise InputError(f"{path} is an npz file; size and grayscale are for folders only. Change its arrays instead.")
     return _from_npz(path)
 
 
 def same_classes(
     queries: LabelledImages, gallery: LabelledImages | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Queries and gallery with labels that mean the same in both, wherever they were read from.
+    """Queries and gallery, with labels that stand for the same classes in both.
 
     Args:
-        queries: what is searched for.
-        gallery: what is searched; None: the queries themselves, each without itself.
+        queries: images that search.
+        gallery: images that are searched. None: the queries; then no query finds itself.
 
     Raises:
-        InputError: no query has a right and a wrong item to be found.
+        InputError: no query has both a right and a wrong item to find.
     """
     searched = queries if gallery is None else gallery
     if len(set(searched.names)) < 2:
@@ -161,12 +163,12 @@ def same_classes(
             "are compared by the names of their folders, or by the labels of the npz."
         )
     classes = sorted({*queries.names, *gallery.names})
-    return queries.counted_in(classes), gallery.counted_in(classes)
+    return queries.with_classes(classes), gallery.with_classes(classes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Files:
-    """Images of files, decoded when they are asked for."""
+    """Images of files, decoded when they are needed."""
 
     paths: Sequence[Path]
     size: tuple[int, int] | None
@@ -177,7 +179,7 @@ class _Files:
         if image.shape != self._expected:
             raise InputError(
                 f"{self.paths[index]} is {_by(image.shape[1:])} pixels, {self.paths[0]} {_by(self._expected[1:])}; "
-                "expected images of one size. Choose a size to which all are brought."
+                "expected images of one size. Choose a size to which all images are resized."
             )
         return image
 
@@ -191,7 +193,7 @@ class _Files:
                 mode, image = file.mode, file.convert("L" if self.grayscale else "RGB")
         except Exception as error:  # of many kinds, from Pillow and its decoders
             raise InputError(f"{path} cannot be read as an image: {error}") from error
-        if mode[0] in "IF":  # which Pillow would cut off at 255
+        if mode[0] in "IF":  # Pillow would clip them at 255
             raise InputError(f"{path} has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits.")
         if self.size is not None:
             image = transforms.center_crop(transforms.resize(image, [self.size[0]]), [self.size[1]])
@@ -201,7 +203,7 @@ class _Files:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Images of one array, kept as they are: a byte per pixel stays one."""
+    """Images of one array. Pixels of uint8 are converted when they are needed, so that they need less memory."""
 
     images: Tensor
 

@@ -1,4 +1,4 @@
-"""How a saved model comes back: as an exported program, or as weights for a network that is built anew."""
+"""Loads a saved model: an exported program, or weights for a network that is built anew."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..training.isolation import isolated
 from ..training.pixels import Normalization, PixelSpace
 
-_OF_EXPORTED = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
+_EXPORT_ENTRIES = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
 _NESTED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and of torch.compile, in either order
 _HOW_TO_SAVE = (
@@ -34,10 +34,10 @@ _HOW_TO_EXPORT = (
 
 
 class ExportedModel(nn.Module):
-    """An exported program as a module that may be asked for another mode, which torch's own refuses.
+    """An exported program as a module whose ``train`` and ``eval`` do nothing; those of torch's own module fail.
 
     Args:
-        program: it keeps the mode that it was exported in.
+        program: it stays in the mode in which it was exported.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -45,12 +45,12 @@ class ExportedModel(nn.Module):
         self.program = program.module()
 
     def forward(self, images: Tensor) -> Tensor:
-        """What the program gives."""
+        """Embeddings ``(N, D)`` that the program computes."""
         embeddings: Tensor = self.program(images)
         return embeddings
 
     def train(self, mode: bool = True) -> ExportedModel:
-        """Changes nothing in the program; `nn.Module.eval` comes here too."""
+        """Changes nothing in the program. `nn.Module.eval` calls this too."""
         self.training = mode
         return self
 
@@ -58,18 +58,19 @@ class ExportedModel(nn.Module):
 def load_model(
     path: str | Path, network: Callable[[], nn.Module] | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The model of a file.
+    """Loads the model of a file.
 
     Load only files that you trust: exported programs may hold pickled objects.
 
     Args:
-        path: an exported program (``.pt2``), or a state dict of ``torch.save`` or ``.safetensors``, which may lie under
-            "state_dict", "model_state_dict" or "model", and may be of a model in ``DistributedDataParallel``.
+        path: an exported program (``.pt2``), or a state dict (of ``torch.save``, or ``.safetensors``). The state dict
+            may be an entry "state_dict", "model_state_dict" or "model" of a dict, and may be of a model in
+            ``DistributedDataParallel`` or of a compiled one.
         network: builds the module that a state dict is for.
         device: of the model.
 
     Raises:
-        InputError: the file is not one of these, or does not fit the network.
+        InputError: the file is something else, or does not fit the network.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,16 +82,16 @@ def load_model(
     weights = _state_dict(_saved(path), path)
     if network is None:
         raise InputError(
-            f"{path} holds weights and no network; expected a network (on the command line "
-            "--network module:callable) that they are for, or an exported program."
+            f"{path} holds weights only; expected an exported program, or a network that the weights are for (on the "
+            "command line --network module:callable)."
         )
     return _filled(network(), weights, path).to(device)
 
 
 def check_model(model: nn.Module, images: Tensor, normalization: Normalization | None = None) -> None:
-    """Embeds the first of the images alone, and then all of them at once, and looks at what comes back.
+    """Checks that a model embeds one image, and all of the images at once.
 
-    An attack goes on with the rows that still stand, so a model has to take any number of images.
+    Attacks go on with the queries that are still robust, so a model has to take any number of images.
 
     Args:
         model: images -> embeddings.
@@ -98,7 +99,7 @@ def check_model(model: nn.Module, images: Tensor, normalization: Normalization |
         normalization: see `PixelSpace`.
 
     Raises:
-        InputError: the model does not take them, or does not give one embedding for each.
+        InputError: the model does not take the images, or does not return one embedding for each.
     """
     inputs = PixelSpace(normalization).to_inputs(images)
     with isolated(model), torch.no_grad():
@@ -128,7 +129,7 @@ def _is_exported(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.rpartition("/")[2] in _OF_EXPORTED for name in archive.namelist())
+        return any(name.rpartition("/")[2] in _EXPORT_ENTRIES for name in archive.namelist())
 
 
 def _exported(path: Path, device: torch.device) -> nn.Module:
@@ -156,24 +157,24 @@ def _check_exported(program: ExportedProgram, path: Path) -> None:
     trained = sorted({str(node.target) for node in program.graph.nodes if _as_in_training(node)})
     if trained:
         raise InputError(
-            f"{path} was exported in train mode, which stays in it ({', '.join(trained)}). {_HOW_TO_EXPORT}"
+            f"{path} was exported in train mode, which cannot be changed ({', '.join(trained)}). {_HOW_TO_EXPORT}"
         )
 
 
 def _as_in_training(node: torch.fx.Node) -> bool:
-    """Whether an operation drops at random or normalises by the batch, as it does in train mode only."""
+    """Whether an operation is dropout or batch normalisation in train mode."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     names = [argument.name for argument in node.target._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    by_batch = given.get("training") and given.get("running_mean") is not None  # else it does so in any mode
+    by_batch = given.get("training") and given.get("running_mean") is not None  # else as in eval mode
     return bool(by_batch or given.get("train") or given.get("dropout_p"))
 
 
 def _moved(program: ExportedProgram, device: torch.device) -> nn.Module:
     try:
         from torch.export.passes import move_to_device_pass
-    except ImportError:  # an older torch; devices that the code of the model names stay as they are
+    except ImportError:  # an older torch; devices that the model's code names stay as they are
         return ExportedModel(program).to(device)
     return ExportedModel(move_to_device_pass(program, str(device)))
 
@@ -237,7 +238,7 @@ def _filled(network: Any, weights: dict[str, Any], path: Path) -> nn.Module:
 
 
 def _differences(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
-    """What differs between the weights that a network has and those that it was given, a few of each."""
+    """A few of the differences between the weights of a network and those of a file."""
     shapes = [
         f"{name} of {tuple(weights[name].shape)} in place of {tuple(own[name].shape)}"
         for name in own
@@ -256,7 +257,7 @@ def _some(names: Sequence[Any]) -> str:
 
 
 def _in_one_line(error: Exception) -> str:
-    """An exception's kind and the first sentence of what it says; torch's go on for pages."""
+    """The class of an exception and the first line of its message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return (
         f"{type(error).__name__}: {shorten(first, 160, placeholder=' ...').rstrip('.')}"

@@ -1,4 +1,4 @@
-"""What the words of a command line mean: classes and functions with options, radii, devices."""
+"""Parses what options of the command line say: classes with options, radii, devices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import click
 import torch
 
-SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
-"""Of every command."""
+CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""Click's ``context_settings`` of every command."""
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
 
     Raises:
-        click.BadParameter: it does not read like that.
+        click.BadParameter: the text has another form.
     """
     name, _, options = text.partition(":")
     try:
@@ -40,18 +40,18 @@ def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
-def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
-    """The class named by ``text`` in ``module`` with its options, ready to be called.
+def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
+    """The class that ``text`` names, with its options, ready to be called.
 
     Args:
-        module: where to look.
-        base: what the class must derive from.
+        module: holds the class.
+        base: the class must derive from it.
         text: see `parse_call`.
-        kind: for messages.
-        filled: options that are given where the class takes them and ``text`` does not say them.
+        kind: what the class is, for messages.
+        filled: options that are used if the class takes them and ``text`` does not set them.
 
     Raises:
-        click.BadParameter: no such class, or it takes no such option.
+        click.BadParameter: there is no such class, or it takes no such option.
     """
     name, options = parse_call(text)
     classes = {
@@ -74,15 +74,15 @@ def named(module: Any, base: type, text: str, kind: str, **filled: Any) -> Calla
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """A sentence that offers the known name that is nearest, if one is near."""
+    """A sentence that offers the most similar known name; empty if none is similar."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
-    """Radii with commas, as numbers or fractions, in ascending order.
+def parse_radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
+    """Radii from numbers or fractions with commas, ascending.
 
-    >>> radii("8/255,0.01")
+    >>> parse_radii("8/255,0.01")
     (0.01, 0.03137254901960784)
     """
     try:
@@ -97,14 +97,22 @@ def radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
     return found
 
 
-def usable_device(name: str) -> str:
-    """The same name, of a device that can be used."""
-    usable(lambda: torch.zeros(1, device=name).item(), "--device")
+def check_device(name: str) -> str:
+    """The same name.
+
+    Raises:
+        click.BadParameter: the device cannot be used.
+    """
+    try_option(lambda: torch.zeros(1, device=name).item(), "--device")
     return name
 
 
-def usable(make: Callable[[], Any], option: str) -> Any:
-    """What ``make`` gives; whatever it raises is said of the option."""
+def try_option(make: Callable[[], Any], option: str) -> Any:
+    """What ``make()`` returns.
+
+    Raises:
+        click.BadParameter: ``make`` raised an exception; its first line is shown as an error of the option.
+    """
     try:
         return make()
     except Exception as error:

@@ -1,7 +1,35 @@
-"""How robust an embedding model is."""
+"""How robust an embedding model is: attacks, measures, certificates and reports."""
 
-from .gallery import Gallery
+from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
+from .classifier import RetrievalClassifier
+from .gallery import Gallery, Targets
+from .images import Images
 from .report import Report
+from .results import AttackResult, Check, WorstCase
+from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
+from .smoothing import Certificate, certify
+from .suites import quick, standard
 
-__all__ = ["Gallery", "Report", "evaluate_robustness"]
+__all__ = [
+    "AttackResult",
+    "Certificate",
+    "Check",
+    "Gallery",
+    "GalleryAttack",
+    "Images",
+    "QueryAttack",
+    "QueryBatch",
+    "Report",
+    "RetrievalAttack",
+    "RetrievalClassifier",
+    "RobRankScores",
+    "Targets",
+    "WorstCase",
+    "certify",
+    "ers",
+    "evaluate_robustness",
+    "quick",
+    "robrank_scores",
+    "standard",
+]

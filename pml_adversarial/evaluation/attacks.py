@@ -1,4 +1,4 @@
-"""What an attack is told, and what kinds of attack there are: on the query, and on the gallery."""
+"""The two kinds of attack on retrieval, on the query and on the gallery, and what an attack is given."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from torch import Tensor, nn
 
 from ..attacks.ball import projected
 from ..attacks.objective import Objective, Score
-from ..attacks.pgd import momentum_pgd
+from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
-from .gallery import Changed, Embed, Gallery, Ranking, Targets, unit
+from .embedder import Embed
+from .gallery import Gallery, Ranking, ReplacedItems, Targets, unit_length
 
 
 @dataclass(frozen=True, eq=False)
 class QueryBatch:
-    """Queries before a gallery: all that an attack is told.
+    """A batch of queries and the gallery that they search: all that an attack is given.
 
     Attributes:
         embed: pixels ``(n, C, H, W)`` -> embeddings ``(n, D)``.
-        modules: what ``embed`` runs through.
+        modules: the modules that ``embed`` runs.
         gallery: what is searched.
-        pixels_of: gallery items ``(n,)`` -> their pixels ``(n, C, H, W)``.
+        pixels_of: indices of gallery items ``(n,)`` -> their pixels ``(n, C, H, W)``.
         images: ``(Q, C, H, W)`` clean pixels of the queries.
-        clean: ``(Q, D)`` their embeddings.
-        targets: what they are to find.
-        norm: "Linf" or "L2".
+        clean: ``(Q, D)`` embeddings of the clean queries.
+        targets: what the queries should find.
+        norm: of the perturbations, "Linf" or "L2".
     """
 
     embed: Embed
@@ -46,11 +47,16 @@ class QueryBatch:
         return len(self.images)
 
     def objective(self, score: Score, origin: Tensor | None = None) -> Objective:
-        """A score of embeddings, to be raised from the clean queries' or from ``origin``."""
+        """The objective of an attack that raises a score of embeddings.
+
+        Args:
+            score: embeddings -> one number per row.
+            origin: embeddings at which the attack starts; None: those of the clean queries.
+        """
         return Objective(self.embed, score, self.clean if origin is None else origin, self.modules)
 
     def classifier(self) -> RetrievalClassifier:
-        """The embedding as a classifier over the gallery's classes."""
+        """The model as a classifier over the classes of the gallery."""
         return RetrievalClassifier(self.embed, self.gallery, self.images, self.targets, self.norm, *self.modules)
 
 
@@ -59,41 +65,41 @@ class QueryAttack:
     """Perturbs queries; the gallery stays clean.
 
     Attributes:
-        name: in reports.
-        find: batch, eps, restart -> perturbed queries ``(Q, C, H, W)``.
-        restarts: runs from different starts; later ones take on only queries that still stand.
-        black_box: whether it only asks for outputs.
-        only_standing: whether it has no use for queries that fail already.
-        num_classes: how many the gallery has to hold at least.
+        name: of the attack in reports.
+        perturb: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``.
+        restarts: how often it runs. Later runs attack only queries that are still robust.
+        black_box: whether it uses outputs of the model only, no gradients.
+        only_robust: whether the first run, too, attacks only queries that are still robust.
+        num_classes: how many classes the gallery must have; with fewer, the attack is left out.
     """
 
     name: str
-    find: Callable[[QueryBatch, float, int], Tensor]
+    perturb: Callable[[QueryBatch, float, int], Tensor]
     restarts: int = 1
     black_box: bool = False
-    only_standing: bool = False
+    only_robust: bool = False
     num_classes: int = 2
     target = "query"
 
-    def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> Outcome:
-        """Attacks all queries of a batch and ranks what they find."""
-        images = projected(self.find(batch, eps, restart), batch.images, eps, batch.norm)
+    def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
+        """Attacks all queries of a batch and ranks what the perturbed queries find, down to ``depth``."""
+        images = projected(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
-        shift = (unit(embeddings) - unit(batch.clean)).norm(dim=1)
-        return Outcome(images, batch.gallery.ranking(embeddings, batch.targets, depth), shift)
+        shift = (unit_length(embeddings) - unit_length(batch.clean)).norm(dim=1)
+        return AttackOutcome(images, batch.gallery.ranking(embeddings, batch.targets, depth), shift)
 
 
 @dataclass(frozen=True)
 class GalleryAttack:
-    """Perturbs one item of the gallery per query; the query stays clean.
+    """Perturbs one item of the gallery for each query; the query stays clean.
 
     Attributes:
-        name: in reports.
-        choose: batch, restart -> items ``(Q,)`` to perturb.
+        name: of the attack in reports.
+        choose: batch, number of the restart -> indices of the items ``(Q,)`` to perturb.
         score: batch -> the score of the items' embeddings that is raised.
-        steps: of `momentum_pgd`.
-        restarts: further runs, also on other items.
+        steps: of `MomentumPGD`.
+        restarts: how often it runs. Later runs attack only queries that are still robust.
     """
 
     name: str
@@ -102,31 +108,31 @@ class GalleryAttack:
     steps: int
     restarts: int = 1
     black_box = False
-    only_standing = False
+    only_robust = False
     num_classes = 2
     target = "gallery"
 
-    def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> Outcome:
-        """Attacks one item for each query of a batch and ranks what the queries find then."""
+    def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
+        """Attacks one item for each query of a batch and ranks what the queries find then, down to ``depth``."""
         items = self.choose(batch, restart)
         pixels, origin = batch.pixels_of(items), batch.gallery.embeddings[items]
         objective = batch.objective(self.score(batch), origin)
-        found = momentum_pgd(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
+        found = MomentumPGD(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
         images = projected(found, pixels, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
-        ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, Changed(items, embeddings))
-        return Outcome(images, ranking, (unit(embeddings) - origin).norm(dim=1))
+        ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, ReplacedItems(items, embeddings))
+        return AttackOutcome(images, ranking, (unit_length(embeddings) - origin).norm(dim=1))
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What an attack found and what it did.
+class AttackOutcome:
+    """What an attack gives.
 
     Attributes:
-        images: ``(Q, C, H, W)`` within the budget: the perturbed queries, or the perturbed items.
+        images: ``(Q, C, H, W)`` the perturbed queries, or the perturbed items.
         ranking: what the queries find.
-        shift: ``(Q,)`` how far the perturbed embeddings moved, in [0, 2].
+        shift: ``(Q,)`` distance between perturbed and clean unit embeddings, in [0, 2].
     """
 
     images: Tensor
@@ -134,4 +140,4 @@ class Outcome:
     shift: Tensor
 
 
-AnyAttack = QueryAttack | GalleryAttack
+RetrievalAttack = QueryAttack | GalleryAttack

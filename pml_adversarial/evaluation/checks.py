@@ -1,11 +1,11 @@
-"""Whether the number is to be believed: signs of masked gradients and of attacks that are too weak.
+"""Signs that the measured robustness is too high: gradients that lead nowhere, and attacks that are too weak.
 
 After Carlini et al., "On Evaluating Adversarial Robustness" (arXiv 1902.06705), Athalye et al., "Obfuscated Gradients
 Give a False Sense of Security" (arXiv 1802.00420), and the flags of AutoAttack (Croce, Hein, arXiv 2003.01690).
 
-Every check asks something of the model that an honest one answers, on a sample of the queries that are right without
-attack. A flag needs evidence: of an honest model, what was seen is less likely than one in a thousand. No flag is no
-proof: it means that none of these signs was found.
+Each check measures something on a sample of the queries that are right without attack, and knows what it finds on a
+model that hides nothing. It raises a flag if what it found has a probability below one in a thousand on such a model.
+If no flag is raised, none of these signs was found; this proves nothing.
 """
 
 from __future__ import annotations
@@ -20,305 +20,319 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import drawn, per_image, projected
-from ..attacks.pgd import momentum_pgd
+from ..attacks.ball import per_image, projected, uniform_start
+from ..attacks.pgd import MomentumPGD
 from ..training.isolation import random_stream
+from . import binomial
 from .attacks import QueryBatch
-from .gallery import Gallery, Targets, chunks, unit
-from .report import AttackResult, Check
-from .run import marked
-from .suites import toward_nearest_wrong
+from .embedder import batches
+from .gallery import Gallery, Targets, unit_length
+from .results import AttackResult, Check, decode_flags
+from .suites import margin_score
 from .task import RetrievalTask
 
 SAMPLE = 64
-"""Queries that are asked, at most."""
+"""Queries in the sample, at most."""
 
 STEPS = 40
-"""Gradient steps of the attack that others are compared with."""
+"""Gradient steps of the attack that other attacks are compared with."""
 
 LARGE = 0.5
-"""l-inf radius at which every image can be made the same grey; for "L2" times the root of the number of pixels."""
+"""l-inf radius at which an attack can make every image the same grey. In l2, times the root of the number of pixels."""
 
-UNLIKELY = 1e-3
-"""Probability, of an honest model, below which what was seen is flagged."""
+SIGNIFICANCE = 1e-3
+"""A flag is raised if what was found has a smaller probability on a model that hides nothing."""
 
 FEW = 0.01
-"""Share of the queries at which an attack on an honest model may be stuck."""
+"""Share of the queries on which an attack may get stuck although the model hides nothing."""
 
 MOST = 0.95
-"""Share of the queries for which the gradients of an honest model lead to what is there."""
+"""Share of the queries whose gradients lead to their goal if the model hides nothing."""
 
-_ENOUGH = 10  # of fewer queries nothing is evidence: ten coins fall alike once in a thousand times
+_ENOUGH = 10  # fewer queries prove nothing: even ten tossed coins show ten heads once in a thousand times
 _DRAWS = 10  # of noise, and of roundings
 _SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of eps
 
 
-class Finding(NamedTuple):
-    """Whether a check passed, None if it could not be asked, and what was found in one line."""
+class Verdict(NamedTuple):
+    """Whether a check passed (None: it could not be made), and what it found, in one line."""
 
     passed: bool | None
-    line: str
+    message: str
 
 
 def run_checks(
-    task: RetrievalTask, rows: Tensor, clean_standing: str, results: Sequence[AttackResult], seed: int, chunk: int
+    task: RetrievalTask,
+    rows: Tensor,
+    clean_flags: Tensor,
+    results: Sequence[AttackResult],
+    seed: int,
+    batch_size: int,
 ) -> tuple[Check, ...]:
-    """Asks for every sign of a false claim, at the cost of about 260 gradients for each of `SAMPLE` queries.
+    """Makes all checks. They cost about 260 gradients for each query of the sample.
 
     Args:
-        task: what was evaluated, in eval mode and frozen.
-        rows: ``(Q,)`` the queries.
-        clean_standing: one character per query, "1" if R@1 held without attack.
-        results: what was measured of them.
+        task: what was evaluated, with the model in eval mode and frozen.
+        rows: ``(Q,)`` indices of the queries.
+        clean_flags: ``(Q,)`` bool, whether the nearest item is right without attack.
+        results: of all attacks on these queries.
         seed: of all random choices.
-        chunk: queries that are asked together.
+        batch_size: queries that are attacked together.
     """
     if not results:
         return ()
-    probe = Probe(task, rows, clean_standing, results, seed, chunk)
-    return tuple(Check(name, *_ask(question, probe)) for name, question in CHECKS.items())
+    sample = QuerySample(task, rows, clean_flags, results, seed, batch_size)
+    return tuple(Check(name, *_verdict(check, sample)) for name, check in CHECKS.items())
 
 
-class Probe:
-    """A sample of the queries that are right without attack, and what is asked of all of them.
+class QuerySample:
+    """A sample of the queries that are right without attack, and what is measured on all of them.
 
     Args:
-        task: see `run_checks`, also for the others.
+        task: see `run_checks`, also for the other arguments.
         rows: ``(Q,)``.
-        clean_standing: Q characters.
+        clean_flags: ``(Q,)``.
         results: one or more.
         seed: of the sample and of all attacks.
-        chunk: queries per batch.
+        batch_size: queries per batch.
 
     Attributes:
-        num_right: how many are right without attack.
-        picked: ``(n,)`` which of ``rows`` they are.
-        scenes: they, at most ``chunk`` in each.
-        eps: the radius at which the suite left closest to half of what it met: there, comparisons tell most.
+        num_right: how many queries are right without attack.
+        chosen: ``(n,)`` which of ``rows`` are in the sample.
+        batches: the sample, in batches.
+        eps: of all radii of the results, the one at which closest to half of the queries are robust. There, comparisons
+            of attacks tell most.
     """
 
     def __init__(
         self,
         task: RetrievalTask,
         rows: Tensor,
-        clean_standing: str,
+        clean_flags: Tensor,
         results: Sequence[AttackResult],
         seed: int,
-        chunk: int,
+        batch_size: int,
     ) -> None:
         self.task, self.results, self.seed = task, results, seed
-        right = marked(clean_standing).nonzero().squeeze(1)
+        right = clean_flags.nonzero().squeeze(1)
         self.num_right = len(right)
         with random_stream(seed, _stream("sample")):
-            self.picked = right[torch.randperm(len(right))[:SAMPLE]].sort().values
-        chosen = rows[self.picked.to(rows.device)]
-        self.scenes = tuple(task.batch(chosen[piece]) for piece in chunks(len(chosen), chunk))
-        self.eps = min(self.radii, key=lambda eps: abs(int(self.standing(eps).sum()) - self.num_right / 2))
+            self.chosen = right[torch.randperm(len(right))[:SAMPLE]].sort().values
+        chosen = rows[self.chosen.to(rows.device)]
+        self.batches = tuple(task.batch(chosen[part]) for part in batches(len(chosen), batch_size))
+        self.eps = min(self.radii, key=lambda eps: abs(int(self.robust(eps).sum()) - self.num_right / 2))
 
     def __len__(self) -> int:
-        return len(self.picked)
+        return len(self.chosen)
 
     @property
     def radii(self) -> list[float]:
-        """What the suite was run at, from small to large."""
+        """All eps of the results, ascending."""
         return sorted({result.eps for result in self.results})
 
     @cached_property
     def precision(self) -> float:
-        """Relative rounding of the type that embeddings come in."""
+        """Relative rounding error of the type of the embeddings."""
         with torch.no_grad():
-            return torch.finfo(self.task.embed(self.scenes[0].images[:1]).dtype).eps
+            return torch.finfo(self.task.embed(self.batches[0].images[:1]).dtype).eps
 
     @property
     def large(self) -> float:
-        """Radius at which every image can be made the same grey."""
-        return LARGE if self.task.norm == "Linf" else LARGE * math.sqrt(self.scenes[0].images[0].numel())
+        """Radius at which an attack can make every image the same grey."""
+        return LARGE if self.task.norm == "Linf" else LARGE * math.sqrt(self.batches[0].images[0].numel())
 
     def on_queries(self, black_box: bool) -> list[AttackResult]:
-        """What attacks on queries left, black-box ones or the others."""
+        """The results of attacks on queries: of the black-box ones, or of the others."""
         return [result for result in self.results if result.target == "query" and result.black_box == black_box]
 
-    def standing(self, eps: float, *black_box: bool) -> Tensor:
-        """``(Q,)`` bool: queries that stand against the attacks on them, of both kinds or of one."""
+    def robust(self, eps: float, *black_box: bool) -> Tensor:
+        """``(Q,)`` bool: queries that no attack on queries broke, of both kinds or of one, see `on_queries`."""
         chosen = [result for kind in black_box or (True, False) for result in self.on_queries(kind)]
-        left = torch.ones(len(self.results[0].standing), dtype=torch.bool)
+        flags = torch.ones(len(self.results[0].robust_flags), dtype=torch.bool)
         for result in chosen:
             if result.eps == eps:
-                left &= marked(result.standing)
-        return left
+                flags &= decode_flags(result.robust_flags)
+        return flags
 
-    def each(self, ask: Callable[[QueryBatch], Tensor], stream: str) -> Tensor:
-        """What is asked of every batch, joined, with random numbers of its own."""
+    def measure(self, on_batch: Callable[[QueryBatch], Tensor], stream: str) -> Tensor:
+        """What a function of a batch gives, joined over all batches; it draws from a random stream of its own."""
         with random_stream(self.seed, _stream(stream)):
-            return torch.cat([ask(batch) for batch in self.scenes]).cpu()
+            return torch.cat([on_batch(batch) for batch in self.batches]).cpu()
 
     def broken(self, eps: float, steps: int, stream: str) -> Tensor:
-        """``(n,)`` bool: queries that one run of the margin attack breaks."""
-        return self.each(lambda batch: breaks(batch, climb(batch, eps, steps)), f"{stream} {eps}")
+        """``(n,)`` bool: queries on which one run of the margin attack succeeds."""
+        return self.measure(lambda batch: is_adversarial(batch, margin_attack(batch, eps, steps)), f"{stream} {eps}")
 
     @cached_property
     def attacked(self) -> Tensor:
-        """``(n,)`` bool: queries that the attack breaks that others are compared with."""
+        """``(n,)`` bool: queries on which the attack succeeds that other attacks are compared with."""
         return self.broken(self.eps, STEPS, "attack")
 
 
-def climb(batch: QueryBatch, eps: float, steps: int, random_start: bool = True) -> Tensor:
-    """Perturbed queries of one run of the margin attack."""
-    objective = batch.objective(toward_nearest_wrong(batch, 0))
-    return momentum_pgd(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
+def margin_attack(batch: QueryBatch, eps: float, steps: int, random_start: bool = True) -> Tensor:
+    """Queries ``(Q, C, H, W)`` that one run of the margin attack perturbed."""
+    objective = batch.objective(margin_score(batch, 0))
+    return MomentumPGD(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
 
 
-def breaks(batch: QueryBatch, images: Tensor) -> Tensor:
-    """``(Q,)`` bool: whether perturbed queries find a wrong item first."""
+def is_adversarial(batch: QueryBatch, images: Tensor) -> Tensor:
+    """``(Q,)`` bool: whether the nearest item of a perturbed query is wrong."""
     with torch.no_grad():
         return batch.gallery.ranking(batch.embed(images), batch.targets, 1).margin >= 0
 
 
-# Is the attack as strong as it should be?
+# Is the attack strong enough?
 
 
-def beats_a_single_step(probe: Probe) -> Finding:
+def beats_a_single_step(sample: QuerySample) -> Verdict:
     """Iterative attacks are stronger than single-step ones (Carlini et al.)."""
-    single = probe.each(lambda batch: breaks(batch, climb(batch, probe.eps, 1, random_start=False)), "single")
-    return _compared(probe.attacked, f"{STEPS} steps", single, "one step", probe.eps)
+
+    def broken(batch: QueryBatch) -> Tensor:
+        return is_adversarial(batch, margin_attack(batch, sample.eps, 1, random_start=False))
+
+    single = sample.measure(broken, "single")
+    return _compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.eps)
 
 
-def beats_noise(probe: Probe) -> Finding:
+def beats_noise(sample: QuerySample) -> Verdict:
     """Random noise is weaker than an attack (Carlini et al.)."""
 
     def best_of_draws(batch: QueryBatch) -> Tensor:
-        return torch.stack([breaks(batch, at_the_border(batch, probe.eps)) for _ in range(_DRAWS)]).any(0)
+        return torch.stack([is_adversarial(batch, at_the_border(batch, sample.eps)) for _ in range(_DRAWS)]).any(0)
 
-    noise = probe.each(best_of_draws, "noise")
-    return _compared(probe.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} noises", probe.eps)
+    noise = sample.measure(best_of_draws, "noise")
+    return _compared(sample.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} draws of noise", sample.eps)
 
 
-def gains_by_steps(probe: Probe) -> Finding:
+def gains_by_steps(sample: QuerySample) -> Verdict:
     """More steps are no weaker (Carlini et al.)."""
-    few = probe.broken(probe.eps, STEPS // 4, "few")
-    return _compared(probe.attacked, f"{STEPS} steps", few, f"{STEPS // 4} steps", probe.eps)
+    few = sample.broken(sample.eps, STEPS // 4, "few")
+    return _compared(sample.attacked, f"{STEPS} steps", few, f"{STEPS // 4} steps", sample.eps)
 
 
-def gains_by_eps(probe: Probe) -> Finding:
-    """A larger eps is no weaker (Carlini et al.), in runs that know nothing of one another."""
-    radii = (probe.eps / 2, probe.eps, 2 * probe.eps)
-    runs = [probe.broken(eps, STEPS // 2, "eps") for eps in radii]
+def gains_by_eps(sample: QuerySample) -> Verdict:
+    """A larger eps is no weaker (Carlini et al.), in independent runs."""
+    radii = (sample.eps / 2, sample.eps, 2 * sample.eps)
+    runs = [sample.broken(eps, STEPS // 2, "eps") for eps in radii]
     counts = ", ".join(f"{int(run.sum())} at eps {eps:.4g}" for run, eps in zip(runs, radii, strict=True))
     passed = no_weaker(runs[1], runs[0]) and no_weaker(runs[2], runs[1])
-    return Finding(passed, f"of {len(probe)} queries {STEPS // 2} steps break {counts}")
+    return Verdict(passed, f"of {len(sample)} queries {STEPS // 2} steps break {counts}")
 
 
-def has_converged(probe: Probe) -> Finding:
-    """More steps and another start find nothing new (Carlini et al.): one run does not break more than the suite."""
-    suite = ~probe.standing(probe.eps)[probe.picked]
-    longer = probe.broken(probe.eps, 2 * STEPS, "longer")
-    return _compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", probe.eps)
+def has_converged(sample: QuerySample) -> Verdict:
+    """More steps and another start find nothing new (Carlini et al.): one longer run is no stronger than the suite."""
+    suite = ~sample.robust(sample.eps)[sample.chosen]
+    longer = sample.broken(sample.eps, 2 * STEPS, "longer")
+    return _compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", sample.eps)
 
 
-def falls_to_chance(probe: Probe) -> Finding:
-    """Unbounded attacks reach 0 (Carlini et al.); here, where every query can be made the same."""
-    eps = max(probe.eps, probe.large)
-    standing = int((~probe.broken(eps, STEPS, "large")).sum())
-    others = len(probe.task.gallery) - probe.task.leave_one_out
-    chance = probe.each(lambda part: part.gallery.num_right(part.targets) / others, "chance").mean().item()
-    passed = likely(standing, len(probe), min(max(chance, FEW), 1 - MOST))
-    return Finding(passed, f"{standing} of {len(probe)} stand at eps {eps:.4g}, chance is {chance * len(probe):.1f}")
-
-
-def black_box_adds_nothing(probe: Probe) -> Finding:
-    """Black-box attacks are no stronger than white-box ones (Athalye et al.)."""
-    for black_box, kind in ((True, "black-box"), (False, "white-box")):
-        if not probe.on_queries(black_box):
-            return Finding(None, f"the suite has no {kind} attack on queries")
-    found = []
-    for eps in probe.radii:
-        only = int((probe.standing(eps, False) & ~probe.standing(eps, True)).sum())
-        line = f"{only} of {probe.num_right} queries stand against gradients and not without them, at eps {eps:.4g}"
-        found.append((at_least(only, probe.num_right, FEW), line))
-    likelihood, line = min(found)
-    return Finding(likelihood >= UNLIKELY, line)
-
-
-def finds_what_is_planted(probe: Probe) -> Finding:
-    """An example that is there by construction is found: a point of the query's own ball is a wrong item."""
-    found = probe.each(partial(_planted, eps=probe.eps), "planted")
-    asked, reached = int((found >= 0).sum()), int((found > 0).sum())
-    if asked < _ENOUGH:
-        return Finding(
-            None, f"{asked} of {len(probe)} points at the border of eps {probe.eps:.4g} differ from the query"
-        )
-    passed = likely(asked - reached, asked, 1 - MOST)
-    return Finding(passed, f"{reached} of {asked} wrong items planted within eps {probe.eps:.4g} are reached")
-
-
-# Are gradients what they should be?
-
-
-def has_gradients(probe: Probe) -> Finding:
-    """Gradients are not zero (AutoAttack), and what has none does not matter.
-
-    A query is blind if most of what noise does to its embedding comes through pixels whose gradient is zero.
-    """
-    near_eps, far_eps = probe.eps, max(probe.eps, probe.large)
-    found = probe.each(partial(_blindness, eps=near_eps, radii=(near_eps, far_eps)), "gradients")
-    zero, near, far = (int(count) for count in found[:, :3].sum(0))
-    passed = likely(zero, len(probe), FEW) and likely(max(near, far), len(probe), 1 - MOST)
-    return Finding(
+def falls_to_chance(sample: QuerySample) -> Verdict:
+    """Unbounded attacks succeed on every query (Carlini et al.); here, attacks that can make all queries equal."""
+    eps = max(sample.eps, sample.large)
+    robust = int((~sample.broken(eps, STEPS, "large")).sum())
+    others = len(sample.task.gallery) - sample.task.leave_one_out
+    chance = sample.measure(lambda part: part.gallery.num_right(part.targets) / others, "chance").mean().item()
+    passed = plausible(robust, len(sample), min(max(chance, FEW), 1 - MOST))
+    return Verdict(
         passed,
-        f"{zero} of {len(probe)} queries have none; {near} are blind to noise of eps {near_eps:.4g}, {far} of "
-        f"{far_eps:.4g}; {100 * found[:, 3].mean().item():.0f} % of pixels have none",
+        f"{robust} of {len(sample)} are robust at eps {eps:.4g}; chance is {chance * len(sample):.1f}",
     )
 
 
-def gradients_are_true(probe: Probe) -> Finding:
+def black_box_adds_nothing(sample: QuerySample) -> Verdict:
+    """Black-box attacks are no stronger than white-box ones (Athalye et al.)."""
+    for black_box, kind in ((True, "black-box"), (False, "white-box")):
+        if not sample.on_queries(black_box):
+            return Verdict(None, f"the suite has no {kind} attack on queries")
+    found = []
+    for eps in sample.radii:
+        only = int((sample.robust(eps, False) & ~sample.robust(eps, True)).sum())
+        message = f"{only} of {sample.num_right} queries are broken by black-box attacks alone, at eps {eps:.4g}"
+        found.append((binomial.tail(only, sample.num_right, FEW), message))
+    probability, message = min(found)
+    return Verdict(probability >= SIGNIFICANCE, message)
+
+
+def finds_what_is_planted(sample: QuerySample) -> Verdict:
+    """An attack finds an adversarial example that exists by construction: a wrong item within eps of the query."""
+    found = sample.measure(partial(_planted, eps=sample.eps), "planted")
+    planted, reached = int((found >= 0).sum()), int((found > 0).sum())
+    if planted < _ENOUGH:
+        return Verdict(None, f"only {planted} of {len(sample)} points at eps {sample.eps:.4g} differ from the query")
+    passed = plausible(planted - reached, planted, 1 - MOST)
+    return Verdict(passed, f"{reached} of {planted} wrong items planted within eps {sample.eps:.4g} are found")
+
+
+# Do gradients lead to where the score is higher?
+
+
+def has_gradients(sample: QuerySample) -> Verdict:
+    """Gradients are not zero (AutoAttack), and pixels without gradient hardly matter.
+
+    A query is blind to noise if pixels whose gradient is zero account for most of what the noise does to its embedding.
+    """
+    near_eps, far_eps = sample.eps, max(sample.eps, sample.large)
+    found = sample.measure(partial(_blindness, eps=near_eps, radii=(near_eps, far_eps)), "gradients")
+    zero, near, far = (int(count) for count in found[:, :3].sum(0))
+    passed = plausible(zero, len(sample), FEW) and plausible(max(near, far), len(sample), 1 - MOST)
+    return Verdict(
+        passed,
+        f"{zero} of {len(sample)} queries have no gradient; {near} are blind to noise of eps {near_eps:.4g}, {far} to "
+        f"noise of {far_eps:.4g}; {100 * found[:, 3].mean().item():.0f} % of pixels have no gradient",
+    )
+
+
+def gradients_are_true(sample: QuerySample) -> Verdict:
     """A step along the gradient raises the score (Athalye et al.), at every scale up to eps."""
-    rises = probe.each(partial(_rises, eps=probe.eps), "rises")
+    rises = sample.measure(partial(_rises, eps=sample.eps), "rises")
     found = []
     for scale, rise in zip(_SCALES, rises.T, strict=True):
-        asked, count = int((~rise.isnan()).sum()), int((rise > 0).sum())
-        line = f"a step of {scale * probe.eps:.2g} along the gradient raises the score of {count} of {asked} queries"
-        if asked >= _ENOUGH:
-            found.append((at_least(asked - count, asked, 1 - MOST), line))
+        changed, raised = int((~rise.isnan()).sum()), int((rise > 0).sum())
+        message = (
+            f"a step of {scale * sample.eps:.2g} along the gradient raises the score of {raised} of {changed} queries"
+        )
+        if changed >= _ENOUGH:
+            found.append((binomial.tail(changed - raised, changed, 1 - MOST), message))
     if not found:
-        return Finding(None, f"steps along the gradient change nothing for most of {len(probe)} queries")
-    likelihood, line = min(found)
-    return Finding(likelihood >= UNLIKELY, line)
+        return Verdict(None, f"steps along the gradient change nothing for most of {len(sample)} queries")
+    probability, message = min(found)
+    return Verdict(probability >= SIGNIFICANCE, message)
 
 
-# Does the model answer at all?
+# Can the embeddings be compared at all?
 
 
-def answers_alike(probe: Probe) -> Finding:
-    """Nothing is random (AutoAttack), and an embedding does not depend on the rest of its batch."""
-    again, elsewhere = probe.each(_differences, "alike").amax(0).tolist()
-    embeddings = probe.task.gallery.embeddings
+def answers_alike(sample: QuerySample) -> Verdict:
+    """The model is not random (AutoAttack), and no embedding depends on the other images of its batch."""
+    again, elsewhere = sample.measure(_differences, "alike").amax(0).tolist()
+    embeddings = sample.task.gallery.embeddings
     spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().sqrt().item()
-    return Finding(
-        max(again, elsewhere) <= 0.01 * spread + 8 * probe.precision,
-        f"embeddings differ by up to {again:.2g} when asked again, {elsewhere:.2g} in other batches; they spread by "
+    return Verdict(
+        max(again, elsewhere) <= 0.01 * spread + 8 * sample.precision,
+        f"embeddings differ by up to {again:.2g} in a second call, {elsewhere:.2g} in another batch; their spread is "
         f"{spread:.2g}",
     )
 
 
-def is_not_collapsed(probe: Probe) -> Finding:
-    """Rankings are not decided by rounding."""
-    found = probe.each(partial(_decided, precision=probe.precision), "decided")
+def is_not_collapsed(sample: QuerySample) -> Verdict:
+    """Rounding errors do not decide rankings."""
+    found = sample.measure(partial(_decided, precision=sample.precision), "decided")
     undecided = int((found[:, 0] <= found[:, 1]).sum())
     median = found[:, 0].median().item()
-    passed = likely(undecided, len(probe), 1 - MOST)
-    return Finding(
-        passed, f"rounding may decide {undecided} of {len(probe)}; the median margin in cosine is {median:.2g}"
+    passed = plausible(undecided, len(sample), 1 - MOST)
+    return Verdict(
+        passed, f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
     )
 
 
-def moves_embeddings(probe: Probe) -> Finding:
-    """Attacks change what the model sees."""
-    eps = probe.radii[-1]
-    shift = max(result.shift for result in probe.results if result.eps == eps)
-    return Finding(shift > 0, f"the suite moves embeddings by up to {shift:.2g} on average at eps {eps:.4g}")
+def moves_embeddings(sample: QuerySample) -> Verdict:
+    """Attacks change embeddings."""
+    eps = sample.radii[-1]
+    shift = max(result.shift for result in sample.results if result.eps == eps)
+    return Verdict(shift > 0, f"the suite moves embeddings by up to {shift:.2g} on average at eps {eps:.4g}")
 
 
-CHECKS: dict[str, Callable[[Probe], Finding]] = {
+CHECKS: dict[str, Callable[[QuerySample], Verdict]] = {
     "iterating beats a single step": beats_a_single_step,
     "attack beats noise": beats_noise,
     "more steps are no weaker": gains_by_steps,
@@ -333,65 +347,49 @@ CHECKS: dict[str, Callable[[Probe], Finding]] = {
     "not collapsed": is_not_collapsed,
     "attacks move embeddings": moves_embeddings,
 }
-"""Name of a check, which says what holds if it is passed -> how it is asked."""
+"""What should hold -> the check that measures it."""
 
 
-def _ask(question: Callable[[Probe], Finding], probe: Probe) -> Finding:
-    if len(probe) < _ENOUGH:
-        return Finding(None, f"{len(probe)} queries are right without attack, {_ENOUGH} are needed")
-    return question(probe)
+def _verdict(check: Callable[[QuerySample], Verdict], sample: QuerySample) -> Verdict:
+    if len(sample) < _ENOUGH:
+        return Verdict(None, f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed")
+    return check(sample)
 
 
-# What is likely of an honest model.
+# Which numbers are plausible of a model that hides nothing.
 
 
-def at_least(count: int, total: int, share: float) -> float:
-    """Probability of ``count`` or more of ``total`` if each comes with probability ``share``, between 0 and 1.
-
-    >>> round(at_least(10, 10, 0.5) * 2**10, 6)
-    1.0
-    """
-    if count <= 0:
-        return 1.0
-    whole, yes, no = math.lgamma(total + 1), math.log(share), math.log1p(-share)
-    terms = (
-        math.exp(whole - math.lgamma(k + 1) - math.lgamma(total - k + 1) + k * yes + (total - k) * no)
-        for k in range(count, total + 1)
-    )
-    return min(1.0, math.fsum(terms))
-
-
-def likely(count: int, total: int, share: float) -> bool:
-    """Whether ``count`` of ``total`` may be, if each comes with probability ``share`` at most."""
-    return at_least(count, total, share) >= UNLIKELY
+def plausible(count: int, total: int, share: float) -> bool:
+    """Whether ``count`` of ``total`` or more are plausible if each has a probability of at most ``share``."""
+    return binomial.tail(count, total, share) >= SIGNIFICANCE
 
 
 def no_weaker(strong: Tensor, weak: Tensor) -> bool:
-    """A sign test: of the queries that one of two attacks breaks alone, the weak one does not break too many."""
+    """Whether an attack seems no weaker than another, by a sign test on the queries that only one of them breaks."""
     alone = int((weak & ~strong).sum())
-    return likely(alone, alone + int((strong & ~weak).sum()), 0.5)
+    return plausible(alone, alone + int((strong & ~weak).sum()), 0.5)
 
 
-def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float) -> Finding:
-    return Finding(
+def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float) -> Verdict:
+    return Verdict(
         no_weaker(strong, weak),
         f"{strong_name}: {int(strong.sum())} of {len(strong)} broken, {weak_name}: {int(weak.sum())}, "
         f"{int((weak & ~strong).sum())} of them alone, at eps {eps:.4g}",
     )
 
 
-# What is asked of one batch.
+# Measured on one batch.
 
 
 def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
-    """Queries with random noise as large as it may be: a corner of the ball for "Linf"."""
+    """Queries with random noise of the largest size that eps allows, ``(Q, C, H, W)``."""
     return projected(
         batch.images + eps * _directed(torch.randn_like(batch.images), batch.norm), batch.images, eps, batch.norm
     )
 
 
 def _directed(direction: Tensor, norm: str) -> Tensor:
-    """The furthest point of the unit ball in a direction."""
+    """The point of the unit ball that is furthest in a direction: in Linf, a corner."""
     if norm == "Linf":
         return direction.sign()
     length = direction.flatten(1).norm(dim=1).clamp(min=torch.finfo(direction.dtype).tiny)
@@ -399,33 +397,33 @@ def _directed(direction: Tensor, norm: str) -> Tensor:
 
 
 def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
-    """Unit embeddings; a model that draws random numbers draws the same ones each time."""
+    """Unit embeddings ``(Q, D)``. A model that draws random numbers draws the same ones in each call."""
     with random_stream(0, 0):
-        return unit(batch.embed(images))
+        return unit_length(batch.embed(images))
 
 
 def _random_point(batch: QueryBatch, eps: float) -> Tensor:
-    """Where attacks start: clean images are often at special values, such as 8-bit levels or black."""
-    return projected(batch.images + eps * drawn(batch.images, batch.norm), batch.images, eps, batch.norm)
+    """A random point of each ball. Clean images are often at special values, such as 8-bit levels or black."""
+    return projected(batch.images + eps * uniform_start(batch.images, batch.norm), batch.images, eps, batch.norm)
 
 
 def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:
-    """``(Q, D)`` from the nearest right item to the nearest wrong one, so that the margin is the product with it."""
+    """``(Q, D)`` the nearest wrong item minus the nearest right one; its product with the embedding is the margin."""
     wrong, right = batch.gallery.hardest(embeddings, batch.targets)
     return batch.gallery.embeddings[wrong] - batch.gallery.embeddings[right]
 
 
 def _gradient(batch: QueryBatch, images: Tensor, toward: Tensor) -> Tensor:
-    """Of the product of embeddings and ``toward``, with respect to the pixels; 0 where it is not finite."""
+    """Gradient of the product of embeddings and ``toward`` with respect to the pixels; 0 where it is not finite."""
     pixels = images.detach().clone().requires_grad_()
     score = (_embed(batch, pixels) * toward).sum()
     return torch.autograd.grad(score, pixels)[0].nan_to_num(0.0, 0.0, 0.0)
 
 
 def _planted(batch: QueryBatch, eps: float) -> Tensor:
-    """``(Q,)`` 1 if a planted item is reached, 0 if not, -1 if it cannot be told from the query.
+    """``(Q,)`` 1 if an attack finds the planted item, 0 if not, -1 if that item is as near as the query itself.
 
-    The gallery holds every query itself, as the right item, and of every query a point at the border, as a wrong one.
+    The gallery holds each query as its right item, and a point at distance eps from each query as a wrong item.
     """
     with torch.no_grad():
         embeddings = torch.cat([batch.embed(batch.images), batch.embed(at_the_border(batch, eps))])
@@ -434,12 +432,12 @@ def _planted(batch: QueryBatch, eps: float) -> Tensor:
     targets = Targets(queries, torch.full_like(queries, -1))
     planted = replace(batch, gallery=gallery, clean=gallery.embeddings[queries], targets=targets)
     differs = gallery.ranking(planted.clean, targets, 1).margin < 0
-    reached = breaks(planted, climb(planted, eps, STEPS // 2))
+    reached = is_adversarial(planted, margin_attack(planted, eps, STEPS // 2))
     return torch.where(differs, reached.float(), -1.0)
 
 
 def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
-    """``(Q, 4)``: no gradient, blind to noise of two radii, and the share of pixels without gradient."""
+    """``(Q, 4)``: has no gradient; is blind to noise of each of two radii; share of pixels without gradient."""
     point = _random_point(batch, eps)
     with torch.no_grad():
         before = _embed(batch, point)
@@ -458,30 +456,30 @@ def _rises(batch: QueryBatch, eps: float) -> Tensor:
     with torch.no_grad():
         before = _embed(batch, point)
     toward = _toward(batch, before)
-    direction = _directed(_gradient(batch, point, toward).sign(), batch.norm)  # in l2, few steep pixels would decide
+    direction = _directed(_gradient(batch, point, toward).sign(), batch.norm)  # else, in l2, a few pixels would decide
     moved = [_moved(batch, point, before, scale * eps * direction) for scale in _SCALES]
     return torch.stack([(by * toward).sum(1).masked_fill(~by.any(1), torch.nan) for by in moved], 1)
 
 
 @torch.no_grad()
 def _moved(batch: QueryBatch, point: Tensor, before: Tensor, step: Tensor) -> Tensor:
-    """``(Q, D)`` by what a step moves the embeddings."""
+    """``(Q, D)`` how a step changes the embeddings."""
     return _embed(batch, (point + step).clamp(0, 1)) - before
 
 
 def _differences(batch: QueryBatch) -> Tensor:
-    """``(Q, 2)`` how far embeddings are from those of a second call, and of calls with half of the batch in reverse."""
+    """``(Q, 2)`` distance of embeddings from those of a second call, and from those of other, reversed batches."""
     back = torch.arange(len(batch)).flip(0)
     with torch.no_grad():
-        first, again = (unit(batch.embed(batch.images)) for _ in range(2))
-        halves = torch.cat([unit(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)])
+        first, again = (unit_length(batch.embed(batch.images)) for _ in range(2))
+        halves = torch.cat([unit_length(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)])
     return torch.stack([(again - first).norm(dim=1), (halves[back] - first).norm(dim=1)], 1)
 
 
 def _decided(batch: QueryBatch, precision: float) -> Tensor:
-    """``(Q, 2)`` by how much the right item is nearer, and how much rounding, of embeddings or cosines, may be."""
+    """``(Q, 2)`` by how much the right item is nearer in cosine, and how much of that rounding may change."""
     wrong, right = batch.gallery.hardest(batch.clean, batch.targets)
-    vectors = torch.stack([unit(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
+    vectors = torch.stack([unit_length(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
 
     def margin(query: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         return (query * (right - wrong)).sum(1)

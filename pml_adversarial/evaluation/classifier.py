@@ -1,29 +1,35 @@
-"""An embedding seen as a classifier over its gallery, in which attacks on classifiers run unmodified."""
+"""An embedding model as a classifier over the classes of its gallery, so that attacks on classifiers run on it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .gallery import Embed, Gallery, Targets, unit
+from .embedder import Embed
+from .gallery import Gallery, Targets, unit_length
 
 _POWER = {"Linf": torch.inf, "L2": 2.0}
 _LOGIT_SPREAD = 10.0
 
 
 class RetrievalClassifier(nn.Module):
-    """The logit of a class is the scaled similarity to the class's most similar item, the query's own left out.
+    """The logit of a class is the scaled similarity to the most similar item of the class.
 
-    It is right about a query exactly if R@1 is. Attacks ask about rows in any number and order, so a row is told by its
-    clean image: it is the nearest, which is certain if no other lies within twice the attack's radius, see `apart`.
+    A query's own item is left out, so the classifier is right about a query exactly if its nearest item is right.
+    Attacks call the classifier with rows in any number and order. The query behind a row is the one whose clean image
+    is nearest; this is certain if no other query lies within twice the attack's radius, see `separable_groups`.
 
     Args:
         embed: images ``(n, ...)`` -> embeddings ``(n, D)``.
         gallery: what is searched.
         images: ``(Q, ...)`` the clean queries.
-        targets: what they are to find.
-        norm: "Linf" or "L2", by which a row is told.
-        modules: the modules that ``embed`` runs through.
+        targets: what the queries should find.
+        norm: "Linf" or "L2", in which distances between images are measured.
+        modules: the modules that ``embed`` runs.
+
+    Attributes:
+        labels: ``(Q,)`` the right class of each query.
+        scale: factor of the similarities. At it, a query's logits have a standard deviation of about 10.
     """
 
     def __init__(
@@ -32,7 +38,7 @@ class RetrievalClassifier(nn.Module):
         super().__init__()
         self.device_marker = nn.Parameter(gallery.embeddings.new_empty(0), requires_grad=False)  # attacks look for it
         self.watched = nn.ModuleList(modules)
-        self._embed, self._gallery, self._sought, self._power = embed, gallery, targets, _POWER[norm]
+        self._embed, self._gallery, self._targets, self._power = embed, gallery, targets, _POWER[norm]
         self._images, self._clean = images, images.flatten(1)
         self.labels = torch.searchsorted(gallery.classes, targets.labels)
         self.scale = 1.0
@@ -41,16 +47,16 @@ class RetrievalClassifier(nn.Module):
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     def train(self, mode: bool = True) -> RetrievalClassifier:
-        """Nothing: the model's mode is not an attack's to change, and exported programs refuse to be asked."""
+        """Changes nothing: an attack must not change the mode of the model, and exported programs refuse it."""
         return self
 
     @property
     def num_classes(self) -> int:
-        """Classes of the gallery."""
+        """How many classes the gallery has."""
         return len(self._gallery.classes)
 
     def wrong_classes(self, nth: int) -> Tensor:
-        """Labels ``(Q,)``: of each clean query the most similar wrong class, or the ``nth`` after it, if there are."""
+        """Labels ``(Q,)``: each clean query's most similar wrong class (nth 0), the second most similar (nth 1), ..."""
         with torch.no_grad():
             wrong = self(self._images).scatter(1, self.labels.unsqueeze(1), -torch.inf)
         order = wrong.argsort(dim=1, descending=True)
@@ -62,30 +68,40 @@ class RetrievalClassifier(nn.Module):
         Args:
             images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
         """
-        embeddings = self._embed(images.to(self._images.dtype))  # torchattacks knows float32 alone
-        similarities = unit(embeddings) @ self._gallery.embeddings.T
+        embeddings = self._embed(images.to(self._images.dtype))  # torchattacks gives float32 only
+        similarities = unit_length(embeddings) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
             place = torch.zeros_like(similarities, dtype=torch.bool)
             place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
-            similarities = similarities.masked_fill(place, -1.0)  # no less than any similarity
+            similarities = similarities.masked_fill(place, -1.0)  # no similarity is lower
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
         return logits.to(torch.promote_types(images.dtype, torch.float32))
 
     def _own(self, images: Tensor) -> Tensor | None:
-        if bool((self._sought.own < 0).all()):
+        if bool((self._targets.own < 0).all()):
             return None
         with torch.no_grad():
-            return self._sought.own[_distances(images, self._clean, self._power).argmin(1)]
+            return self._targets.own[_distances(images, self._clean, self._power).argmin(1)]
 
 
-def apart(images: Tensor, targets: Targets, eps: float, norm: str) -> list[Tensor]:
-    """Rows in groups in which no image lies within ``2 * eps`` of another, so that perturbed ones are told apart.
+def separable_groups(images: Tensor, targets: Targets, eps: float, norm: str) -> list[Tensor]:
+    """Splits queries into groups whose images stay distinguishable when they are perturbed.
 
-    Exact duplicates of one label may share a group: which of them a row is makes no difference to what it finds. If
-    no query is in the gallery, nothing need be told apart.
+    Within a group, no image lies within ``2 * eps`` of another. Exact duplicates with one label may share a group,
+    because both find the same. If no query is in the gallery, all queries form one group: `RetrievalClassifier` need
+    not distinguish them.
+
+    Args:
+        images: ``(Q, ...)`` clean queries.
+        targets: what they should find.
+        eps: radius of the attack.
+        norm: "Linf" or "L2".
+
+    Returns:
+        Indices of the queries of each group.
     """
     if bool((targets.own < 0).all()):
         return [torch.arange(len(images), device=images.device)]
@@ -103,7 +119,7 @@ def apart(images: Tensor, targets: Targets, eps: float, norm: str) -> list[Tenso
 
 
 def _distances(images: Tensor, others: Tensor, power: float) -> Tensor:
-    # not by products, which lose what lies between near images; not in half precision, which cdist does not know
+    # matrix products would round away small distances; cdist does not take half precision
     exact = "donot_use_mm_for_euclid_dist"
     wide = others.dtype if others.dtype == torch.float64 else torch.float32
     return torch.cdist(images.flatten(1).to(wide), others.to(wide), power, compute_mode=exact)

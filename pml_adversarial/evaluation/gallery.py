@@ -1,8 +1,8 @@
-"""What a query finds: the nearest right and wrong items of a gallery, the query itself left out."""
+"""Search in a gallery: which right and wrong items are nearest to a query, other than the query itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-Embed = Callable[[Tensor], Tensor]
+from .embedder import batches
 
 TIE = 1e-6
-"""Similarities that differ by less are equal: products of equal vectors, too, come out differently rounded."""
+"""Similarities that differ by less count as equal, because rounding alone makes such differences."""
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What queries are to find.
+    """What queries should find.
 
     Attributes:
-        labels: ``(Q,)``, the right items have the same.
-        own: ``(Q,)``, the gallery item that is the query itself and never found; -1 where it is not in the gallery.
+        labels: ``(Q,)`` labels of the queries. Items with the same label are right, all others are wrong.
+        own: ``(Q,)`` index of the gallery item that is the query itself; it is never found. -1: there is none.
     """
 
     labels: Tensor
@@ -35,12 +35,12 @@ class Targets:
         return len(self.labels)
 
 
-class Changed(NamedTuple):
-    """One item of the gallery per query that lies elsewhere when this query is asked.
+class ReplacedItems(NamedTuple):
+    """For each query, one item of the gallery that has another embedding when this query searches.
 
     Attributes:
-        items: ``(Q,)``.
-        embeddings: ``(Q, D)``.
+        items: ``(Q,)`` indices of the items.
+        embeddings: ``(Q, D)`` their embeddings.
     """
 
     items: Tensor
@@ -48,11 +48,11 @@ class Changed(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The head of each query's list, right and wrong items apart.
+    """The nearest right and the nearest wrong items of each query.
 
     Attributes:
-        right: ``(Q, K)`` similarities of the nearest right items, descending; -inf where there are fewer.
-        wrong: ``(Q, K)`` the same of wrong items.
+        right: ``(Q, K)`` similarities of the nearest right items, descending; -inf if there are fewer than K.
+        wrong: ``(Q, K)`` similarities of the nearest wrong items, in the same way.
         num_right: ``(Q,)`` how many right items the gallery holds.
     """
 
@@ -62,15 +62,12 @@ class Ranking(NamedTuple):
 
     @property
     def margin(self) -> Tensor:
-        """``(Q,)`` how much nearer the nearest wrong item is than the nearest right one, plus `TIE`.
-
-        From 0 on, R@1 fails.
-        """
+        """``(Q,)`` see `Gallery.margin`."""
         return self.wrong[:, 0] - self.right[:, 0] + TIE
 
 
 class _Head(NamedTuple):
-    """The first of each query's list: similarities ``(Q, K)``, descending, and items ``(Q, K)``."""
+    """The first K items of each query's list: similarities ``(Q, K)``, descending, and indices ``(Q, K)``."""
 
     similarities: Tensor
     items: Tensor
@@ -81,7 +78,7 @@ class _Head(NamedTuple):
         return _Head(none.to(dtype), none.long())
 
     def joined(self, similarities: Tensor, rows: slice, depth: int) -> _Head:
-        """With the items ``rows`` added, cut to ``depth``."""
+        """The first ``depth`` items after the items ``rows`` were added to the list."""
         values, order = similarities.topk(min(depth, similarities.shape[1]), dim=1)
         values = torch.cat([self.similarities, values], 1)
         items = torch.cat([self.items, order + rows.start], 1)
@@ -90,16 +87,24 @@ class _Head(NamedTuple):
 
 
 class Gallery:
-    """Clean items to be searched, by cosine similarity, in memory that does not grow with their number.
+    """Items that are searched by cosine similarity, a block at a time, so that a large gallery needs little memory.
 
     Args:
         embeddings: ``(G, D)``.
         labels: ``(G,)``.
         block: items that are compared at once.
+
+    Attributes:
+        embeddings: ``(G, D)``, of length 1.
+        labels: ``(G,)``.
+        block: as above.
+        classes: ``(C,)`` different labels, ascending.
+        columns: ``(G,)`` index into ``classes`` of each item.
+        class_sizes: ``(C,)`` items of each class.
     """
 
     def __init__(self, embeddings: Tensor, labels: Tensor, block: int = 8192) -> None:
-        self.embeddings = unit(embeddings.detach())
+        self.embeddings = unit_length(embeddings.detach())
         self.labels = labels
         self.block = block
         self.classes, self.columns, self.class_sizes = labels.unique(return_inverse=True, return_counts=True)
@@ -108,19 +113,29 @@ class Gallery:
         return len(self.labels)
 
     def leave_one_out(self, rows: Tensor | None = None) -> Targets:
-        """Items of the gallery as queries for the others; None: all of them."""
+        """Targets of items that search all other items.
+
+        Args:
+            rows: ``(Q,)`` indices of the items; None: all.
+        """
         rows = torch.arange(len(self), device=self.labels.device) if rows is None else rows
         return Targets(self.labels[rows], rows)
 
     def num_right(self, targets: Targets) -> Tensor:
-        """``(Q,)`` how many items are right for each query, itself left out."""
+        """``(Q,)`` how many items are right for each query, not counting the query itself."""
         column = torch.searchsorted(self.classes, targets.labels).clamp(max=len(self.classes) - 1)
         size = torch.where(self.classes[column] == targets.labels, self.class_sizes[column], 0)
         own = targets.own.clamp(min=0)
         return size - ((targets.own >= 0) & (self.labels[own] == targets.labels)).to(size)
 
     def hardest(self, queries: Tensor, targets: Targets, nth: int = 0) -> tuple[Tensor, Tensor]:
-        """Items ``(Q,)``: each query's nearest wrong and nearest right one, or the ``nth`` after it, if there are."""
+        """Indices ``(Q,)`` of each query's nearest wrong item and of its nearest right item.
+
+        Args:
+            queries: ``(Q, D)``.
+            targets: what they should find.
+            nth: 1: the second nearest, and so on; the last one, if there are fewer.
+        """
         right, wrong = self._heads(queries, targets, nth + 1, None)
         return tuple(
             head.items.gather(1, (head.similarities > -torch.inf).sum(1, keepdim=True).clamp(min=1) - 1).squeeze(1)
@@ -128,61 +143,52 @@ class Gallery:
         )  # type: ignore[return-value]
 
     def margin(self, queries: Tensor, targets: Targets) -> Tensor:
-        """How much nearer the nearest wrong item is than the nearest right one, ``(Q,)``, plus `TIE`, with gradient.
+        """``(Q,)`` similarity of the nearest wrong item minus that of the nearest right item, plus `TIE`.
 
-        From 0 on, R@1 fails: a tie counts as a failure. Every query needs a right item.
+        At 0 or above, the query fails; so a tie counts as a failure. It has a gradient. Every query needs a right item.
         """
         wrong, right = self.hardest(queries, targets)
-        return (unit(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1) + TIE
+        return (unit_length(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1) + TIE
 
-    def ranking(self, queries: Tensor, targets: Targets, depth: int, changed: Changed | None = None) -> Ranking:
-        """The ``depth`` nearest right and wrong items of each query."""
-        right, wrong = self._heads(queries, targets, depth, changed)
+    def ranking(self, queries: Tensor, targets: Targets, depth: int, replaced: ReplacedItems | None = None) -> Ranking:
+        """The ``depth`` nearest right items and the ``depth`` nearest wrong items of each query."""
+        right, wrong = self._heads(queries, targets, depth, replaced)
         return Ranking(right.similarities, wrong.similarities, self.num_right(targets))
 
-    def nearest(self, queries: Tensor, own: Tensor, count: int, changed: Changed | None = None) -> Tensor:
+    def nearest(self, queries: Tensor, own: Tensor, count: int, replaced: ReplacedItems | None = None) -> Tensor:
         """``(Q, count)`` indices of the nearest items, nearest first."""
         head = _Head.empty(queries, self.embeddings.dtype)
-        for rows, similarities, _ in self._blocks(queries, Targets(own, own), changed):
+        for rows, similarities, _ in self._blocks(queries, Targets(own, own), replaced):
             head = head.joined(similarities, rows, count)
         return head.items
 
-    def _heads(self, queries: Tensor, targets: Targets, depth: int, changed: Changed | None) -> tuple[_Head, _Head]:
+    def _heads(
+        self, queries: Tensor, targets: Targets, depth: int, replaced: ReplacedItems | None
+    ) -> tuple[_Head, _Head]:
         right_head = wrong_head = _Head.empty(queries, self.embeddings.dtype)
-        for rows, similarities, right in self._blocks(queries, targets, changed):
+        for rows, similarities, right in self._blocks(queries, targets, replaced):
             right_head = right_head.joined(similarities.masked_fill(~right, -torch.inf), rows, depth)
             wrong_head = wrong_head.joined(similarities.masked_fill(right, -torch.inf), rows, depth)
         return right_head, wrong_head
 
     @torch.no_grad()
     def _blocks(
-        self, queries: Tensor, targets: Targets, changed: Changed | None
+        self, queries: Tensor, targets: Targets, replaced: ReplacedItems | None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Similarities ``(Q, block)``, the own item at -inf, and which items are right."""
-        queries = unit(queries.detach())
-        for rows in chunks(len(self), self.block):
+        """Of each block: its items; similarities ``(Q, block)``, -inf for the query itself; which items are right."""
+        queries = unit_length(queries.detach())
+        for rows in batches(len(self), self.block):
             similarities = queries @ self.embeddings[rows].T
-            if changed is not None:
-                _put(similarities, rows, changed.items, (queries * unit(changed.embeddings)).sum(1))
+            if replaced is not None:
+                _put(similarities, rows, replaced.items, (queries * unit_length(replaced.embeddings)).sum(1))
             _put(similarities, rows, targets.own, torch.full_like(similarities[:, 0], -torch.inf))
             yield rows, similarities, targets.labels.unsqueeze(1) == self.labels[rows]
 
 
-def unit(embeddings: Tensor) -> Tensor:
-    """Embeddings of length 1, in single precision at least; one with NaN or infinity in it is 0, and finds nothing."""
+def unit_length(embeddings: Tensor) -> Tensor:
+    """Embeddings scaled to length 1, in single precision at least. One that is not finite becomes 0."""
     real = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     return normalize(torch.where(real.isfinite().all(1, keepdim=True), real, 0.0))
-
-
-def embed_all(embed: Embed, images: Tensor, chunk: int) -> Tensor:
-    """Embeddings of all images, without gradient, ``chunk`` at a time."""
-    with torch.no_grad():
-        return torch.cat([embed(images[rows]) for rows in chunks(len(images), chunk)])
-
-
-def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices that cover ``range(total)``, each of at most ``size``."""
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def _put(similarities: Tensor, rows: slice, items: Tensor, values: Tensor) -> None:

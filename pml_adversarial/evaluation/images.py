@@ -1,4 +1,4 @@
-"""Labelled images, from memory or from a data set, as pixels on the model's device."""
+"""Labelled images, from tensors or from a data set, as pixels on the model's device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ Images = tuple[Tensor, Tensor] | Dataset[Any]
 
 
 class ImageSet:
-    """Labelled images, read a few at a time.
+    """Labelled images. ``images[rows]`` reads some of them as pixels ``(n, C, H, W)``.
 
     Args:
         images: see `Images`.
-        device: where pixels are wanted.
-        role: what they are, for messages.
+        device: where pixels and labels are wanted.
+        role: what the images are, for messages.
+
+    Attributes:
+        labels: ``(N,)``.
 
     Raises:
-        InputError: no images, labels of another number or kind, or something else than images and labels.
+        InputError: there are no images, the labels do not fit them, or something else was given.
     """
 
     def __init__(self, images: Images, device: torch.device, role: str) -> None:
@@ -45,13 +48,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixels(self, rows: Tensor | Sequence[int]) -> Tensor:
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Tensor:
         """Pixels ``(n, C, H, W)`` of some images.
 
         Raises:
             InputError: they are no pixels in [0, 1].
         """
-        index = torch.as_tensor(rows, device="cpu")
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")
         try:
             return PixelSpace().to_pixels(self._get(index).detach().to(self.device))
         except InputError as error:

@@ -1,4 +1,4 @@
-"""What a ranking is worth, per query, and whether an embedding has collapsed."""
+"""Measures of retrieval for each query, and signs that an embedding has collapsed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .gallery import TIE, Gallery, Ranking, chunks
+from .embedder import batches
+from .gallery import TIE, Gallery, Ranking
 
 PerQuery = dict[str, Tensor]
 """Name of a measure -> ``(Q,)`` in [0, 1]."""
 
 
 def per_query(ranking: Ranking, recall_at: Iterable[int]) -> PerQuery:
-    """Measures of each query's list; a wrong item as near as a right one stands before it.
+    """Measures of each query's ranking. A wrong item that is as near as a right one is ranked before it.
 
     Args:
-        ranking: at least as deep as the largest class and the largest of ``recall_at``.
-        recall_at: the k of R@k: 1 if a right item is among the first k.
+        ranking: at least as deep as the largest class, and as the largest of ``recall_at``.
+        recall_at: the k of R@k, which is 1 if a right item is among the first k.
 
     Returns:
         ``recall_at_k`` for each k; ``map_at_r`` and ``r_precision`` as in Musgrave et al., "A Metric Learning Reality
@@ -40,7 +41,7 @@ def per_query(ranking: Ranking, recall_at: Iterable[int]) -> PerQuery:
 
 
 def collapse(gallery: Gallery) -> dict[str, float]:
-    """How close to one point, or to few directions, all embeddings are.
+    """Signs that all embeddings are close to one point, or lie in few directions.
 
     Returns:
         ``mean_similarity`` of different items, and of those of the same and of other classes
@@ -50,7 +51,7 @@ def collapse(gallery: Gallery) -> dict[str, float]:
     dimension = gallery.embeddings.shape[1]
     sums = gallery.embeddings.new_zeros(len(gallery.classes), dimension, dtype=torch.double)
     products = sums.new_zeros(dimension, dimension)
-    for rows in chunks(len(gallery), gallery.block):
+    for rows in batches(len(gallery), gallery.block):
         embeddings = gallery.embeddings[rows].double()
         sums.index_add_(0, gallery.columns[rows], embeddings)
         products += embeddings.T @ embeddings

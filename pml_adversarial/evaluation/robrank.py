@@ -1,10 +1,10 @@
-"""The scores that other papers report: RobRank's ten attacks and ERS, the score they are averaged into.
+"""RobRank's ten attacks, which other papers report, and ERS, the mean of their scores.
 
-With f an embedding of length 1, d the Euclidean distance, X the clean gallery, q' the perturbed query, c' a perturbed
-gallery item (each query serves as one) and [z]+ = max(z, 0):
+In the table, d is the Euclidean distance between embeddings of length 1, X the clean gallery, q a query, q' a perturbed
+query, c' a perturbed gallery item (each query serves as one), and [z]+ = max(z, 0):
 
 =====  ==============================  ===========================  ======================================
-score  fixed before the attack         minimised                    raw value
+score  chosen before the attack        minimised                    raw value
 =====  ==============================  ===========================  ======================================
 CA+    Q, any item                     mean_x [d(Q,c') - d(x,Q)]+   percentile of c' in the list of Q
 CA-    Q, of the nearest 1 %           mean_x [d(x,Q) - d(Q,c')]+   the same
@@ -19,76 +19,58 @@ GTM    u, "the top-1 unmatching item"  d(q', u)                     R@1 of q'
 GTT    i, the nearest item             the loss of QA- with C = i   whether i is still among the nearest 4
 =====  ==============================  ===========================  ======================================
 
-Percentiles, recalls and GTT are in percent here, as the papers print them; the percentile of the first item is 0. Every
-run takes sign steps from the clean image, and its last iterate is scored. Sources: Zhou et al., "Adversarial Attack and
-Defense in Deep Ranking", arXiv 2106.03614; Zhou and Patel, "Enhancing Adversarial Robustness for Deep Metric Learning",
-arXiv 2203.01439; and their public code, which the version "published" follows where it and the papers differ.
+Percentiles, recalls and GTT are in percent, as the papers print them; the percentile of the first item is 0. Each
+attack takes sign steps from the clean image, and its last iterate is scored. The papers use 32 steps of 3/255, with eps
+77/255 for images of 28x28 pixels and 8/255 for images of 224x224. Sources: Zhou et al., "Adversarial Attack and Defense
+in Deep Ranking", arXiv 2106.03614; Zhou and Patel, "Enhancing Adversarial Robustness for Deep Metric Learning", arXiv
+2203.01439; and their public code. Where papers and code differ, the version "published" follows the code.
 
-The version "corrected" takes the same steps, but
+The version "corrected" takes the same steps, with these differences:
 
-- GTM leads to the nearest item of another class than the query's. The published u is not that item: it is near for
-  *the nearest item's* class, and its place among the unmatching items is taken for its place in the whole gallery.
-- LTM leaves the query's own clean item, which stays the nearest right one for long, out of the right items, and leads
-  to the nearest wrong item, not the furthest.
-- The own item is left out of X everywhere, and what is fixed is never the query itself. A percentile is the share of
-  the other items that are ahead.
-- ES:D counts in units of the query's mean distance d_q to the other items: min(2, sqrt(2) d(q', q) / d_q), unchanged
-  where items are orthogonal, and 2 if all coincide. So contracting an embedding no longer raises the score.
-- Ties count against the model. Published, equally near items are taken in the order of the gallery (CA: as behind).
+- GTM leads to the nearest item of another class than the query's. The published u is another item: it is the nearest
+  item of another class than *the nearest item's*, and the code takes its index among the items of other classes for an
+  index into the whole gallery.
+- LTM leaves the query itself out of the right items, since it stays the nearest right item for long. LTM leads to the
+  nearest wrong item, not to the furthest.
+- The query itself is left out of X in all attacks, and is never the chosen item. A percentile is the share of the other
+  items that are ahead.
+- ES:D is measured in units of the query's mean distance d_q to the other items: min(2, sqrt(2) d(q', q) / d_q). It does
+  not change where items are orthogonal, and is 2 if all items coincide. So contracting an embedding does not raise the
+  score.
+- Ties count against the model. In the version "published", equally near items are ranked in the order of the gallery
+  (in CA, behind the chosen item).
 
-What stays in both: one run without random start or restarts, so the recalls are upper bounds, and ranks, a cosine, a
-distance and recalls in one mean. Two things the published code does are left out of both. It reads ES:D off one step
-before the last. And it fails on galleries under 100 items, whose nearest 1 % is empty; here it is at least one item.
-
-CA-TRIDE's ARS (arXiv 2312.07364), a later correction of ERS, is not offered: its formula is not in its public code.
+Both versions make one run without random start or restarts, so the recalls are upper bounds, and both average ranks, a
+cosine, a distance and recalls. Two details of the published code are in neither version: it measures ES:D one step
+before the last, and it fails on galleries of fewer than 100 items, because their nearest 1 % is empty (here, it is at
+least one item). ARS of CA-TRIDE (arXiv 2312.07364), a later correction of ERS, is not offered, because the public code
+does not hold its formula.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pairwise_distance
+from torch.nn.functional import pairwise_distance
 
 from ..errors import InputError
 from ..training.isolation import isolated, random_stream
-from ..training.pixels import Normalization, PixelSpace
-from .gallery import Embed, chunks, embed_all
+from ..training.pixels import Normalization
+from .embedder import Embed, Embedder, batches, check_finite, embed_all
+from .gallery import unit_length
+from .images import Images, ImageSet
+from .options import check_whole, to_rows
+from .progress import progress_bar
 
 Version = Literal["published", "corrected"]
 Loss = Callable[[Tensor], Tensor]
-"""Embeddings ``(B, D)`` of the perturbed images, of length 1 -> ``(B,)``."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How far and how long each of the attacks goes.
-
-    Attributes:
-        eps: l-inf radius, in pixels of [0, 1].
-        alpha: length of one sign step, in pixels of [0, 1].
-        steps: sign steps.
-    """
-
-    eps: float
-    alpha: float = 3 / 255
-    steps: int = 32
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.eps <= 1 and 0 < self.alpha <= 1 and isinstance(self.steps, int) and self.steps > 0):
-            raise InputError(
-                f"{self}; expected eps from 0 to 1 and alpha above 0 up to 1, in pixels of [0, 1] (such as 8 / 255), "
-                "and one or more steps."
-            )
-
-
-PRESETS: dict[str, Settings] = {"28x28": Settings(eps=77 / 255), "224x224": Settings(eps=8 / 255)}
-"""The published settings, by the size of the images."""
+"""Embeddings ``(B, D)`` of the perturbed images, of length 1 -> one number per row ``(B,)`` that is minimised."""
 
 
 class _Scale(NamedTuple):
@@ -115,12 +97,12 @@ _SCALES: dict[str, _Scale] = {
 SCORES = tuple(_SCALES)
 """Names of the ten scores."""
 
-HELD = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)
-"""The scores that are a share of queries."""
+SHARES = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)
+"""Names of the scores that are a share of queries."""
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
-    """The ten raw scores on the scale on which ERS averages them: larger is more robust, mostly 0 to 100.
+    """The ten raw scores on the scale on which ERS averages them. Larger is more robust; most are between 0 and 100.
 
     Args:
         scores: raw values of all `SCORES`, as the papers print them: TMA a cosine, ES:D a distance, others percent.
@@ -163,24 +145,28 @@ class RobRankScores:
     """RobRank's scores of one model.
 
     Attributes:
-        scores: raw values by name, as the papers print them: TMA a cosine, ES:D a distance, the others percent.
+        scores: raw values by name, as the papers print them: TMA is a cosine, ES:D a distance, all others are percent.
         version: "published" or "corrected".
-        settings: of all attacks.
+        eps: l-inf radius of all attacks, in pixels of [0, 1].
+        alpha: length of one sign step, in pixels of [0, 1].
+        steps: sign steps of each attack.
         queries: ``(Q,)`` indices of the images that were perturbed.
-        left_out: how many of the wanted queries have no other image of their class and were left out.
-        clean: ``(Q,)`` bool, R@1 of the queries without attack.
-        held: for ES:R, LTM, GTM and GTT ``(Q,)`` bool, whether the query held: its nearest item is right, or, for GTT,
-            what was nearest is among the nearest 4. All of them together are a worst case per query.
+        left_out: how many queries were left out because no other image has their class.
+        clean_flags: ``(Q,)`` bool, whether the nearest item is right without attack.
+        robust_flags: for ES:R, LTM, GTM and GTT, ``(Q,)`` bool: whether the nearest item is right under attack; for
+            GTT, whether the item that was nearest is among the nearest 4.
         seed: of the random choices.
     """
 
     scores: Mapping[str, float]
     version: Version
-    settings: Settings
+    eps: float
+    alpha: float
+    steps: int
     queries: Tensor
     left_out: int
-    clean: Tensor
-    held: Mapping[str, Tensor]
+    clean_flags: Tensor
+    robust_flags: Mapping[str, Tensor]
     seed: int
 
     @property
@@ -189,14 +175,16 @@ class RobRankScores:
         return ers(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for JSON; they become ``num_queries`` and ``recall_at_1``, in percent."""
+        """All but the tensors, in types that JSON knows, with ``num_queries``, and ``recall_at_1`` in percent."""
         return {
             "version": self.version,
-            "settings": asdict(self.settings),
+            "eps": self.eps,
+            "alpha": self.alpha,
+            "steps": self.steps,
             "seed": self.seed,
             "num_queries": len(self.queries),
             "left_out": self.left_out,
-            "recall_at_1": 100 * _mean(self.clean),
+            "recall_at_1": 100 * _mean(self.clean_flags),
             "scores": dict(self.scores),
             "normalised": normalised(self.scores),
             "ers": self.ers,
@@ -205,92 +193,86 @@ class RobRankScores:
 
 def robrank_scores(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Images,
     *,
-    settings: Settings | str,
+    eps: float,
+    alpha: float = 3 / 255,
+    steps: int = 32,
     version: Version = "published",
-    queries: int | Sequence[int] | Tensor | None = None,
+    subset: int | Sequence[int] | Tensor | None = None,
     normalization: Normalization | None = None,
     seed: int = 0,
-    chunk: int = 128,
-    progress: Callable[[], object] | None = None,
+    batch_size: int = 128,
+    progress: bool = False,
 ) -> RobRankScores:
-    """Perturbs queries by each of RobRank's attacks in turn; the gallery is all images, clean (leave one out).
+    """Perturbs queries by each of RobRank's attacks. Each query searches all other images, which stay clean.
 
     Args:
-        model: images -> embeddings ``(N, D)``; it is attacked in eval mode and comes back as it was.
-        images: ``(N, C, H, W)`` pixels in [0, 1].
-        labels: ``(N,)``.
-        settings: `Settings`, or the name of one of `PRESETS`.
-        version: "published" or "corrected", see above.
-        queries: how many images are drawn as queries, or which ones; None: all.
-        normalization: ``(mean, std)`` if the model takes normalised inputs; images are given as pixels all the same.
-        seed: of the choice of queries and of what the attacks aim at.
-        chunk: queries that are attacked together; memory grows with it times the size of the gallery.
-        progress: called after each of the nine runs (ES gives two scores) of each chunk.
+        model: images -> embeddings ``(N, D)``. It is attacked in eval mode; afterwards it is as it was.
+        images: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
+        eps: l-inf radius, in pixels of [0, 1]; in the papers 77/255 for 28x28 pixels, 8/255 for 224x224.
+        alpha: length of one sign step, in pixels of [0, 1].
+        steps: sign steps of each attack.
+        version: "published" or "corrected", see the module.
+        subset: indices of the queries, or how many are drawn; None: all images are queries.
+        normalization: ``(mean, std)`` if the model takes normalised inputs. Images are given as pixels all the same.
+        seed: of the choice of queries and of the items that attacks are about.
+        batch_size: queries that are attacked together; memory grows with it times the size of the gallery.
+        progress: whether to show a progress bar (needs tqdm).
 
     Raises:
-        InputError: images, labels, queries or settings that cannot be used, or embeddings that are not finite or carry
-            no gradient.
+        InputError: images, labels, queries or settings cannot be used, embeddings are not finite, or they have no
+            gradient.
     """
-    chosen = _settings(settings)
-    if version not in ("published", "corrected"):
-        raise InputError(f"version={version!r}; expected 'published' or 'corrected'.")
-    if chunk < 1:
-        raise InputError(f"chunk={chunk}; expected one or more queries.")
-    pixels, space = PixelSpace().to_pixels(images), PixelSpace(normalization)
-    labels = _labels(labels, pixels)
-
-    def embed(points: Tensor) -> Tensor:
-        return model(space.to_inputs(points))
-
+    _check(eps, alpha, steps, version, batch_size)
+    embed = Embedder(model, normalization)
+    gallery = ImageSet(images, embed.device, "images")
+    if len(gallery.labels.unique()) < 2:
+        raise InputError(f"labels hold the classes {gallery.labels.unique().tolist()}; expected two or more.")
     with isolated(model), random_stream(seed, -1):
-        gallery = _checked(embed_all(embed, pixels, chunk), len(pixels))
-        own, left_out = _queries(queries, labels)
-        lots = torch.rand(len(own), len(_ATTACKS), dtype=torch.float64)
-        parts = []
-        for rows in chunks(len(own), chunk):
-            batch = _QueryBatch(gallery, labels, own[rows], version == "corrected")
-            part = {"clean": batch.recalled(batch.clean)}
-            for attack, lot in zip(_ATTACKS, lots[rows].unbind(1), strict=True):
-                target = attack.aim(batch, lot)
-                found = _descend(embed, pixels[batch.own], attack.loss(batch, target), chosen)
-                with torch.no_grad():
-                    moved = _unit(embed(found))
-                part |= {name: measure(batch, target, moved) for name, measure in attack.measures.items()}
-                if progress is not None:
-                    progress()
-            parts.append(part)
-    measured = {name: torch.cat([part[name] for part in parts]) for name in ("clean", *SCORES)}
-    held = {name: measured[name] for name in HELD}
-    scores = {name: _mean(measured[name]) * (100 if name in HELD else 1) for name in SCORES}
-    return RobRankScores(scores, version, chosen, own, left_out, measured["clean"], held, seed)
+        embed.check_gradient(gallery[:1])
+        embeddings = unit_length(check_finite(embed_all(embed, gallery, batch_size)))
+        queries, left_out = _queries(subset, gallery.labels)
+        draws = torch.rand(len(queries), len(_ATTACKS), dtype=torch.float64)
+        measured = []
+        with progress_bar(progress, len(queries) * len(_ATTACKS), "RobRank") as bar:
+            for rows in batches(len(queries), batch_size):
+                batch = _QueryBatch(embeddings, gallery.labels, queries[rows], version == "corrected")
+                found, pixels = {"clean": batch.nearest_is_right(batch.clean)}, gallery[batch.own]
+                for attack, draw in zip(_ATTACKS, draws[rows].unbind(1), strict=True):
+                    target = attack.choose(batch, draw)
+                    perturbed = _descend(embed, pixels, attack.loss(batch, target), eps, alpha, steps)
+                    with torch.no_grad():
+                        moved = unit_length(embed(perturbed))
+                    found |= {name: measure(batch, target, moved) for name, measure in attack.measures.items()}
+                    bar.update(len(batch.own))
+                measured.append(found)
+    values = {name: torch.cat([found[name] for found in measured]) for name in ("clean", *SCORES)}
+    scores = {name: _mean(values[name]) * (100 if name in SHARES else 1) for name in SCORES}
+    flags = {name: values[name] for name in SHARES}
+    return RobRankScores(scores, version, eps, alpha, steps, queries, left_out, values["clean"], flags, seed)
 
 
-def _descend(embed: Embed, images: Tensor, loss: Loss, settings: Settings) -> Tensor:
+def _descend(embed: Embed, images: Tensor, loss: Loss, eps: float, alpha: float, steps: int) -> Tensor:
     """The last of the sign steps that lower each row's loss, from the clean image, within the ball and [0, 1]."""
-    low, high = (images - settings.eps).clamp(min=0), (images + settings.eps).clamp(max=1)
+    low, high = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
     point = images
-    for _ in range(settings.steps):
+    for _ in range(steps):
         point = point.detach().requires_grad_()
-        embeddings = embed(point)
-        if not embeddings.requires_grad:
-            raise InputError("The embeddings carry no gradient; expected a model without detach() or no_grad().")
-        (gradient,) = torch.autograd.grad(loss(_unit(embeddings)).sum(), point)
-        point = (point.detach() - settings.alpha * gradient.sign()).clamp(low, high)
+        (gradient,) = torch.autograd.grad(loss(unit_length(embed(point))).sum(), point)
+        point = (point.detach() - alpha * gradient.sign()).clamp(low, high)
     return point
 
 
 @dataclass(frozen=True, eq=False)
 class _QueryBatch:
-    """The clean gallery, and the queries of one chunk in it.
+    """The clean gallery, and a batch of its items that are the queries.
 
     Attributes:
         gallery: ``(G, D)`` embeddings of length 1.
         labels: ``(G,)``.
-        own: ``(B,)`` items of the gallery that the queries are.
-        corrected: which version is wanted.
+        own: ``(B,)`` indices of the items that are the queries.
+        corrected: whether the version is "corrected".
     """
 
     gallery: Tensor
@@ -309,23 +291,23 @@ class _QueryBatch:
         return self.labels[self.own].unsqueeze(1) == self.labels
 
     @cached_property
-    def away(self) -> Tensor:
-        """``(B, G)`` distances from the clean queries to the others."""
+    def clean_distances(self) -> Tensor:
+        """``(B, G)`` distances from the clean queries to the other items."""
         return self.to_others(self.clean)
 
     def to_others(self, embeddings: Tensor) -> Tensor:
-        """``(B, G)`` distances; the own item is infinitely far."""
+        """``(B, G)`` distances; that to the query itself is infinite."""
         return _distances(embeddings, self.gallery).scatter(1, self.own.unsqueeze(1), torch.inf)
 
-    def rivals(self, target: Tensor) -> Tensor:
-        """``(B, G)`` bool, the items X that the target is compared with."""
+    def compared(self, target: Tensor) -> Tensor:
+        """``(B, G)`` bool, the items X with which the target is compared."""
         everyone = torch.ones_like(self.same)
         if not self.corrected:
             return everyone
         return everyone.scatter(1, self.own.unsqueeze(1), False).scatter(1, target.unsqueeze(1), False)
 
-    def recalled(self, embeddings: Tensor) -> Tensor:
-        """``(B,)`` bool, whether the nearest item, itself left out, is right."""
+    def nearest_is_right(self, embeddings: Tensor) -> Tensor:
+        """``(B,)`` bool, whether the nearest item other than the query itself is right."""
         away = self.to_others(embeddings)
         if not self.corrected:
             return self.same.gather(1, away.argmin(1, keepdim=True)).squeeze(1)
@@ -333,18 +315,18 @@ class _QueryBatch:
 
 
 Gaps = Callable[[_QueryBatch, Tensor], Loss]
-"""What is moved, as ``(B, G)``: by how much item x of a list is nearer to its query than the one that is watched."""
+"""Queries, and an item for each -> ``(B, G)`` how much nearer each item x is to the query than the item for it."""
 
 
-def _of_candidate(batch: _QueryBatch, target: Tensor) -> Loss:
-    """d(Q, c') - d(x, Q): the query is fixed, and the perturbed item is watched."""
+def _candidate_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
+    """d(Q, c') - d(x, Q): the query Q stays, and the item c' is perturbed."""
     query = batch.gallery[target]
     away = _distances(query, batch.gallery)
     return lambda moved: _pairs(moved, query).unsqueeze(1) - away
 
 
-def _of_query(batch: _QueryBatch, target: Tensor) -> Loss:
-    """d(q', C) - d(x, q'): the query is perturbed, and a fixed item is watched."""
+def _query_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
+    """d(q', C) - d(x, q'): the query q' is perturbed, and the item C stays."""
 
     def gaps(moved: Tensor) -> Tensor:
         away = _distances(moved, batch.gallery)
@@ -354,41 +336,41 @@ def _of_query(batch: _QueryBatch, target: Tensor) -> Loss:
 
 
 @dataclass(frozen=True)
-class _Placing:
-    """An item is to rise in a list (sign 1) or to sink (-1)."""
+class _RankAttack:
+    """Moves an item up in a list (sign 1) or down (sign -1)."""
 
     gaps: Gaps
     sign: int
 
     def loss(self, batch: _QueryBatch, target: Tensor) -> Loss:
-        gaps, rivals = self.gaps(batch, target), batch.rivals(target)
-        return lambda moved: (self.sign * gaps(moved)).clamp(min=0).mul(rivals).sum(1) / rivals.sum(1)
+        gaps, compared = self.gaps(batch, target), batch.compared(target)
+        return lambda moved: (self.sign * gaps(moved)).clamp(min=0).mul(compared).sum(1) / compared.sum(1)
 
     def ahead(self, batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
-        """``(B, G)`` bool, items that stand before the watched one."""
+        """``(B, G)`` bool, the items that are ranked before the target."""
         gaps = self.gaps(batch, target)(moved)
         if batch.corrected:
-            return batch.rivals(target) & (gaps >= 0 if self.sign < 0 else gaps > 0)
+            return batch.compared(target) & (gaps >= 0 if self.sign < 0 else gaps > 0)
         earlier = torch.arange(len(batch.gallery), device=target.device) < target.unsqueeze(1)
-        return (gaps > 0) | ((gaps == 0) & earlier if self.gaps is _of_query else torch.zeros_like(earlier))
+        return (gaps > 0) | ((gaps == 0) & earlier if self.gaps is _query_gaps else torch.zeros_like(earlier))
 
     def percentile(self, batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
-        return 100 * self.ahead(batch, target, moved).sum(1).to(moved.dtype) / batch.rivals(target).sum(1)
+        return 100 * self.ahead(batch, target, moved).sum(1).to(moved.dtype) / batch.compared(target).sum(1)
 
-    def retained(self, batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
+    def in_top_4(self, batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
         return self.ahead(batch, target, moved).scatter(1, batch.own.unsqueeze(1), False).sum(1) < 4
 
 
-def _mismatch(batch: _QueryBatch, target: Tensor) -> Loss:
+def _dissimilarity(batch: _QueryBatch, target: Tensor) -> Loss:
     aimed = batch.gallery[target]
     return lambda moved: 1 - (moved * aimed).sum(1)
 
 
-def _stay(batch: _QueryBatch, target: Tensor) -> Loss:
+def _closeness(batch: _QueryBatch, target: Tensor) -> Loss:
     return lambda moved: -pairwise_distance(moved, batch.clean)  # adds 1e-6, so that it has a gradient at 0
 
 
-def _misrank(batch: _QueryBatch, target: Tensor) -> Loss:
+def _ranking_margin(batch: _QueryBatch, target: Tensor) -> Loss:
     right = batch.same.scatter(1, batch.own.unsqueeze(1), False) if batch.corrected else batch.same
 
     def loss(moved: Tensor) -> Tensor:
@@ -403,7 +385,7 @@ def _misrank(batch: _QueryBatch, target: Tensor) -> Loss:
     return loss
 
 
-def _approach(batch: _QueryBatch, target: Tensor) -> Loss:
+def _distance_to_target(batch: _QueryBatch, target: Tensor) -> Loss:
     aimed = batch.gallery[target]
     return lambda moved: _pairs(moved, aimed)
 
@@ -416,80 +398,76 @@ def _shift(batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
     shift = _pairs(moved, batch.clean)
     if not batch.corrected:
         return shift
-    spread = batch.away.scatter(1, batch.own.unsqueeze(1), 0).sum(1) / (len(batch.gallery) - 1)
+    spread = batch.clean_distances.scatter(1, batch.own.unsqueeze(1), 0).sum(1) / (len(batch.gallery) - 1)
     return (math.sqrt(2) * shift / spread).nan_to_num(nan=2).clamp(max=2)
 
 
-def _recalled(batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
-    return batch.recalled(moved)
+def _nearest_is_right(batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
+    return batch.nearest_is_right(moved)
 
 
-def _itself(batch: _QueryBatch, lots: Tensor) -> Tensor:
+def _query_itself(batch: _QueryBatch, draws: Tensor) -> Tensor:
     return batch.own
 
 
-def _anyone(batch: _QueryBatch, lots: Tensor) -> Tensor:
-    drawn = (lots * (len(batch.gallery) - batch.corrected)).long().to(batch.own.device)
+def _random_item(batch: _QueryBatch, draws: Tensor) -> Tensor:
+    drawn = (draws * (len(batch.gallery) - batch.corrected)).long().to(batch.own.device)
     return drawn + (drawn >= batch.own).long() if batch.corrected else drawn
 
 
-def _nearby(batch: _QueryBatch, lots: Tensor) -> Tensor:
+def _random_near_item(batch: _QueryBatch, draws: Tensor) -> Tensor:
     count = max(1, int(0.01 * len(batch.gallery)))
-    near = batch.away.topk(count, dim=1, largest=False).indices
-    return near.gather(1, (lots * count).long().to(near.device).unsqueeze(1)).squeeze(1)
+    near = batch.clean_distances.topk(count, dim=1, largest=False).indices
+    return near.gather(1, (draws * count).long().to(near.device).unsqueeze(1)).squeeze(1)
 
 
-def _nearest(batch: _QueryBatch, lots: Tensor) -> Tensor:
-    return batch.away.argmin(1)
+def _nearest_item(batch: _QueryBatch, draws: Tensor) -> Tensor:
+    return batch.clean_distances.argmin(1)
 
 
-def _unmatching(batch: _QueryBatch, lots: Tensor) -> Tensor:
+def _nearest_unmatching(batch: _QueryBatch, draws: Tensor) -> Tensor:
     if batch.corrected:
-        return batch.away.masked_fill(batch.same, torch.inf).argmin(1)
-    unmatching = batch.labels != batch.labels[batch.away.argmin(1)].unsqueeze(1)
-    nearest = batch.away.masked_fill(~unmatching, torch.inf).argmin(1, keepdim=True)
+        return batch.clean_distances.masked_fill(batch.same, torch.inf).argmin(1)
+    unmatching = batch.labels != batch.labels[batch.clean_distances.argmin(1)].unsqueeze(1)
+    nearest = batch.clean_distances.masked_fill(~unmatching, torch.inf).argmin(1, keepdim=True)
     return unmatching.long().cumsum(1).gather(1, nearest).squeeze(1) - 1
 
 
 class _Attack(NamedTuple):
-    """One run of an attack.
+    """One attack and the scores that it gives.
 
     Attributes:
-        aim: the queries, and one number in [0, 1) for each ``(B,)`` -> the item ``(B,)`` that its attack is about.
-        loss: what is lowered.
-        measures: the scores that are read off the perturbed queries.
+        choose: queries, and one random number in [0, 1) for each -> an item ``(B,)`` for each, the target.
+        loss: queries and targets -> what is minimised.
+        measures: name of a score -> its value for each query, given queries, targets and perturbed embeddings.
     """
 
-    aim: Callable[[_QueryBatch, Tensor], Tensor]
+    choose: Callable[[_QueryBatch, Tensor], Tensor]
     loss: Callable[[_QueryBatch, Tensor], Loss]
     measures: Mapping[str, Callable[[_QueryBatch, Tensor, Tensor], Tensor]]
 
 
-def _placed(name: str, aim: Callable[[_QueryBatch, Tensor], Tensor], placing: _Placing) -> _Attack:
-    return _Attack(aim, placing.loss, {name: placing.percentile})
+def _rank_attack(name: str, choose: Callable[[_QueryBatch, Tensor], Tensor], attack: _RankAttack) -> _Attack:
+    return _Attack(choose, attack.loss, {name: attack.percentile})
 
 
 _ATTACKS = (
-    _placed("CA+", _anyone, _Placing(_of_candidate, 1)),
-    _placed("CA-", _nearby, _Placing(_of_candidate, -1)),
-    _placed("QA+", _anyone, _Placing(_of_query, 1)),
-    _placed("QA-", _nearby, _Placing(_of_query, -1)),
-    _Attack(_anyone, _mismatch, {"TMA": _cosine}),
-    _Attack(_itself, _stay, {"ES:D": _shift, "ES:R": _recalled}),
-    _Attack(_itself, _misrank, {"LTM": _recalled}),
-    _Attack(_unmatching, _approach, {"GTM": _recalled}),
-    _Attack(_nearest, _Placing(_of_query, -1).loss, {"GTT": _Placing(_of_query, -1).retained}),
+    _rank_attack("CA+", _random_item, _RankAttack(_candidate_gaps, 1)),
+    _rank_attack("CA-", _random_near_item, _RankAttack(_candidate_gaps, -1)),
+    _rank_attack("QA+", _random_item, _RankAttack(_query_gaps, 1)),
+    _rank_attack("QA-", _random_near_item, _RankAttack(_query_gaps, -1)),
+    _Attack(_random_item, _dissimilarity, {"TMA": _cosine}),
+    _Attack(_query_itself, _closeness, {"ES:D": _shift, "ES:R": _nearest_is_right}),
+    _Attack(_query_itself, _ranking_margin, {"LTM": _nearest_is_right}),
+    _Attack(_nearest_unmatching, _distance_to_target, {"GTM": _nearest_is_right}),
+    _Attack(_nearest_item, _RankAttack(_query_gaps, -1).loss, {"GTT": _RankAttack(_query_gaps, -1).in_top_4}),
 )
 
 
-def _unit(embeddings: Tensor) -> Tensor:
-    return normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
-
-
 def _distances(one: Tensor, other: Tensor) -> Tensor:
-    """``(B, G)``, by differences, which are exact also where embeddings are close; under 1e-5 they count as equal.
+    """``(B, G)`` Euclidean distances, exact also where embeddings are close.
 
-    Closer ones may differ by rounding alone, whose direction means nothing: their distance is 0 and has no gradient.
+    Distances below 1e-5 may be rounding errors, whose gradient means nothing. They count as 0 and have no gradient.
     """
     distances = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
     return distances * (distances > 1e-5)
@@ -504,47 +482,29 @@ def _mean(values: Tensor) -> float:
     return values.cpu().double().mean().item()
 
 
-def _settings(settings: Settings | str) -> Settings:
-    if isinstance(settings, str) and settings in PRESETS:
-        return PRESETS[settings]
-    if not isinstance(settings, Settings):
-        raise InputError(f"settings={settings!r}; expected Settings(eps=...) or one of {', '.join(PRESETS)}.")
-    return settings
+def _check(eps: float, alpha: float, steps: int, version: str, batch_size: int) -> None:
+    if not (0 <= eps <= 1 and 0 < alpha <= 1):
+        raise InputError(
+            f"eps={eps}, alpha={alpha}; expected eps from 0 to 1 and alpha above 0 up to 1, in pixels of [0, 1], such "
+            "as 8/255."
+        )
+    check_whole("steps", steps)
+    check_whole("batch_size", batch_size)
+    if version not in ("published", "corrected"):
+        raise InputError(f"version={version!r}; expected 'published' or 'corrected'.")
 
 
-def _labels(labels: Tensor, pixels: Tensor) -> Tensor:
-    if labels.shape != (len(pixels),):
-        raise InputError(f"labels have shape {tuple(labels.shape)}; expected ({len(pixels)},), one per image.")
-    if len(labels.unique()) < 2:
-        raise InputError(f"labels hold the classes {labels.unique().tolist()}; expected two or more.")
-    return labels.to(pixels.device)
-
-
-def _checked(embeddings: Tensor, count: int) -> Tensor:
-    if embeddings.ndim != 2 or len(embeddings) != count:
-        raise InputError(f"Embeddings have shape {tuple(embeddings.shape)} for {count} images; expected ({count}, D).")
-    if not embeddings.isfinite().all():
-        raise InputError("Embeddings of clean images hold NaN or infinite values; expected finite ones.")
-    return _unit(embeddings)
-
-
-def _queries(wanted: int | Sequence[int] | Tensor | None, labels: Tensor) -> tuple[Tensor, int]:
-    """Indices of the queries, and how many were left out for want of a right item."""
-    total = len(labels)
-    if isinstance(wanted, int):
-        if not 0 < wanted <= total:
-            raise InputError(f"queries={wanted}; expected 1 to {total}, the number of images.")
-        rows = torch.randperm(total)[:wanted]
+def _queries(subset: int | Sequence[int] | Tensor | None, labels: Tensor) -> tuple[Tensor, int]:
+    """Indices of the queries, and how many were left out because no other image has their class."""
+    if isinstance(subset, int):
+        if not 0 < subset <= len(labels):
+            raise InputError(f"subset={subset}; expected 1 to {len(labels)}, the number of images.")
+        rows = torch.randperm(len(labels))[:subset]
     else:
-        try:
-            rows = torch.arange(total) if wanted is None else torch.as_tensor(wanted, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            rows = torch.empty(0)
-    if rows.ndim != 1 or rows.dtype != torch.long or not ((rows >= 0) & (rows < total)).all():
-        raise InputError(f"queries={wanted!r}; expected how many, or indices from 0 to {total - 1}.")
-    _, column, sizes = labels.unique(return_inverse=True, return_counts=True)
+        rows = to_rows(subset, len(labels))
     rows = rows.to(labels.device)
-    kept = rows[sizes[column[rows]] > 1]
+    _, columns, sizes = labels.unique(return_inverse=True, return_counts=True)
+    kept = rows[sizes[columns[rows]] > 1]
     if not len(kept):
         raise InputError(f"None of the {len(rows)} queries has another image of its class; expected at least one.")
     return kept, len(rows) - len(kept)

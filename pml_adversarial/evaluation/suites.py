@@ -1,8 +1,8 @@
-"""Which attacks an embedding meets: on the query or on the gallery, with gradients or without, and in which suite."""
+"""The attacks that a model is evaluated with, and the suites that they form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,65 +11,68 @@ import torchattacks
 from torch import Tensor
 
 from ..attacks.objective import Score
-from ..attacks.pgd import momentum_pgd
-from .attacks import AnyAttack, GalleryAttack, QueryAttack, QueryBatch
-from .classifier import apart
-from .gallery import Targets, unit
+from ..attacks.pgd import MomentumPGD
+from ..errors import InputError
+from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
+from .classifier import separable_groups
+from .gallery import Targets, unit_length
 
-# What is raised, by query.
+# Scores of perturbed queries, by batch and number of the restart.
 
 
-def toward_nearest_wrong(batch: QueryBatch, restart: int) -> Score:
-    """Toward the nearest wrong item and away from the nearest right one, both chosen anew in every step."""
+def margin_score(batch: QueryBatch, restart: int) -> Score:
+    """How much nearer the nearest wrong item is than the nearest right item. Both are chosen anew in every step."""
     return lambda queries: batch.gallery.margin(queries, batch.targets)
 
 
-def toward_wrong_class(batch: QueryBatch, restart: int) -> Score:
-    """Toward one wrong class and away from the nearest right item: the most similar class, in the next run the second.
+def targeted_score(batch: QueryBatch, restart: int) -> Score:
+    """How much nearer one wrong class is than the nearest right item.
 
-    The items are chosen anew in every step, the class stays. What stands in the way of one class need not do so of
-    another, so this finds breaks that restarts toward the nearest wrong item do not.
+    The class is the most similar one in the first run, the second most similar one in the second run, and so on. The
+    nearest items of both classes are chosen anew in every step. What blocks the way to one class need not block the
+    way to another, so this succeeds on some queries on which all restarts of `margin_score` fail.
     """
     gallery, own = batch.gallery, batch.targets.own
-    target = Targets(batch.classifier().wrong_classes(restart), own)
+    wrong_class = Targets(batch.classifier().wrong_classes(restart), own)
 
     def score(queries: Tensor) -> Tensor:
-        wrong, right = (gallery.hardest(queries, targets)[1] for targets in (target, batch.targets))
-        return (unit(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
+        wrong, right = (gallery.hardest(queries, targets)[1] for targets in (wrong_class, batch.targets))
+        return (unit_length(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
 
     return score
 
 
-def embedding_shift(batch: QueryBatch, restart: int) -> Score:
-    """Away from the query's own clean embedding, whatever the gallery holds."""
-    origin = unit(batch.clean)
-    return lambda queries: (unit(queries) - origin).square().sum(1)
+def shift_score(batch: QueryBatch, restart: int) -> Score:
+    """How far the embedding is from that of the clean query, whatever the gallery holds."""
+    origin = unit_length(batch.clean)
+    return lambda queries: (unit_length(queries) - origin).square().sum(1)
 
 
-def raising(score: Callable[[QueryBatch, int], Score], steps: int) -> Callable[[QueryBatch, float, int], Tensor]:
-    """`momentum_pgd` of a score of the queries' embeddings, which may differ from run to run."""
+def gradient_attack(
+    score: Callable[[QueryBatch, int], Score], steps: int
+) -> Callable[[QueryBatch, float, int], Tensor]:
+    """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
 
-    def find(batch: QueryBatch, eps: float, restart: int) -> Tensor:
+    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
         objective = batch.objective(score(batch, restart))
-        return momentum_pgd(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
-    return find
-
-
-# Attacks of torchattacks on the embedding seen as a classifier.
+    return perturb
 
 
-def classified(make: Callable[..., Any], targets: int | None = None) -> Callable[[QueryBatch, float, int], Tensor]:
-    """A torchattacks class, unmodified, on `RetrievalClassifier`.
+def classifier_attack(
+    make: Callable[..., Any], targets: int | None = None
+) -> Callable[[QueryBatch, float, int], Tensor]:
+    """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
-        make: called with the classifier and ``eps``, ``norm``, ``seed``.
-        targets: how many of the most similar wrong classes it leads to, if it takes ``n_classes``.
+        make: called with the classifier and ``eps``, ``norm`` and ``seed``.
+        targets: how many of the most similar wrong classes are targeted, for attacks that take ``n_classes``.
     """
 
-    def find(batch: QueryBatch, eps: float, restart: int) -> Tensor:
+    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
         found = batch.images.clone()
-        for rows in apart(batch.images, batch.targets, eps, batch.norm):
+        for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
             part = batch[rows]
             model = part.classifier()
             options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
@@ -78,75 +81,107 @@ def classified(make: Callable[..., Any], targets: int | None = None) -> Callable
             found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
         return found
 
-    return find
+    return perturb
 
 
-# Attacks on the gallery.
+# Attacks on the gallery: which item is perturbed, and to what end.
 
 
 def nearest_wrong(batch: QueryBatch, restart: int) -> Tensor:
-    """Of each query, the nearest wrong item, in the next run the second nearest, and so on."""
+    """Each query's nearest wrong item; in the second run the second nearest, and so on."""
     return batch.gallery.hardest(batch.clean, batch.targets, restart)[0]
 
 
 def nearest_right(batch: QueryBatch, restart: int) -> Tensor:
-    """Of each query, the nearest right item, in the next run the second nearest, and so on."""
+    """Each query's nearest right item; in the second run the second nearest, and so on."""
     return batch.gallery.hardest(batch.clean, batch.targets, restart)[1]
 
 
 def promotion(batch: QueryBatch) -> Score:
-    """The item comes nearer to the query."""
-    query = unit(batch.clean)
-    return lambda items: (unit(items) * query).sum(1)
+    """How similar the item is to the query."""
+    query = unit_length(batch.clean)
+    return lambda items: (unit_length(items) * query).sum(1)
 
 
 def demotion(batch: QueryBatch) -> Score:
-    """The item moves off the query."""
-    query = unit(batch.clean)
-    return lambda items: -(unit(items) * query).sum(1)
+    """How dissimilar the item is to the query."""
+    query = unit_length(batch.clean)
+    return lambda items: -(unit_length(items) * query).sum(1)
 
 
-def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[AnyAttack, ...]:
-    """The attacks of "standard-v1" at its defaults: the strongest that we know, at a bounded cost per query.
+def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
+    """The attacks of "standard-v1", if called without arguments: the strongest that we know at a bounded cost.
 
     Args:
-        steps: gradient steps of a run.
-        restarts: runs of the margin attack from different random starts.
+        steps: gradient steps of each run.
+        restarts: runs of the attack "margin", from different random starts.
         queries: forward passes of the black-box attack.
-        targets: wrong classes to which targeted attacks lead, one after the other, the most similar first.
+        targets: how many wrong classes targeted attacks try, the most similar one first.
     """
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
     square = partial(torchattacks.Square, n_queries=queries)
     return (
-        QueryAttack("margin", raising(toward_nearest_wrong, steps), restarts),
-        QueryAttack("targeted", raising(toward_wrong_class, steps), targets, only_standing=True),
-        QueryAttack("shift", raising(embedding_shift, steps)),
-        QueryAttack("apgd-ce", classified(apgd), only_standing=True),
-        QueryAttack("apgd-t", classified(apgd_t, targets), only_standing=True, num_classes=4),
-        QueryAttack("fab-t", classified(fab_t, targets), only_standing=True),
-        QueryAttack("square", classified(square), black_box=True, only_standing=True),
+        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
+        QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
+        QueryAttack("shift", gradient_attack(shift_score, steps)),
+        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
+        QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
+        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
+        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
     )
 
 
-def quick(steps: int = 40, restarts: int = 3) -> tuple[AnyAttack, ...]:
-    """The attacks of "quick-v1" at its defaults: two on the query, for comparisons while one works."""
+def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
+    """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
+
+    Args:
+        steps: gradient steps of each run.
+        restarts: runs from different random starts.
+    """
     return (
-        QueryAttack("margin", raising(toward_nearest_wrong, steps), restarts),
-        QueryAttack("shift", raising(embedding_shift, steps), restarts),
+        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
+        QueryAttack("shift", gradient_attack(shift_score, steps), restarts),
     )
 
 
-SUITES: dict[str, tuple[str, Callable[[], tuple[AnyAttack, ...]]]] = {
+SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
     "standard": ("standard-v1", standard),
     "quick": ("quick-v1", quick),
 }
-"""What ``attacks="..."`` names -> the suite's name in reports, fixed for what it holds, and its attacks."""
+"""Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""
 
 
-def by_name() -> dict[str, AnyAttack]:
-    """All attacks of the suites; those of "standard", where another suite has one of the same name."""
+def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tuple[RetrievalAttack, ...]]:
+    """A suite's name in reports, and its attacks.
+
+    Args:
+        attacks: name of a suite, or a list of attacks and names of attacks.
+
+    Raises:
+        InputError: a name is unknown, there is no attack, two have one name, or something else is in the list.
+    """
+    if isinstance(attacks, str):
+        if attacks not in SUITES:
+            raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
+        name, make = SUITES[attacks]
+        return name, make()
+    known = attacks_by_name()
+    members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else a for a in attacks)
+    names = [getattr(attack, "name", None) for attack in members]
+    kinds_fit = all(isinstance(attack, RetrievalAttack) for attack in members)
+    if not members or not kinds_fit or len(set(names)) < len(names):
+        found = ", ".join(str(getattr(attack, "name", repr(attack))) for attack in members) or "none"
+        raise InputError(
+            f"attacks holds {found}; expected QueryAttack and GalleryAttack objects of different names, or some of "
+            f"{', '.join(known)}."
+        )
+    return "custom", members
+
+
+def attacks_by_name() -> dict[str, RetrievalAttack]:
+    """All attacks of the suites. Of two with one name, it is the one of "standard"."""
     return {attack.name: attack for _, make in reversed(SUITES.values()) for attack in make()}

@@ -74,7 +74,7 @@ class OwnLoss:
             return found
         told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
         if told:
-            return take(sum(told), self._position)
+            return take(sum(told[1:], start=told[0]), self._position)
         return sum(part["losses"] for part in found.values())
 
 

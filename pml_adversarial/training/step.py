@@ -215,16 +215,18 @@ class AdversarialStep:
         start = time.perf_counter()
         score = self.hooks.score(wrapped, batch, plan)
         clean = batch.context[plan.rows]
+        of_own: Score = score
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
-            of_own, clean = _score_of_some(score, clean, own), clean[own]
-        else:
-            of_own = score
+            of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
         objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
         attack = self.hooks.attack(objective, batch, plan)
         if attack is adapter.unchanged:
             return Perturbed(None, torch.zeros_like(objective.has_gradient), score=score)
-        inputs = adapter.run(attack, batch.inputs_of(rows), objective.labels)
+        clean_inputs = batch.inputs_of(rows)
+        inputs = adapter.run(attack, clean_inputs, objective.labels, objective)
+        if inputs is clean_inputs:
+            return Perturbed(None, objective.zero_gradient, time.perf_counter() - start, score)
         if isinstance(attack, adapter.Learns):
             inputs.requires_grad_().register_hook(attack.learn)
         return Perturbed(inputs, objective.zero_gradient, time.perf_counter() - start, score)
@@ -307,11 +309,17 @@ class AdversarialStep:
             self.monitor.measure(self.step, recall, attacked if at_full_strength else None)
 
 
-def _score_of_some(score: Score, clean: Tensor, some: Tensor) -> Score:
+class _ScoreOfSome:
     """The score of some of the copies, while the others stay at their clean embeddings."""
 
-    def of_some(embeddings: Tensor) -> Tensor:
-        found = score(clean.index_copy(0, some, embeddings.to(clean)))
-        return found[some] if found.shape == clean.shape[:1] else found
+    def __init__(self, score: Score, clean: Tensor, some: Tensor) -> None:
+        self._score, self._clean, self._some = score, clean, some
 
-    return of_some
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        found = self._score(self._clean.index_copy(0, self._some, embeddings.to(self._clean)))
+        return found[self._some] if found.shape == self._clean.shape[:1] else found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._score, name)

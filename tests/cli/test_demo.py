@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from pml_adversarial.cli import demo, main
-from pml_adversarial.cli.digits import table
+from pml_adversarial.cli.demo import table
 from pml_adversarial.cli.options import parse_call
 
 QUICK = ["--epochs", "1", "--attack-steps", "2", "--restarts", "1", "--eps", "0.05,0.1"]

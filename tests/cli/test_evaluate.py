@@ -28,7 +28,7 @@ def workplace(tmp_path, monkeypatch):
     """A folder with a network's code, its weights, an exported program, and images of two and of three classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.delitem(sys.modules, "nets", gradient_attack=False)
     (tmp_path / "nets.py").write_text(NETWORK)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     torch.save(network.state_dict(), "weights.pt")
@@ -98,7 +98,7 @@ class TestPassesOn:
             "nmi": False,
             "checks": True,
             "seed": 0,
-            "chunk": 128,
+            "batch_size": 128,
             "resume": None,
             "progress": False,
         }
@@ -113,7 +113,7 @@ class TestPassesOn:
             (["--nmi"], "nmi", True),
             (["--no-checks"], "checks", False),
             (["--seed", "3"], "seed", 3),
-            (["--chunk", "5"], "chunk", 5),
+            (["--batch-size", "5"], "batch_size", 5),
             (["--limit", "12"], "subset", None),
         ],
     )
@@ -213,7 +213,7 @@ class TestPassesOn:
 class TestEvaluates:
     @pytest.mark.parametrize(
         "model",
-        [["model.pt2"], ["weights.pt", *WEIGHTS, "--no-checks", "--chunk", "4"]],
+        [["model.pt2"], ["weights.pt", *WEIGHTS, "--no-checks", "--batch-size", "4"]],
     )
     def test_to_the_end(self, workplace, model):
         result = run(*model[1:], "--attacks", "quick", "--limit", "6", model=model[0], eps="0.02,0.2")
@@ -235,7 +235,7 @@ class TestEvaluates:
             assert result.exit_code == 0, result.output
             report = json.loads((workplace / model[:5] / "report.json").read_text())
             assert {attack["attack"] for attack in report["attacks"]} >= {"margin", "square", "promote"}
-            found.append((report["clean_standing"], report["worst"]))
+            found.append((report["clean_flags"], report["worst"]))
         assert found[0] == found[1]
 
     def test_photos_and_arrays_give_the_same(self, workplace):
@@ -248,7 +248,7 @@ class TestEvaluates:
                 == 0
             )
             report = json.loads((workplace / queries[:5] / "report.json").read_text())
-            found.append((report["clean"], report["worst"], report["clean_standing"]))
+            found.append((report["clean"], report["worst"], report["clean_flags"]))
         assert found[0] == found[1]
 
 
@@ -309,7 +309,7 @@ class TestRefusals:
             (["--recall-at", "1,x"], "--recall-at: '1,x'; expected whole numbers"),
             (["--recall-at", "0"], "expected numbers above 0"),
             (["--limit", "0"], "--limit"),
-            (["--chunk", "0"], "--chunk"),
+            (["--batch-size", "0"], "--batch-size"),
             (["--device", "gpu"], "--device"),
             (["--device", "meta"], "--device"),
             (["--output", "nets.py"], "--output"),
@@ -348,7 +348,7 @@ class TestRefusals:
             raise torch.cuda.OutOfMemoryError("a page of numbers")
 
         monkeypatch.setattr(saved_model, "evaluate_robustness", fill)
-        assert run().output == "Error: cpu has not enough memory for --chunk 128; try half of it.\n"
+        assert run().output == "Error: cpu has not enough memory for --batch-size 128; try half of it.\n"
 
 
 def spoil(workplace):
@@ -400,7 +400,7 @@ class TestBesideTheMainJob:
             "nmi",
             "no-checks",
             "seed",
-            "chunk",
+            "batch_size",
             "device",
             "output",
             "resume",

@@ -13,9 +13,10 @@ from torch.nn.functional import hardsigmoid, normalize
 from pml_adversarial.cli.images import digits
 from pml_adversarial.evaluation import checks, evaluate_robustness
 from pml_adversarial.evaluation.attacks import QueryAttack
-from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, Probe, run_checks
-from pml_adversarial.evaluation.report import AttackResult, Report
-from pml_adversarial.evaluation.suites import classified, quick
+from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, QuerySample, run_checks
+from pml_adversarial.evaluation.report import Report
+from pml_adversarial.evaluation.results import AttackResult
+from pml_adversarial.evaluation.suites import classifier_attack, quick
 from pml_adversarial.evaluation.task import RetrievalTask
 
 EPS = 0.08
@@ -66,14 +67,14 @@ def bench_of(model, images, norm="Linf", gallery=None):
         parameter.requires_grad_(False)
     task = RetrievalTask(model, images, gallery, norm, None)
     with torch.no_grad():
-        task.search(task.embed(task.items.pixels(range(len(task.items)))))
+        task.set_gallery(task.embed(task.items[:]))
     return task
 
 
 def standing_of(task):
     """Which queries are right, by a plain loop."""
     with torch.no_grad():
-        embeddings = normalize(task.embed(task.queries.pixels(range(len(task.queries)))).float())
+        embeddings = normalize(task.embed(task.queries[:]).float())
     items, labels = task.gallery.embeddings, task.queries.labels
     marks = ""
     for i, query in enumerate(embeddings):
@@ -83,11 +84,11 @@ def standing_of(task):
     return marks
 
 
-def probe_of(model, images, results=None, seed=0, chunk=128, **options):
+def probe_of(model, images, results=None, seed=0, batch_size=128, **options):
     task = bench_of(model, images, **options)
     marks = standing_of(task)
     results = [result(standing="0" * len(marks))] if results is None else results
-    return Probe(task, torch.arange(len(marks)), marks, results, seed, chunk)
+    return QuerySample(task, torch.arange(len(marks)), marks, results, seed, chunk)
 
 
 def numbers(line):
@@ -130,7 +131,7 @@ class TestProbe:
 
     def test_sample_depends_on_the_seed_and_not_on_the_chunk(self, pictures):
         first, same, other = (
-            probe_of(Front(), pictures, seed=seed, chunk=chunk) for seed, chunk in [(0, 128), (0, 7), (1, 7)]
+            probe_of(Front(), pictures, seed=seed, batch_size=chunk) for seed, chunk in [(0, 128), (0, 7), (1, 7)]
         )
         assert torch.equal(first.picked, same.picked)
         assert not torch.equal(first.picked, other.picked)
@@ -139,7 +140,7 @@ class TestProbe:
     def test_rows_are_those_that_were_evaluated(self, pictures):
         task = bench_of(Front(), pictures)
         rows = torch.arange(79, 59, -1)
-        probe = Probe(task, rows, "1" * 20, [result(standing="0" * 20)], 0, 128)
+        probe = QuerySample(task, rows, "1" * 20, [result(standing="0" * 20)], 0, 128)
         assert torch.equal(probe.scenes[0].images, pictures[0][rows])
 
     def test_eps_is_where_about_half_is_left(self, pictures):
@@ -223,7 +224,7 @@ class TestStrength:
     def test_larger_eps_that_is_weaker(self, pictures, broken, expected, monkeypatch):
         probe = probe_of(Front(), pictures)
         runs = {eps: torch.arange(64) < count for eps, count in zip((EPS / 2, EPS, 2 * EPS), broken, strict=True)}
-        monkeypatch.setattr(Probe, "broken", lambda self, eps, steps, stream: runs[eps])
+        monkeypatch.setattr(QuerySample, "broken", lambda self, eps, steps, stream: runs[eps])
         assert checks.gains_by_eps(probe).passed is expected
 
     def test_longer_run(self, pictures):
@@ -394,7 +395,7 @@ class TestGradients:
         every_other = torch.arange(16).view(4, 4) % 2 > 0
         front = Front(lambda x: torch.where(every_other, 8 * (x - (16 * x).round() / 16).detach(), x))
         task = bench_of(front, pictures)
-        probe = Probe(task, torch.arange(80), "1" * 80, [result(standing="0" * 80, eps=0.01)], 0, 128)
+        probe = QuerySample(task, torch.arange(80), "1" * 80, [result(standing="0" * 80, eps=0.01)], 0, 128)
         passed, line = checks.has_gradients(probe)
         assert passed is False
         assert ", 0 of 0.5; 50 % of pixels have none" in line
@@ -507,7 +508,7 @@ def few_steps(monkeypatch):
 
 
 class TestAll:
-    def run(self, model, pictures, seed=0, chunk=128, results=None, **options):
+    def run(self, model, pictures, seed=0, batch_size=128, results=None, **options):
         task = bench_of(model, pictures, **options)
         marks = standing_of(task)
         results = [result(standing="0" * len(marks))] if results is None else results
@@ -548,7 +549,7 @@ class TestAll:
         assert task.embed.backward_passes - before[1] <= 260 * SAMPLE
 
     def test_small_chunks(self, pictures, few_steps):
-        found, _ = self.run(Front(), pictures, chunk=23)
+        found, _ = self.run(Front(), pictures, batch_size=23)
         assert [check.name for check in found if check.passed is False] == []
 
     def test_separate_gallery(self, pictures, few_steps):
@@ -656,7 +657,7 @@ HONEST = {
 def report_of(model, seed=0):
     data = digits()
     square = QueryAttack(
-        "square", classified(partial(torchattacks.Square, n_queries=200)), black_box=True, only_standing=True
+        "square", classifier_attack(partial(torchattacks.Square, n_queries=200)), black_box=True, only_robust=True
     )
     queries = data.test_images[:120], data.test_labels[:120]
     return evaluate_robustness(model, queries, eps=(0.06, 0.1), attacks=(*quick(20, 2), square), seed=seed)

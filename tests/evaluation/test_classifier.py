@@ -10,9 +10,9 @@ from query_batches import bench_of, embedded, images_of, network
 
 from pml_adversarial.attacks.ball import projected
 from pml_adversarial.evaluation.attacks import QueryAttack
-from pml_adversarial.evaluation.classifier import RetrievalClassifier, apart
+from pml_adversarial.evaluation.classifier import RetrievalClassifier, separable_groups
 from pml_adversarial.evaluation.gallery import Gallery, Targets
-from pml_adversarial.evaluation.suites import classified
+from pml_adversarial.evaluation.suites import classifier_attack
 
 EPS = 0.05
 
@@ -71,7 +71,7 @@ class TestLogits:
         task = bench_of(network(), images_of(), norm=norm)
         batch = task.batch(torch.arange(24).flip(0))
         radius = EPS if norm == "Linf" else 0.3
-        part = batch[apart(batch.images, batch.targets, radius, norm)[0]]
+        part = batch[separable_groups(batch.images, batch.targets, radius, norm)[0]]
         assert len(part) > 12
         model = classifier(part)
         rows = torch.randint(len(part), (40,), generator=torch.Generator().manual_seed(1))
@@ -116,7 +116,7 @@ class TestApart:
             torch.zeros(count).long() if labels is None else torch.tensor(labels),
             torch.arange(count) if own is None else own,
         )
-        return [group.tolist() for group in apart(images, targets, eps, "Linf")]
+        return [group.tolist() for group in separable_groups(images, targets, eps, "Linf")]
 
     def test_near_images_are_in_different_groups(self):
         assert self.groups(self.images(0.1, 0.15, 0.5, 0.2), 0.04) == [[0, 2, 3], [1]]
@@ -124,7 +124,7 @@ class TestApart:
     def test_none_closer_than_twice_the_radius_in_any_group(self):
         images, labels = images_of(40)
         for norm, eps in (("Linf", 0.22), ("L2", 0.7)):
-            found = apart(images, Targets(labels, torch.arange(40)), eps, norm)
+            found = separable_groups(images, Targets(labels, torch.arange(40)), eps, norm)
             assert sorted(torch.cat(found).tolist()) == list(range(40))
             assert 1 < len(found) < 40
             for group in found:
@@ -145,8 +145,8 @@ class TestApart:
         images = torch.cat([base, base + 1e-3])  # far less than products of such vectors resolve
         targets = Targets(torch.zeros(2).long(), torch.arange(2))
         distance = 1e-3 * images[0].numel() ** 0.5
-        assert len(apart(images, targets, distance / 2 * 1.01, "L2")) == 2
-        assert len(apart(images, targets, distance / 2 * 0.99, "L2")) == 1
+        assert len(separable_groups(images, targets, distance / 2 * 1.01, "L2")) == 2
+        assert len(separable_groups(images, targets, distance / 2 * 0.99, "L2")) == 1
 
 
 ATTACKS = {
@@ -176,7 +176,7 @@ class TestAttacksOnClassifiers:
         labels = images_of()[1]
         task = bench_of(network(), images_of(), images_of(seed=1) if separate else None, norm)
         batch, eps = task.batch(torch.arange(24)), EPS if norm == "Linf" else 0.3
-        outcome = QueryAttack(name, classified(make, targets)).run(batch, eps, 0, 6)
+        outcome = QueryAttack(name, classifier_attack(make, targets)).run(batch, eps, 0, 6)
         change = (outcome.images - batch.images).flatten(1)
         assert (change.abs().amax(1) if norm == "Linf" else change.norm(dim=1)).max() <= eps + 1e-6
         assert 0 <= outcome.images.min() <= outcome.images.max() <= 1
@@ -197,21 +197,21 @@ class TestAttacksOnClassifiers:
         def make(model, eps, norm, seed, n_classes):
             return torchattacks.AutoAttack(model, norm=norm, eps=eps, n_classes=n_classes, seed=seed)
 
-        outcome = QueryAttack("autoattack", classified(make, 3)).run(batch, 0.03, 0, 6)
+        outcome = QueryAttack("autoattack", classifier_attack(make, 3)).run(batch, 0.03, 0, 6)
         assert (outcome.images - batch.images).abs().max() <= 0.03 + 1e-6
         clean = batch.gallery.ranking(batch.clean, batch.targets, 6).margin < 0
         assert ((outcome.ranking.margin < 0) & clean).sum() < clean.sum()
 
     def test_leave_the_model_in_eval_mode(self, batch):
         batch.embed.model.eval()
-        classified(partial(torchattacks.APGD, steps=2))(batch, EPS, 0)
+        classifier_attack(partial(torchattacks.APGD, steps=2))(batch, EPS, 0)
         assert not any(module.training for module in batch.embed.model.modules())
 
     def test_large_radii_leave_the_right_item_out_all_the_same(self):
         """In one group no two rows could be mistaken, so the found broken rows are those of each row alone."""
         task = bench_of(network(), images_of(8))
         batch, eps = task.batch(torch.arange(8)), 0.45
-        assert len(apart(batch.images, batch.targets, eps, "Linf")) > 4
+        assert len(separable_groups(batch.images, batch.targets, eps, "Linf")) > 4
         asked = []
 
         def make(model, eps, norm, seed):
@@ -222,8 +222,8 @@ class TestAttacksOnClassifiers:
 
             return attack
 
-        classified(make)(batch, eps, 0)
-        rows = torch.cat(apart(batch.images, batch.targets, eps, "Linf")).tolist()
+        classifier_attack(make)(batch, eps, 0)
+        rows = torch.cat(separable_groups(batch.images, batch.targets, eps, "Linf")).tolist()
         labels = batch.gallery.labels.tolist()
         for row, moved, logits in zip(
             rows, torch.cat([m for m, _ in asked]), torch.cat([x for _, x in asked]), strict=True

@@ -9,7 +9,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.gallery import Changed, Gallery, Targets, chunks, embed_all, unit
+from pml_adversarial.evaluation.embedder import batches, embed_all
+from pml_adversarial.evaluation.gallery import Gallery, ReplacedItems, Targets, unit_length
 from pml_adversarial.evaluation.metrics import collapse, nmi, per_query
 
 RECALL_AT = (1, 2, 3, 8)
@@ -177,8 +178,8 @@ class TestChangedItems:
         gallery, moved = Gallery(embeddings, labels, block), some(12, 1)
         items = torch.arange(12).roll(5)
         items[3] = 3  # the query's own item: left out as before
-        found = measured(gallery, embeddings, gallery.leave_one_out(), Changed(items, moved))
-        nearest = gallery.nearest(embeddings, torch.arange(12), 1, Changed(items, moved))
+        found = measured(gallery, embeddings, gallery.leave_one_out(), ReplacedItems(items, moved))
+        nearest = gallery.nearest(embeddings, torch.arange(12), 1, ReplacedItems(items, moved))
         clean = measured(gallery, embeddings, gallery.leave_one_out())
         for i in range(12):
             changed = embeddings.clone()
@@ -205,7 +206,7 @@ class TestPrecision:
         torch.testing.assert_close(double.embeddings, normalize(embeddings.double()), rtol=0, atol=1e-15)
 
     def test_unit_is_in_half_no_shorter_than_one(self):
-        assert unit(torch.full((1, 300), 60000.0, dtype=torch.float16)).norm().item() == pytest.approx(1)
+        assert unit_length(torch.full((1, 300), 60000.0, dtype=torch.float16)).norm().item() == pytest.approx(1)
 
 
 class TestCollapse:
@@ -250,8 +251,8 @@ class TestNMI:
 
 
 def test_chunks_cover_everything_once():
-    assert [list(range(10))[piece] for piece in chunks(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert list(chunks(0, 4)) == []
+    assert [list(range(10))[piece] for piece in batches(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert list(batches(0, 4)) == []
 
 
 def test_embed_all_is_without_gradient_and_in_chunks():

@@ -9,14 +9,15 @@ from query_batches import images_of, network
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.report import SCHEMA, Check
-from pml_adversarial.evaluation.suites import nearest_wrong, promotion, raising, toward_nearest_wrong
+from pml_adversarial.evaluation.report import SCHEMA
+from pml_adversarial.evaluation.results import Check
+from pml_adversarial.evaluation.suites import gradient_attack, margin_score, nearest_wrong, promotion
 
 
 @pytest.fixture(scope="module")
 def report():
     attacks = (
-        QueryAttack("margin", raising(toward_nearest_wrong, 4)),
+        QueryAttack("margin", gradient_attack(margin_score, 4)),
         GalleryAttack("promote", nearest_wrong, promotion, 4),
     )
     found = evaluate_robustness(

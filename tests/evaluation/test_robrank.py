@@ -9,23 +9,14 @@ from torch.nn.functional import normalize
 
 from pml_adversarial.cli.images import digits
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation import robrank as peers
-from pml_adversarial.evaluation.robrank import (
-    HELD,
-    PRESETS,
-    SCORES,
-    RobRankScores,
-    Settings,
-    ers,
-    normalised,
-    robrank_scores,
-)
+from pml_adversarial.evaluation import robrank
+from pml_adversarial.evaluation.robrank import SCORES, SHARES, RobRankScores, ers, normalised, robrank_scores
 from pml_adversarial.training.isolation import random_stream
 
 VERSIONS = ("published", "corrected")
 LIFTED = {"CA+": 1, "CA-": -1, "QA+": 1, "QA-": -1, "GTT": -1}
-ATTACK_OF = {name: attack for attack in peers._ATTACKS for name in attack.measures}
-RUNS = [next(iter(attack.measures)) for attack in peers._ATTACKS]
+ATTACK_OF = {name: attack for attack in robrank._ATTACKS for name in attack.measures}
+RUNS = [next(iter(attack.measures)) for attack in robrank._ATTACKS]
 
 # Zhou, Patel, arXiv 2203.01439, the table of the state of the art: the ten scores in the order of `SCORES`, and ERS.
 PUBLISHED = {
@@ -145,7 +136,7 @@ def crowd(corrected):
     gallery = unit_rows(250, 3, 3)
     labels = ((torch.atan2(gallery[:, 0], gallery[:, 1]) / math.pi + 1) * 3).long()
     moved = normalize(gallery[own] + 0.2 * unit_rows(7, 3, 4))
-    return peers._QueryBatch(gallery, labels, own, corrected), moved
+    return robrank._QueryBatch(gallery, labels, own, corrected), moved
 
 
 @pytest.fixture
@@ -159,7 +150,12 @@ def retrieval():
     return model, (patterns[labels] + 0.15 * noise).clamp(0, 1), labels
 
 
-SMALL = Settings(eps=0.07, alpha=0.03, steps=3)
+SMALL = {"eps": 0.07, "alpha": 0.03, "steps": 3}
+
+
+def scores_of(retrieval, **options):
+    model, *data = retrieval
+    return robrank_scores(model, tuple(data), **{**SMALL, **options})
 
 
 class TestERS:
@@ -199,34 +195,19 @@ class TestERS:
             ers({"CA+": 1.0})
 
 
-class TestSettings:
-    def test_published(self):
-        assert set(PRESETS) == {"28x28", "224x224"}
-        assert (PRESETS["28x28"].eps, PRESETS["224x224"].eps) == (77 / 255, 8 / 255)
-        assert {(settings.alpha, settings.steps) for settings in PRESETS.values()} == {(3 / 255, 32)}
-
-    @pytest.mark.parametrize(
-        "wrong",
-        [{"eps": 8}, {"eps": -0.1}, {"eps": math.nan}, {"alpha": 0}, {"alpha": 3}, {"steps": 0}, {"steps": 1.5}],
-    )
-    def test_refuses_nonsense(self, wrong):
-        with pytest.raises(InputError, match="expected eps"):
-            Settings(**{"eps": 0.1, **wrong})
-
-
 class TestEachAttack:
     @pytest.mark.parametrize("name", RUNS)
     @pytest.mark.parametrize("lot", [0.0, 0.3, 0.5, 0.9999])
     def test_aims_at(self, crowd, name, lot):
         batch, _ = crowd
-        found = ATTACK_OF[name].aim(batch, torch.full((7,), lot, dtype=torch.float64)).tolist()
+        found = ATTACK_OF[name].choose(batch, torch.full((7,), lot, dtype=torch.float64)).tolist()
         gallery, labels = batch.gallery.tolist(), batch.labels.tolist()
         assert found == [aim_by_loop(name, batch.corrected, own, lot, gallery, labels) for own in batch.own.tolist()]
 
     @pytest.mark.parametrize("name", RUNS)
     def test_lowers(self, crowd, name):
         batch, moved = crowd
-        target = ATTACK_OF[name].aim(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
+        target = ATTACK_OF[name].choose(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
         found = ATTACK_OF[name].loss(batch, target)(moved)
         gallery, labels = batch.gallery.tolist(), batch.labels.tolist()
         expected = [
@@ -239,7 +220,7 @@ class TestEachAttack:
     @pytest.mark.parametrize("name", SCORES)
     def test_is_scored_by(self, crowd, name):
         batch, moved = crowd
-        target = ATTACK_OF[name].aim(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
+        target = ATTACK_OF[name].choose(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
         found = ATTACK_OF[name].measures[name](batch, target, moved)
         gallery, labels = batch.gallery.tolist(), batch.labels.tolist()
         expected = [
@@ -254,43 +235,45 @@ class TestEachAttack:
         batch, _ = crowd
         if at == "one point":
             gallery = batch.gallery[:1].expand(250, 3).contiguous()
-            batch = peers._QueryBatch(gallery, batch.labels, batch.own, batch.corrected)
-        target = ATTACK_OF[name].aim(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
+            batch = robrank._QueryBatch(gallery, batch.labels, batch.own, batch.corrected)
+        target = ATTACK_OF[name].choose(batch, torch.linspace(0, 0.99, 7, dtype=torch.float64))
         point = (batch.gallery[target] if at == "target" else batch.clean).clone().requires_grad_()
         (gradient,) = torch.autograd.grad(ATTACK_OF[name].loss(batch, target)(point).sum(), point)
         assert gradient.isfinite().all()
         assert name != "ES:D" or gradient.abs().amin(1).min() > 0.1  # it has to leave its own place
 
-    def test_anyone_is_any_item(self, crowd):
+    def test_random_item_is_any_item(self, crowd):
         batch, _ = crowd
         size = 250 - batch.corrected
         lots = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-        one = peers._QueryBatch(batch.gallery, batch.labels, torch.full((size,), 17), batch.corrected)
+        one = robrank._QueryBatch(batch.gallery, batch.labels, torch.full((size,), 17), batch.corrected)
         everyone = [x for x in range(250) if x != 17 or not batch.corrected]
-        assert peers._anyone(one, lots).tolist() == everyone
+        assert robrank._random_item(one, lots).tolist() == everyone
 
     def test_published_gtm_aims_elsewhere(self):
         gallery = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, -0.2], [1.0, 0.9], [-1.0, 0.0]]))
         labels, own = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0])
-        published, corrected = (peers._QueryBatch(gallery, labels, own, version) for version in (False, True))
-        assert peers._unmatching(corrected, torch.zeros(1)).tolist() == [3]
-        assert peers._unmatching(published, torch.zeros(1)).tolist() == [0]  # the first unmatching item: itself
+        published, corrected = (robrank._QueryBatch(gallery, labels, own, version) for version in (False, True))
+        assert robrank._nearest_unmatching(corrected, torch.zeros(1)).tolist() == [3]
+        assert robrank._nearest_unmatching(published, torch.zeros(1)).tolist() == [
+            0
+        ]  # the first unmatching one: itself
 
 
 class TestDistances:
     def test_of_close_embeddings_are_exact(self):
         rows = unit_rows(40, 64, 5).float()
         near = (rows + 1e-4 * unit_rows(40, 64, 6)).float()
-        found = peers._distances(near, rows).tolist()
+        found = robrank._distances(near, rows).tolist()
         expected = [[math.dist(a, b) for b in rows.tolist()] for a in near.tolist()]
         assert found == [pytest.approx(row, rel=1e-4) for row in expected]
-        assert peers._pairs(near, rows).tolist() == [found[i][i] for i in range(40)]
+        assert robrank._pairs(near, rows).tolist() == [found[i][i] for i in range(40)]
 
     def test_under_rounding_are_none(self):
         rows = unit_rows(3, 8, 5)
         for size, equal in ((9e-6, True), (1.1e-5, False)):
             near = (rows + size * unit_rows(3, 8, 6)).requires_grad_()
-            distances = peers._pairs(near, rows)
+            distances = robrank._pairs(near, rows)
             (gradient,) = torch.autograd.grad(distances.sum(), near)
             assert (distances == 0).tolist() == [equal] * 3
             assert (gradient == 0).all(1).tolist() == [equal] * 3
@@ -301,13 +284,13 @@ class TestTies:
 
     def batch(self, corrected, labels):
         gallery = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.5], [1.0, 0.5], [0.0, 1.0]]))
-        return peers._QueryBatch(gallery, torch.tensor(labels), torch.tensor([0]), corrected)
+        return robrank._QueryBatch(gallery, torch.tensor(labels), torch.tensor([0]), corrected)
 
     @pytest.mark.parametrize(("labels", "published"), [([0, 0, 1, 1], True), ([0, 1, 0, 1], False)])
     def test_of_a_right_and_a_wrong_item(self, labels, published):
         for corrected, expected in ((False, published), (True, False)):
             batch = self.batch(corrected, labels)
-            assert batch.recalled(batch.clean).tolist() == [expected]
+            assert batch.nearest_is_right(batch.clean).tolist() == [expected]
 
     @pytest.mark.parametrize("target", [1, 2])
     @pytest.mark.parametrize("name", ["QA+", "QA-", "CA+", "CA-"])
@@ -327,7 +310,7 @@ class TestTies:
 class TestWholeRun:
     QUERIES = (0, 3, 4, 7, 9, 12, 13)
 
-    def expected(self, retrieval, corrected, seed, settings):
+    def expected(self, retrieval, corrected, seed):
         """What is measured of every query, each attacked alone, by hand."""
         model, images, labels = retrieval
         model.eval()
@@ -341,15 +324,15 @@ class TestWholeRun:
             for run, name in enumerate(RUNS):
                 target = aim_by_loop(name, corrected, own, lot[run], gallery, classes)
                 point = images[own]
-                for _ in range(settings.steps):
+                for _ in range(SMALL["steps"]):
                     point = point.detach().requires_grad_()
                     f = normalize(model(point[None]))[0]
                     loss = loss_by_loop(name, corrected, own, target, f, gallery, classes)
                     gradient = torch.zeros_like(point)
                     if isinstance(loss, torch.Tensor) and loss.requires_grad:
                         (gradient,) = torch.autograd.grad(loss, point)
-                    change = point.detach() - settings.alpha * gradient.sign() - images[own]
-                    point = (images[own] + change.clamp(-settings.eps, settings.eps)).clamp(0, 1)
+                    change = point.detach() - SMALL["alpha"] * gradient.sign() - images[own]
+                    point = (images[own] + change.clamp(-SMALL["eps"], SMALL["eps"])).clamp(0, 1)
                 f = normalize(model(point[None]))[0].tolist()
                 for score in ATTACK_OF[name].measures:
                     found[score].append(measure_by_loop(score, corrected, own, target, f, gallery, classes))
@@ -358,26 +341,26 @@ class TestWholeRun:
 
     def test_equals_attacks_by_hand(self, retrieval, corrected):
         version = "corrected" if corrected else "published"
-        found = robrank_scores(*retrieval, settings=SMALL, version=version, seed=3, chunk=5, queries=self.QUERIES)
-        expected = self.expected(retrieval, corrected, 3, SMALL)
-        assert {name: found.held[name].tolist() for name in HELD} == {name: expected[name] for name in HELD}
-        means = {name: mean(values) * (100 if name in HELD else 1) for name, values in expected.items()}
+        found = scores_of(retrieval, version=version, seed=3, batch_size=5, subset=self.QUERIES)
+        expected = self.expected(retrieval, corrected, 3)
+        assert {name: found.robust_flags[name].tolist() for name in SHARES} == {name: expected[name] for name in SHARES}
+        means = {name: mean(values) * (100 if name in SHARES else 1) for name, values in expected.items()}
         assert found.scores == pytest.approx(means, abs=1e-9)
         assert found.ers == pytest.approx(ers(means))
         gallery = normalize(retrieval[0].eval()(retrieval[1])).tolist()
         clean = [recalled_by_loop(own, gallery[own], gallery, retrieval[2].tolist()) for own in self.QUERIES]
-        assert found.clean.tolist() == clean
+        assert found.clean_flags.tolist() == clean
         assert found.queries.tolist() == list(self.QUERIES)
         assert 0 < found.scores["LTM"] + found.scores["GTM"] < 200  # a batch in which something is at stake
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_does_not_depend_on_chunks(self, retrieval, version):
-        small, whole = (robrank_scores(*retrieval, settings=SMALL, version=version, chunk=chunk) for chunk in (3, 128))
+        small, whole = (scores_of(retrieval, version=version, batch_size=chunk) for chunk in (3, 128))
         assert small.scores == pytest.approx(whole.scores)
 
     def test_attacks_work(self, retrieval):
-        calm = robrank_scores(*retrieval, settings=Settings(eps=0.0)).scores
-        harmed = robrank_scores(*retrieval, settings=Settings(eps=0.3)).scores
+        calm = scores_of(retrieval, eps=0.0, alpha=3 / 255, steps=32).scores
+        harmed = scores_of(retrieval, eps=0.3, alpha=3 / 255, steps=32).scores
         better = {name for name in SCORES if normalised(harmed)[name] >= normalised(calm)[name]}
         assert better == set()
 
@@ -386,8 +369,7 @@ class TestWholeRun:
         images, labels = data.test_images[:400], data.test_labels[:400]
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
         published, corrected = (
-            robrank_scores(model, images, labels, settings=Settings(eps=0.05), version=version, queries=60).scores
-            for version in VERSIONS
+            robrank_scores(model, (images, labels), eps=0.05, version=version, subset=60).scores for version in VERSIONS
         )
         assert corrected["GTM"] < published["GTM"] - 20
         assert corrected["LTM"] < published["LTM"] - 20
@@ -396,10 +378,11 @@ class TestWholeRun:
         model, images, labels = retrieval
         seen = []
         model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-        robrank_scores(model, images, labels, settings=SMALL)
-        assert len(seen) == 1 + 9 * (SMALL.steps + 1)
+        robrank_scores(model, (images, labels), **SMALL)
+        assert len(seen.pop(0)) == 1  # whether there is a gradient
+        assert len(seen) == 1 + 9 * (SMALL["steps"] + 1)
         farthest = [(points - images).abs().max().item() for points in seen]
-        assert max(farthest) == pytest.approx(SMALL.eps)
+        assert max(farthest) == pytest.approx(SMALL["eps"])
         assert all(points.min() >= 0 and points.max() <= 1 for points in seen)
         assert farthest[0] == farthest[1] == 0  # no random start
 
@@ -407,12 +390,12 @@ class TestWholeRun:
         model, images, labels = retrieval
         mean_, std = (0.4,), (0.3,)
         pixels_in = nn.Sequential(Affine(1 / 0.3, -0.4 / 0.3), model)
-        plain = robrank_scores(pixels_in, images, labels, settings=SMALL)
-        told = robrank_scores(model, images, labels, settings=SMALL, normalization=(mean_, std))
+        plain = robrank_scores(pixels_in, (images, labels), **SMALL)
+        told = robrank_scores(model, (images, labels), **SMALL, normalization=(mean_, std))
         assert told.scores == pytest.approx(plain.scores)
 
     def test_same_seed_same_scores(self, retrieval):
-        first, again, other = (robrank_scores(*retrieval, settings=SMALL, queries=6, seed=seed) for seed in (0, 0, 1))
+        first, again, other = (scores_of(retrieval, subset=6, seed=seed) for seed in (0, 0, 1))
         assert first.scores == again.scores
         assert first.queries.tolist() == again.queries.tolist() != other.queries.tolist()
         assert first.scores["TMA"] != other.scores["TMA"]
@@ -426,24 +409,29 @@ class TestWholeRun:
         modes = [module.training for module in model.modules()]
         state = torch.get_rng_state()
 
-        def interrupt():
-            raise KeyboardInterrupt
-
         if fails:
-            with pytest.raises(KeyboardInterrupt):
-                robrank_scores(model, images, labels, settings=SMALL, progress=interrupt)
+            calls = []
+            model.register_forward_hook(lambda *_: calls.append(1) or (1 / 0 if len(calls) == 5 else None))
+            with pytest.raises(ZeroDivisionError):
+                robrank_scores(model, (images, labels), **SMALL)
         else:
-            robrank_scores(model, images, labels, settings=SMALL)
+            robrank_scores(model, (images, labels), **SMALL)
         assert [module.training for module in model.modules()] == modes
         assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
         assert [p.grad is None for p in model.parameters()] == [True, True, True, False]
         assert torch.equal(torch.get_rng_state(), state)
         assert not images.requires_grad
 
-    def test_reports_progress(self, retrieval):
-        calls = []
-        robrank_scores(*retrieval, settings=SMALL, chunk=5, progress=lambda: calls.append(1))
-        assert len(calls) == 9 * 3
+    def test_shows_progress(self, retrieval, capsys):
+        quiet = scores_of(retrieval, batch_size=5)
+        assert capsys.readouterr().err == ""
+        assert scores_of(retrieval, batch_size=5, progress=True).scores == quiet.scores
+        assert f"{9 * 14}/{9 * 14}" in capsys.readouterr().err
+
+    def test_takes_a_data_set(self, retrieval):
+        model, images, labels = retrieval
+        pairs = list(zip(images, labels.tolist(), strict=True))
+        assert robrank_scores(model, pairs, **SMALL).scores == scores_of(retrieval).scores
 
 
 class Affine(nn.Module):
@@ -471,8 +459,7 @@ class TestCollapse:
     def test_coinciding_embeddings_are_rewarded_as_published_only(self, retrieval):
         model, images, labels = retrieval
         published, corrected = (
-            robrank_scores(Contracted(model, 0.0), images, labels, settings=SMALL, version=version)
-            for version in VERSIONS
+            robrank_scores(Contracted(model, 0.0), (images, labels), **SMALL, version=version) for version in VERSIONS
         )
         assert normalised(published.scores)["ES:D"] == 100
         assert normalised(published.scores)["CA-"] == 100
@@ -483,7 +470,7 @@ class TestCollapse:
         model, images, labels = retrieval
         for version, tolerance in (("published", None), ("corrected", 0.02)):
             shifts = [
-                robrank_scores(Contracted(model, size), images, labels, settings=SMALL, version=version).scores["ES:D"]
+                robrank_scores(Contracted(model, size), (images, labels), **SMALL, version=version).scores["ES:D"]
                 for size in (0.1, 0.01, 0.001)
             ]
             if version == "published":
@@ -494,83 +481,88 @@ class TestCollapse:
 
 class TestResult:
     def test_to_dict_is_json(self, retrieval):
-        found = robrank_scores(*retrieval, settings="28x28", queries=4, version="corrected", seed=7)
+        found = scores_of(retrieval, eps=77 / 255, subset=4, version="corrected", seed=7)
         told = json.loads(json.dumps(found.to_dict()))
-        assert told["settings"] == {"eps": 77 / 255, "alpha": 3 / 255, "steps": 32}
+        assert (told["eps"], told["alpha"], told["steps"]) == (77 / 255, 0.03, 3)
         assert (told["version"], told["seed"], told["num_queries"], told["left_out"]) == ("corrected", 7, 4, 0)
         assert told["scores"] == found.scores
         assert told["ers"] == pytest.approx(mean(told["normalised"].values())) == found.ers
-        assert told["recall_at_1"] == pytest.approx(100 * mean(found.clean.tolist()))
+        assert told["recall_at_1"] == pytest.approx(100 * mean(found.clean_flags.tolist()))
 
     def test_is_frozen(self, retrieval):
-        found = robrank_scores(*retrieval, settings=SMALL, queries=2)
+        found = scores_of(retrieval, subset=2)
         assert isinstance(found, RobRankScores)
         with pytest.raises(AttributeError):
             found.seed = 1
 
     def test_chosen_queries(self, retrieval):
-        everyone = robrank_scores(*retrieval, settings=SMALL)
-        some = robrank_scores(*retrieval, settings=SMALL, queries=[11, 2, 5])
+        everyone = scores_of(retrieval)
+        some = scores_of(retrieval, subset=[11, 2, 5])
         assert some.queries.tolist() == [11, 2, 5]
         for name in ("ES:R", "LTM", "GTM", "GTT"):  # nothing is drawn for these
-            assert some.held[name].tolist() == everyone.held[name][[11, 2, 5]].tolist()
+            assert some.robust_flags[name].tolist() == everyone.robust_flags[name][[11, 2, 5]].tolist()
 
     def test_leaves_out_and_counts_queries_without_right_item(self, retrieval):
         model, images, labels = retrieval
         labels = labels.clone()
         labels[3] = 9
-        found = robrank_scores(model, images, labels, settings=SMALL, queries=[2, 3, 4])
+        found = robrank_scores(model, (images, labels), **SMALL, subset=[2, 3, 4])
         assert found.queries.tolist() == [2, 4]
         assert found.left_out == 1
-        assert robrank_scores(model, images, labels, settings=SMALL).left_out == 1
+        assert robrank_scores(model, (images, labels), **SMALL).left_out == 1
 
 
 class TestNonsense:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"settings": "32x32"}, "28x28"),
-            ({"settings": 0.1}, "28x28"),
+            *(({"eps": eps}, f"eps={eps}.*expected eps from 0 to 1") for eps in (8, -0.1, math.nan)),
+            *(({"alpha": alpha}, f"alpha={alpha}; expected") for alpha in (0, 3)),
+            *(({"steps": steps}, f"steps={steps}; expected a whole number from 1 on") for steps in (0, 1.5)),
             ({"version": "fixed"}, "version='fixed'"),
-            ({"chunk": 0}, "chunk=0"),
-            ({"queries": 0}, "queries=0"),
-            ({"queries": 15}, "1 to 14"),
-            ({"queries": [14]}, "0 to 13"),
-            ({"queries": [-1]}, "0 to 13"),
-            ({"queries": []}, "queries"),
-            ({"queries": [0.5]}, "queries"),
-            ({"queries": "all"}, "queries='all'"),
+            ({"batch_size": 0}, "batch_size=0"),
+            ({"subset": 0}, "subset=0"),
+            ({"subset": 15}, "1 to 14"),
+            ({"subset": [14]}, "below 14"),
+            ({"subset": [-1]}, "below 14"),
+            ({"subset": []}, "one at least"),
+            ({"subset": [0.5]}, "whole numbers"),
+            ({"subset": "all"}, "subset='all'"),
         ],
     )
     def test_options(self, retrieval, change, message):
         with pytest.raises(InputError, match=message):
-            robrank_scores(*retrieval, **{"settings": SMALL, **change})
+            scores_of(retrieval, **change)
 
     def test_images(self, retrieval):
         model, images, labels = retrieval
         with pytest.raises(InputError, match=r"\[0, 1\]"):
-            robrank_scores(model, images * 255, labels, settings=SMALL)
+            robrank_scores(model, (images * 255, labels), **SMALL)
 
     @pytest.mark.parametrize(
         ("labels", "message"),
-        [(torch.arange(13), "one per image"), (torch.zeros(14), "two or more"), (torch.arange(14), "another image")],
+        [
+            (torch.arange(13), "one whole number per image"),
+            (torch.zeros(14).long(), "two or more"),
+            (torch.arange(14), "another image"),
+        ],
     )
     def test_labels(self, retrieval, labels, message):
         with pytest.raises(InputError, match=message):
-            robrank_scores(retrieval[0], retrieval[1], labels, settings=SMALL)
+            robrank_scores(retrieval[0], (retrieval[1], labels), **SMALL)
 
     @pytest.mark.parametrize(
         ("head", "message"),
         [
             (lambda embeddings: embeddings / 0, "NaN"),
-            (lambda embeddings: embeddings.unsqueeze(1), "shape"),
+            (lambda embeddings: embeddings.unsqueeze(1), r"expected embeddings \(14, D\)"),
             (lambda embeddings: embeddings.detach(), "no gradient"),
         ],
     )
     def test_embeddings(self, retrieval, head, message):
         model, images, labels = retrieval
         with pytest.raises(InputError, match=message):
-            robrank_scores(Headed(model, head), images, labels, settings=SMALL)
+            robrank_scores(Headed(model, head), (images, labels), **SMALL)
 
 
 class Headed(nn.Module):

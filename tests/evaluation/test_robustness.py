@@ -19,34 +19,34 @@ from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation import metrics as scores
 from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.embedder import Embedder
 from pml_adversarial.evaluation.suites import (
-    classified,
+    classifier_attack,
     demotion,
-    embedding_shift,
+    gradient_attack,
+    margin_score,
     nearest_right,
     nearest_wrong,
     promotion,
     quick,
-    raising,
+    shift_score,
     standard,
-    toward_nearest_wrong,
 )
-from pml_adversarial.evaluation.task import Embedder
 
 EPS = (0.02, 0.05, 0.12)
 RADII = {"Linf": EPS, "L2": (0.1, 0.3, 0.7)}
-MARGIN = QueryAttack("margin", raising(toward_nearest_wrong, 6), 2)
-SHIFT = QueryAttack("shift", raising(embedding_shift, 6))
+MARGIN = QueryAttack("margin", gradient_attack(margin_score, 6), 2)
+SHIFT = QueryAttack("shift", gradient_attack(shift_score, 6))
 PROMOTE = GalleryAttack("promote", nearest_wrong, promotion, 5)
 DEMOTE = GalleryAttack("demote", nearest_right, demotion, 5)
 NOISE = QueryAttack("noise", lambda batch, eps, restart: batch.images + eps * torch.randn_like(batch.images).sign())
 FEW = (MARGIN, SHIFT, PROMOTE, DEMOTE)
-APGD = QueryAttack("apgd", classified(partial(torchattacks.APGD, steps=3)), only_standing=True)
+APGD = QueryAttack("apgd", classifier_attack(partial(torchattacks.APGD, steps=3)), only_robust=True)
 AS_CLASSES = (SHIFT, APGD)
 
 
 def evaluated(model=None, queries=None, gallery=None, **options):
-    options = {"eps": EPS, "attacks": FEW, "chunk": 7, "checks": False, **options}
+    options = {"eps": EPS, "attacks": FEW, "batch_size": 7, "checks": False, **options}
     return evaluate_robustness(network() if model is None else model, queries or images_of(), gallery, **options)
 
 
@@ -87,7 +87,7 @@ class TestRecomputed:
         owns = [-1] * 24 if separate else range(24)
         embeddings = embedded(model, gallery[0])
         clean = stands_by_loops(model, images, labels, owns, embeddings, gallery[1])
-        assert bits(report.clean_standing) == clean
+        assert bits(report.clean_flags) == clean
         assert report.clean["recall_at_1"] == pytest.approx(sum(clean) / 24)
         before = clean
         for worst in report.worst:
@@ -96,7 +96,7 @@ class TestRecomputed:
             assert (change.abs().amax(1) if norm == "Linf" else change.norm(dim=1)).max() <= worst.eps + 1e-6
             assert 0 <= attacked.min() <= attacked.max() <= 1
             stands = stands_by_loops(model, attacked, labels, owns, embeddings, gallery[1])
-            assert bits(worst.standing) == stands
+            assert bits(worst.robust_flags) == stands
             assert worst.measures["recall_at_1"] == pytest.approx(sum(stands) / 24)
             assert all(then or not now for then, now in zip(before, stands, strict=True))
             before = stands
@@ -109,7 +109,7 @@ class TestRecomputed:
         rows = [by_loops.measures(embeddings[i], labels[i], i, embeddings, labels, (1, 2, 4, 8)) for i in range(24)]
         wanted = {name: sum(row[name] for row in rows) / 24 for name in rows[0]}
         for chunk in (1, 5, 24, 100):
-            report = evaluated(model, attacks=(NOISE,), chunk=chunk)
+            report = evaluated(model, attacks=(NOISE,), batch_size=chunk)
             assert dict(report.clean) == pytest.approx(wanted, abs=1e-6)
             assert report.chance == pytest.approx(5 / 23)
             assert (report.num_queries, report.num_gallery, report.num_classes) == (24, 24, 4)
@@ -135,7 +135,7 @@ class TestRecomputed:
 
     def test_a_collapsed_model_is_not_called_robust(self):
         report = evaluated(Picky(lambda x: 0 * x.flatten(1) + torch.arange(36.0)), attacks=AS_CLASSES)
-        assert set(report.clean_standing + report.worst[0].standing) == {"0"}
+        assert set(report.clean_flags + report.worst[0].robust_flags) == {"0"}
         assert report.collapse["mean_similarity"] == pytest.approx(1)
 
     def test_passes_are_counted(self):
@@ -169,7 +169,7 @@ class TestRecomputed:
         assert 0 < len(report.examples) <= 8
         for example in report.examples:
             assert example.label == labels[example.query]
-            broken_at = [w.eps for w in report.worst if w.eps <= EPS[1] and w.standing[example.query] == "0"]
+            broken_at = [w.eps for w in report.worst if w.eps <= EPS[1] and w.robust_flags[example.query] == "0"]
             assert example.eps == min(broken_at, default=EPS[1])
             assert (example.attack == "none") == (not broken_at)
             assert torch.equal(example.clean, images[example.query])
@@ -185,18 +185,18 @@ class TestWorstCase:
     def test_is_no_better_than_any_attack_for_any_query_and_falls_with_eps(self):
         report = evaluated()
         for target in ("query", "gallery"):
-            before = bits(report.clean_standing)
+            before = bits(report.clean_flags)
             for worst in (worst for worst in report.worst if worst.target == target):
-                found = [bits(r.standing) for r in report.attacks if (r.eps, r.target) == (worst.eps, target)]
+                found = [bits(r.robust_flags) for r in report.attacks if (r.eps, r.target) == (worst.eps, target)]
                 assert len(found) == 2
                 every = [all(marks) for marks in zip(before, *found, strict=True)]
-                assert bits(worst.standing) == every
+                assert bits(worst.robust_flags) == every
                 for result in report.attacks:
                     if (result.eps, result.target) == (worst.eps, target):
                         assert all(worst.measures[name] <= result.measures[name] for name in worst.measures)
                 assert report.worst_case(worst.eps, target=target) == pytest.approx(sum(every) / 24)
                 before = every
-            assert sum(before) < sum(bits(report.clean_standing))
+            assert sum(before) < sum(bits(report.clean_flags))
 
     def test_is_below_the_lowest_attack_where_attacks_break_different_queries(self):
         def only(parity):
@@ -207,15 +207,15 @@ class TestWorstCase:
 
             return QueryAttack(f"only {parity}", find)
 
-        report = evaluated(attacks=(only(0), only(1)), chunk=24)
+        report = evaluated(attacks=(only(0), only(1)), batch_size=24)
         assert report.worst_case(EPS[2]) < min(r.measures["recall_at_1"] for r in report.attacks)
 
     def test_wrong_without_attack_is_broken(self):
         images, labels = images_of()
         still = QueryAttack("still", lambda batch, eps, restart: batch.images)
         report = evaluated(network(), (images, labels), attacks=(still,))
-        assert "0" in report.clean_standing
-        assert all(result.standing == report.clean_standing for result in (*report.attacks, *report.worst))
+        assert "0" in report.clean_flags
+        assert all(result.robust_flags == report.clean_flags for result in (*report.attacks, *report.worst))
 
     def test_a_wrong_query_that_an_attack_sets_right_stays_wrong(self):
         def rescue(batch, eps, restart):
@@ -225,9 +225,9 @@ class TestWorstCase:
         (images, labels), model = images_of(), network()
         rescued = QueryAttack("rescue", rescue)
         report = evaluated(model, (images, labels), attacks=(rescued,), eps=1.0, keep_attacked=True)
-        assert report.worst[0].standing == report.clean_standing
+        assert report.worst[0].robust_flags == report.clean_flags
         clean = embedded(model, images)
-        assert bits(report.worst[0].standing) == stands_by_loops(
+        assert bits(report.worst[0].robust_flags) == stands_by_loops(
             model, report.attacked[1.0], labels, range(24), clean, labels
         )
 
@@ -246,7 +246,7 @@ class TestStrength:
     def test_an_attack_that_knows_nothing_of_this_package_breaks_no_more(self, norm):
         images, labels = images_of()
         model, eps = network(), 0.03 if norm == "Linf" else 0.15
-        report = evaluated(model, (images, labels), eps=eps, norm=norm, attacks=quick(steps=40), chunk=24)
+        report = evaluated(model, (images, labels), eps=eps, norm=norm, attacks=quick(steps=40), batch_size=24)
         model.eval()
         gallery, broken = normalize(embedded(model.eval(), images)), []
         model.eval()
@@ -268,8 +268,8 @@ class TestStrength:
                     change = moved - images[i]
                     moved = (images[i] + change * min(1.0, eps / float(change.norm()))).clamp(0, 1)
             broken.append(fails)
-        ours = [not stands for stands in bits(report.worst[0].standing)]
-        clean = [not stands for stands in bits(report.clean_standing)]
+        ours = [not stands for stands in bits(report.worst[0].robust_flags)]
+        clean = [not stands for stands in bits(report.clean_flags)]
         assert sum(clean) < sum(broken) < 24
         assert sum(ours) >= sum(broken)
         assert sum(theirs and not own for theirs, own in zip(broken, ours, strict=True)) <= 1
@@ -292,7 +292,7 @@ class TestQueriesAndSubsets:
         labels[[3, 10]] = torch.tensor([77, 78])
         report = evaluated(network(), (images, labels), attacks=(MARGIN,), keep_attacked=True)
         assert (report.left_out, report.num_queries, report.num_gallery) == (2, 22, 24)
-        assert len(report.clean_standing) == len(report.worst[0].standing) == len(report.attacked[EPS[0]]) == 22
+        assert len(report.clean_flags) == len(report.worst[0].robust_flags) == len(report.attacked[EPS[0]]) == 22
 
     def test_labels_that_the_gallery_does_not_hold(self):
         images, labels = images_of()
@@ -307,7 +307,7 @@ class TestQueriesAndSubsets:
         rows = [20, 3, 11]
         for subset in (rows, torch.tensor(rows), numpy.array(rows), tuple(rows)):
             report = evaluated(model, (images, labels), attacks=(NOISE,), subset=subset)
-            assert report.clean_standing == "".join(whole.clean_standing[row] for row in rows)
+            assert report.clean_flags == "".join(whole.clean_flags[row] for row in rows)
             assert (report.num_queries, report.num_gallery) == (3, 24)
             assert report.settings["subset"] == rows
         assert evaluated(model, attacks=(NOISE,), subset=range(24)).clean == whole.clean
@@ -351,11 +351,11 @@ class TestQueriesAndSubsets:
         report = evaluated(model, (images, labels), (pixels, names), own=owns, attacks=attacks, keep_attacked=True)
         embeddings = embedded(model, pixels)
         clean = stands_by_loops(model, images, labels, owns, embeddings, names)
-        assert bits(report.clean_standing) == clean
+        assert bits(report.clean_flags) == clean
         for worst in report.worst:
             attacked = report.attacked[worst.eps]
-            assert bits(worst.standing) == stands_by_loops(model, attacked, labels, owns, embeddings, names)
-        assert sum(clean) > sum(bits(report.worst[0].standing)) > 0
+            assert bits(worst.robust_flags) == stands_by_loops(model, attacked, labels, owns, embeddings, names)
+        assert sum(clean) > sum(bits(report.worst[0].robust_flags)) > 0
 
     def test_normalised_models_are_given_pixels(self):
         images, labels = images_of()
@@ -431,12 +431,12 @@ class TestRandomness:
     def test_other_attacks_in_the_list_do_not_change_the_starts_of_one(self):
         alone = evaluated(attacks=(NOISE,))
         among = evaluated(attacks=(MARGIN, PROMOTE, NOISE))
-        marks = [[r.standing for r in report.attacks if r.attack == "noise"] for report in (alone, among)]
+        marks = [[r.robust_flags for r in report.attacks if r.attack == "noise"] for report in (alone, among)]
         assert marks[0] == marks[1]
 
     def test_other_radii_do_not_change_those_of_one(self):
         alone, among = evaluated(attacks=(NOISE,), eps=EPS[0]), evaluated(attacks=(NOISE,))
-        assert alone.attacks[0].standing == among.attacks[0].standing
+        assert alone.attacks[0].robust_flags == among.attacks[0].robust_flags
 
     def test_chunks_and_restarts_start_from_different_points(self):
         starts = []
@@ -446,7 +446,7 @@ class TestRandomness:
             return batch.images
 
         gallery = images_of(30, seed=1)
-        evaluated(gallery=gallery, attacks=(QueryAttack("r", record, 2),), chunk=8)
+        evaluated(gallery=gallery, attacks=(QueryAttack("r", record, 2),), batch_size=8)
         assert len(set(starts)) == len(starts) == 3 * 3 * 2
 
 
@@ -537,10 +537,10 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"norm=.*; expected one of Linf, L2\."):
             evaluated(norm=norm)
 
-    @pytest.mark.parametrize("chunk", [0, -1, 2.5, None])
+    @pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
     def test_chunk(self, chunk):
-        with pytest.raises(InputError, match=r"chunk=.*; expected whole numbers from 1 on"):
-            evaluated(chunk=chunk)
+        with pytest.raises(InputError, match=r"batch_size=.*; expected whole numbers from 1 on"):
+            evaluated(batch_size=chunk)
 
     @pytest.mark.parametrize("recall_at", [(0,), (1, -2), (1.5,), 4, "ab", None])
     def test_recall_at(self, recall_at):

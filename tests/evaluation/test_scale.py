@@ -60,7 +60,7 @@ def test_exact_against_a_dense_computation_and_pml():
         subset=range(count),
         checks=False,
         keep_attacked=True,
-        chunk=20,
+        batch_size=20,
     )
     gallery = normalize(images.flatten(1) - 0.5)
     right = labels[:count].unsqueeze(1) == labels
@@ -77,8 +77,8 @@ def test_exact_against_a_dense_computation_and_pml():
 
     clean = stands(dense(images[:count]))
     under_attack = stands(dense(report.attacked[eps]))
-    assert [mark == "1" for mark in report.clean_standing] == clean
-    assert [mark == "1" for mark in report.worst[0].standing] == under_attack
+    assert [mark == "1" for mark in report.clean_flags] == clean
+    assert [mark == "1" for mark in report.worst[0].robust_flags] == under_attack
     assert (report.attacked[eps] - images[:count]).abs().max() <= eps + 1e-6
     assert 0 < sum(under_attack) < sum(clean) < count
     calculator = AccuracyCalculator(

@@ -182,7 +182,11 @@ class TestHalfSpace:
     def test_the_radius_is_just_below_the_distance_to_the_plane(self):
         distances = torch.tensor([0.5, 1.0, 1.5, 2.0]) * SIGMA
         found = certified(
-            HalfSpace(), (at(*(0.5 + distances).tolist()), torch.ones(4)), TWO_SIDES, samples=20000, selection=1000
+            HalfSpace(),
+            (at(*(0.5 + distances).tolist()), torch.ones(4)),
+            TWO_SIDES,
+            samples=20000,
+            selection_samples=1000,
         )
         assert (found.radius < distances).all()
         assert (found.radius > distances - 0.12 * SIGMA).all()
@@ -209,7 +213,7 @@ class TestHalfSpace:
 
     def test_the_radius_is_too_large_at_most_as_often_as_alpha_says(self):
         queries = at(*[0.5 + 0.5 * SIGMA] * 150), torch.ones(150)
-        found = certified(HalfSpace(), queries, TWO_SIDES, samples=100, selection=50, alpha=0.5)
+        found = certified(HalfSpace(), queries, TWO_SIDES, samples=100, selection_samples=50, alpha=0.5)
         assert (found.radius > 0.5 * SIGMA).double().mean() <= 0.5
         assert (found.radius > 0).any()
 
@@ -293,7 +297,7 @@ class TestCertify:
         torch.testing.assert_close(parts.radius_lipschitz, whole.radius_lipschitz)
 
     def test_chunks_change_the_noise_alone(self, batch):
-        whole, parts = certified(*batch), certified(*batch, chunk=7)
+        whole, parts = certified(*batch), certified(*batch, batch_size=7)
         torch.testing.assert_close(parts.radius, whole.radius, atol=0.03, rtol=0)
 
     def test_memory_does_not_grow_with_queries_times_items(self):
@@ -301,7 +305,7 @@ class TestCertify:
             items = at(*torch.rand(num_items).tolist()), torch.arange(num_items) % 4
             with Largest() as seen:
                 queries = items[0][:2], items[1][:2]
-                certified(HalfSpace(), queries, items, samples=100, selection=50, block=4, chunk=64)
+                certified(HalfSpace(), queries, items, samples=100, selection_samples=50, block=4, batch_size=64)
             return seen.numel
 
         assert largest(12) == largest(60) == 100 * 4
@@ -319,7 +323,7 @@ class TestCertify:
         queries = at(0.9, 0.7, 0.1, 0.4), torch.tensor([1, 5, 0, 1])
         calls = []
         found = certified(HalfSpace(), queries, TWO_SIDES, progress=lambda: calls.append(1))
-        assert found.judged.tolist() == [True, False, True, True]
+        assert found.has_right_item.tolist() == [True, False, True, True]
         assert len(calls) == 3
         assert found.recall_at_1() == found.smoothed_recall_at_1 == pytest.approx(2 / 3)
         assert (found.to_dict()["queries"], found.to_dict()["left_out"]) == (3, 1)
@@ -363,17 +367,17 @@ class TestCertify:
     def test_items_are_normalised_means_of_noisy_copies(self, batch, gallery_samples):
         model, (images, _) = batch
         torch.manual_seed(3)
-        found = smoothed_embeddings(model, images, SIGMA, gallery_samples, chunk=500).detach()
+        found = smoothed_embeddings(model, images, SIGMA, gallery_samples, batch_size=500).detach()
         torch.manual_seed(3)
         noise = SIGMA * torch.randn(12, max(1, gallery_samples), 1, 4, 4) * (gallery_samples > 0)
         means = [normalize(model(images[i] + noise[i]).double()).mean(0) for i in range(12)]
         torch.testing.assert_close(found, normalize(torch.stack(means)).detach(), atol=1e-6, rtol=0)
 
-    @pytest.mark.parametrize("chunk", [3, 8, 19])
+    @pytest.mark.parametrize("batch_size", [3, 8, 19])
     def test_items_of_any_chunk_are_about_the_same(self, batch, chunk):
         model, (images, _) = batch
         many = smoothed_embeddings(model, images, SIGMA, 400).detach()
-        few = smoothed_embeddings(model, images, SIGMA, 400, chunk=chunk).detach()
+        few = smoothed_embeddings(model, images, SIGMA, 400, batch_size=chunk).detach()
         assert (many * few).sum(1).min() > 0.995
 
     def test_same_seed_same_answer(self, batch):
@@ -474,7 +478,12 @@ class TestAgainstAttacks:
     def test_where_the_bound_is_tight_an_attack_just_beyond_it_breaks_the_query(self):
         model, distance = HalfSpace(steepness=200), SIGMA
         found = certified(
-            model, (at(0.5 + distance), torch.ones(1)), TWO_SIDES, samples=20000, selection=1000, gallery_samples=0
+            model,
+            (at(0.5 + distance), torch.ones(1)),
+            TWO_SIDES,
+            samples=20000,
+            selection_samples=1000,
+            gallery_samples=0,
         )
         radius = found.radius.item()
         assert 0.9 * distance < radius < distance
@@ -490,11 +499,15 @@ class TestCertified:
     @pytest.fixture
     def found(self):
         queries = at(*torch.linspace(0.45, 0.9, 40).tolist(), 0.9), torch.tensor([1] * 40 + [7])
-        return certified(HalfSpace(), queries, TWO_SIDES, samples=500, selection=100, radii=[0.2, 0, 0.1])
+        return certified(HalfSpace(), queries, TWO_SIDES, samples=500, selection_samples=100, radii=[0.2, 0, 0.1])
 
     def test_recall_is_the_share_beyond_the_radius(self, found):
         for radius in (0, 0.1, 0.2):
-            beyond = [r > radius for r, judged in zip(found.radius, found.judged, strict=True) if judged]
+            beyond = [
+                r > radius
+                for r, has_right_item in zip(found.radius, found.has_right_item, strict=True)
+                if has_right_item
+            ]
             assert found.recall_at_1(radius) == sum(beyond) / 40
         assert found.recall_at_1(found.radius.max().item()) == 0
         assert found.radii == (0, 0.1, 0.2)
@@ -507,11 +520,11 @@ class TestCertified:
 
     def test_what_holds_surely_is_below_and_never_negative(self, found):
         off = stats.binom.isf(0.001, 40, 0.001) / 40
-        assert found.recall_at_1_surely(0.1) == pytest.approx(found.recall_at_1(0.1) - off)
+        assert found.recall_at_1_lower_bound(0.1) == pytest.approx(found.recall_at_1(0.1) - off)
         assert off > 0
-        assert found.recall_at_1_surely(3) == 0
+        assert found.recall_at_1_lower_bound(3) == 0
         with pytest.raises(InputError, match="beta"):
-            found.recall_at_1_surely(0.1, beta=0)
+            found.recall_at_1_lower_bound(0.1, beta=0)
 
     def test_goes_through_json(self, found):
         data = json.loads(json.dumps(found.to_dict()))
@@ -520,15 +533,19 @@ class TestCertified:
         assert [row["radius"] for row in data["certified"]] == [0, 0.1, 0.2]
         for row in data["certified"]:
             assert row["recall_at_1"] == found.recall_at_1(row["radius"])
-            assert row["recall_at_1_surely"] == found.recall_at_1_surely(row["radius"])
-            beyond = found.radius_lipschitz[found.judged] > row["radius"]
+            assert row["recall_at_1_lower_bound"] == found.recall_at_1_lower_bound(row["radius"])
+            beyond = found.radius_lipschitz[found.has_right_item] > row["radius"]
             assert row["recall_at_1_lipschitz"] == pytest.approx(beyond.double().mean().item())
 
     def test_prints_a_table(self, found):
         lines = str(found).splitlines()
         assert "40 queries (1 left out), 500 samples" in lines[0]
         assert len(lines) == 3 + 3
-        assert lines[4].split()[:3] == ["0.1", f"{found.recall_at_1(0.1):.3f}", f"{found.recall_at_1_surely(0.1):.3f}"]
+        assert lines[4].split()[:3] == [
+            "0.1",
+            f"{found.recall_at_1(0.1):.3f}",
+            f"{found.recall_at_1_lower_bound(0.1):.3f}",
+        ]
         assert max(map(len, lines)) <= 120
 
 
@@ -548,9 +565,9 @@ class TestErrors:
             ({"samples": 2.5}, "samples=2.5"),
             ({"samples": 10}, "at least 16 are needed"),
             ({"samples": 100, "alpha": 1e-40}, "samples=100 certify nothing"),
-            ({"selection": 1}, "selection=1"),
+            ({"selection": 1}, "selection_samples=1"),
             ({"gallery_samples": -1}, "gallery_samples=-1"),
-            ({"chunk": 0}, "chunk=0"),
+            ({"batch_size": 0}, "batch_size=0"),
             ({"block": 0}, "block=0"),
         ],
     )

@@ -10,19 +10,19 @@ from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, len
 from torch import nn
 
 from pml_adversarial.attacks.objective import Objective
-from pml_adversarial.attacks.pgd import momentum_pgd
+from pml_adversarial.attacks.pgd import MomentumPGD
 from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.gallery import unit
+from pml_adversarial.evaluation.gallery import unit_length
 from pml_adversarial.evaluation.suites import (
     SUITES,
     demotion,
-    embedding_shift,
+    gradient_attack,
+    margin_score,
     nearest_right,
     nearest_wrong,
     promotion,
-    raising,
-    toward_nearest_wrong,
-    toward_wrong_class,
+    shift_score,
+    targeted_score,
 )
 
 
@@ -50,7 +50,7 @@ class TestMomentumPGD:
         objective, images, score = self.objective(sign)
         eps, overshot = RADIUS[norm], []
         torch.manual_seed(2)
-        found = momentum_pgd(objective, eps, self.STEPS, norm)(images, objective.labels)
+        found = MomentumPGD(objective, eps, self.STEPS, norm)(images, objective.labels)
         torch.manual_seed(2)
         if norm == "Linf":
             start = (images + eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
@@ -88,7 +88,7 @@ class TestMomentumPGD:
     @both_norms
     def test_stays_in_the_ball_and_raises_the_score(self, norm):
         objective, images, score = self.objective()
-        found = momentum_pgd(objective, RADIUS[norm], self.STEPS, norm)(images, objective.labels)
+        found = MomentumPGD(objective, RADIUS[norm], self.STEPS, norm)(images, objective.labels)
         assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
         assert 0 <= found.min() <= found.max() <= 1
         assert (score(found) > score(images)).all()
@@ -99,7 +99,7 @@ class TestMomentumPGD:
         found = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            found.append(momentum_pgd(objective, RADIUS[norm], 2, norm)(images, objective.labels))
+            found.append(MomentumPGD(objective, RADIUS[norm], 2, norm)(images, objective.labels))
         assert torch.equal(found[0], found[1])
         assert not torch.equal(found[0], found[2])
 
@@ -107,20 +107,20 @@ class TestMomentumPGD:
     def test_starts_are_anywhere_in_the_ball(self, norm):
         images = torch.full((400, 1, 1, 3), 0.5)
         blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(400, 3))
-        found = length(momentum_pgd(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
+        found = length(MomentumPGD(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
         inner = (found <= 0.2 * 0.5 ** (1 / 3)).float().mean()  # half of the volume
         assert 0.4 < inner < 0.6
         assert found.max() <= 0.2 + 1e-6
 
     def test_without_random_start_begins_at_the_inputs(self):
         objective, images, _ = self.objective()
-        assert torch.equal(momentum_pgd(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
+        assert torch.equal(MomentumPGD(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
 
     @both_norms
     def test_stays_put_where_there_is_no_gradient(self, norm):
         _, images, _ = self.objective()
         blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(12, 36))
-        found = momentum_pgd(blind, RADIUS[norm], 3, norm)(images, blind.labels)
+        found = MomentumPGD(blind, RADIUS[norm], 3, norm)(images, blind.labels)
         assert found.isfinite().all()
         assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
 
@@ -128,13 +128,13 @@ class TestMomentumPGD:
         images = torch.full((3, 1, 1, 2), 0.5)
         images[1] = 0.0
         root = Objective(lambda x: x.flatten(1).sqrt(), lambda queries: -queries.sum(1), torch.ones(3, 2))
-        found = momentum_pgd(root, 0.1, 3, random_start=False)(images, root.labels)
+        found = MomentumPGD(root, 0.1, 3, random_start=False)(images, root.labels)
         assert found.isfinite().all()
         assert (found[0] < images[0]).all()
 
 
 class TestScores:
-    @pytest.mark.parametrize("score", [toward_nearest_wrong, embedding_shift, promotion, demotion])
+    @pytest.mark.parametrize("score", [margin_score, shift_score, promotion, demotion])
     def test_gradient_by_differences(self, batch, score):
         part = replace(batch, clean=batch.clean.double())[torch.arange(5)]
         batch.gallery.embeddings = batch.gallery.embeddings.double()
@@ -145,8 +145,8 @@ class TestScores:
         moved = torch.randn(24, 6)
         embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
         wanted = {
-            toward_nearest_wrong: [by_loops.margin(moved[i], labels[i], i, embeddings, labels) for i in range(24)],
-            embedding_shift: [2 - 2 * by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
+            margin_score: [by_loops.margin(moved[i], labels[i], i, embeddings, labels) for i in range(24)],
+            shift_score: [2 - 2 * by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
             promotion: [by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
             demotion: [-by_loops.cosine(moved[i], batch.clean[i]) for i in range(24)],
         }
@@ -157,7 +157,7 @@ class TestScores:
     @pytest.mark.parametrize("restart", [0, 1, 2, 7])
     def test_one_wrong_class_after_the_other_by_loops(self, batch, restart):
         moved, embeddings, labels = torch.randn(24, 6), batch.gallery.embeddings, batch.gallery.labels.tolist()
-        found = toward_wrong_class(batch, restart)(moved)
+        found = targeted_score(batch, restart)(moved)
         for i in range(24):
             clean = by_loops.similarities(batch.clean[i], i, embeddings)
             nearest = {c: max(v for j, v in clean.items() if labels[j] == c) for c in range(4) if c != labels[i]}
@@ -169,15 +169,15 @@ class TestScores:
 
 class TestQueryAttack:
     @both_norms
-    @pytest.mark.parametrize("score", [toward_nearest_wrong, embedding_shift])
+    @pytest.mark.parametrize("score", [margin_score, shift_score])
     def test_outcome_is_what_its_images_do(self, score, norm):
         batch = bench_of(network(), images_of(), norm=norm).batch(torch.arange(24))
-        outcome = QueryAttack("x", raising(score, 10)).run(batch, RADIUS[norm], 0, 6)
+        outcome = QueryAttack("x", gradient_attack(score, 10)).run(batch, RADIUS[norm], 0, 6)
         again = embedded(batch.embed.model, outcome.images)
         embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
         margins = [by_loops.margin(again[i], labels[i], i, embeddings, labels) for i in range(24)]
         assert outcome.ranking.margin.tolist() == pytest.approx(margins, abs=3e-6)
-        shifts = (unit(again) - unit(batch.clean)).norm(dim=1)
+        shifts = (unit_length(again) - unit_length(batch.clean)).norm(dim=1)
         torch.testing.assert_close(outcome.shift, shifts, rtol=0, atol=1e-5)
 
     def test_what_an_attack_hands_back_is_held_to_the_budget(self, batch):
@@ -200,8 +200,8 @@ class TestQueryAttack:
         batch = bench_of(Trapdoor(images), (images, labels)).batch(torch.arange(24))
         clean = batch.gallery.ranking(batch.clean, batch.targets, 6)
         assert (clean.margin < 0).all()
-        for score in (toward_nearest_wrong, embedding_shift):
-            outcome = QueryAttack("x", raising(score, 3)).run(batch, 0.01, 0, 6)
+        for score in (margin_score, shift_score):
+            outcome = QueryAttack("x", gradient_attack(score, 3)).run(batch, 0.01, 0, 6)
             assert (outcome.ranking.margin >= 0).all()
 
 

@@ -32,7 +32,8 @@ def brighter(objective):
 
 
 def training_loss(loss, model, images, *called, **options):
-    loss_func = AdversarialLoss(loss, model, attack=brighter, perturb="all", keep_clean=True, **options)
+    own = {} if "plugins" in options else {"perturb": "all", "keep_clean": True}
+    loss_func = AdversarialLoss(loss, model, attack=brighter, **own, **options)
     return loss_func, loss_func(model(images), *called)
 
 

@@ -30,6 +30,8 @@ class Recorder:
 class Silent:
     """Has no opinion on anything and remembers what it was asked."""
 
+    has_opinions = False
+
     def __init__(self, asked=None, name="silent"):
         self.asked, self.name = [] if asked is None else asked, name
 

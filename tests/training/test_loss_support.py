@@ -254,8 +254,7 @@ def steps(loss, count=2, attack=None, **options):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     images, labels = torch.rand(16, 1, 6, 6), torch.arange(16) // 4
     attack = attack or partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=2)
-    loss_func = AdversarialLoss(loss, model, attack=attack, seed=0, warmup=0, guard=False)
-    loss_func.adversary.hooks = type(loss_func.adversary.hooks)([], FixedContext(attack, **options))
+    loss_func = AdversarialLoss(loss, model, attack=attack, seed=0, warmup=0, guard=False, **options)
     return [loss_func(model(images), labels).item() for _ in range(count)]
 
 

@@ -1,13 +1,22 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pml_adversarial import Batch, Plan, PlanError
-from pml_adversarial.training.plan import plan_roles, plan_rows, plan_tuples, replace_rows
-from pml_adversarial.training.tuples import ROLES, keep_tuples, parse_roles, rank_in_group, shift_partners
+from pml_adversarial.training.plan import call, plan_roles, plan_rows, plan_tuples, replace_rows, untouched
+from pml_adversarial.training.tuples import (
+    ROLES,
+    as_slice,
+    consecutive,
+    keep_tuples,
+    parse_roles,
+    rank_in_group,
+    shift_partners,
+)
 
 N = 9
 SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("positive", "negative"), ("anchor", "negative"), ROLES]
@@ -40,7 +49,7 @@ def pool_rows(plan, num_rows=N):
 
 
 def resolved(plan):
-    """The addresses in cat([clean, adversarial]) that PML reads for every member."""
+    """For each member of the tuples, the place in the pool of clean rows and copies that PML reads."""
     reference = plan.pool_indices if plan.ref_pool_indices is None else plan.ref_pool_indices
     return [
         [(plan.pool_indices if name == "anchor" else reference)[i].item() for i in member]
@@ -461,3 +470,86 @@ class TestBesideClean:
         assert plan.pool_indices.tolist() == [0, 1, 5]
         assert plan.ref_pool_indices.tolist() == [2, 3, 4, 6, 7]
         assert self.seen(plan, 5, [0, 2, 4]) == self.expected(triplets, [0, 2, 4])
+
+
+class TestOfConsecutiveRows:
+    """Rows that are known to be in order are not picked one by one; nothing else changes."""
+
+    embeddings, labels, copies = torch.randn(N, 3), torch.arange(N) // 2, torch.randn(N, 3)
+
+    def seen(self, plan, copies=None):
+        batch = Batch(self.embeddings[:, :1], self.embeddings, self.embeddings, self.labels, None, N)
+        return plan.evaluate(lambda *given: given, batch, self.copies if copies is None else copies)
+
+    @staticmethod
+    def plain(plan):
+        """The same plan, of rows that are not known to be in order."""
+        reference = None if plan.ref_pool_indices is None else plan.ref_pool_indices.clone()
+        return replace(plan, rows=plan.rows.clone(), pool_indices=plan.pool_indices.clone(), ref_pool_indices=reference)
+
+    def test_each_row_is_replaced(self):
+        plan = replace_rows(consecutive(0, N, self.copies.device), N, None)
+        queries, labels, tuples = self.seen(plan)
+        assert queries is self.copies
+        assert labels is self.labels
+        assert tuples is None
+        for found, expected in zip(self.seen(plan), self.seen(self.plain(plan)), strict=True):
+            assert found is expected or torch.equal(found, expected)
+
+    def test_no_row_is(self):
+        batch = Batch(self.embeddings[:, :1], self.embeddings, self.embeddings, self.labels, None, N)
+        plan = untouched(batch, None)
+        assert self.seen(plan, self.copies[:0])[0] is self.embeddings
+        split = untouched(replace(batch, num_queries=4), None)
+        assert split.pool_indices.tolist() + split.ref_pool_indices.tolist() == list(range(N))
+        assert as_slice(split.ref_pool_indices) == slice(4, N)
+
+    def test_rows_stand_beside_their_copies(self):
+        plan = replace_rows(consecutive(0, N, self.copies.device), N, None)
+        both, plain = plan.beside_clean(N), self.plain(plan).beside_clean(N)
+        assert both.pool_indices.tolist() == plain.pool_indices.tolist() == list(range(2 * N))
+        for found, expected in zip(self.seen(both)[:2], self.seen(plain)[:2], strict=True):
+            assert torch.equal(found, expected)
+
+    def test_of_other_rows_nothing_is_known(self):
+        plan = replace_rows(torch.arange(N).flip(0), N, None)
+        assert as_slice(plan.pool_indices) is None
+        assert torch.equal(self.seen(plan)[0], self.copies.flip(0))
+        kept = replace_rows(consecutive(0, N, self.copies.device), N, None).keep(torch.tensor([2, 1]), N)
+        assert as_slice(kept.rows) is None
+        assert as_slice(kept.pool_indices) is None
+
+    @pytest.mark.parametrize("num_queries", [4, N])
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_with_tuples(self, kind, num_queries):
+        tuples = random_tuples(kind)
+        plan = plan_roles(by_queries(tuples, num_queries) if num_queries < N else tuples, ("positive",), N)
+        for one in (plan, plan.by_reference(N, num_queries)):
+            copies = torch.randn(len(plan), 3)
+            found, expected = self.seen(one, copies), self.seen(self.plain(one), copies)
+            assert all(
+                torch.equal(a, b) for a, b in zip(found[:2] + found[3:], expected[:2] + expected[3:], strict=True)
+            )
+
+
+class TestCall:
+    def test_leaves_out_what_is_none_and_not_taken(self):
+        class Own(torch.nn.Module):
+            def forward(self, embeddings, labels):
+                return embeddings, labels
+
+        assert call(Own(), 1, 2, None) == (1, 2)
+        assert call(Own(), 1, 2, None, None, None) == (1, 2)
+        with pytest.raises(TypeError):
+            call(Own(), 1, 2, (3,))
+        with pytest.raises(TypeError):
+            call(Own(), 1, 2, None, 4, None)
+
+    def test_hands_on_what_is_taken(self):
+        class Own(torch.nn.Module):
+            def forward(self, embeddings, labels, indices_tuple, *reference):
+                return embeddings, labels, indices_tuple, reference
+
+        assert call(Own(), 1, 2, None) == (1, 2, None, ())
+        assert call(Own(), 1, 2, None, 4, None) == (1, 2, None, (4, None))
+        assert call(lambda *given: given, 1, None, None) == (1, None, None)

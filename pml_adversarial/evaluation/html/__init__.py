@@ -1,5 +1,5 @@
-"""A report as one HTML page that needs nothing else: no network, no scripts, images and curves inside."""
+"""Results as one HTML page that needs nothing else: no network and no scripts; pictures and curves are part of it."""
 
-from .sections import render
+from .page import render
 
 __all__ = ["render"]

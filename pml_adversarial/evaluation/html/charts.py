@@ -1,12 +1,10 @@
-"""Measures against eps, drawn as SVG: the worst case thick, each attack thin, named where its line ends."""
+"""Where the parts of a chart of measures over eps are drawn. The template ``chart.svg`` draws them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from .markup import Markup, element
 
 _WIDTH, _HEIGHT = 460, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 330, 12, 248
@@ -15,13 +13,13 @@ _LABEL_GAP, _TICK_GAP, _LABEL_LENGTH = 12.5, 38, 15
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """A measure over eps.
 
     Attributes:
-        name: at its end.
+        name: of the attack, or of the worst case.
         target: "query" or "gallery".
         worst: whether it is the worst case, not one attack.
-        points: ``(eps, value in [0, 1])``, by eps.
+        points: ``(eps, value in [0, 1])``, ascending in eps.
     """
 
     name: str
@@ -29,9 +27,14 @@ class Line:
     worst: bool
     points: tuple[tuple[float, float], ...]
 
+    @property
+    def kind(self) -> str:
+        """Its CSS classes."""
+        return f"{self.target} {'worst' if self.worst else 'one'}"
+
 
 def radius(eps: float, norm: str) -> str:
-    """How an eps is written: in 255ths where that is how it was meant.
+    """An eps as a reader expects it: a multiple of 1/255 as a fraction, unless it is a round number too.
 
     >>> [radius(eps, "Linf") for eps in (8 / 255, 0.1, 0.2, 0.12345)], radius(2.0, "L2")
     (['8/255', '0.1', '0.2', '0.1235'], '2')
@@ -41,25 +44,79 @@ def radius(eps: float, norm: str) -> str:
     return f"{levels}/255" if meant else f"{eps:.4g}"
 
 
-def chart(lines: Sequence[Line], norm: str, label: str, chance: float | None = None) -> Markup:
-    """Curves over eps.
+@dataclass(frozen=True)
+class Curve:
+    """A line as it is drawn: points ``(x, y)``, and whether they are marked."""
+
+    line: Line
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class EndLabel:
+    """A name beside the end of a line.
+
+    Attributes:
+        name: in full.
+        shown: as much of it as there is room for.
+        kind: CSS classes.
+        y: where the line ends.
+        label_y: where the name stands.
+    """
+
+    name: str
+    shown: str
+    kind: str
+    y: float
+    label_y: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """All parts of a chart, with their places.
+
+    Attributes:
+        levels: percent -> y of a horizontal line.
+        ticks: x -> text at the horizontal axis, empty where there is no room.
+        axis: name of the horizontal axis.
+        chance: y of the dotted line; None: there is no such line.
+        curves: from the lowest layer to the highest.
+        labels: names of the curves.
+    """
+
+    levels: Mapping[int, float]
+    ticks: Mapping[float, str]
+    axis: str
+    chance: float | None
+    curves: Sequence[Curve]
+    labels: Sequence[EndLabel]
+    width, height = _WIDTH, _HEIGHT
+    left, right, bottom = _LEFT, _RIGHT, _BOTTOM
+
+
+def chart(lines: Sequence[Line], norm: str, chance: float | None = None) -> Chart:
+    """A chart of curves over eps.
 
     Args:
-        lines: later ones lie above earlier ones.
+        lines: later ones are drawn above earlier ones.
         norm: of eps.
-        label: what it shows, for those who do not see it.
         chance: where a dotted line is drawn; None: nowhere.
     """
     radii, values = zip(*(point for line in lines for point in line.points), strict=True)
     axes = _Axes(max(radii) or 1.0, math.ceil(5 * max(*values, chance or 0.0)) / 5 or 1.0)
-    level = [] if chance is None else [_level(axes.y(chance), "chance")]
-    drawn = [_curve(line, axes) for line in lines]
-    parts = [_grid(axes), _ticks(sorted(set(radii)), norm, axes), level, drawn, _names(lines, chance, axes)]
-    return element("svg", parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
+    percents = range(0, round(100 * axes.top) + 1, 20 if axes.top > 0.5 else 10)
+    return Chart(
+        levels={percent: axes.y(percent / 100) for percent in percents},
+        ticks=_ticks(sorted(set(radii)), norm, axes),
+        axis=f"eps ({norm})",
+        chance=None if chance is None else axes.y(chance),
+        curves=[Curve(line, [(axes.x(eps), axes.y(value)) for eps, value in line.points]) for line in lines],
+        labels=_labels(lines, chance, axes),
+    )
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places moved apart, as little as a sweep down and a sweep up can, in their order.
+    """Moves places apart until neighbours are ``gap`` apart, within ``low`` to ``high``; their order stays.
 
     >>> spread([5, 5, 40, 48], 10, 0, 50)
     [5, 15, 40, 50]
@@ -76,7 +133,7 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def shortened(name: str, length: int) -> str:
-    """A name that fits.
+    """A name, cut to a number of characters.
 
     >>> shortened("margin", 6), shortened("margins", 6)
     ('margin', 'margi…')
@@ -86,7 +143,7 @@ def shortened(name: str, length: int) -> str:
 
 @dataclass(frozen=True)
 class _Axes:
-    """From 0 to the largest eps and to the next fifth above the highest value."""
+    """From 0 to the largest eps, and from 0 to the next multiple of 20 % above the highest value."""
 
     largest: float
     top: float
@@ -98,62 +155,25 @@ class _Axes:
         return round(_BOTTOM - (_BOTTOM - _TOP) * value / self.top, 1)
 
 
-def _level(y: float, class_: str) -> Markup:
-    return element("line", x1=_LEFT, y1=y, x2=_RIGHT, y2=y, class_=class_)
+def _ticks(radii: Sequence[float], norm: str, axes: _Axes) -> dict[float, str]:
+    """A tick at each eps. From the largest eps on, it has a number where there is room for one."""
+    ticks, free = {}, math.inf
+    for eps in reversed(radii):
+        x = axes.x(eps)
+        has_room = eps == 0 or _LEFT + _TICK_GAP <= x <= free
+        ticks[x] = radius(eps, norm) if has_room else ""
+        free = x - _TICK_GAP if has_room else free
+    return ticks
 
 
-def _text(text: str, x: float, y: float, class_: str) -> Markup:
-    return element("text", text, x=x, y=y, class_=class_)
-
-
-def _grid(axes: _Axes) -> Markup:
-    percents = range(0, round(100 * axes.top) + 1, 20 if axes.top > 0.5 else 10)
-    lines = [_level(axes.y(percent / 100), "grid") for percent in percents]
-    return element(
-        "g", lines, [_text(str(percent), _LEFT - 7, axes.y(percent / 100) + 4, "end") for percent in percents]
-    )
-
-
-def _ticks(radii: Sequence[float], norm: str, axes: _Axes) -> Markup:
-    """A tick at each eps, a number where there is room, at the largest first."""
-    places = {eps: axes.x(eps) for eps in radii}
-    ticks = [element("line", x1=x, y1=_BOTTOM, x2=x, y2=_BOTTOM + 4, class_="tick") for x in places.values()]
-    texts, free = [], math.inf
-    for eps, x in reversed(places.items()):
-        if eps == 0 or _LEFT + _TICK_GAP <= x <= free:
-            texts.append(_text(radius(eps, norm), x, _BOTTOM + 18, "middle"))
-            free = x - _TICK_GAP
-    return element("g", ticks, texts, _text(f"eps ({norm})", (_LEFT + _RIGHT) / 2, _HEIGHT - 4, "middle"))
-
-
-def _curve(line: Line, axes: _Axes) -> Markup:
-    places = [(axes.x(eps), axes.y(value)) for eps, value in line.points]
-    path = element("polyline", points=" ".join(f"{x},{y}" for x, y in places))
-    dots = [_dot(x, y, line.target) for x, y in places] if line.worst else []
-    return element("g", element("title", line.name), path, dots, class_=_class(line))
-
-
-def _dot(x: float, y: float, target: str) -> Markup:
-    if target == "query":
-        return element("circle", cx=x, cy=y, r=3.4)
-    return element("path", d=f"M{x} {y - 4.6}L{x + 4.6} {y}L{x} {y + 4.6}L{x - 4.6} {y}Z")
-
-
-def _class(line: Line) -> str:
-    return f"{line.target} {'worst' if line.worst else 'one'}"
-
-
-def _names(lines: Sequence[Line], chance: float | None, axes: _Axes) -> Markup:
-    """Names beside the ends of the lines; those of single attacks only if there is room for all."""
-    ends = [(line.name, axes.y(line.points[-1][1]), _class(line)) for line in lines]
+def _labels(lines: Sequence[Line], chance: float | None, axes: _Axes) -> list[EndLabel]:
+    """Names beside the ends of the lines. Single attacks are named only if there is room for all of them."""
+    ends = [(line.name, axes.y(line.points[-1][1]), line.kind) for line in lines]
     ends += [] if chance is None else [("chance", axes.y(chance), "level")]
     if len(ends) > (_BOTTOM - _TOP) / _LABEL_GAP + 2:
         ends = [end for end in ends if not end[2].endswith("one")]
     places = spread([y for _, y, _ in ends], _LABEL_GAP, _TOP - 2, _BOTTOM + 14)
-    return element("g", [_name(*end, place) for end, place in zip(ends, places, strict=True)])
-
-
-def _name(name: str, y: float, class_: str, place: float) -> Markup:
-    leader = element("polyline", points=f"{_RIGHT + 6},{y} {_RIGHT + 18},{place:.1f}", class_="leader")
-    text = _text(shortened(name, _LABEL_LENGTH), _RIGHT + 22, round(place + 4, 1), "name")
-    return element("g", element("title", name), leader, text, class_=class_)
+    return [
+        EndLabel(name, shortened(name, _LABEL_LENGTH), kind, y, round(place, 1))
+        for (name, y, kind), place in zip(ends, places, strict=True)
+    ]

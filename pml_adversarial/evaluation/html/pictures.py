@@ -1,44 +1,72 @@
-"""Images as data URIs that every browser shows."""
+"""Images as part of an HTML page."""
 
 from __future__ import annotations
 
 import base64
 import struct
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 _FACTORS = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
+_PIXELATED_BELOW = 80
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image above a caption.
+
+    Attributes:
+        uri: the image, as a data URI.
+        description: for readers who do not see it.
+        caption: a few words.
+        width: in pixels.
+        height: in pixels.
+    """
+
+    uri: str
+    description: str
+    caption: str
+    width: int
+    height: int
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether the image is so small that each of its pixels is drawn as a square."""
+        return max(self.width, self.height) < _PIXELATED_BELOW
+
+
+def picture(image: Tensor, description: str, caption: str) -> Picture:
+    """A picture of an image ``(1, H, W)`` or ``(3, H, W)``."""
+    height, width = image.shape[-2:]
+    return Picture(data_uri(image), description, caption, width, height)
 
 
 def visible(image: Tensor) -> Tensor:
-    """``(C, H, W)`` as grey or RGB: of other numbers of channels the mean."""
+    """An image ``(C, H, W)`` in grey or RGB. Of any other number of channels, the mean is shown."""
     image = torch.nan_to_num(image.detach().float().cpu())
     return image if len(image) in (1, 3) else image.mean(0, keepdim=True)
 
 
 def magnified(clean: Tensor, perturbed: Tensor) -> tuple[Tensor, int]:
-    """The difference of two images about grey, and by which round factor it fills the range without leaving it."""
+    """The difference of two images around grey, and the largest round factor at which it stays within [0, 1]."""
     difference = visible(perturbed.detach().float() - clean.detach().float())
-    room = 0.5 / max(difference.abs().max().item(), 1e-12) * (1 + 1e-4)  # pixels are rounded, so may the room be
+    room = 0.5 / max(difference.abs().max().item(), 1e-12) * (1 + 1e-4)  # pixels are rounded
     factor = max((factor for factor in _FACTORS if factor <= room), default=1) if difference.any() else 1
     return 0.5 + factor * difference, factor
 
 
 def small(image: Tensor, side: int) -> Tensor:
-    """An image of at most twice ``side`` pixels each way, by means of squares; small ones stay as they are."""
+    """An image of at most ``2 * side`` pixels each way; in larger ones, squares are replaced by their means."""
     window = -(-max(image.shape[-2:]) // (2 * side))
     return avg_pool2d(image, window, ceil_mode=True) if window > 1 else image
 
 
 def data_uri(image: Tensor) -> str:
-    """A PNG in a data URI.
-
-    Args:
-        image: ``(1, H, W)`` or ``(3, H, W)``, held to [0, 1].
-    """
+    """An image ``(1, H, W)`` or ``(3, H, W)``, clamped to [0, 1], as a PNG in a data URI."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     height, width, channels = pixels.shape
     header = struct.pack(">2I5B", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)

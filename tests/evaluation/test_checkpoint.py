@@ -17,14 +17,21 @@ from query_batches import images_of, network
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.attacks import QueryAttack
-from pml_adversarial.evaluation.resume import description
-from pml_adversarial.evaluation.suites import embedding_shift, quick, raising
+from pml_adversarial.evaluation.checkpoint import description
+from pml_adversarial.evaluation.suites import gradient_attack, quick, shift_score
 
 ATTACKS = quick(steps=4, restarts=2)
 
 
 def evaluated(folder, model=None, queries=None, gallery=None, **options):
-    options = {"eps": (0.02, 0.05), "attacks": ATTACKS, "chunk": 7, "keep_attacked": True, "checks": False, **options}
+    options = {
+        "eps": (0.02, 0.05),
+        "attacks": ATTACKS,
+        "batch_size": 7,
+        "keep_attacked": True,
+        "checks": False,
+        **options,
+    }
     return evaluate_robustness(model or network(), queries or images_of(), gallery, resume=folder, **options)
 
 
@@ -159,7 +166,7 @@ class TestBelongsToOneEvaluation:
         [
             ({"eps": 0.05}, "eps"),
             ({"norm": "L2"}, "norm"),
-            ({"chunk": 8}, "chunk"),
+            ({"batch_size": 8}, "batch_size"),
             ({"seed": 1}, "seed"),
             ({"recall_at": (1, 3)}, "recall_at"),
             ({"subset": [1, 2]}, "subset"),
@@ -216,15 +223,15 @@ class TestBelongsToOneEvaluation:
 class TestDescription:
     def test_tells_attacks_apart_by_all_that_is_bound(self):
         made = [
-            QueryAttack("x", raising(embedding_shift, 3)),
-            QueryAttack("x", raising(embedding_shift, 4)),
-            QueryAttack("x", raising(embedding_shift, 4), 2),
-            QueryAttack("x", partial(raising(embedding_shift, 4), restart=0)),
-            QueryAttack("y", raising(embedding_shift, 4)),
-            QueryAttack("x", raising(lambda batch, restart: None, 4)),
+            QueryAttack("x", gradient_attack(shift_score, 3)),
+            QueryAttack("x", gradient_attack(shift_score, 4)),
+            QueryAttack("x", gradient_attack(shift_score, 4), 2),
+            QueryAttack("x", partial(gradient_attack(shift_score, 4), restart=0)),
+            QueryAttack("y", gradient_attack(shift_score, 4)),
+            QueryAttack("x", gradient_attack(lambda batch, restart: None, 4)),
         ]
         assert len({description(attack) for attack in made}) == len(made)
-        assert description(made[0]) == description(QueryAttack("x", raising(embedding_shift, 3)))
+        assert description(made[0]) == description(QueryAttack("x", gradient_attack(shift_score, 3)))
 
     def test_is_the_same_in_every_process(self):
         assert " at 0x" not in description(quick())

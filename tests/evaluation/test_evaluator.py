@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pml_adversarial.evaluation.run import choose_queries
+from pml_adversarial.evaluation.evaluator import choose_queries
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What was finished stays finished: parts of a long evaluation, kept in a folder."""
+"""Finished parts of a long evaluation, kept in a folder, so that a run that was cut off can go on."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .task import RetrievalTask
 
 T = TypeVar("T")
 
-_LOOKED_AT = 32  # images of each set that are compared
+_COMPARED_IMAGES = 32  # of each set
 
 
-class Folder:
-    """Keeps parts by name; without a path it keeps none.
+class Checkpoint:
+    """A folder of named parts of one evaluation.
 
     Args:
-        path: folder, made if it is not there; None keeps nothing.
-        settings: of the evaluation, in JSON's types.
+        path: the folder; it is made if it does not exist. None: nothing is kept.
+        settings: of the evaluation, in types that JSON knows.
         task: what is evaluated.
-        attacks: by which attacks.
-        known: embeddings of the gallery that were given.
+        attacks: the attacks of the evaluation.
+        gallery_embeddings: embeddings of the gallery, if the user gave them.
 
     Raises:
         InputError: the folder holds parts of another evaluation.
@@ -44,42 +44,42 @@ class Folder:
         settings: Mapping[str, Any],
         task: RetrievalTask,
         attacks: Sequence[object],
-        known: Tensor | None = None,
+        gallery_embeddings: Tensor | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
-        self._device = task.queries.device
+        self._device = task.embed.device
         if self.path is None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        own = {**settings, **_fingerprints(task), "strength": description(attacks)}
-        if known is not None:
-            own["gallery_embeddings"] = _digest([known])
-        note = self.path / "evaluation.json"
-        if not note.exists():
-            unfinished = note.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-            os.replace(unfinished, note)
-        differ = _differences(note, own)
+        evaluation = {**settings, **_fingerprints(task), "attack_settings": description(attacks)}
+        if gallery_embeddings is not None:
+            evaluation["gallery_embeddings"] = _digest([gallery_embeddings])
+        file = self.path / "evaluation.json"
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, file)
+        differ = _differences(file, evaluation)
         if differ:
             raise InputError(
                 f"{self.path} holds parts of another evaluation: {', '.join(differ)} differ. "
                 "Use another folder, or delete this one."
             )
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """The part of this name, made now if it is not kept yet."""
+    def load_or_make(self, name: str, make: Callable[[], T]) -> T:
+        """The part with this name: loaded if the folder holds it, else made and kept."""
         if self.path is None:
             return make()
         file = self.path / f"{name}.pt"
         if not file.exists():
             unfinished = file.with_suffix(".unfinished")
             torch.save(make(), unfinished)
-            os.replace(unfinished, file)  # so that a file that is there is whole
+            os.replace(unfinished, file)  # so a file with the final name is complete
         return torch.load(file, weights_only=True, map_location=self._device)
 
 
 def description(value: object) -> str:
-    """What a callable is and all that was bound into it, the same in every process.
+    """A value as text that is the same in every process; of a callable, its name and the values bound to it.
 
     >>> from functools import partial
     >>> description(partial(print, 3, end=""))
@@ -108,17 +108,20 @@ def _call(name: str, arguments: Iterable[str]) -> str:
     return f"{name}({', '.join(arguments)})"
 
 
-def _differences(note: Path, own: Mapping[str, Any]) -> list[str]:
+def _differences(file: Path, evaluation: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which a file's evaluation differs from this one."""
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        return [note.name]
-    return [key for key in {**own, **found} if key not in found or key not in own or found[key] != own[key]]
+        return [file.name]
+    missing = object()
+    return [key for key in {**evaluation, **found} if found.get(key, missing) != evaluation.get(key, missing)]
 
 
 def _fingerprints(task: RetrievalTask) -> dict[str, str]:
+    """Digests of the model's weights, and of labels and some images of queries and gallery."""
     return {
         "model": _digest(task.embed.model.state_dict().values()),
         "queries": _digest(_some_of(task.queries)),
@@ -128,8 +131,8 @@ def _fingerprints(task: RetrievalTask) -> dict[str, str]:
 
 def _some_of(images: ImageSet) -> Iterable[Tensor]:
     yield images.labels
-    for row in sorted({int(row) for row in torch.linspace(0, len(images) - 1, _LOOKED_AT).tolist()}):
-        yield images.pixels([row])
+    for row in sorted({int(row) for row in torch.linspace(0, len(images) - 1, _COMPARED_IMAGES).tolist()}):
+        yield images[[row]]
 
 
 def _digest(tensors: Iterable[object]) -> str:

@@ -1,0 +1,279 @@
+"""Runs every attack on one batch of queries after the other, and joins what they leave into results."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks.ball import per_image
+from ..training.isolation import random_stream
+from ..training.tuples import rank_in_group
+from . import metrics
+from .attacks import QueryBatch, RetrievalAttack
+from .gallery import unit_length
+from .metrics import PerQuery
+from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase, encode_flags
+from .task import RetrievalTask
+
+BatchResult = dict[str, Any]
+"""What is known of a batch of queries, in tensors, so that it can be saved: measures, costs and examples."""
+
+_NEIGHBOURS, _EXAMPLES = 5, 8
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """All attacks at all eps.
+
+    Attributes:
+        task: what is attacked.
+        attacks: all of them, of different names.
+        radii: all eps, ascending.
+        recall_at: the k of R@k.
+        seed: of all random choices.
+        keep_attacked: whether to keep the perturbed queries.
+        nmi: whether to keep the embeddings, for `nmi_of`.
+    """
+
+    task: RetrievalTask
+    attacks: tuple[RetrievalAttack, ...]
+    radii: tuple[float, ...]
+    recall_at: Sequence[int]
+    seed: int
+    keep_attacked: bool
+    nmi: bool
+
+    @property
+    def steps_per_batch(self) -> int:
+        """How often `evaluate_batch` calls ``advance``."""
+        return len(self.radii) * sum(attack.restarts for attack in self.attacks)
+
+    def evaluate_batch(self, rows: Tensor, examples: bool, advance: Callable[[], object]) -> BatchResult:
+        """Runs all attacks on some queries.
+
+        Args:
+            rows: ``(n,)`` indices of the queries.
+            examples: whether to keep some of them as examples.
+            advance: called after each run of an attack.
+        """
+        batch = self.task.batch(rows)
+        depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
+        clean = metrics.per_query(self.task.gallery.ranking(batch.clean, batch.targets, depth), self.recall_at)
+        kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
+        lowest = dict.fromkeys((attack.name for attack in self.attacks), clean)
+        worst = _WorstPerturbations(batch.images)
+        for eps in self.radii:
+            for number, attack in enumerate(self.attacks):
+                run = _AttackRun(self, attack, batch, eps, depth, first_row=int(rows[0]))
+                result, images = run(lowest[attack.name], advance)
+                lowest[attack.name] = result["measures"]
+                kept[_key(attack, eps)] = result
+                if attack.target == "query":
+                    worst.update(number, eps, images, result)
+            if self.keep_attacked:
+                kept["attacked"][str(eps)] = worst.images.clone()
+            if self.nmi:
+                kept["embeddings"][str(eps)] = self._embed(worst.images)
+            if examples and eps == self.radii[len(self.radii) // 2]:
+                kept["examples"] = self._examples(batch, rows, clean, worst)
+        return kept
+
+    def _embed(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.task.embed(images)
+
+    def _examples(self, batch: QueryBatch, rows: Tensor, clean: PerQuery, worst: _WorstPerturbations) -> BatchResult:
+        broken = (worst.attack >= 0) & (clean["recall_at_1"] > 0)
+        chosen = choose_queries(batch.targets.labels, broken, _EXAMPLES)
+        part, perturbed = batch[chosen], worst.images[chosen]
+        gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery) - 1)
+        return {
+            "eps": worst.eps[chosen.cpu()],
+            "queries": rows[chosen],
+            "attack": worst.attack[chosen],
+            "clean": part.images,
+            "perturbed": perturbed,
+            "before": gallery.nearest(part.clean, part.targets.own, count),
+            "after": gallery.nearest(self._embed(perturbed), part.targets.own, count),
+        }
+
+    def attack_results(self, batches: Sequence[BatchResult]) -> tuple[AttackResult, ...]:
+        """The results of each attack at each eps, over all batches."""
+        return tuple(
+            _attack_result(attack, eps, [batch[_key(attack, eps)] for batch in batches])
+            for eps in self.radii
+            for attack in self.attacks
+        )
+
+    def worst_cases(self, batches: Sequence[BatchResult], labels: Tensor) -> tuple[WorstCase, ...]:
+        """The worst case per query, by target and eps, over all batches.
+
+        Args:
+            batches: what `evaluate_batch` gave.
+            labels: ``(Q,)`` of all queries.
+        """
+        found = []
+        for target in TARGETS:
+            lowest = joined(batches, "clean")
+            attacks = [attack for attack in self.attacks if attack.target == target]
+            for eps in self.radii if attacks else ():
+                for attack in attacks:
+                    measures = joined([batch[_key(attack, eps)] for batch in batches], "measures")
+                    lowest = {name: torch.minimum(values, measures[name]) for name, values in lowest.items()}
+                nmi = self.nmi_of(batches, str(eps), labels) if self.nmi and target == "query" else None
+                found.append(WorstCase(target, eps, means(lowest), robust_flags(lowest), nmi))
+        return tuple(found)
+
+    def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float:
+        """NMI of the queries' embeddings, ``key`` being "clean" or an eps."""
+        return metrics.nmi(unit_length(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+
+    def examples(self, batch: BatchResult) -> tuple[Example, ...]:
+        """Some queries with the items that they find, as `evaluate_batch` kept them."""
+        columns = ("eps", "queries", "attack", "clean", "perturbed", "before", "after")
+        return tuple(self._example(*row) for row in zip(*(batch["examples"][key] for key in columns), strict=True))
+
+    def _example(
+        self,
+        eps: Tensor,
+        query: Tensor,
+        attack: Tensor,
+        clean: Tensor,
+        perturbed: Tensor,
+        before: Tensor,
+        after: Tensor,
+    ) -> Example:
+        return Example(
+            query=int(query),
+            label=int(self.task.queries.labels[query]),
+            eps=float(eps),
+            attack=self.attacks[int(attack)].name if attack >= 0 else "none",
+            clean=clean.cpu(),
+            perturbed=perturbed.cpu(),
+            before=self._neighbours(before),
+            after=self._neighbours(after),
+        )
+
+    def _neighbours(self, items: Tensor) -> tuple[Neighbour, ...]:
+        pixels, labels = self.task.items[items].cpu(), self.task.items.labels[items].tolist()
+        return tuple(Neighbour(*parts) for parts in zip(items.tolist(), labels, pixels, strict=True))
+
+
+class _WorstPerturbations:
+    """Of each query, the perturbation that succeeded first; as long as none did, the last one that was tried.
+
+    Attributes:
+        images: ``(n, C, H, W)``.
+        attack: ``(n,)`` number of the attack that succeeded, -1 if none did.
+        eps: ``(n,)`` of the perturbation, on the CPU; 0 if none was tried.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.attack = torch.full((len(images),), -1, device=images.device)
+        self.eps = torch.zeros(len(images), dtype=torch.float64)
+
+    def update(self, attack: int, eps: float, images: Tensor, result: BatchResult) -> None:
+        taken = (self.attack < 0) & ~result["shift"].isnan()
+        self.images = torch.where(per_image(taken, self.images), images, self.images)
+        self.attack[taken & (result["measures"]["recall_at_1"] == 0)] = attack
+        self.eps[taken.cpu()] = eps
+
+
+@dataclass(frozen=True)
+class _AttackRun:
+    """One attack with all its restarts, on one batch at one eps."""
+
+    evaluator: Evaluator
+    attack: RetrievalAttack
+    batch: QueryBatch
+    eps: float
+    depth: int
+    first_row: int
+
+    def __call__(self, lowest: PerQuery, advance: Callable[[], object]) -> tuple[BatchResult, Tensor]:
+        """Of each query, the lowest measures and the perturbed images ``(n, C, H, W)``.
+
+        Args:
+            lowest: measures at the eps before.
+            advance: called after each restart.
+        """
+        embed, start = self.evaluator.task.embed, time.perf_counter()
+        passes = embed.forward_passes, embed.backward_passes
+        measures = {name: values.clone() for name, values in lowest.items()}
+        images = self.batch.images.clone()
+        shift = torch.full((len(self.batch),), torch.nan, device=images.device)
+        for restart in range(self.attack.restarts):
+            self._restart(restart, measures, images, shift)
+            advance()
+        cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
+        return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
+
+    def _restart(self, restart: int, measures: PerQuery, images: Tensor, shift: Tensor) -> None:
+        """Updates measures, images and shift in place."""
+        robust = measures["recall_at_1"] > 0
+        all_queries = restart == 0 and not self.attack.only_robust
+        chosen = (torch.ones_like(robust) if all_queries else robust).nonzero().squeeze(1)
+        if not len(chosen):
+            return
+        with random_stream(self.evaluator.seed, self._stream(restart)):
+            outcome = self.attack.run(self.batch[chosen], self.eps, restart, self.depth)
+        found = metrics.per_query(outcome.ranking, self.evaluator.recall_at)
+        # a query that failed before and is right now keeps the image at which it failed
+        no_better = (robust[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)
+        images[chosen[no_better]] = outcome.images[no_better]
+        for name, values in found.items():
+            measures[name][chosen] = torch.minimum(measures[name][chosen], values)
+        shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
+
+    def _stream(self, restart: int) -> int:
+        return zlib.crc32(repr((self.attack.name, self.eps, restart, self.first_row)).encode())
+
+
+def _attack_result(attack: RetrievalAttack, eps: float, batches: Sequence[BatchResult]) -> AttackResult:
+    measures = joined(batches, "measures")
+    shift = torch.cat([batch["shift"] for batch in batches])
+    forward, backward, seconds = torch.stack([batch["cost"] for batch in batches]).sum(0).tolist()
+    return AttackResult(
+        attack=attack.name,
+        target=attack.target,
+        black_box=attack.black_box,
+        eps=eps,
+        measures=means(measures),
+        shift=shift.nanmean().nan_to_num(0.0).item(),
+        forward_passes=int(forward),
+        backward_passes=int(backward),
+        seconds=seconds,
+        robust_flags=robust_flags(measures),
+    )
+
+
+def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
+    """Up to ``count`` queries to show: one of each class before a second of any, preferred ones first."""
+    order = preferred.to(torch.uint8).argsort(descending=True, stable=True)
+    return order[rank_in_group(labels[order]).argsort(stable=True)][:count]
+
+
+def joined(batches: Sequence[BatchResult], key: str) -> PerQuery:
+    """Measures ``(Q,)`` of the queries of all batches."""
+    return {name: torch.cat([batch[key][name] for batch in batches]) for name in batches[0][key]}
+
+
+def means(measures: PerQuery) -> dict[str, float]:
+    """Each measure's mean over the queries."""
+    return {name: values.double().mean().item() for name, values in measures.items()}
+
+
+def robust_flags(measures: PerQuery) -> str:
+    """One character per query: "1" if the nearest item is right, see `results.encode_flags`."""
+    return encode_flags(measures["recall_at_1"] > 0)
+
+
+def _key(attack: RetrievalAttack, eps: float) -> str:
+    return f"{attack.name}@{eps}"

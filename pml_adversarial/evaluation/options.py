@@ -1,0 +1,113 @@
+"""Checks of what a user passes to an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+NORMS = ("Linf", "L2")
+
+
+def check_norm(norm: str) -> None:
+    """Refuses a norm that attacks do not know.
+
+    Raises:
+        InputError: the norm is unknown.
+    """
+    if norm not in NORMS:
+        raise InputError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Refuses what is not a whole number from ``least`` on.
+
+    Raises:
+        InputError: the value is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}={value!r}; expected a whole number from {least} on.")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Refuses what is not strictly between 0 and 1.
+
+    Raises:
+        InputError: the value is something else.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{name}={value}; expected a probability between 0 and 1, such as 0.001.")
+
+
+def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
+    """Different radii, ascending.
+
+    Args:
+        eps: one radius, or several, in pixels of [0, 1].
+        norm: "Linf" or "L2"; in Linf, no radius is above 1.
+        zero: whether 0 is a radius.
+        name: of the option, for messages.
+
+    Raises:
+        InputError: there is none, or one of them is not a radius.
+    """
+    try:
+        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
+    except (TypeError, ValueError):
+        radii = ()
+    if isinstance(eps, str) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
+        smallest = "0 or larger" if zero else "above 0"
+        raise InputError(
+            f"{name}={eps!r}; expected one or more radii {smallest} in pixels of [0, 1], such as "
+            f"{'0.25' if norm == 'L2' else '8/255'}."
+        )
+    if norm == "Linf" and radii[-1] > 1:
+        raise InputError(f"{name}={radii[-1]:g} is wider than all pixels; expected 1 at most in Linf, such as 8/255.")
+    return radii
+
+
+def to_recall_at(values: Any) -> list[int]:
+    """The k of R@k, ascending; 1 is always among them.
+
+    Raises:
+        InputError: there are other values than whole numbers from 1 on.
+    """
+    found = sorted({1, *to_whole_numbers(values, "recall_at")})
+    if found[0] < 1:
+        raise InputError(f"recall_at={values!r}; expected whole numbers from 1 on.")
+    return found
+
+
+def to_whole_numbers(values: Any, name: str) -> list[int]:
+    """Whole numbers from a list, a range, an array or a tensor.
+
+    Raises:
+        InputError: the values are something else.
+    """
+    try:
+        found = torch.as_tensor(values if hasattr(values, "dtype") else list(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}={values!r}; expected whole numbers, in a list or a tensor.") from error
+    if found.ndim != 1 or (len(found) and (found.dtype == torch.bool or found.is_floating_point())):
+        raise InputError(
+            f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected whole numbers, in a list or a tensor."
+        )
+    return [int(value) for value in found.tolist()]
+
+
+def to_rows(subset: Any, total: int) -> Tensor:
+    """Different indices below ``total``, ``(n,)``; None: all of them.
+
+    Raises:
+        InputError: there is no index, one that does not exist, or one that repeats.
+    """
+    everyone = torch.arange(total)
+    rows = everyone if subset is None else everyone.new_tensor(to_whole_numbers(subset, "subset"))
+    if not len(rows) or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):
+        raise InputError(f"subset={rows.tolist()[:8]}; expected different indices, one at least, below {total}.")
+    return rows
