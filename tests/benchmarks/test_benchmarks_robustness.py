@@ -646,10 +646,10 @@ class TestCollapse:
 SAVINGS = {
     "fewer, larger steps": "two-steps",
     "one noisy step": "noisy-step",
-    "broken rows rest": "early-stop",
+    "rows stop when broken": "early-stop",
     "hard rows": "hard-rows",
-    "reuse": "reuse",
-    "replay": "replay",
+    "perturbations of the last epoch": "reuse",
+    "free adversarial training": "replay",
     "lower precision": "bfloat16-attack",
 }
 """In the words of the page on performance, and in those of the tables."""
