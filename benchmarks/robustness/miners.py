@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from pml_adversarial.defenses.sampling import draw_columns, draw_negatives, draw_positives, unit_distances
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def random_negatives(embeddings: Tensor, labels: Tensor) -> Triplets:
     """Any image of another class is the negative."""
-    anchors, positives = _pairs(labels)
-    return anchors, positives, _one_of(labels[anchors, None] != labels)
+    anchors, positives = _neighbours(labels)
+    return anchors, positives, draw_columns(labels[anchors, None] != labels)
 
 
 def soft_hard(embeddings: Tensor, labels: Tensor, itself: bool = False) -> Triplets:
@@ -27,15 +28,13 @@ def soft_hard(embeddings: Tensor, labels: Tensor, itself: bool = False) -> Tripl
         labels: ``(N,)``.
         itself: whether, where no positive is hard, the anchor may be its own positive.
     """
-    anchors, _ = _pairs(labels)
-    unit = normalize(embeddings.detach().float())
-    distances = torch.cdist(unit[anchors], unit, compute_mode="donot_use_mm_for_euclid_dist")
+    anchors, _ = _neighbours(labels)
+    embeddings = embeddings.detach()
     same = labels[anchors, None] == labels
     positive = same.scatter(1, anchors[:, None], False)
-    furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-    nearest = distances.masked_fill(same, torch.inf).amin(1, keepdim=True)
-    positives = _one_of(_if_any(positive & (distances > nearest), same if itself else positive))
-    return anchors, positives, _one_of(_if_any(~same & (distances < furthest), ~same))
+    candidates = positive, ~same, unit_distances(embeddings[anchors], embeddings)
+    positives = draw_positives("softhard", *candidates, otherwise=same if itself else positive)
+    return anchors, positives, draw_negatives("softhard", *candidates, positives)
 
 
 def soft_hard_as_coded(embeddings: Tensor, labels: Tensor) -> Triplets:
@@ -43,7 +42,7 @@ def soft_hard_as_coded(embeddings: Tensor, labels: Tensor) -> Triplets:
     return soft_hard(embeddings, labels, itself=True)
 
 
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
+def _neighbours(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Anchors and positives: neighbours in the batch of one class, no image twice."""
     row = torch.arange(len(labels), device=labels.device)
     starts = torch.ones_like(labels, dtype=torch.bool)
@@ -51,11 +50,3 @@ def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     place = row - torch.where(starts, row, 0).cummax(0).values  # within its class
     anchors = row[:-1][(place[:-1] % 2 == 0) & ~starts[1:]]
     return anchors, anchors + 1
-
-
-def _if_any(preferred: Tensor, otherwise: Tensor) -> Tensor:
-    return torch.where(preferred.any(1, keepdim=True), preferred, otherwise)
-
-
-def _one_of(eligible: Tensor) -> Tensor:
-    return torch.multinomial(eligible.float(), 1).squeeze(1)

@@ -90,35 +90,34 @@ def check_choice(
     return value
 
 
-def check_radius(eps: Any, error: type[AdversarialError] = InputError) -> float:
-    """Checks that ``eps`` is the radius of a ball in pixels of [0, 1].
+def check_eps(eps: Any, norm: str = "Linf", error: type[AdversarialError] = AttackError) -> float:
+    """Checks the radius of a ball in pixels of [0, 1].
+
+    Args:
+        eps: what the user gave.
+        norm: "Linf", in which no radius is above 1, or "L2".
+        error: the class of the error.
+
+    Returns:
+        The radius.
 
     Raises:
-        AdversarialError: of the class ``error``; ``eps`` is no number above 0 and up to 1.
+        AdversarialError: of the class ``error``; ``eps`` is no number above 0, or in "Linf" above 1.
     """
     hint = ", in pixels of [0, 1]: for 8 of 256 levels write eps=8/255"
-    return check_number("eps", eps, 0, 1, above=True, hint=hint, error=error)
+    return check_number("eps", eps, 0, 1 if norm == "Linf" else math.inf, above=True, hint=hint, error=error)
+
+
+def check_steps(steps: Any, error: type[AdversarialError] = AttackError) -> int:
+    """Checks the number of steps of an attack.
+
+    Raises:
+        AdversarialError: of the class ``error``; ``steps`` is no whole number from 1 on.
+    """
+    return check_whole("steps", steps, error=error)
 
 
 def _range(low: float, high: float, above: bool) -> str:
     if above:
         return f"above {low:g}" + (f" and up to {high:g}" if high < math.inf else "")
     return f"from {low:g} on" if high == math.inf else f"from {low:g} to {high:g}"
-
-
-def check_eps(eps: Any) -> float:
-    """Checks the radius of an attack, see `check_radius`.
-
-    Raises:
-        AttackError: ``eps`` is no number above 0 and up to 1.
-    """
-    return check_radius(eps, AttackError)
-
-
-def check_steps(steps: Any) -> int:
-    """Checks the number of steps of an attack.
-
-    Raises:
-        AttackError: ``steps`` is no whole number from 1 on.
-    """
-    return check_whole("steps", steps, error=AttackError)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from ..errors import AttackError
 from .ball import uniform_start
+from .checks import check_number
 from .objective import Objective
 from .pgd import PGD
 
@@ -12,20 +16,20 @@ from .pgd import PGD
 class NFGSM(PGD):
     """N-FGSM (de Jorge et al., arXiv 2202.01181): uniform noise of ``spread * eps``, then one sign step of ``alpha``.
 
-    A model learns to withstand a single step from the ball's centre, or one that is projected back to the ball, without
-    withstanding anything else (catastrophic overfitting). So nothing is projected here, and a pixel moves by up to
-    ``spread * eps + alpha``, within [0, 1].
+    A model that is trained against one step from the centre of the ball, or against one that is projected back to the
+    ball, withstands this step and nothing else (catastrophic overfitting). So the ball does not bound this attack: a
+    pixel moves by up to ``spread * eps + alpha``, within [0, 1].
 
     It saves all attack steps but one.
 
     Args:
         objective: what is raised.
         eps: the radius that training is for, in pixels of [0, 1].
-        alpha: length of the step; None: eps.
-        spread: half width of the noise, in units of eps; 2 in the paper.
+        alpha: length of the step, in pixels of [0, 1]; None: eps.
+        spread: the noise reaches so many eps in either direction; 2 in the paper.
 
     Raises:
-        AttackError: ``eps`` is not a radius.
+        AttackError: an option cannot be used.
 
     Example:
         >>> from functools import partial
@@ -37,12 +41,12 @@ class NFGSM(PGD):
 
     def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):
         super().__init__(objective, eps, eps if alpha is None else alpha, steps=1)
-        self.spread = spread
+        self.spread = check_number("spread", spread, error=AttackError)
 
     def start(self, inputs: Tensor) -> Tensor:
-        """Noise wider than the ball, also outside [0, 1]."""
-        return inputs + self.spread * self.eps * uniform_start(inputs)
+        """The inputs with noise, which may lead out of [0, 1]."""
+        return inputs.add(uniform_start(inputs), alpha=self.spread * self.eps)
 
-    def project(self, points: Tensor, inputs: Tensor) -> Tensor:
-        """The nearest points in [0, 1]."""
-        return points.clamp(0, 1)
+    def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that moves points into [0, 1]."""
+        return lambda points: points.clamp(0, 1)

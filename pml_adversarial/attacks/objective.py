@@ -50,8 +50,8 @@ class Objective(nn.Module):
         super().__init__()
         self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
-        self._embed, self._score, self._stand = embed, score, clean
-        self.clean = clean
+        self.clean = self._latest = clean
+        self._embed, self._score = embed, score
         self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.best_inputs: Tensor | None = None
         self._watched_gradient = False
@@ -64,7 +64,7 @@ class Objective(nn.Module):
     def clean_score(self) -> Tensor:
         """``(M,)`` the score of the unperturbed rows."""
         with torch.no_grad():
-            return self._rows(self._score(self.clean), len(self.clean)).float()
+            return self._per_row(self._score(self.clean))
 
     def satisfied(self, values: Tensor) -> Tensor | None:
         """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
@@ -111,24 +111,27 @@ class Objective(nn.Module):
         return logits
 
     def score(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
-        """What is raised, as it is, for attacks that know that it is one.
+        """The score itself, for attacks that raise a score and need no classifier.
 
         Args:
             inputs: ``(K, ...)`` perturbed inputs.
-            rows: ``(K,)`` which of the ``M`` rows they are of, where it is not all of them; the others stand where they
-                were asked about last, and cost no pass.
+            rows: ``(K,)`` the rows that they belong to; None: all ``M`` rows in their order. The other rows have the
+                embeddings that the last call with ``rows`` gave them, at first the clean ones, and cost no pass.
 
         Returns:
-            ``(K,)``.
+            Scores ``(K,)``, in single precision at least.
+
+        Raises:
+            AttackError: the score has another shape than ``(M,)`` or ``()``.
         """
         if inputs.requires_grad:
             inputs.register_hook(partial(self._watch_gradient, rows))
         embeddings = self._embed(inputs)
-        if rows is not None:
-            embeddings = self._stand.index_copy(0, rows, embeddings.to(self._stand.dtype))
-        self._stand = embeddings.detach()
-        score = self._rows(self._score(embeddings), len(self.clean)).float()
-        return score if rows is None else score[rows]
+        if rows is None:
+            return self._per_row(self._score(embeddings))
+        embeddings = self._latest.index_copy(0, rows, embeddings.to(self._latest.dtype))
+        self._latest = embeddings.detach()
+        return self._per_row(self._score(embeddings))[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
         """From now on, ``best_inputs`` is what raised each row's score most of all that was asked about."""
@@ -146,14 +149,16 @@ class Objective(nn.Module):
         found = gradient.reshape(len(gradient), -1).any(1)
         self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
 
-    @staticmethod
-    def _rows(score: Tensor, count: int) -> Tensor:
+    def _per_row(self, score: Tensor) -> Tensor:
+        count = len(self.clean)
         if not isinstance(score, Tensor) or score.shape not in ((), (count,)):
             found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise AttackError(
                 f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
             )
-        return score.expand(count)
+        if score.dtype in (torch.float16, torch.bfloat16):
+            score = score.float()
+        return score if score.ndim else score.expand(count)
 
 
 class _Logits(torch.autograd.Function):

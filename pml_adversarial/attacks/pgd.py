@@ -1,36 +1,40 @@
 """Projected gradient ascent (PGD): a score is raised by gradient steps within a ball around clean images.
 
-`PGD` is the attack of Madry et al. (arXiv 1706.06083). Its parts are methods: where it starts, how long and in which
-direction a step is, where a point is projected to, and which point is returned. Every other attack by gradients of
-this package is a `PGD` with some parts of its own.
+`PGD` is the attack of Madry et al. (arXiv 1706.06083). Its parts are methods: where it starts, what gradient it
+follows, how long and in which direction a step is, where a point is projected to, and which point is returned. Every
+other attack of this package that follows gradients is a `PGD` with some parts of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .ball import per_image, projected, uniform_start
-from .checks import check_eps, check_steps
+from ..errors import AttackError
+from .ball import per_image, project, uniform_start
+from .checks import check_choice, check_eps, check_number, check_steps
 from .objective import Objective
 
 
 class PGD:
-    """l-inf PGD: sign steps of a constant length, and the last point is returned.
+    """PGD with steps of a constant length; the last point is returned.
 
-    Rows that the score calls satisfied do not move, see `objective.Score`.
+    A row that the score calls satisfied does not move, see `objective.Score`.
 
     Args:
         objective: what is raised.
         eps: radius of the ball, in pixels of [0, 1].
         alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
         steps: number of steps.
-        random_start: whether it starts anywhere in the ball, or at the clean inputs.
+        random_start: whether it starts at a random point of the ball, or at the clean inputs.
+        norm: "Linf", with steps along the gradient's sign, or "L2", with steps along the gradient.
 
     Raises:
-        AttackError: ``eps`` is not a radius, or ``steps`` is not a number of steps.
+        AttackError: an option cannot be used.
 
     Example:
         >>> from functools import partial
@@ -47,65 +51,72 @@ class PGD:
         alpha: float | None = None,
         steps: int = 3,
         random_start: bool = True,
+        norm: str = "Linf",
     ) -> None:
-        check_eps(eps)
-        check_steps(steps)
-        self.objective, self.eps, self.steps, self.random_start = objective, eps, steps, random_start
-        self.alpha = 2.5 * eps / steps if alpha is None else alpha
+        self.norm = check_choice("norm", norm, ("Linf", "L2"), error=AttackError)
+        self.eps = check_eps(eps, norm)
+        self.steps = check_steps(steps)
+        self.alpha = 2.5 * eps / steps if alpha is None else check_number("alpha", alpha, error=AttackError)
+        self.objective, self.random_start = objective, random_start
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Inputs ``(M, ...)`` in [0, 1] -> perturbed inputs ``(M, ...)``. Labels are not needed."""
-        self._low, self._high = (inputs - self.eps).clamp_(min=0), (inputs + self.eps).clamp_(max=1)
+        """Perturbs inputs ``(M, ...)`` in [0, 1]. Labels are not used."""
+        projection = self.projection(inputs)
         points = self.start(inputs)
         for step in range(self.steps):
-            score, gradient = ascent(self.objective, points)
-            self.seen(points, score)
-            moved = self.project(points.add(self.direction(gradient), alpha=self.step_size(step)), inputs)
-            points = self._without_satisfied(points, moved, score)
+            direction = self.direction(self.gradient(points))
+            points = projection(points.add(direction, alpha=self.step_size(step)))
         return self.result(points)
 
     def start(self, inputs: Tensor) -> Tensor:
-        """The first point ``(M, ...)``."""
-        return self.project(inputs + self.eps * uniform_start(inputs), inputs) if self.random_start else inputs
+        """The first points ``(M, ...)``."""
+        if not self.random_start:
+            return inputs
+        return inputs.add(uniform_start(inputs, self.norm), alpha=self.eps).clamp_(0, 1)
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """The gradient ``(M, ...)`` of the scores; 0 for satisfied rows."""
+        score, gradient = ascent(self.objective, points)
+        satisfied = self.objective.satisfied(score)
+        return gradient if satisfied is None else gradient.masked_fill(per_image(satisfied, gradient), 0)
 
     def step_size(self, step: int) -> float:
-        """Length of a step."""
+        """The length of a step, in pixels of [0, 1]."""
         return self.alpha
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Direction ``(M, ...)`` of a step."""
-        return gradient.sign()
+        """The direction ``(M, ...)`` of a step, of length 1 in the norm."""
+        return gradient.sign() if self.norm == "Linf" else gradient / row_length(gradient)
 
-    def project(self, points: Tensor, inputs: Tensor) -> Tensor:
-        """The nearest points ``(M, ...)`` in the ball around the inputs and in [0, 1]."""
-        return torch.clamp(points, self._low, self._high)
-
-    def seen(self, points: Tensor, score: Tensor) -> None:
-        """Is told the score ``(M,)`` of every point that is passed."""
+    def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that moves points ``(M, ...)`` into the ball around the inputs, and into [0, 1]."""
+        if self.norm == "L2":
+            return partial(project, clean=inputs, eps=self.eps, norm=self.norm)
+        low, high = (inputs - self.eps).clamp_(min=0), (inputs + self.eps).clamp_(max=1)
+        return lambda points: torch.clamp(points, low, high)
 
     def result(self, points: Tensor) -> Tensor:
-        """What is returned, of the last points ``(M, ...)``."""
+        """What is returned; ``points`` are the last ones."""
         return points
-
-    def _without_satisfied(self, points: Tensor, moved: Tensor, score: Tensor) -> Tensor:
-        satisfied = self.objective.satisfied(score)
-        return moved if satisfied is None else torch.where(per_image(satisfied, points), points, moved)
 
 
 class MomentumPGD(PGD):
-    """PGD with momentum, with steps that fall from eps to 0 along a cosine; the best point of each row is returned.
+    """PGD with momentum and with steps that fall from eps to 0 along a cosine; it returns the best point of each row.
 
-    The momentum is that of MI-FGSM (Dong et al., arXiv 1710.06081). Like APGD (Croce and Hein, arXiv 2003.01690) it
-    returns the best point of each row's path. It breaks more queries than torchattacks' PGD with as many gradients, and
-    its settings hardly matter. Where a gradient is not finite, it counts as 0.
+    The momentum is that of MI-FGSM (Dong et al., arXiv 1710.06081), and the best point of a row's path is what APGD
+    returns (Croce and Hein, arXiv 2003.01690). It breaks more queries than torchattacks' PGD with as many gradients,
+    and its settings hardly matter. A gradient that is not finite counts as 0.
 
     Args:
         objective: what is raised.
         eps: radius of the ball, in pixels of [0, 1].
-        steps: gradient steps; one more forward pass is spent on the last point.
-        norm: "Linf", with sign steps, or "L2".
+        steps: number of steps; one more forward pass is spent on the last point.
+        norm: "Linf" or "L2".
         momentum: share of the past direction that is kept.
-        random_start: whether it starts anywhere in the ball, or at the clean inputs.
+        random_start: whether it starts at a random point of the ball, or at the clean inputs.
+
+    Raises:
+        AttackError: an option cannot be used.
     """
 
     def __init__(
@@ -117,49 +128,41 @@ class MomentumPGD(PGD):
         momentum: float = 0.75,
         random_start: bool = True,
     ) -> None:
-        self.objective, self.eps, self.steps, self.random_start = objective, eps, steps, random_start
-        self.norm, self.momentum = norm, momentum
+        super().__init__(objective, eps, steps=steps, random_start=random_start, norm=norm)
+        self.momentum = check_number("momentum", momentum, 0, 1, error=AttackError)
 
     def start(self, inputs: Tensor) -> Tensor:
-        """The first point, and nothing that is remembered of an earlier run."""
-        self._best, self._highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
+        """The first points. What was remembered of an earlier run is forgotten."""
         self._velocity = torch.zeros_like(inputs)
-        return projected(self._anywhere(inputs), inputs, self.eps, self.norm) if self.random_start else inputs.clone()
+        self._best, self._highest = inputs, torch.full((len(inputs),), -torch.inf, device=inputs.device)
+        return super().start(inputs)
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """The gradient of the scores. The points are remembered where they are the best so far."""
+        score, gradient = ascent(self.objective, points)
+        self._keep_best(points, score)
+        return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def step_size(self, step: int) -> float:
         """From eps to 0 along a cosine."""
         return self.eps * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The velocity, as a step of length 1."""
-        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-        self._velocity = self.momentum * self._velocity + gradient / self._length(gradient)
-        return self._velocity.sign() if self.norm == "Linf" else self._velocity / self._length(self._velocity)
-
-    def project(self, points: Tensor, inputs: Tensor) -> Tensor:
-        """The nearest points in the ball of the norm and in [0, 1]."""
-        return projected(points, inputs, self.eps, self.norm)
-
-    def seen(self, points: Tensor, score: Tensor) -> None:
-        """Keeps the points that are the best so far."""
-        higher = score > self._highest
-        self._best = torch.where(per_image(higher, points), points, self._best)
-        self._highest = torch.maximum(self._highest, score)
+        """The direction of the velocity, to which the gradient is added at a length of 1."""
+        length = row_length(gradient, mean_absolute=self.norm == "Linf")
+        self._velocity = self.momentum * self._velocity + gradient / length
+        return super().direction(self._velocity)
 
     def result(self, points: Tensor) -> Tensor:
         """The best points, the last ones included."""
         with torch.no_grad():
-            self.seen(points, self.objective.score(points))
+            self._keep_best(points, self.objective.score(points))
         return self._best
 
-    def _anywhere(self, inputs: Tensor) -> Tensor:
-        return inputs + self.eps * uniform_start(inputs, self.norm)
-
-    def _length(self, vectors: Tensor) -> Tensor:
-        """Mean absolute value for "Linf", Euclidean length for "L2", of each row, in a shape that goes with it."""
-        flat = vectors.flatten(1)
-        length = flat.abs().mean(1) if self.norm == "Linf" else flat.norm(dim=1)
-        return per_image(length.clamp(min=torch.finfo(length.dtype).tiny), vectors)
+    def _keep_best(self, points: Tensor, score: Tensor) -> None:
+        higher = score > self._highest
+        self._best = torch.where(per_image(higher, points), points, self._best)
+        self._highest = torch.where(higher, score, self._highest)
 
 
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,10 +170,17 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
 
     Args:
         objective: what is raised.
-        points: where the inputs are.
-        rows: ``(K,)`` which rows they are, where they are not all of them.
+        points: perturbed inputs.
+        rows: ``(K,)`` the rows that the points belong to; None: all rows in their order.
     """
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
     return score.detach(), gradient
+
+
+def row_length(vectors: Tensor, mean_absolute: bool = False) -> Tensor:
+    """Euclidean length, or mean absolute value, of each row of ``(M, ...)``: above 0, in a shape that goes with it."""
+    flat = vectors.flatten(1)
+    length = flat.abs().mean(1) if mean_absolute else flat.norm(dim=1)
+    return per_image(length.clamp(min=torch.finfo(length.dtype).tiny), vectors)

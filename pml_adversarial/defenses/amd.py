@@ -1,4 +1,4 @@
-"""AMD and RAMD: min-max training, the adversary raises the wrapped loss itself."""
+"""AMD and RAMD, min-max training: the attack raises the wrapped loss itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
+from ..attacks.checks import check_choice
 from ..attacks.objective import Score
-from ..errors import InputError, PlanError
+from ..errors import PlanError
 from ..plugins.fixed_context import FixedContext
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
@@ -20,46 +21,48 @@ from ..training.plan import Plan
 from ..training.tuples import ROLES, Role
 from .triplets import distance
 
-_RAISED = ("loss", "hardness")
-
 
 class AMD:
     """Adversarial training of Madry et al. (ICLR 2018, arXiv 1706.06083), adapted to metric learning.
 
-    ``min max L(a + r_a, p + r_p, n + r_n)``: all members move, jointly, so that the wrapped loss rises, and the loss
-    is taken on what they became (Zhou and Patel, arXiv 2203.01439, supplement, "Min-max Adversarial Training with
-    Triplet Loss"). The authors find that it collapses easily.
+    ``min max L(a + r_a, p + r_p, n + r_n)``: the attack perturbs all members together to raise the wrapped loss, and
+    the loss is taken on the perturbed members (Zhou and Patel, arXiv 2203.01439, supplement, "Min-max Adversarial
+    Training with Triplet Loss"). The authors find that training collapses easily.
 
-    The paper has one triplet per anchor, with images of its own: ``tuples_per_anchor=1``. By default all tuples are
-    kept and each row moves as one wherever it stands, which any loss can do: of triplets, pairs, neither, or proxies.
+    In the paper each anchor has one triplet, with images of its own: ``tuples_per_anchor=1``. By default all tuples are
+    kept, and a row has one copy, which stands for it in all tuples. Any loss can be trained in this way, also a loss of
+    proxies.
 
-    A satisfied hinge has no gradient. Copies of satisfied tuples stay where the attack starts them; where all are
-    satisfied and the attack starts at the clean inputs, nothing moves, and the step is a clean one
-    (``perturbation_linf`` is 0). A random start, which Madry et al. use, may find a way. What is raised is the value
-    of the loss with its reducer: PML's `AvgNonZeroReducer` averages over violated tuples, so it can fall as more are
-    violated; `MeanReducer` is the paper's. The authors' code has no hinge in the adversary: ``raises="hardness"``.
+    A satisfied hinge has no gradient, so copies of satisfied tuples stay where the attack starts. Where all tuples are
+    satisfied and the attack starts at the clean inputs, nothing moves, and the step trains on the clean batch
+    (``perturbation_linf`` is 0). A random start, which Madry et al. use, may find a point with a gradient. The attack
+    raises the value of the loss with its reducer. PML's `AvgNonZeroReducer` averages over violated tuples, so it can
+    fall when more tuples are violated; `MeanReducer` is that of the paper. The attack of the authors' code has no
+    hinge: ``raises="hardness"``.
 
-    Processes may share a batch; then each raises the loss by its own copies alone, the others' at their clean
-    embeddings.
+    Processes may share a batch. Each then raises the loss by its own copies alone, while those of the others keep their
+    clean embeddings.
 
     Args:
-        raises: "loss": the wrapped loss. "hardness": mean ``d(a, p)`` minus mean ``d(a, n)`` of the tuples, or of the
-            batch's pairs where the loss has none, ``d`` Euclidean at unit length: the triplet loss without hinge.
-        tuples_per_anchor: so many tuples of each anchor, each with copies of its own. It counts in place of the
-            wrapper's, as ``perturb`` does not count.
+        raises: "loss": the wrapped loss. "hardness": mean ``d(a, p)`` minus mean ``d(a, n)`` over the tuples, or over
+            all pairs of the batch where the loss has no tuples; d is the Euclidean distance at unit length. This is the
+            triplet loss without its hinge.
+        tuples_per_anchor: the number of tuples that an anchor keeps, each with copies of its own; None: all tuples.
+
+    Raises:
+        InputError: ``raises`` is neither word.
+        PlanError: ``tuples_per_anchor`` is no number of tuples.
     """
 
     roles: tuple[Role, ...] = ROLES
 
     def __init__(self, raises: str = "loss", tuples_per_anchor: int | None = None) -> None:
-        if raises not in _RAISED:
-            raise InputError(f"raises={raises!r}; expected {' or '.join(map(repr, _RAISED))}.")
-        self.raises = raises
+        self.raises = check_choice("raises", raises, ("loss", "hardness"))
         self._members = FixedContext(perturb=self.roles, tuples_per_anchor=tuples_per_anchor, keep_clean=False)
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """The members of the tuples.
+        """The members of the tuples are perturbed.
 
         Raises:
             PlanError: a miner is wrapped, or inputs of members are not known.
@@ -68,29 +71,28 @@ class AMD:
         parameters = signature(wrapped.forward).parameters
         if "ref_emb" in parameters and "indices_tuple" not in parameters:
             raise PlanError(
-                f"{name} raises the wrapped loss, and {type(wrapped).__name__} is a miner; expected "
+                f"{name} raises the wrapped loss, and the miner {type(wrapped).__name__} has none; expected "
                 f"AdversarialLoss(loss, model, plugins=[{name}])."
             )
         if batch.num_attackable < len(batch):
             raise PlanError(
-                f"{name} perturbs positives and negatives, which stand in ref_emb, and no watched model produced that; "
-                "expected a reference that the watched model computed with gradient."
+                f"{name} perturbs positives and negatives, which are in ref_emb, and the inputs of ref_emb are not "
+                "known. Compute ref_emb with the watched model and with gradient."
             )
         return self._members.pml_adversarial_plan(wrapped, batch)
 
     @hookimpl
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
-        """What all copies raise together: the wrapped loss, or the hardness of its tuples."""
+        """The wrapped loss, or the hardness of its tuples; all copies raise it together."""
         return _hardness(wrapped, batch, plan) if self.raises == "hardness" else _Loss(wrapped, batch, plan)
 
 
 class RAMD(AMD):
-    """`AMD` revised: positives and negatives move, anchors stay clean.
+    """Revised `AMD`: positives and negatives are perturbed, anchors stay clean.
 
-    ``min max L(a, p + r_p, n + r_n)``, as the code of arXiv 2106.03614 and 2203.01439 has it (there without hinge in
-    the adversary, ``raises="hardness"``). A row that is an anchor as well stays clean as an anchor and has a copy as a
-    positive or negative. Losses that cannot tell the two apart, such as NCA, classification and proxy losses, are
-    refused.
+    ``min max L(a, p + r_p, n + r_n)``, as in the code of arXiv 2106.03614 and 2203.01439; the attack there has no hinge
+    (``raises="hardness"``). A row that is also an anchor stays clean as an anchor, and has a copy as a positive or
+    negative. Losses that cannot tell the two apart are refused: NCA, classification and proxy losses.
 
     Args:
         raises: as in `AMD`.
@@ -101,10 +103,10 @@ class RAMD(AMD):
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """Copies of positives and negatives.
+        """Positives and negatives are perturbed.
 
         Raises:
-            PlanError: as in `AMD`, or the loss cannot leave anchors clean.
+            PlanError: as in `AMD`, or the loss cannot keep anchors clean.
         """
         plan = super().pml_adversarial_plan(wrapped, batch)
         anchors = plan.pool_indices if plan.indices_tuple is None else plan.pool_indices[_anchors(plan.indices_tuple)]
@@ -118,7 +120,7 @@ class RAMD(AMD):
 
 
 class _Loss:
-    """The wrapped loss of all copies; it is flat where all tuples are satisfied."""
+    """A score: the wrapped loss of all copies. It has no gradient where all tuples are satisfied."""
 
     may_be_flat = True
 
@@ -136,10 +138,10 @@ def _anchors(indices_tuple: tuple[Tensor, ...]) -> Tensor:
 
 
 def _hardness(wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
-    """Mean distance of positive pairs minus that of negative ones; a kind that there is none of counts 0."""
+    """A score: mean distance of positive pairs minus that of negative pairs; where there are no such pairs, 0."""
     tuples = tuples_of(plan, wrapped, batch)
     if tuples is None:
-        raise PlanError("There are neither labels nor tuples, so no hardness; use AMD(raises='loss').")
+        raise PlanError("There are neither labels nor tuples, so hardness is not defined. Use AMD(raises='loss').")
     placed, context = replace(plan, indices_tuple=tuples), at_least_float(batch.context)
 
     def hardness(embeddings: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Each image's perturbation of the last epoch is where the next one starts."""
+"""ATTA: the attack on an image starts at the perturbation that the last epoch found for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import is_radius, per_image, uniform_start
+from ..attacks.ball import per_image, project, uniform_start
+from ..attacks.checks import check_eps, check_number, check_steps
 from ..attacks.objective import Attack, Objective
 from ..attacks.pgd import PGD
 from ..errors import InputError, PluginError
@@ -20,67 +21,73 @@ from ..training.plan import Plan
 
 
 class ATTA:
-    """l-inf PGD that goes on from what it found for the same image in the last epoch, in place of a random start.
+    """Adversarial training with transferable adversarial examples (Zheng et al., arXiv 1912.11969).
 
-    A perturbation mostly works on a model that is one epoch older or younger (Zheng et al., arXiv 1912.11969), so that
-    one step an epoch adds up to many. The loss does not know which images it sees: say it before each call. Images
-    that are augmented anew in each epoch hardly have anything to reuse.
+    l-inf PGD starts at the perturbation that it found for the same image in the last epoch; the first time it starts at
+    a random point. A perturbation mostly works on the model of the next epoch too, so one step in each epoch adds up to
+    many. The loss does not know which images it sees: call `next` before each call of the loss. An image that is
+    augmented in another way in each epoch gains little.
 
-    Spares: the attack steps that need not be done again. Costs the memory of one more image for each image.
+    It saves attack steps, and takes the memory of one more image for each image.
 
     Args:
         eps: radius, in pixels of [0, 1].
-        alpha: step; None: 1.25 eps.
-        steps: of each epoch.
+        alpha: length of a step, in pixels of [0, 1]; None: 1.25 eps.
+        steps: number of steps in each epoch.
 
     Attributes:
-        known: bool, of which images a perturbation is remembered.
+        known: ``(L,)`` bool, whether a perturbation is remembered of the image at each place of the data set.
+
+    Raises:
+        InputError: an option is out of its range.
 
     Example:
         >>> from torch import nn
         >>> from pytorch_metric_learning.losses import ContrastiveLoss
         >>> from pml_adversarial import AdversarialLoss
-        >>> model, reuse = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), ATTA(eps=8 / 255)
-        >>> loss_func = AdversarialLoss(ContrastiveLoss(), model, plugins=[reuse], warmup=0)
+        >>> model, atta = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), ATTA(eps=8 / 255)
+        >>> loss_func = AdversarialLoss(ContrastiveLoss(), model, plugins=[atta], warmup=0)
         >>> images, labels, index = torch.rand(8, 1, 4, 4), torch.arange(8) // 2, torch.arange(8)
-        >>> reuse.next(index)  # before each call, the places of the images in their data set
+        >>> atta.next(index)  # before each call: the places of the images in the data set
         >>> loss = loss_func(model(images), labels)
-        >>> int(reuse.known.sum())
+        >>> int(atta.known.sum())
         8
     """
 
     def __init__(self, eps: float = 8 / 255, alpha: float | None = None, steps: int = 1) -> None:
-        if not is_radius(eps) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"eps={eps!r}, steps={steps!r}; expected eps in pixels of [0, 1], and steps from 1 on.")
-        self.eps, self.steps = eps, steps
-        self.alpha = 1.25 * eps if alpha is None else alpha
+        self.eps, self.steps = check_eps(eps, error=InputError), check_steps(steps, InputError)
+        self.alpha = 1.25 * eps if alpha is None else check_number("alpha", alpha)
         self.known = torch.zeros(0, dtype=torch.bool)
         self._found: Tensor | None = None
         self._index: Tensor | None = None
 
     def next(self, index: Tensor) -> None:
-        """Which images the next call is about.
+        """Says which images the next call of the loss will see.
 
         Args:
-            index: ``(N,)`` long, places in the data set, in the order of the inputs.
+            index: ``(N,)`` long, the places of the images in the data set, in the order of the inputs.
 
         Raises:
-            InputError: it is something else.
+            InputError: ``index`` has another type or shape, or is negative.
         """
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.long or (index < 0).any():
             found = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             raise InputError(
-                f"index is {found}; expected torch.long of one dimension, places in the data set from 0 on."
+                f"index is {found}; expected a tensor (N,) of type torch.long: places in the data set, from 0 on."
             )
         self._index = index
 
     @hookimpl
     def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack:
-        """Goes on where it was, and remembers where it came to."""
+        """PGD from the remembered perturbations; what it finds is remembered.
+
+        Raises:
+            PluginError: `next` was not called for this batch.
+        """
         if self._index is None or len(self._index) != len(batch.inputs):
             found = "nothing" if self._index is None else f"{len(self._index)} places"
             raise PluginError(
-                f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; call `reuse.next(index)` with "
+                f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; call `atta.next(index)` with "
                 "the places of the batch's images in the data set before each call of the loss."
             )
         places = batch.places_of(batch.own(plan.rows, plan.rows))
@@ -88,11 +95,11 @@ class ATTA:
         return partial(self._attack, objective, index, batch.strength) if batch.strength else unchanged
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered."""
+        """The perturbations, and of which images they are."""
         return {"known": self.known, "found": self._found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from a state that `state_dict` returned."""
         self.known, self._found = state["known"], state["found"]
 
     def _attack(self, objective: Objective, index: Tensor, strength: float, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class ATTA:
         return points
 
     def _make_room(self, size: int, like: Tensor) -> None:
-        """For so many images, and twice as many where there have to be more, where the inputs are."""
+        """Makes room for ``size`` images on the device of the inputs; where it is too small, for twice as many."""
         found = like.new_zeros(0, *like.shape[1:]) if self._found is None else self._found.to(like)
         self._found, self.known = found, self.known.to(like.device)
         if size > len(found):
@@ -125,4 +132,4 @@ class _FromPerturbation(PGD):
 
     def start(self, inputs: Tensor) -> Tensor:
         """The inputs with the perturbation added."""
-        return self.project(inputs + self.first, inputs)
+        return project(inputs + self.first, inputs, self.eps)

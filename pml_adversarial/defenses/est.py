@@ -1,40 +1,37 @@
-"""EST: every row moves as far from itself as it can, and the loss is taken on what they became."""
+"""EST: the attack moves every embedding as far as it can, and the loss is taken on the moved embeddings."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
 from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.plan import Plan
-from .rows import beside, perturb_all, shift
+from .embedding_shift import displaced, embedding_shift, perturb_all_rows
 
 
 class EST:
     """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
-    Each row becomes ``x' = argmax d(f(x'), f(x))`` within the budget, ``d`` Euclidean between embeddings at unit
-    length, and the wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss so; here it is
-    any loss, since no row's perturbation depends on another's.
+    Each row x becomes ``x' = argmax d(f(x'), f(x))`` within the budget. d is the Euclidean distance between embeddings
+    at unit length. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any
+    loss can be trained, since the perturbation of a row depends on no other row.
 
-    At the clean row the distance has no direction to grow in. As the authors' code does in its first step, it is taken
-    from a point 0.0001 beside the clean embedding, at random, so that an attack needs no random start. Tuples from a
-    miner were mined on clean embeddings, the authors mine on the perturbed: ``AdversarialMiner(miner, model,
-    plugins=["est"])`` does that. Rows of a reference with unknown inputs stay clean. Processes may share a batch.
+    At the clean row the distance has no gradient. So it is measured from a point 0.0001 away from the clean embedding,
+    in a random direction, as the first step of the authors' code does. An attack then needs no random start.
+
+    Tuples that the caller passes were mined on clean embeddings, while the authors mine on perturbed ones:
+    ``AdversarialMiner(miner, model, plugins=["est"])`` does so. Reference rows with unknown inputs stay clean.
+    Processes may share a batch.
     """
 
     @hookimpl
     def pml_adversarial_plan(self, batch: Batch) -> Plan:
-        """Every row is replaced."""
-        return perturb_all(batch)
+        """Every row is replaced by its copy."""
+        return perturb_all_rows(batch)
 
     @hookimpl
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """The distance between a copy and its own clean embedding."""
-        origin = beside(batch.context[plan.rows])
-
-        def moved(embeddings: Tensor) -> Tensor:
-            return shift(embeddings, origin)
-
-        return moved
+        return partial(embedding_shift, right=displaced(batch.context[plan.rows]))

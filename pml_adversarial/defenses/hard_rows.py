@@ -1,4 +1,4 @@
-"""Only the rows that carry most of the loss are perturbed."""
+"""Hard rows: the attack perturbs only the rows that contribute most to the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..attacks.checks import check_number
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.numeric import at_least_float
@@ -18,17 +18,17 @@ from ..training.plan import Plan, clean_loss
 
 
 class HardRows:
-    """Of the copies that would be perturbed, those whose rows carry most loss; the others stay as they are.
+    """Perturbs a share of the copies: those whose rows contribute most to the loss. The other rows stay clean.
 
-    How much a row carries is the length of the wrapped loss's gradient at its embedding, without an attack.
+    The contribution of a row is the length of the gradient of the wrapped loss at its clean embedding.
 
-    Spares: the attack steps of the other rows, and where clean rows are kept also their second pass.
+    It saves the attack steps of the other rows, and where clean rows are kept also their second pass.
 
     Args:
-        share: of the copies, above 0 and up to 1.
+        share: of the copies that would be perturbed without it, above 0 and up to 1.
 
     Raises:
-        InputError: ``share`` is no such share.
+        InputError: ``share`` is out of this range.
 
     Example:
         >>> from torch import nn
@@ -38,22 +38,20 @@ class HardRows:
     """
 
     def __init__(self, share: float = 0.5) -> None:
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise InputError(f"share={share!r}; expected a share of the copies, above 0 and up to 1.")
-        self.share = share
+        self.share = check_number("share", share, 0, 1, above=True, hint=", the share of copies to perturb")
 
     @hookimpl(wrapper=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Generator[None, Any, Any]:
-        """The plan that another answered, with some of its copies."""
+        """The plan of the other plugins, with a share of its copies."""
         plan = yield
         if not isinstance(plan, Plan) or not len(plan):
             return plan
-        carried = _carried(wrapped, batch)[plan.rows]
-        return plan.keep(carried.topk(math.ceil(self.share * len(plan))).indices.sort().values, len(batch))
+        contribution = _contribution(wrapped, batch)[plan.rows]
+        return plan.keep(contribution.topk(math.ceil(self.share * len(plan))).indices.sort().values, len(batch))
 
 
-def _carried(wrapped: nn.Module, batch: Batch) -> Tensor:
-    """``(N,)`` length of the loss's gradient at each row; 0 for rows that it does not depend on."""
+def _contribution(wrapped: nn.Module, batch: Batch) -> Tensor:
+    """``(N,)`` length of the gradient of the loss at each row; 0 for rows on which the loss does not depend."""
     with torch.enable_grad():
         embeddings = at_least_float(batch.context).requires_grad_()
         loss = clean_loss(wrapped, replace(batch, embeddings=embeddings))

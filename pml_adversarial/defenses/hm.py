@@ -1,4 +1,4 @@
-"""HM: triplets are made as hard as is good for training, and no harder (Zhou and Patel, CVPR 2022)."""
+"""HM: an attack makes triplets as hard as a destination asks, and no harder (Zhou and Patel, CVPR 2022)."""
 
 from __future__ import annotations
 
@@ -9,53 +9,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attacks.checks import check_choice, check_number
 from ..attacks.objective import Score
-from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.plan import Plan
 from ..training.tuples import ROLES, IndicesTuple
-from .sampling import check_options, harder_triplets, triplets_for
+from .sampling import check_sampling, harder_triplets, triplets_for
 from .triplets import hardness, per_copy, perturb_members, three_members
-
-_DESTINATIONS = ("lga", "semihard", "softhard")
 
 
 class HM:
     """Hardness manipulation with a gradual adversary (arXiv 2203.01439).
 
-    The hardness of a triplet is ``H = d(a, p) - d(a, n)``, d the Euclidean distance at unit length. Anchor, positive
-    and negative are perturbed jointly, each triplet in copies of its own, to lower ``min(0, H' - H_D) ** 2``: up to the
-    destination hardness ``H_D`` and no further. The wrapped loss is taken on the perturbed triplets alone. A triplet
-    that is as hard to begin with has no gradient; where all are, nothing is perturbed and the step trains on the clean
-    triplets. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``, with `ICS` beside it.
+    The hardness of a triplet is ``H = d(a, p) - d(a, n)``, with d the Euclidean distance at unit length. Each triplet
+    has its own copies of anchor, positive and negative. The attack perturbs all three to lower ``min(0, H' - H_D) **
+    2``: the hardness rises to the destination ``H_D`` and no further. The wrapped loss is taken on the perturbed
+    triplets alone. A triplet that is hard enough from the start is satisfied and does not move. Where all are, nothing
+    is perturbed, and the step trains on the clean triplets. The published loss is ``TripletMarginLoss(0.2,
+    reducer=MeanReducer())``, together with `ICS`.
 
-    Triplets are the caller's; of pairs, all that they form. Where none are given they are drawn, one for each row that
-    has a positive and a negative. The published batches hold two images of each class, of which the first is the
-    anchor: half as many triplets, as with ``anchors_per_class=1``, which draws the anchor. Where no positive qualifies
-    as soft-hard, the published code may draw the anchor itself; here another positive is drawn.
+    The triplets are those of the caller, or all that the caller's pairs form. Where the caller passes none, one is
+    drawn for each row that has a positive and a negative. The published batches hold two images of each class, and the
+    first is the anchor, which gives half as many triplets. ``anchors_per_class=1`` gives as many; it draws the anchor.
+    Where no positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn.
 
-    The published attack stops where the objective moves by less than 1e-7; here the caller's takes all its steps. It
-    may start at the clean inputs. A loss that looks at rows beyond its triplets sees all copies, also those of one row.
-    With reference rows, triplets reach into these, and the loss is taken on the members without a reference. Where
-    processes share a batch, each moves its members while those of the others stay clean.
+    The published attack stops where the objective changes by less than 1e-7; here the attack takes all its steps. It
+    may start at the clean inputs. A loss that looks at rows beyond its triplets sees all copies, also several copies of
+    one row. With reference rows, positives and negatives are among these, and the loss is taken on the members without
+    a reference. Where processes share a batch, each perturbs its own members while those of the others stay clean.
 
     Args:
         source: how triplets are drawn: "softhard", "semihard" or "random", see `sampling.sample_triplets`.
-        destination: "lga": the linear gradual adversary, ``H_D = -margin * min(L, cap) / cap``, one number for
-            all triplets, L the mean ``[H' + margin]+`` of the perturbed triplets of the step before (in the first step:
-            the cap). It asks for more as training goes well. L is the published loss whatever loss is wrapped, so that
-            a reducer, another scale, and what other plugins add do not change it. "semihard" or "softhard": the
-            hardness of a benign triplet of the same anchor ("semihard": and positive), drawn so from the clean batch.
-        margin: gamma of the paper: of "lga", of L, and of what is semi-hard.
-        cap: u of the paper: "lga" asks for ``-margin`` while L is above it; None: the margin.
-        anchors_per_class: draw at most so many anchors of each class; None: every row is one.
+        destination: "lga": the linear gradual adversary, ``H_D = -margin * min(L, cap) / cap``, one number for all
+            triplets. L is the mean ``[H' + margin]+`` of the perturbed triplets of the last step; in the first step it
+            is the cap. The better training goes, the harder triplets become. L is the published loss, whichever loss is
+            wrapped, so that its reducer, its scale and other plugins do not change L. "semihard" or "softhard": the
+            hardness of a clean triplet with the same anchor, drawn with this strategy; "semihard" keeps the positive.
+        margin: gamma of the paper, which is used in "lga", in L, and by the strategy "semihard".
+        cap: u of the paper; "lga" asks for ``-margin`` while L is above it; None: the margin.
+        anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.
 
     Attributes:
-        last_loss: ``()`` L, after a step.
+        last_loss: L of the last step; infinite before the first one.
 
     Raises:
-        InputError: an option cannot be.
+        InputError: an option is out of its range.
     """
 
     def __init__(
@@ -66,28 +65,27 @@ class HM:
         cap: float | None = None,
         anchors_per_class: int | None = None,
     ) -> None:
-        check_options(source, anchors_per_class)
-        if destination not in _DESTINATIONS:
-            raise InputError(f"destination={destination!r}; expected one of {', '.join(map(repr, _DESTINATIONS))}.")
-        self.source, self.destination, self.anchors_per_class = source, destination, anchors_per_class
-        self.margin = _positive("margin", margin)
-        self.cap = self.margin if cap is None else _positive("cap", cap)
+        check_sampling(source, anchors_per_class)
+        self.source, self.anchors_per_class = source, anchors_per_class
+        self.destination = check_choice("destination", destination, ("lga", "semihard", "softhard"))
+        self.margin = check_number("margin", margin, above=True, hint=", such as 0.2")
+        self.cap = self.margin if cap is None else check_number("cap", cap, above=True, hint=", such as 0.2")
         self.last_loss: float | Tensor = math.inf
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """All members of the triplets."""
+        """All members of the triplets are perturbed."""
         triplets = triplets_for(wrapped, batch, self.source, self.margin, self.anchors_per_class)
         return perturb_members(triplets, ROLES, batch)
 
     @hookimpl
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
-        """What its triplet lacks of the destination hardness, squared and with the opposite sign."""
+        """How much hardness the triplets of a copy lack, squared and with the opposite sign."""
         return _MissingHardness(batch, plan, self._destination(batch, plan))
 
     @hookimpl
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> None:
-        """Nothing; but L is remembered for the next step."""
+        """Remembers L for the next step, and records nothing."""
         found = hardness(*three_members(plan, batch.embeddings, adversarial.embeddings))
         self.last_loss = (found + self.margin).relu().mean()
 
@@ -96,11 +94,11 @@ class HM:
         return {"last_loss": float(self.last_loss)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from a state that `state_dict` returned."""
         self.last_loss = state["last_loss"]
 
     def _destination(self, batch: Batch, plan: Plan) -> Tensor:
-        """The hardness that is asked for: ``(T,)``, or one number ``()`` for all triplets."""
+        """The destination hardness: ``(T,)``, or one number ``()`` for all triplets."""
         if self.destination == "lga":
             last = torch.as_tensor(self.last_loss, dtype=torch.float32, device=batch.context.device)
             return -self.margin * last.clamp(max=self.cap) / self.cap
@@ -109,7 +107,7 @@ class HM:
 
 
 class _MissingHardness:
-    """What the triplets of each copy lack of a destination hardness, squared, with the opposite sign."""
+    """A score: the hardness that the triplets of each copy lack, squared and with the opposite sign."""
 
     def __init__(self, batch: Batch, plan: Plan, destination: Tensor) -> None:
         self.batch, self.plan, self.destination = batch, plan, destination
@@ -126,12 +124,6 @@ class _MissingHardness:
 
 
 def _in_batch_rows(plan: Plan, num_rows: int) -> IndicesTuple:
-    """The triplets of a plan, in the clean rows that its members were copied from."""
+    """The triplets of a plan as rows of the batch: a copy counts as the row that it was made from."""
     row = torch.arange(num_rows, device=plan.rows.device)[:, None]
     return tuple(member.flatten() for member in three_members(plan, row, plan.rows[:, None]))
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{name}={value!r}; expected a finite number above 0, such as 0.2.")
-    return float(value)

@@ -7,42 +7,41 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..attacks.checks import check_number
 from ..errors import PlanError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.objectives import tuples_of
 from ..training.plan import Plan
-from .rows import check_weight
 from .triplets import distance
 
 
 class ICS:
     """Intra-class structure (arXiv 2203.01439): adds a term to whatever is optimised.
 
-    The term is ``weight * mean [d(a, a') - d(a, p)]+`` over the triplets or positive pairs, d the Euclidean distance at
-    unit length, a' the perturbed anchor, and a and p clean as the caller embedded them. It pulls a' to a, and pushes p
-    from a; gradient goes through all three.
+    The term is ``weight * mean [d(a, a') - d(a, p)]+`` over the triplets or positive pairs. d is the Euclidean distance
+    at unit length, a' the perturbed anchor; a and p are clean, as the caller embedded them. The term pulls a' toward a
+    and pushes p away from a. Gradient flows through all three.
 
-    It needs perturbed anchors: `HM`, ``perturb="anchor"`` or ``"all"``, or any other plan in which anchors are copies.
-    Tuples whose anchor stays clean contribute 0. Beside `HM`, the published combination, it may be named before or
-    after. Miners take no loss, and refuse it.
+    It needs perturbed anchors: use `HM`, ``perturb="anchor"``, ``perturb="all"``, or another plan that perturbs
+    anchors. Tuples with a clean anchor contribute 0. The published combination is with `HM`, in either order of the
+    two. `AdversarialMiner` has no loss, and refuses it.
 
     Args:
         weight: lambda. Published: 0.5, and 0.05 as a variant.
 
     Raises:
-        InputError: the weight cannot be one.
+        InputError: the weight is no finite number from 0 on.
     """
 
     def __init__(self, weight: float = 0.5) -> None:
-        check_weight(weight)
-        self.weight = float(weight)
+        self.weight = check_number("weight", weight)
 
     @hookimpl(wrapper=True)
     def pml_adversarial_training_loss(
         self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Generator[None, Tensor, Tensor]:
-        """What the others answer, and the term."""
+        """The loss of the other plugins, plus the term."""
         loss = yield
         plan = _with_tuples(wrapped, batch, plan)
         perturbed = plan.members(batch.embeddings, adversarial.embeddings)[0]
@@ -52,13 +51,15 @@ class ICS:
 
 
 def _with_tuples(wrapped: nn.Module, batch: Batch, plan: Plan) -> Plan:
-    """The plan with tuples, those of the loss itself where it leaves them to the loss, and with perturbed anchors."""
+    """The plan with its tuples, or with those of the loss where it has none; refused where no anchor is perturbed."""
     tuples = tuples_of(plan, wrapped, batch)
     if tuples is None:
-        raise PlanError("There are neither labels nor tuples, so ICS knows no positives; expected either.")
+        raise PlanError(
+            "There are neither labels nor tuples, so ICS knows no positives. Pass labels, or the tuples of a miner."
+        )
     if len(tuples[0]) and not (plan.pool_indices[tuples[0]] >= len(batch)).any():
         raise PlanError(
-            "ICS compares anchors with their perturbed copies, and no anchor is perturbed here. Use it with "
+            "ICS compares anchors with their perturbed copies, and no anchor is perturbed. Use it with "
             "plugins=[HM, ICS], with perturb='anchor' or with perturb='all'."
         )
     return replace(plan, indices_tuple=tuples)

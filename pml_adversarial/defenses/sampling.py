@@ -1,8 +1,8 @@
-"""Triplets drawn from a batch, for methods that are defined on triplets and were given none.
+"""Draws triplets from a batch, for methods on triplets where the caller passed no tuples.
 
-The ways to draw are those of the code of arXiv 2106.03614 and 2203.01439, there for two images of each class of which
-the first is the anchor; here for any batch with labels. Where a way leaves no candidate, all are candidates.
-Draws from torch's global generator.
+The strategies are those of the code of arXiv 2106.03614 and 2203.01439. There, a batch holds two images of each class,
+and the first is the anchor. Here, any batch with labels will do. Where no row meets the condition of a strategy, all
+rows of the right label are candidates. Random numbers come from torch's global generator.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, PlanError
+from ..attacks.checks import check_choice, check_whole
+from ..errors import PlanError
 from ..training.batch import Batch
 from ..training.loss_tuples import own_triplets
+from ..training.numeric import unit_length
 from ..training.tuples import IndicesTuple, rank_in_group
-from .rows import on_sphere
 
-KINDS = ("random", "semihard", "softhard")
+STRATEGIES = ("random", "semihard", "softhard")
 
 
-def sample_triplets(kind: str, batch: Batch, margin: float = 0.2, anchors_per_class: int | None = None) -> IndicesTuple:
-    """One triplet for each query row that has a positive and a negative, over the rows of the batch.
+def sample_triplets(
+    strategy: str, batch: Batch, margin: float = 0.2, anchors_per_class: int | None = None
+) -> IndicesTuple:
+    """Draws one triplet for each query row that has a positive and a negative.
 
     Args:
-        kind: "random": positive and negative at random. "semihard": a negative further than the positive, by less than
-            the margin. "softhard": a positive further than the nearest negative, and a negative nearer than the
-            furthest positive. Distances are Euclidean between the rows of ``batch.context`` at unit length.
+        strategy: "random": any positive and any negative. "semihard": a negative that is further than the positive, by
+            less than the margin. "softhard": a positive further than the nearest negative, and a negative nearer than
+            the furthest positive. Distances are Euclidean, between the rows of ``batch.context`` at unit length.
         batch: with reference rows, positives and negatives are among these.
         margin: of "semihard".
-        anchors_per_class: at most so many anchors of each class, drawn at random; None: all.
+        anchors_per_class: the largest number of anchors of a class, drawn at random; None: all rows are anchors.
+
+    Returns:
+        Rows of the batch: anchors, positives and negatives, each ``(T,)``.
 
     Raises:
         PlanError: there are no labels.
@@ -41,32 +47,32 @@ def sample_triplets(kind: str, batch: Batch, margin: float = 0.2, anchors_per_cl
         anchors = anchors[torch.randperm(len(anchors), device=anchors.device)]
         rank = rank_in_group(_labels(batch)[anchors])
         anchors = anchors[rank < anchors_per_class].sort().values
-    positives = _draw_positives(kind, positive[anchors], negative[anchors], distances[anchors])
+    positives = draw_positives(strategy, positive[anchors], negative[anchors], distances[anchors])
     return (
         anchors,
         positives,
-        _draw_negatives(kind, positive[anchors], negative[anchors], distances[anchors], positives, margin),
+        draw_negatives(strategy, positive[anchors], negative[anchors], distances[anchors], positives, margin),
     )
 
 
 def triplets_for(
-    wrapped: nn.Module, batch: Batch, kind: str, margin: float = 0.2, anchors_per_class: int | None = None
+    wrapped: nn.Module, batch: Batch, strategy: str, margin: float = 0.2, anchors_per_class: int | None = None
 ) -> IndicesTuple:
-    """The caller's triplets, or those that his pairs form; where he gave neither, drawn by `sample_triplets`.
+    """The caller's triplets, or those that the caller's pairs form; `sample_triplets` draws them where there are none.
 
     Raises:
         PlanError: there are neither tuples nor labels.
     """
     if batch.indices_tuple is None:
-        return sample_triplets(kind, batch, margin, anchors_per_class)
+        return sample_triplets(strategy, batch, margin, anchors_per_class)
     return own_triplets(wrapped, batch)
 
 
-def harder_triplets(kind: str, batch: Batch, triplets: IndicesTuple, margin: float = 0.2) -> IndicesTuple:
-    """For each triplet another one with the same anchor, drawn as `sample_triplets` does.
+def harder_triplets(strategy: str, batch: Batch, triplets: IndicesTuple, margin: float = 0.2) -> IndicesTuple:
+    """For each triplet, draws another one with the same anchor, as `sample_triplets` does.
 
-    "semihard" keeps the positive, relative to which it is defined; "softhard" draws one. The members of the triplet
-    itself are among the candidates, whatever the labels say.
+    "semihard" keeps the positive; "softhard" draws another. The members of the triplet itself are among the candidates,
+    also where the labels contradict it.
 
     Raises:
         PlanError: there are no labels.
@@ -75,30 +81,78 @@ def harder_triplets(kind: str, batch: Batch, triplets: IndicesTuple, margin: flo
     positive, negative, distances = (of_row[anchors] for of_row in _candidates(batch))
     positive = positive.scatter(1, positives[:, None], True)
     negative = negative.scatter(1, negatives[:, None], True)
-    if kind == "softhard":
-        positives = _draw_positives(kind, positive, negative, distances)
-    return anchors, positives, _draw_negatives(kind, positive, negative, distances, positives, margin)
+    if strategy == "softhard":
+        positives = draw_positives(strategy, positive, negative, distances)
+    return anchors, positives, draw_negatives(strategy, positive, negative, distances, positives, margin)
 
 
-def check_options(kind: Any, anchors_per_class: Any) -> None:
-    """Refuses options that cannot be.
+def check_sampling(source: Any, anchors_per_class: Any) -> None:
+    """Checks the options of a method that draws triplets.
 
     Raises:
-        InputError: an unknown way to draw, or a number of anchors that is none.
+        InputError: ``source`` is no strategy, or ``anchors_per_class`` no number of anchors.
     """
-    if kind not in KINDS:
-        raise InputError(f"source={kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
-    whole = isinstance(anchors_per_class, int) and not isinstance(anchors_per_class, bool)
-    if anchors_per_class is not None and not (whole and anchors_per_class >= 1):
-        raise InputError(
-            f"anchors_per_class={anchors_per_class!r}; expected a whole number from 1 on, or None for every row."
-        )
+    check_choice("source", source, STRATEGIES)
+    if anchors_per_class is not None:
+        check_whole("anchors_per_class", anchors_per_class, hint=", or None for every row")
+
+
+def unit_distances(queries: Tensor, rows: Tensor) -> Tensor:
+    """``(Q, N)`` Euclidean distances between embeddings ``(Q, D)`` and ``(N, D)`` at unit length."""
+    return torch.cdist(unit_length(queries), unit_length(rows), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def draw_positives(
+    strategy: str, positive: Tensor, negative: Tensor, distances: Tensor, otherwise: Tensor | None = None
+) -> Tensor:
+    """One positive for each anchor, ``(T,)``.
+
+    Args:
+        strategy: "softhard" prefers positives that are further than the nearest negative; the others take any.
+        positive: ``(T, N)`` bool, the positives of each anchor.
+        negative: ``(T, N)`` bool, its negatives.
+        distances: ``(T, N)`` from the anchor to all rows.
+        otherwise: ``(T, N)`` bool, the candidates of an anchor that has no preferred positive; None: all positives.
+    """
+    if strategy == "softhard":
+        nearest = distances.masked_fill(~negative, torch.inf).amin(1, keepdim=True)
+        positive = _preferred(positive & (distances > nearest), positive if otherwise is None else otherwise)
+    return draw_columns(positive)
+
+
+def draw_negatives(
+    strategy: str, positive: Tensor, negative: Tensor, distances: Tensor, positives: Tensor, margin: float = 0.2
+) -> Tensor:
+    """One negative for each anchor, ``(T,)``.
+
+    Args:
+        strategy: "softhard" prefers negatives that are nearer than the furthest positive; "semihard" those that are
+            further than the anchor's positive, by less than the margin; "random" takes any.
+        positive: ``(T, N)`` bool, the positives of each anchor.
+        negative: ``(T, N)`` bool, its negatives.
+        distances: ``(T, N)`` from the anchor to all rows.
+        positives: ``(T,)`` the positive that was drawn for it.
+        margin: of "semihard".
+    """
+    if strategy == "softhard":
+        furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+        negative = _preferred(negative & (distances < furthest), negative)
+    elif strategy == "semihard":
+        further = distances - distances.gather(1, positives[:, None])
+        negative = _preferred(negative & (further > 0) & (further < margin), negative)
+    return draw_columns(negative)
+
+
+def draw_columns(mask: Tensor) -> Tensor:
+    """``(T,)`` a random column of each row of ``(T, N)`` in which the mask is True."""
+    return torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1).argmax(1)
 
 
 def _labels(batch: Batch) -> Tensor:
     if batch.labels is None:
         raise PlanError(
-            "There are no labels to draw triplets by; expected loss_func(embeddings, labels), or triplets of a miner."
+            "There are no labels to draw triplets by. Call loss_func(embeddings, labels), or pass the triplets of a "
+            "miner."
         )
     return batch.labels
 
@@ -114,34 +168,10 @@ def _candidates(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     else:
         among = torch.ones_like(itself)
     same = labels[:queries, None] == labels
-    unit = on_sphere(batch.context)
-    distances = torch.cdist(unit[:queries], unit, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = unit_distances(batch.context[:queries], batch.context)
     return same & among & ~itself, ~same & among, distances
 
 
-def _draw_positives(kind: str, positive: Tensor, negative: Tensor, distances: Tensor) -> Tensor:
-    if kind == "softhard":
-        nearest = distances.masked_fill(~negative, torch.inf).amin(1, keepdim=True)
-        positive = _those_if_any(positive & (distances > nearest), positive)
-    return _draw(positive)
-
-
-def _draw_negatives(
-    kind: str, positive: Tensor, negative: Tensor, distances: Tensor, positives: Tensor, margin: float
-) -> Tensor:
-    if kind == "softhard":
-        furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-        negative = _those_if_any(negative & (distances < furthest), negative)
-    elif kind == "semihard":
-        further = distances - distances.gather(1, positives[:, None])
-        negative = _those_if_any(negative & (further > 0) & (further < margin), negative)
-    return _draw(negative)
-
-
-def _those_if_any(preferred: Tensor, otherwise: Tensor) -> Tensor:
+def _preferred(preferred: Tensor, otherwise: Tensor) -> Tensor:
+    """``(T, N)`` the preferred candidates of each row; the others where it has none."""
     return torch.where(preferred.any(1, keepdim=True), preferred, otherwise)
-
-
-def _draw(mask: Tensor) -> Tensor:
-    """``(T,)`` of each row ``(T, N)`` one column that is True, at random."""
-    return torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1).argmax(1)

@@ -2,78 +2,82 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attacks.checks import check_choice, check_number
 from ..attacks.objective import Score
-from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.numeric import at_least_float
 from ..training.plan import Plan
-from .sampling import check_options, triplets_for
+from .sampling import check_sampling, triplets_for
 from .triplets import distance, perturb_members, three_members
 
 _ROLES = {"candidates": ("positive", "negative"), "anchor": ("anchor",)}
 
 
 class TRIDE:
-    """Perturbs the candidates (p, n) and the anchor of triplets in turn, with the collapse of the batch in mind.
+    """Perturbs in turn the candidates (p, n) and the anchor of triplets, and takes account of how far they collapsed.
 
-    With d the Euclidean distance on the unit sphere, D_ap and D_an are means of d(a, p) and d(a, n) over the triplets
-    in which large distances weigh more (`weighted_mean`), and the *collapseness* is ``D_ap - D_an``. An attack on
+    d is the Euclidean distance at unit length. D_ap and D_an are means of d(a, p) and d(a, n) over the triplets, in
+    which large distances weigh more (`weighted_mean`). The *collapseness* of the batch is ``D_ap - D_an``.
 
-    - the candidates lowers ``[D_an - D_ap]+``: it raises the collapseness while that is below 0;
-      trained is (a, p', n').
-    - the anchor lowers ``[D_ap - D_an]+ + gamma [A - S]+``: it undoes a collapse, and leads anchors from where they
-      were (S, the mean of d(a', a)) to their negatives (A, the mean of the smallest half of d(a', n)), the less so the
-      lower the collapseness is: ``gamma = exp(-[D_an - D_ap]+)``, without gradient; trained is (a', p, n).
+    - An attack on the candidates lowers ``[D_an - D_ap]+``: it raises the collapseness while this is below 0. The step
+      trains on (a, p', n').
+    - An attack on the anchor lowers ``[D_ap - D_an]+ + gamma [A - S]+``: it undoes a collapse, and moves anchors away
+      from where they were and toward their negatives. S is the mean of d(a', a), A the mean of the smallest half of
+      d(a', n). The lower the collapseness, the less the second term counts: ``gamma = exp(-[D_an - D_ap]+)``, without
+      gradient. The step trains on (a', p, n).
 
-    The loss is the wrapped one on these triplets, plus
-    ``weight * [mean(smallest half of d(a, p)) - mean(smallest half of d(a, n)) + margin]+``. That term is added to
-    whatever the other plugins answer. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
+    The loss is the wrapped loss on these triplets, plus
+    ``weight * [mean(smallest half of d(a, p)) - mean(smallest half of d(a, n)) + margin]+``. This term is added to the
+    loss of the other plugins. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
 
-    Both objectives are hinged, as published. Where one is satisfied on the clean batch (below ``tolerance``), nothing
-    is perturbed and the step trains on its clean triplets; where it gets there during an attack by gradients, the
-    attack stays where it is.
+    Both objectives have a hinge, as published; below ``tolerance`` they are satisfied. Where this holds for the clean
+    batch, nothing is perturbed, and the step trains on the clean triplets. Where an attack reaches it, the attack
+    stops.
 
-    **The schedule.** The published code keeps eps, and multiplies the step alpha by e/E in epoch e of E; the margin
-    within which negatives are mined shrinks with the same e/E. Here e/E is ``batch.strength``: pass as ``warmup`` the
-    number of *all* training steps. The strength multiplies eps too. That changes nothing where the attack cannot reach
-    eps (``steps * alpha <= eps``: 16 steps of 3/255 within 77/255), since both sides shrink alike. Where it can (16
-    steps of 1/255 within 8/255), the published code may use ``min(eps, steps * alpha * e/E)``, and we ``eps * e/E``,
-    unless the attack is a factory that takes ``alpha`` and keeps an ``eps`` of its own. The strength grows from step to
-    step, not from epoch to epoch: unperturbed is the first step, not the whole first epoch. Without ``warmup``, attack
-    and margin are those of the end.
+    **The schedule.** In epoch e of E, the published code multiplies the step alpha by e/E and keeps eps. The margin
+    within which negatives are mined shrinks with the same e/E. Here e/E is ``batch.strength``: pass the number of *all*
+    training steps as ``warmup``. The strength multiplies eps as well. This changes nothing where the attack cannot
+    reach eps (``steps * alpha <= eps``, such as 16 steps of 3/255 within 77/255), since eps and the way shrink alike.
+    Where it can (16 steps of 1/255 within 8/255), the published attack reaches ``min(eps, steps * alpha * e/E)``, and
+    this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps`` of its own. The
+    strength grows with each step, not with each epoch, so only the first step is unperturbed, not the whole first
+    epoch. Without ``warmup``, attack and margin have their final values.
 
-    Triplets are the caller's; of pairs, all that they form. Where none are given they are drawn on the clean
-    embeddings: for each row that has a positive and a negative, a positive, and among the negatives that are further
-    than it by less than the margin one at random or, where there is none, among all. The published batches hold two
-    images of each class, of which the first is the anchor: half as many triplets, as with ``anchors_per_class=1``,
-    which draws the anchor.
+    The triplets are those of the caller, or all that the caller's pairs form. Where the caller passes none, they are
+    drawn by the clean embeddings, one for each row that has a positive and a negative. The negative is drawn among
+    those that are further than the positive by less than the margin, or among all negatives where there is none. The
+    published batches hold two images of each class, and the first is the anchor, which gives half as many triplets.
+    ``anchors_per_class=1`` gives as many; it draws the anchor.
 
-    A loss that looks at rows beyond its triplets sees all copies, also those of one row. With reference rows, triplets
-    reach into these, and the loss is taken on the members without a reference. An `AdversarialMiner` refuses the
-    method. Where processes share a batch, each moves its copies while those of the others stay clean.
+    A loss that looks at rows beyond its triplets sees all copies, also several copies of one row. With reference rows,
+    positives and negatives are among these, and the loss is taken on the members without a reference.
+    `AdversarialMiner` refuses the method. Where processes share a batch, each perturbs its own copies while those of
+    the others stay clean.
 
     Args:
-        sharpness: lambda of the weighted means; 0 for plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
+        sharpness: lambda of the weighted means; 0 gives plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
         pull: weight of ``gamma [A - S]+``.
         smallest: share of the distances that counts as the smallest "half", in A and in the loss; at least one does.
-        weight: of the term in the loss.
-        margin: of that term.
-        mining_margin: within it negatives are mined at strength 0.
-        mining_shrinkage: at strength s it is ``mining_margin * (1 - mining_shrinkage * s) ** 2``.
-        tolerance: below it an objective is satisfied.
-        first: "candidates" or "anchor", what the first step perturbs.
-        anchors_per_class: draw at most so many anchors of each class; None: every row is one.
+        weight: of the term that is added to the loss.
+        margin: of the term that is added to the loss.
+        mining_margin: the margin within which negatives are mined at strength 0.
+        mining_shrinkage: at strength s the margin is ``mining_margin * (1 - mining_shrinkage * s) ** 2``.
+        tolerance: an objective below it is satisfied.
+        first: what the first step perturbs, "candidates" or "anchor".
+        anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.
+
+    Attributes:
+        steps: number of steps that were taken.
 
     Raises:
-        InputError: an option cannot be.
+        InputError: an option is out of its range.
     """
 
     def __init__(
@@ -89,36 +93,35 @@ class TRIDE:
         first: str = "candidates",
         anchors_per_class: int | None = None,
     ) -> None:
-        check_options("semihard", anchors_per_class)
-        self.sharpness = _number("sharpness", sharpness)
-        self.pull = _number("pull", pull)
-        self.smallest = _number("smallest", smallest, 1)
-        self.weight = _number("weight", weight)
-        self.margin = _number("margin", margin)
-        self.mining_margin = _number("mining_margin", mining_margin)
-        self.mining_shrinkage = _number("mining_shrinkage", mining_shrinkage, 1)
-        self.tolerance = _number("tolerance", tolerance)
-        if first not in tuple(_ROLES):
-            raise InputError(f"first={first!r}; expected 'candidates' or 'anchor', what the first step perturbs.")
-        self.first, self.anchors_per_class = first, anchors_per_class
+        check_sampling("semihard", anchors_per_class)
+        self.sharpness = check_number("sharpness", sharpness)
+        self.pull = check_number("pull", pull)
+        self.smallest = check_number("smallest", smallest, 0, 1)
+        self.weight = check_number("weight", weight)
+        self.margin = check_number("margin", margin)
+        self.mining_margin = check_number("mining_margin", mining_margin)
+        self.mining_shrinkage = check_number("mining_shrinkage", mining_shrinkage, 0, 1)
+        self.tolerance = check_number("tolerance", tolerance)
+        self.first = check_choice("first", first, _ROLES, hint=", what the first step perturbs")
+        self.anchors_per_class = anchors_per_class
         self.steps = 0
 
     @property
     def perturbs(self) -> str:
-        """What the coming step perturbs: "candidates" or "anchor"."""
+        """What the next step perturbs: "candidates" or "anchor"."""
         second = "anchor" if self.first == "candidates" else "candidates"
         return second if self.steps % 2 else self.first
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """The candidates of each triplet, or its anchor."""
+        """The candidates of each triplet are perturbed, or its anchor."""
         margin = self.mining_margin * (1 - self.mining_shrinkage * batch.strength) ** 2
         triplets = triplets_for(wrapped, batch, "semihard", margin, self.anchors_per_class)
         return perturb_members(triplets, _ROLES[self.perturbs], batch)
 
     @hookimpl
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
-        """What the perturbation lowers, with the opposite sign."""
+        """The objective that the attack lowers, with the opposite sign."""
         objective = self.of_candidates if self.perturbs == "candidates" else self.of_anchor
         return _Lowered(objective, at_least_float(batch.context), plan, self.tolerance)
 
@@ -126,20 +129,17 @@ class TRIDE:
     def pml_adversarial_training_loss(
         self, batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Generator[None, Tensor, Tensor]:
-        """What the others answer, and the weighted term."""
+        """The loss of the other plugins, plus the weighted term."""
         loss = yield
         clean = at_least_float(batch.embeddings)
         anchors, positives, negatives = three_members(plan, clean, adversarial.embeddings)
         to_positive, to_negative = distance(anchors, positives), distance(anchors, negatives)
-        gap = self._near(to_positive) - self._near(to_negative) + self.margin
+        gap = self._mean_of_smallest(to_positive) - self._mean_of_smallest(to_negative) + self.margin
         return loss + self.weight * gap.relu()
 
     @hookimpl
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
-        """The collapseness before and after the attack, and whose turn it was.
-
-        Counts the step: the last question of it, which miners ask as well.
-        """
+        """The collapseness before and after the attack, and whether anchors were perturbed. Counts the step."""
         turn = self.perturbs
         self.steps += 1
         clean = at_least_float(batch.embeddings)
@@ -150,37 +150,37 @@ class TRIDE:
         }
 
     def collapseness(self, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-        """How much further positives are than negatives, of embeddings ``(T, D)``: a scalar, above 0 in a collapse."""
+        """How much further positives are than negatives, given ``(T, D)``: a scalar, above 0 in a collapse."""
         to_positive = weighted_mean(distance(anchors, positives), self.sharpness)
         return to_positive - weighted_mean(distance(anchors, negatives), self.sharpness)
 
     def of_candidates(self, anchors: Tensor, positives: Tensor, negatives: Tensor, clean_anchors: Tensor) -> Tensor:
-        """What candidates are perturbed to lower, of embeddings ``(T, D)``."""
+        """The objective of an attack on candidates, given embeddings ``(T, D)``: a scalar that the attack lowers."""
         return (-self.collapseness(anchors, positives, negatives)).relu()
 
     def of_anchor(self, anchors: Tensor, positives: Tensor, negatives: Tensor, clean_anchors: Tensor) -> Tensor:
-        """What anchors are perturbed to lower, of embeddings ``(T, D)``."""
+        """The objective of an attack on anchors, given embeddings ``(T, D)``: a scalar that the attack lowers."""
         collapseness = self.collapseness(anchors, positives, negatives)
         gamma = torch.exp(-(-collapseness.detach()).relu())
-        to_negatives = self._near(distance(anchors, negatives))
+        to_negatives = self._mean_of_smallest(distance(anchors, negatives))
         shift = distance(anchors, clean_anchors).mean()
         return collapseness.relu() + self.pull * gamma * (to_negatives - shift).relu()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken."""
+        """The number of steps that were taken."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from a state that `state_dict` returned."""
         self.steps = state["steps"]
 
-    def _near(self, distances: Tensor) -> Tensor:
+    def _mean_of_smallest(self, distances: Tensor) -> Tensor:
         count = max(1, int(self.smallest * len(distances)))
         return distances.topk(count, largest=False).values.mean()
 
 
 class _Lowered:
-    """An objective of the triplets, with the opposite sign; it has no gradient where it is satisfied."""
+    """A score: an objective of the triplets with the opposite sign. It has no gradient where it is satisfied."""
 
     def __init__(self, objective: Callable[..., Tensor], context: Tensor, plan: Plan, tolerance: float) -> None:
         self.objective, self.context, self.plan, self.tolerance = objective, context, plan, tolerance
@@ -192,17 +192,10 @@ class _Lowered:
         return -torch.where(value < self.tolerance, value.detach(), value)
 
     def satisfied(self, values: Tensor) -> Tensor:
-        """All copies, where the objective is below the tolerance."""
+        """All copies are satisfied where the objective is below the tolerance."""
         return values > -self.tolerance
 
 
 def weighted_mean(distances: Tensor, sharpness: float) -> Tensor:
-    """Mean of ``(T,)`` with weights ``exp(sharpness * (d - max d))``, which carry gradient as well."""
+    """Mean of ``(T,)`` distances with weights ``exp(sharpness * (d - max d))``, which carry gradient too."""
     return (torch.softmax(sharpness * distances, 0) * distances).sum()
-
-
-def _number(name: str, value: float, highest: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest or value == math.inf:
-        bound = "from 0 on" if highest == math.inf else f"from 0 to {highest}"
-        raise InputError(f"{name}={value!r}; expected a number {bound}.")
-    return float(value)

@@ -1,4 +1,4 @@
-"""What the methods on triplets share: who is copied, and where the embeddings of the members come from."""
+"""What the methods on triplets share: a plan with copies of members, their embeddings, distances and hardness."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn.functional import pairwise_distance
 
 from ..errors import PlanError
 from ..training.batch import Batch
+from ..training.numeric import unit_length
 from ..training.plan import Plan, plan_tuples
 from ..training.tuples import IndicesTuple
-from .rows import on_sphere
 
 
 def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) -> Plan:
-    """Each triplet gets copies of its own for these roles, and the loss sees the rows that triplets name, no others.
+    """A plan in which each triplet has its own copies of these roles. The loss sees only rows that stand in triplets.
 
     Raises:
         PlanError: the inputs of a member that is to be perturbed are not known.
@@ -24,8 +24,8 @@ def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) 
     plan = plan_tuples(triplets, roles, len(batch)).only_named()
     if batch.num_attackable < len(batch) and len(plan) and int(plan.rows.max()) >= batch.num_attackable:
         raise PlanError(
-            f"Triplets have members in ref_emb, which no watched model produced with gradient, so {', '.join(roles)} "
-            "cannot all be perturbed. Compute ref_emb with the watched model, or leave it out."
+            f"Triplets have members in ref_emb, whose inputs are not known, so {', '.join(roles)} cannot all be "
+            "perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
         )
     return plan
 
@@ -33,18 +33,18 @@ def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) 
 def distance(left: Tensor, right: Tensor) -> Tensor:
     """``(T,)`` Euclidean distances in [0, 2] between embeddings ``(T, D)`` scaled to unit length.
 
-    In single precision at least: in mixed precision close embeddings would all have the same one.
+    They are computed in single precision at least; in half precision, close embeddings would be equally far.
     """
-    return pairwise_distance(on_sphere(left), on_sphere(right))
+    return pairwise_distance(unit_length(left), unit_length(right))
 
 
 def hardness(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """``(T,)`` how much further the positives are than the negatives; above 0 where a triplet is wrongly ordered."""
+    """``(T,)`` distance to the positive minus distance to the negative; above 0 where the negative is nearer."""
     return distance(anchors, positives) - distance(anchors, negatives)
 
 
 def three_members(plan: Plan, clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows ``(T, D)`` of the anchors, positives and negatives, see `Plan.members`.
+    """The embeddings ``(T, D)`` of anchors, positives and negatives, see `Plan.members`.
 
     Raises:
         PlanError: the plan is of pairs, or leaves the tuples to the loss.
@@ -52,21 +52,21 @@ def three_members(plan: Plan, clean: Tensor, adversarial: Tensor) -> tuple[Tenso
     members = plan.members(clean, adversarial)
     if len(members) != 3:
         raise PlanError(
-            "The plan, made by another plugin, has pairs; expected triplets. Name the method on triplets first."
+            "The plan of another plugin has pairs; expected triplets. Name the method on triplets before that plugin."
         )
     anchors, positives, negatives = members
     return anchors, positives, negatives
 
 
 def per_copy(plan: Plan, values: Tensor, num_rows: int) -> Tensor:
-    """``(M,)`` for each copy the values ``(T,)`` of the triplets in which it stands, summed.
+    """For each copy, the sum ``(M,)`` of the values of the triplets in which it stands.
 
     Args:
-        plan: with triplets.
-        values: one per triplet.
-        num_rows: ``N``, the rows of the batch.
+        plan: a plan with triplets.
+        values: ``(T,)``, one per triplet.
+        num_rows: number of rows of the batch, ``N``.
     """
-    found = values.new_zeros(len(plan) + 1)  # the last one: rows that are no copies
+    found = values.new_zeros(len(plan) + 1)  # the last element collects the rows that are no copies
     for member in plan.indices_tuple or ():
         address = plan.pool_indices[member]
         found = found.index_add(0, torch.where(address < num_rows, len(plan), address - num_rows), values)

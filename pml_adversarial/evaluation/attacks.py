@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attacks.ball import projected
+from ..attacks.ball import project
 from ..attacks.objective import Objective, Score
 from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
@@ -83,7 +83,7 @@ class QueryAttack:
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks all queries of a batch and ranks what the perturbed queries find, down to ``depth``."""
-        images = projected(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
+        images = project(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
         shift = (unit_length(embeddings) - unit_length(batch.clean)).norm(dim=1)
@@ -118,7 +118,7 @@ class GalleryAttack:
         pixels, origin = batch.pixels_of(items), batch.gallery.embeddings[items]
         objective = batch.objective(self.score(batch), origin)
         found = MomentumPGD(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
-        images = projected(found, pixels, eps, batch.norm)
+        images = project(found, pixels, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
         ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, ReplacedItems(items, embeddings))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image, projected, uniform_start
+from ..attacks.ball import per_image, project, uniform_start
 from ..attacks.pgd import MomentumPGD
 from ..training.isolation import random_stream
 from . import binomial
@@ -383,7 +383,7 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
 
 def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
     """Queries with random noise of the largest size that eps allows, ``(Q, C, H, W)``."""
-    return projected(
+    return project(
         batch.images + eps * _directed(torch.randn_like(batch.images), batch.norm), batch.images, eps, batch.norm
     )
 
@@ -404,7 +404,7 @@ def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
 
 def _random_point(batch: QueryBatch, eps: float) -> Tensor:
     """A random point of each ball. Clean images are often at special values, such as 8-bit levels or black."""
-    return projected(batch.images + eps * uniform_start(batch.images, batch.norm), batch.images, eps, batch.norm)
+    return project(batch.images + eps * uniform_start(batch.images, batch.norm), batch.images, eps, batch.norm)
 
 
 def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pml_adversarial.attacks.checks import check_choice, check_number, check_radius, check_whole
+from pml_adversarial.attacks.checks import check_choice, check_eps, check_number, check_steps, check_whole
 from pml_adversarial.errors import AttackError, InputError
 
 NO_NUMBERS = [None, "1", True, math.nan, math.inf, -math.inf, 1 + 0j]
@@ -58,12 +58,24 @@ class TestChoice:
             check_choice("word", "b", ["a"])
 
 
-@pytest.mark.parametrize("eps", [1, 1.0, 8 / 255])
-def test_a_radius(eps):
-    assert check_radius(eps) == eps
+@pytest.mark.parametrize(("eps", "norm"), [(1, "Linf"), (1.0, "Linf"), (8 / 255, "Linf"), (0.5, "L2"), (3, "L2")])
+def test_a_radius(eps, norm):
+    assert check_eps(eps, norm) == eps
 
 
 @pytest.mark.parametrize("eps", [*NO_NUMBERS, 0, -0.1, 8])
 def test_no_radius(eps):
     with pytest.raises(AttackError, match=r"eps=.*; expected a number above 0 and up to 1, in pixels.*eps=8/255"):
-        check_radius(eps, AttackError)
+        check_eps(eps)
+
+
+@pytest.mark.parametrize("eps", [*NO_NUMBERS, 0, -0.1])
+def test_no_radius_in_l2(eps):
+    with pytest.raises(InputError, match=r"eps=.*; expected a number above 0, in pixels"):
+        check_eps(eps, "L2", InputError)
+
+
+@pytest.mark.parametrize("steps", [*NO_NUMBERS, 0, 2.5])
+def test_no_number_of_steps(steps):
+    with pytest.raises(AttackError, match=r"steps=.*; expected a whole number from 1 on\."):
+        check_steps(steps)

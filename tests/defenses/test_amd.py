@@ -375,7 +375,7 @@ class TestRefusals:
     def test_miners(self, method, model, images, labels):
         miner = AdversarialMiner(miners.TripletMarginMiner(), model, plugins=[method()])
         with pytest.raises(
-            PlanError, match=rf"{method.__name__} raises.*TripletMarginMiner is a miner.*AdversarialLoss"
+            PlanError, match=rf"{method.__name__} raises.*the miner TripletMarginMiner has none.*AdversarialLoss"
         ):
             miner(model(images), labels)
 

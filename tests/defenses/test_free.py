@@ -9,8 +9,8 @@ from pml_adversarial.defenses import FreeAT
 
 class TestFreeAT:
     def test_moves_by_the_gradient_of_training(self, model, images, labels):
-        replay = FreeAT(eps=EPS, alpha=0.01)
-        loss_func, watch = wrapped(model, replay, keep_clean=False)
+        method = FreeAT(eps=EPS, alpha=0.01)
+        loss_func, watch = wrapped(model, method, keep_clean=False)
         loss_func(model(images), labels).backward()
         first = watch.adversarial.inputs.detach()
         again = first.clone().requires_grad_()
@@ -41,5 +41,5 @@ class TestFreeAT:
 
     @pytest.mark.parametrize("eps", [0, -1, 8, None])
     def test_refuses_what_is_no_radius(self, eps):
-        with pytest.raises(InputError, match="expected a radius"):
+        with pytest.raises(InputError, match="expected a number above 0 and up to 1"):
             FreeAT(eps)

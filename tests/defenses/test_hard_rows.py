@@ -50,7 +50,7 @@ class TestHardRows:
 
     @pytest.mark.parametrize("share", [0, -1, 1.5, "half", True, None])
     def test_refuses_what_is_no_share(self, share):
-        with pytest.raises(InputError, match="expected a share"):
+        with pytest.raises(InputError, match="expected a number above 0 and up to 1"):
             HardRows(share)
 
 

@@ -420,9 +420,9 @@ def test_a_plan_of_another_plugin_that_has_no_triplets_is_refused(model, images,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "hard"}, r"source='hard'; expected one of"),
-        ({"destination": "random"}, r"destination='random'; expected one of 'lga', 'semihard', 'softhard'"),
-        ({"margin": 0}, r"margin=0; expected a finite number above 0"),
+        ({"source": "hard"}, r"source='hard'; expected 'random', 'semihard' or 'softhard'"),
+        ({"destination": "random"}, r"destination='random'; expected 'lga', 'semihard' or 'softhard'"),
+        ({"margin": 0}, r"margin=0; expected a number above 0"),
         ({"margin": True}, r"margin=True"),
         ({"margin": math.nan}, r"margin=nan"),
         ({"cap": -1}, r"cap=-1"),

@@ -141,11 +141,11 @@ class TestTerm:
 class TestRefuses:
     @pytest.mark.parametrize("options", [{"perturb": "positive"}, {"perturb": ("positive", "negative")}])
     def test_clean_anchors(self, model, images, labels, options):
-        with pytest.raises(PlanError, match=r"no anchor is perturbed here.*\[HM, ICS\].*'anchor'.*'all'"):
+        with pytest.raises(PlanError, match=r"no anchor is perturbed.*\[HM, ICS\].*'anchor'.*'all'"):
             build(model, ICS, **options)(model(images), labels, TRIPLETS)
 
     def test_act(self, model, images, labels):
-        with pytest.raises(PlanError, match="no anchor is perturbed here"):
+        with pytest.raises(PlanError, match="no anchor is perturbed"):
             build(model, ICS, ACT)(model(images), labels)
 
     def test_no_positives_known(self, model, images):
@@ -158,7 +158,7 @@ class TestRefuses:
 
     @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan, True, "0.5", None])
     def test_no_weight(self, weight):
-        with pytest.raises(InputError, match=r"weight=.*; expected a finite number from 0 on"):
+        with pytest.raises(InputError, match=r"weight=.*; expected a number from 0 on"):
             ICS(weight)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pml_adversarial import Batch, InputError, PlanError
-from pml_adversarial.defenses.sampling import KINDS, check_options, harder_triplets, sample_triplets
+from pml_adversarial.defenses.sampling import STRATEGIES, check_sampling, harder_triplets, sample_triplets
 from pml_adversarial.defenses.triplets import distance, hardness, per_copy, perturb_members, three_members
 from pml_adversarial.training.plan import Plan, plan_roles, replace_rows
 from pml_adversarial.training.tuples import ROLES
@@ -65,7 +65,7 @@ def drawn(kind, batch, times=300, **options):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STRATEGIES)
 class TestSample:
     def test_draws_all_that_qualify_and_no_others(self, kind, seed):
         batch = batch_of(seed=seed)
@@ -108,7 +108,7 @@ def test_candidates_differ_by_kind():
     fell_back = set()
     for seed in range(3):
         batch = batch_of(seed=seed)
-        sets = {kind: [candidates(kind, batch, a) for a in range(9)] for kind in KINDS}
+        sets = {kind: [candidates(kind, batch, a) for a in range(9)] for kind in STRATEGIES}
         for kind in ("semihard", "softhard"):
             pairs = [
                 (len(positives), len(negatives_with(p)), len(sets["random"][a][0]), len(sets["random"][a][1](p)))
@@ -129,7 +129,7 @@ def test_is_uniform():
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [4]])
 def test_no_triplets_in_the_batch(labels):
-    for kind in KINDS:
+    for kind in STRATEGIES:
         assert [len(member) for member in sample_triplets(kind, batch_of(labels))] == [0, 0, 0]
 
 
@@ -174,14 +174,14 @@ def test_distances_of_rows_that_half_precision_cannot_tell_apart():
 
 @pytest.mark.parametrize("value", ["hard", None, 3])
 def test_an_unknown_kind(value):
-    with pytest.raises(InputError, match=r"source=.*'random', 'semihard', 'softhard'"):
-        check_options(value, None)
+    with pytest.raises(InputError, match=r"source=.*'random', 'semihard' or 'softhard'"):
+        check_sampling(value, None)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "all"])
 def test_no_number_of_anchors(value):
     with pytest.raises(InputError, match=r"anchors_per_class=.*None for every row"):
-        check_options("random", value)
+        check_sampling("random", value)
 
 
 class TestSharedByMethods:

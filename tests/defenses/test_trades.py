@@ -213,7 +213,7 @@ class TestAround:
         assert all(module.training for module in moody_model.modules())
 
     def test_two_rows_have_one_neighbour_each(self, model, images):
-        with pytest.raises(PlanError, match=r"2 rows leaves 1 neighbours.*'distance'"):
+        with pytest.raises(PlanError, match=r"2 rows, a row has 1 neighbours.*'distance'"):
             step(model, images[:2], torch.tensor([0, 0]), TRADES(), loss=losses.ContrastiveLoss())
         labels = torch.tensor([0, 0])
         loss_func, _ = step(model, images[:2], labels, TRADES(divergence="distance"), loss=losses.ContrastiveLoss())
@@ -221,7 +221,7 @@ class TestAround:
 
     @pytest.mark.parametrize("weight", [-1, math.inf, math.nan, "6", None, False])
     def test_what_is_no_weight(self, weight):
-        with pytest.raises(InputError, match=r"weight=.*expected a finite number from 0 on"):
+        with pytest.raises(InputError, match=r"weight=.*expected a number from 0 on"):
             TRADES(weight)
 
     @pytest.mark.parametrize("temperature", [0, -0.1, math.inf, math.nan, "1", None, True])

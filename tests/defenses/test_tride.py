@@ -596,7 +596,7 @@ class OwnPlan:
 def test_refuses_plans_of_others_without_triplets(network, images, labels):
     rows = torch.arange(8)
     pairs = tuple(torch.tensor(member) for member in ([0], [1], [0], [2]))
-    for tuples, message in ((pairs, "Name the method on triplets first"), (None, "has no tuples")):
+    for tuples, message in ((pairs, "Name the method on triplets before"), (None, "has no tuples")):
         plan = Plan(rows, rows + 8, tuples)
         loss_func = seed_paper_loss(TRIPLET(), network, attack=PGD, plugins=[OwnPlan(plan), TRIDE()])
         with pytest.raises(PlanError, match=message):

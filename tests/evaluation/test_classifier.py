@@ -8,7 +8,7 @@ import torch
 import torchattacks
 from query_batches import bench_of, embedded, images_of, network
 
-from pml_adversarial.attacks.ball import projected
+from pml_adversarial.attacks.ball import project
 from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.classifier import RetrievalClassifier, separable_groups
 from pml_adversarial.evaluation.gallery import Gallery, Targets
@@ -48,7 +48,7 @@ class TestLogits:
         assert model.labels.tolist() == [(label + 7) // 10 for label in labels]
 
     def test_right_exactly_if_recall_at_1_is(self, batch):
-        moved = projected(batch.images + torch.randn_like(batch.images), batch.images, EPS, "Linf")
+        moved = project(batch.images + torch.randn_like(batch.images), batch.images, EPS, "Linf")
         for images in (batch.images, moved):
             right = classifier(batch)(images).argmax(1) == classifier(batch).labels
             stands = [
@@ -75,7 +75,7 @@ class TestLogits:
         assert len(part) > 12
         model = classifier(part)
         rows = torch.randint(len(part), (40,), generator=torch.Generator().manual_seed(1))
-        moved = projected(part.images[rows] + torch.randn(40, 1, 6, 6), part.images[rows], radius, norm)
+        moved = project(part.images[rows] + torch.randn(40, 1, 6, 6), part.images[rows], radius, norm)
         found = model(moved) / model.scale
         for row, query, logits in zip(rows.tolist(), part.embed(moved), found, strict=True):
             own = int(part.targets.own[row])
@@ -216,7 +216,7 @@ class TestAttacksOnClassifiers:
 
         def make(model, eps, norm, seed):
             def attack(images, labels):
-                moved = projected(images + 2 * eps * (torch.rand_like(images) - 0.5).sign(), images, eps, norm)
+                moved = project(images + 2 * eps * (torch.rand_like(images) - 0.5).sign(), images, eps, norm)
                 asked.append((moved, model(moved) / model.scale))
                 return moved
 

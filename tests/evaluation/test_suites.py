@@ -107,14 +107,14 @@ class TestMomentumPGD:
     def test_starts_are_anywhere_in_the_ball(self, norm):
         images = torch.full((400, 1, 1, 3), 0.5)
         blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(400, 3))
-        found = length(MomentumPGD(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
+        found = length(MomentumPGD(blind, 0.2, 1, norm).start(images) - images, norm)
         inner = (found <= 0.2 * 0.5 ** (1 / 3)).float().mean()  # half of the volume
         assert 0.4 < inner < 0.6
         assert found.max() <= 0.2 + 1e-6
 
     def test_without_random_start_begins_at_the_inputs(self):
         objective, images, _ = self.objective()
-        assert torch.equal(MomentumPGD(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
+        assert torch.equal(MomentumPGD(objective, 0.1, 1, random_start=False).start(images), images)
 
     @both_norms
     def test_stays_put_where_there_is_no_gradient(self, norm):
