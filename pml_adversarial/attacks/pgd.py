@@ -66,7 +66,9 @@ class PGD:
 
     def start(self, inputs: Tensor) -> Tensor:
         """The first point ``(M, ...)``."""
-        return self.project(inputs + self.eps * uniform_start(inputs), inputs) if self.random_start else inputs
+        if not self.random_start:
+            return inputs
+        return self.project(torch.empty_like(inputs).uniform_(-self.eps, self.eps).add_(inputs), inputs)
 
     def step_size(self, step: int) -> float:
         """Length of a step."""
@@ -142,6 +144,7 @@ class MomentumPGD(PGD):
 
     def seen(self, points: Tensor, score: Tensor) -> None:
         """Keeps the points that are the best so far."""
+        score = score.detach()
         higher = score > self._highest
         self._best = torch.where(per_image(higher, points), points, self._best)
         self._highest = torch.maximum(self._highest, score)
@@ -163,7 +166,7 @@ class MomentumPGD(PGD):
 
 
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores ``(K,)`` of points ``(K, ...)``, detached, and the gradient ``(K, ...)`` of their sum.
+    """Scores ``(K,)`` of points ``(K, ...)``, whose graph is gone, and the gradient ``(K, ...)`` of their sum.
 
     Args:
         objective: what is raised.
@@ -173,4 +176,4 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
-    return score.detach(), gradient
+    return score, gradient

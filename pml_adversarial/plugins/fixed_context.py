@@ -29,7 +29,7 @@ from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners
 from ..training.options import levels, shown
 from ..training.plan import Plan, clean_loss, plan_rows, replace_rows
 from ..training.records import nobody_perturbed
-from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles
+from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles, take
 from .hookspecs import hookimpl
 
 logger = logging.getLogger("pml_adversarial")
@@ -184,15 +184,15 @@ class FixedContext:
         if not len(rows):
             return nobody_perturbed(batch.strength)
         change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
-        shift = batch.own(adversarial.embeddings - batch.embeddings[plan.rows], plan.rows).float()
+        shift = batch.own(adversarial.embeddings - take(batch.embeddings, plan.rows), plan.rows).float()
         return {
             "strength": batch.strength,
             "num_perturbed": len(rows),
-            "perturbation_linf": change.abs().max(),
+            "perturbation_linf": torch.linalg.vector_norm(change, torch.inf),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),
-            "share_score_rose": (adversarial.score_after > adversarial.score_before).float().mean(),
-            "share_zero_gradient": adversarial.zero_gradient.float().mean(),
+            "share_score_rose": (adversarial.score_after > adversarial.score_before).mean(dtype=torch.float32),
+            "share_zero_gradient": adversarial.zero_gradient.mean(dtype=torch.float32),
             "attack_seconds": adversarial.seconds,
         }
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .tuples import IndicesTuple
+from .tuples import IndicesTuple, take
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Batch:
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         """``(K, ...)`` the inputs of rows that are this process's own."""
-        return self.inputs[self.places_of(rows)]
+        return take(self.inputs, self.places_of(rows))
 
     def decide(self, work: Callable[[], T]) -> T:
         """The result of ``work``. In a joint batch, the first process does the work for all of them."""
