@@ -209,8 +209,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             indices_tuple: triplets or pairs from a miner; None: the loss's own.
             ref_emb: ``(R, D)`` reference embeddings, where the loss knows them.
             ref_labels: ``(R,)``.
-            enqueue_mask: ``(N,)`` bool, of a `CrossBatchMemory`: the rows that join the memory; the others are the
-                queries. As in PML, it may also be the fourth argument.
+            enqueue_mask: ``(N,)`` bool, of a `CrossBatchMemory`: the rows that join the memory, which are never
+                perturbed; the others are the queries. As in PML, it may also be the fourth argument.
 
         Returns:
             A scalar.
@@ -227,11 +227,10 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
             return call(loss, embeddings, labels, *given)
         _check_gradient(embeddings)
-        calls.check_arguments(loss, indices_tuple, ref_emb)
-        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if enqueue_mask is not None:
             calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
-            loss, batch = calls.Enqueuing(loss), calls.split_by_mask(batch, enqueue_mask)
+            loss = calls.Enqueuing(loss)
+        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
         if isinstance(loss, DistributedLossWrapper):
             loss = loss.loss  # the batch is joint already
         value, answers = self.adversary.train(loss, batch)

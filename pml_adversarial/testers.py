@@ -91,7 +91,7 @@ class AdversarialTester(_Proxy):
         max_queries: how many queries of each split are attacked, the same ones in each test; None: all.
         checks: whether to look for signs that the measured robustness is too high, see `evaluate_robustness`.
         seed: of all random choices.
-        batch_size: queries that are attacked together.
+        attack_batch_size: queries that are attacked together; ``batch_size`` is the wrapped tester's.
 
     Attributes:
         reports: of the last test, name -> `Report`. The name is that of the split, such as ``"val"``. With several
@@ -129,11 +129,11 @@ class AdversarialTester(_Proxy):
         max_queries: int | None = None,
         checks: bool = False,
         seed: int = 0,
-        batch_size: int = 128,
+        attack_batch_size: int = 128,
     ) -> None:
         _check_kind(tester)
         check_norm(norm)
-        check_whole("batch_size", batch_size)
+        check_whole("attack_batch_size", attack_batch_size)
         if max_queries is not None:
             check_whole("max_queries", max_queries)
         members = find_suite(attacks)[1]
@@ -156,7 +156,7 @@ class AdversarialTester(_Proxy):
                 "normalization": normalization,
                 "checks": checks,
                 "seed": seed,
-                "batch_size": batch_size,
+                "batch_size": attack_batch_size,
             },
         )
 

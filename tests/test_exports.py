@@ -10,7 +10,7 @@ import pytest
 import pml_adversarial
 
 PACKAGE = Path(pml_adversarial.__file__).parent
-PUBLIC = ["attacks", "defenses", "evaluation", "plugins"]
+PUBLIC = ["attacks", "cli", "defenses", "evaluation", "evaluation.html", "plugins", "training"]
 DOORS = ["errors", "losses", "miners", "testers"]
 
 

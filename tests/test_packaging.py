@@ -50,9 +50,9 @@ def with_plugin(built, tmp_path_factory):
 class TestDistributions:
     def test_wheel_holds_the_package_alone(self, built):
         names = zipfile.ZipFile(built["wheel"]).namelist()
-        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pml_adversarial").rglob("*.py")}
-        assert sources <= set(names)
-        assert "pml_adversarial/py.typed" in names
+        files = [path for path in (ROOT / "pml_adversarial").rglob("*.*") if path.suffix != ".pyc"]
+        assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
+        assert {"pml_adversarial/py.typed", "pml_adversarial/evaluation/html/templates/page.html"} <= set(names)
         assert all(name.startswith(("pml_adversarial/", "pml_adversarial-")) for name in names)
 
     def test_sdist_holds_what_it_is_tested_with(self, built):
@@ -67,9 +67,11 @@ class TestDistributions:
         assert (metadata["Name"], metadata["Version"]) == ("pml-adversarial", pml_adversarial.__version__)
         required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
         assert {re.match(r"[\w-]+", line)[0] for line in required} == {
+            "jinja2",
             "numpy",
             "pluggy",
             "pytorch-metric-learning",
+            "scipy",
             "torch",
             "torchattacks",
         }
@@ -177,7 +179,7 @@ RIGHT = """
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
     from pml_adversarial import (
-        AdversarialLoss, AdversarialMiner, Batch, Plan, Report, attacks, evaluate_robustness, hookimpl
+        AdversarialLoss, AdversarialMiner, Batch, FixedContext, Plan, Report, attacks, evaluate_robustness, hookimpl
     )
     from pml_adversarial.defenses.hm import HM
 
@@ -188,21 +190,33 @@ RIGHT = """
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
     loss_func = AdversarialLoss(
-        TripletMarginLoss(), model, attack=attacks.preset(4 / 255), perturb=("positive", "negative"),
-        plugins=["ics", HM(), Mine], warmup=10,
+        TripletMarginLoss(), model, attack=attacks.preset(4 / 255), plugins=["ics", HM(), Mine], warmup=10,
     )
+    chosen = AdversarialLoss(
+        TripletMarginLoss(), model, eps=4 / 255, steps=5, perturb=("positive", "negative"), warmup=0.5, total_steps=100
+    )
+    by_method = AdversarialLoss(TripletMarginLoss(), model, method=FixedContext(perturb="anchor"))
+    published = AdversarialLoss.seed_paper(TripletMarginLoss(), model)
     other = AdversarialLoss(TripletMarginLoss(), attack=partial(torchattacks.PGD, eps=0.1), perturb="all")
     miner = AdversarialMiner(MultiSimilarityMiner(), [model])
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) // 2
     embeddings: Tensor = model(images)
     loss: Tensor = loss_func(embeddings, labels, miner(embeddings, labels))
     share: float = loss_func.share_score_rose
+    strength: float = loss_func.records.strength
+    gains: dict[str, float] = dict(loss_func.records.of_plugins)
     report: Report = evaluate_robustness(model, (images, labels), eps=[1 / 255, 8 / 255])
     worst: float = report.worst_case(8 / 255)
 """
 WRONG = {
     "AdversarialLoss(TripletMarginLoss(), model, warmup='long')": "arg-type",
     "AdversarialLoss(TripletMarginLoss(), model, epsilon=0.1)": "call-arg",
+    "AdversarialLoss(TripletMarginLoss(), model, perturb='positives')": "arg-type",
+    "AdversarialMiner(MultiSimilarityMiner(), model, perturb=('anchor', 'positives'))": "arg-type",
+    "FixedContext(perturb='positives')": "arg-type",
+    "loss_func.records.strengh": "attr-defined",
+    "miner.records.loss_after": "attr-defined",
+    "published.records.strengh": "attr-defined",
     "AdversarialMiner(MultiSimilarityMiner(), model, seed='x')": "arg-type",
     "evaluate_robustness(model, (images, labels), eps='8/255')": "arg-type",
     "attacks.preset('large')": "arg-type",

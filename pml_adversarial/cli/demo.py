@@ -133,8 +133,8 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Percent, on digits never seen in training, mean of {seeds} seed(s). Attacked R@1 is the worst case per",
         f"query over {attacks} attacks (toward the nearest wrong item, chosen anew in each step; away from its clean",
-        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random starts each; "
-        "the gallery is clean.",
+        f"embedding), l-inf PGD with momentum, {settings['attack_steps']} steps from {settings['restarts']} random "
+        "starts each; the gallery is clean.",
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
@@ -162,9 +162,10 @@ def _training_attack(text: str, eps: float) -> AttackFactory:
     given = made.keywords  # type: ignore[attr-defined]
     if "eps" not in parameters:
         raise click.BadParameter(f"{text} has no option eps; choose an attack with an l-inf radius, such as PGD.")
+    eps = given.get("eps", eps)
     steps = given.get("steps", getattr(parameters.get("steps"), "default", 1))
     alpha = {"alpha": 2.5 * eps / steps} if "alpha" in parameters and "alpha" not in given else {}
-    return partial(made, **{"eps": eps, **alpha, **given})
+    return partial(made, **{**given, "eps": eps, **alpha})
 
 
 def _refuse_options(context: click.Context) -> None:

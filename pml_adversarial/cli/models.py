@@ -109,7 +109,7 @@ def check_model(model: nn.Module, images: Tensor, normalization: Normalization |
             except Exception as error:
                 raise InputError(
                     f"The model does not take {count} image(s) of {tuple(images.shape[1:])}, channels first: "
-                    f"{_in_one_line(error)}.{'' if count == 1 else ' One alone it takes; use smaller chunks.'}"
+                    f"{_in_one_line(error)}.{'' if count == 1 else ' It takes one image; use smaller batches.'}"
                 ) from error
             _check_embeddings(found, count)
 

@@ -168,6 +168,8 @@ class Results:
             InputError: the evaluation did not measure this.
         """
         found = {worst.eps: worst.measures for worst in self.worst if worst.target == target}
+        if not found:
+            raise InputError(f"No attack on the {target} was evaluated; expected attacks that perturb it.")
         if eps not in found or measure not in found[eps]:
             raise InputError(f"{measure} at eps={eps} on {target} was not measured; choose {_choices(found)}.")
         return found[eps][measure]
@@ -211,4 +213,4 @@ def heading(measure: str) -> str:
 
 def _choices(found: Mapping[float, Measures]) -> str:
     names = sorted({name for measures in found.values() for name in measures})
-    return f"{', '.join(names)} at {', '.join(f'{eps:g}' for eps in sorted(found))}" if found else "another target"
+    return f"{', '.join(names)} at {', '.join(f'{eps:g}' for eps in sorted(found))}"

@@ -20,7 +20,7 @@ from ..attacks import adapter, keywords
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
 from ..training.batch import Adversarial, Batch
-from ..training.calls import check_scalar, name_of
+from ..training.calls import Enqueuing, check_scalar, name_of
 from ..training.isolation import random_stream
 from ..training.loss_support import Copies, LossSupport, support_of
 from ..training.loss_trials import CallSignature, LossTrials, call_signature, with_copies
@@ -129,6 +129,8 @@ class FixedContext:
         self._check_call(wrapped, batch)
         rows = rows_in_own_tuples(wrapped, batch) if self.in_place and self.roles == ROLES else None
         if rows is not None:
+            if isinstance(wrapped, Enqueuing):
+                rows = rows[rows < batch.num_queries]  # the others join the memory as they are
             self._check_inputs_known(rows, batch)
             plan = replace_rows(rows, len(batch), None).split(batch.num_queries)
         elif (tuples := own_tuples(wrapped, batch)) is None:
@@ -304,7 +306,9 @@ class FixedContext:
 
     def _trained_on(self, plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
         """The plan of which training takes the loss: with clean rows beside their copies, where they are kept."""
-        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None or _tells_images_apart(batch):
+        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None:
+            return plan
+        if _tells_images_apart(batch) and not isinstance(wrapped, Enqueuing):
             return plan
         support = self._support_of(wrapped, batch)
         if not (support.beside_clean and support.holds(2 * batch.num_queries)):

@@ -10,7 +10,6 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from ..errors import InputError, PlanError
-from .batch import Batch
 from .loss_support import LossSupport, support_of
 from .options import positional
 from .tuples import IndicesTuple
@@ -72,7 +71,10 @@ class TwoViews(PMLCall):
 
 
 class Enqueuing(PMLCall):
-    """A `CrossBatchMemory` called with ``enqueue_mask``: the rows of the mask are a reference that joins the memory."""
+    """A `CrossBatchMemory` called with ``enqueue_mask``: the rows of the mask are a reference that joins the memory.
+
+    Queries meet the memory only, and not one another.
+    """
 
     @property
     def loss_support(self) -> LossSupport | None:
@@ -94,25 +96,6 @@ class Enqueuing(PMLCall):
         return self.loss(rows, classes, enqueue_mask=mask)
 
 
-def split_by_mask(batch: Batch, mask: Tensor) -> Batch:
-    """The batch with the rows outside of the mask as queries, and those of the mask as the reference.
-
-    Args:
-        batch: without a reference, of one process.
-        mask: ``(N,)`` bool.
-    """
-    mask = mask.to(batch.embeddings.device)
-    order = mask.long().argsort(stable=True)
-    return replace(
-        batch,
-        inputs=batch.inputs[order],
-        embeddings=batch.embeddings[order],
-        context=batch.context[order],
-        labels=None if batch.labels is None else batch.labels[order],
-        num_queries=len(batch) - int(mask.sum()),
-    )
-
-
 def name_of(loss: nn.Module) -> str:
     """The class of the loss, as the user knows it."""
     return type(loss.loss if isinstance(loss, PMLCall) else loss).__name__
@@ -129,27 +112,6 @@ def check_scalar(loss: nn.Module, value: Any) -> None:
         raise InputError(
             f"{name_of(loss)} returned {found}; expected a scalar tensor. Give a loss of pytorch-metric-learning a "
             "reducer that returns one, such as reducer=MeanReducer(); in a loss of your own, return losses.mean()."
-        )
-
-
-def check_arguments(loss: nn.Module, indices_tuple: Any, ref_emb: Any) -> None:
-    """Refuses tuples or a reference that the loss does not take.
-
-    Raises:
-        PlanError: the loss takes no tuples.
-        InputError: the loss takes no reference.
-    """
-    names = positional(loss)
-    if any(name.startswith("*") for name in names):
-        return
-    call = f"{type(loss).__name__} is called with ({', '.join(names)})"
-    if indices_tuple is not None and len(names) < 3:
-        raise PlanError(
-            f"{call}, so it takes no tuples. Leave out the miner, or add indices_tuple=None to its forward."
-        )
-    if ref_emb is not None and len(names) < 5:
-        raise InputError(
-            f"{call}, so it takes no reference. Leave out ref_emb, or let its forward take PML's five arguments."
         )
 
 

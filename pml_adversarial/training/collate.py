@@ -41,6 +41,7 @@ class Collator:
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
         state: Callable[[], T],
+        enqueue_mask: Tensor | None = None,
     ) -> tuple[Batch, T | None]:
         """The arguments of a PML loss as one batch, and the state of the first of the processes that share it.
 
@@ -51,6 +52,8 @@ class Collator:
             ref_emb: ``(R, D)`` reference embeddings, or None.
             ref_labels: ``(R,)``, or None.
             state: gives the state of this process, as an object that can be pickled.
+            enqueue_mask: ``(N,)`` bool, of a batch without a reference: these rows become the reference, of which no
+                inputs are known. None: no such rows.
 
         Returns:
             The batch, and the state of the first process; None where this process has the batch for itself.
@@ -63,7 +66,7 @@ class Collator:
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         world_size = distributed.world_size() if self.joint else 1
         if world_size == 1:
-            return self._local(*given, world_size), None
+            return self._local(*given, world_size, enqueue_mask), None
         local, told = distributed.agree(
             lambda: self._local(*given, world_size), lambda batch: (self._form_of(batch), state())
         )
@@ -78,6 +81,7 @@ class Collator:
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
         world_size: int,
+        enqueue_mask: Tensor | None = None,
     ) -> Batch:
         """What this process was given. Tuples name rows of all processes."""
         _check_rows("embeddings", embeddings, "labels", labels)
@@ -85,13 +89,17 @@ class Collator:
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
-        inputs, columns = self._source_of(embeddings)
-        if len(inputs) != len(embeddings):
+        queries = None if enqueue_mask is None else ~enqueue_mask.to(embeddings.device)
+        num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
+        inputs, columns = self._source_of(embeddings, queries)
+        if len(inputs) != num_queries:
             raise InputError(
-                f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
+                f"{len(inputs)} inputs gave {num_queries} embeddings; expected a model that gives one per input."
             )
-        num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
+        if queries is not None:
+            order = (~queries).long().argsort(stable=True)
+            embeddings, labels = embeddings[order], None if labels is None else labels[order]
         if ref_emb is not None and ref_emb is not embeddings:
             if self.capture.knows(ref_emb, columns):
                 inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
@@ -110,9 +118,9 @@ class Collator:
             columns=None if columns == slice(None) else columns,
         )
 
-    def _source_of(self, embeddings: Tensor) -> Source:
+    def _source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
         try:
-            source = self.capture.source_of(embeddings)
+            source = self.capture.source_of(embeddings, needed)
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .loss_tuples import own_partners, own_tuples
+from .numeric import at_least_float
 from .plan import Plan
 from .tuples import IndicesTuple, as_slice, consecutive, shift_partners, take
 
@@ -123,8 +124,3 @@ def exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
     kind = embeddings.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
-
-
-def at_least_float(values: Tensor) -> Tensor:
-    """The values, in single precision if they had less."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -20,15 +20,28 @@ from ..errors import PlanError
 from .batch import Batch
 from .tuples import MEMBERS, IndicesTuple, as_slice, consecutive, played, rank_in_group, shift_partners, take
 
+_OF_PML = ("embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
+
 
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
 
     What follows the labels is left out if all of it is None and the loss takes less: a loss of one's own may be
     ``forward(embeddings, labels)``.
+
+    Raises:
+        PlanError: there are tuples or a reference, and the loss does not take them.
     """
-    if isinstance(loss, nn.Module) and all(argument is None for argument in arguments[2:]):
-        return loss(*arguments[: _num_arguments(cast(Hashable, type(loss)))])
+    limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
+    if all(argument is None for argument in arguments[2:]):
+        return loss(*arguments[:limit])
+    if limit is not None and len(arguments) > limit:
+        given = [name for name, value in zip(_OF_PML, arguments, strict=False) if value is not None]
+        raise PlanError(
+            f"{type(loss).__name__} takes {limit} arguments, and there are {', '.join(given)}. Leave out the miner, "
+            "the reference or the plugin that brings them, or let the loss's forward take what PML's losses take: "
+            f"{', '.join(_OF_PML)}."
+        )
     return loss(*arguments)
 
 

@@ -156,11 +156,13 @@ class InputCapture:
         """The inputs ``(N, ...)`` that gave these embeddings, see `source_of`."""
         return self.source_of(embeddings).inputs
 
-    def source_of(self, embeddings: Tensor) -> Source:
+    def source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
         """Finds where embeddings come from.
 
         Args:
             embeddings: ``(N, D)``: an output of the watched modules, several concatenated by rows, or columns of one.
+            needed: ``(N,)`` bool, the rows whose inputs are asked for; None: all. The other rows may be a tensor
+                without gradient, as those of a momentum encoder are.
 
         Raises:
             CaptureError: no watched forward pass gave the embeddings, or that pass cannot be repeated.
@@ -168,15 +170,18 @@ class InputCapture:
         if not self.modules:
             self._bind(embeddings)
         if self._taps[-1].call_of(embeddings) is not None:
-            return Source(self._trace(embeddings).detach(), slice(None))
+            return Source(_rows(self._trace(embeddings).detach(), needed), slice(None))
         parts = _parts(embeddings)
         if not parts:
             raise self._not_known()
-        inputs = [self._trace(part).detach() for part in parts]
-        if type(embeddings.grad_fn) is _concatenation():
-            self._check_rows(embeddings, parts, inputs)
-            return Source(torch.cat(inputs), slice(None))
-        return Source(inputs[0], self._columns(embeddings, parts[0]))
+        if type(embeddings.grad_fn) is not _concatenation():
+            return Source(_rows(self._trace(parts[0]).detach(), needed), self._columns(embeddings, parts[0]))
+        known = parts if needed is None else [part for part in parts if part.node is not None]
+        inputs = [self._trace(part).detach() for part in known]
+        if len(known) == len(parts):
+            self._check_rows(embeddings, known, inputs)
+            return Source(_rows(torch.cat(inputs), needed), slice(None))
+        return Source(self._inputs_needed(embeddings, parts, inputs, cast(Tensor, needed)), slice(None))
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Passes inputs ``(K, ...)`` through the watched modules, one after the other.
@@ -255,10 +260,24 @@ class InputCapture:
             )
         return call
 
-    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor]) -> None:
+    def _inputs_needed(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], needed: Tensor) -> Tensor:
+        """The inputs of the needed rows, where one of the parts has no gradient and takes the rows that are left."""
+        lengths = iter(map(len, inputs))
+        missing = len(embeddings) - sum(map(len, inputs))
+        if not inputs or len(parts) != len(inputs) + 1 or missing < 0:
+            raise self._not_known()
+        self._check_rows(embeddings, [part for part in parts if part.node is not None], inputs, missing)
+        known = [torch.full((missing if p.node is None else next(lengths),), p.node is not None) for p in parts]
+        is_known, needed = torch.cat(known), needed.cpu()
+        if (needed & ~is_known).any():
+            raise self._not_known()
+        return torch.cat(inputs)[needed[is_known].to(inputs[0].device)]
+
+    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], missing: int = 0) -> None:
         """Refuses embeddings that are not the rows of the parts in order, and inputs that cannot be concatenated."""
         outputs = [self._call_of(self._taps[-1], part).output for part in parts]
-        whole = (sum(map(len, outputs)), *embeddings.shape[1:]) == embeddings.shape
+        whole = (sum(map(len, outputs)) + missing, *embeddings.shape[1:]) == embeddings.shape
+        whole = whole and all(output.shape[1:] == embeddings.shape[1:] for output in outputs)
         if not whole or embeddings._version or any(out.dtype != embeddings.dtype for out in outputs):
             raise self._not_known()
         if len({(batch.shape[1:], batch.dtype, batch.device) for batch in inputs}) > 1:
@@ -362,6 +381,10 @@ def _token(node: Any, output_nr: int) -> _Token:
 
 def _edge_of(value: Any) -> Edge | None:
     return Edge(value.grad_fn, value.output_nr) if isinstance(value, Tensor) and value.grad_fn is not None else None
+
+
+def _rows(inputs: Tensor, needed: Tensor | None) -> Tensor:
+    return inputs if needed is None else inputs[needed.to(inputs.device)]
 
 
 def _parts(embeddings: Tensor) -> list[Edge]:

@@ -115,13 +115,15 @@ class AdversarialStep:
         indices_tuple: IndicesTuple | None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Batch:
         """The arguments of a PML loss, checked, as one batch, see `Collator.collate`.
 
         Processes that share a batch take seed, step and monitor from the first of them.
         """
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        batch, state = self._collator.collate(*given, lambda: (self.seed, self.step, self.monitor.state_dict()))
+        own_state = lambda: (self.seed, self.step, self.monitor.state_dict())  # noqa: E731
+        batch, state = self._collator.collate(*given, own_state, enqueue_mask)
         if state is not None:
             self.seed, self.step, monitored = state
             self.monitor.load_state_dict(monitored)

@@ -6,7 +6,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from pml_adversarial.cli import demo, main
+from pml_adversarial.attacks import adapter
+from pml_adversarial.cli import demo, experiment, main
 from pml_adversarial.cli.demo import table
 from pml_adversarial.cli.options import parse_call
 
@@ -92,7 +93,7 @@ class TestRefusals:
             (["--loss", "BaseMetricLossFunction"], "no loss named"),
             (["--attack", "PDG"], "Did you mean PGD"),
             (["--attack", "PGD:foo=1"], "PGD takes no foo"),
-            (["--attack", "DeepFool"], "has no eps"),
+            (["--attack", "DeepFool"], "has no option eps"),
             (["--miner", "Miner"], "no miner named"),
             (["--perturb", "anchors"], "expected one or several of"),
             (["--eps", "a"], "expected numbers"),
@@ -122,6 +123,19 @@ def test_options_are_literals_not_code():
         parse_call("A:x=__import__('os').getcwd()")
 
 
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("PGD", {"eps": 0.1, "alpha": 0.025}),  # of ten steps by default
+        ("PGD:steps=5", {"eps": 0.1, "alpha": 0.05}),
+        ("PGD:eps=0.2", {"eps": 0.2, "alpha": 0.05}),
+        ("PGD:eps=0.2,alpha=0.01", {"eps": 0.2, "alpha": 0.01}),
+    ],
+)
+def test_options_that_are_written_with_the_attack_count(text, budget):
+    assert adapter.budget(demo._training_attack(text, 0.1)) == pytest.approx(budget)
+
+
 def test_module_says_what_to_install_without_click(monkeypatch):
     monkeypatch.setitem(sys.modules, "click", None)
     for name in [name for name in sys.modules if name.startswith("pml_adversarial.cli")]:
@@ -145,10 +159,10 @@ def test_adversarial_training_makes_unseen_digits_robust():
     import torchattacks
     from pytorch_metric_learning.losses import MultiSimilarityLoss
 
-    settings = demo.Settings(seeds=(0, 1, 2), eps=(0.1,), attack_steps=30, restarts=2)
+    settings = experiment.Settings(seeds=(0, 1, 2), eps=(0.1,), attack_steps=30, restarts=2)
     attack = partial(torchattacks.PGD, eps=0.2, alpha=0.1, steps=5)
-    measured = demo.run(settings, lambda: MultiSimilarityLoss(2, 40, 0.5), lambda: None, attack, progress=False)
-    means = demo.summary(settings, measured, {})["models"]
+    measured = experiment.run(settings, lambda: MultiSimilarityLoss(2, 40, 0.5), lambda: None, attack, progress=False)
+    means = experiment.summary(settings, measured, {})["models"]
     plain, adversarial = means["plain"], means["adversarial"]
     assert adversarial["worst_case"]["0.1"] >= 0.40
     assert adversarial["worst_case"]["0.1"] >= plain["worst_case"]["0.1"] + 0.25

@@ -16,7 +16,7 @@ from torch.export import Dim
 from pml_adversarial import InputError
 from pml_adversarial.cli import evaluate as saved_model
 from pml_adversarial.cli import main
-from pml_adversarial.cli.options import usable
+from pml_adversarial.cli.options import try_option
 from pml_adversarial.evaluation.report import Report
 
 NETWORK = "from torch import nn\n\n\ndef make(width=4):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, width))\n"
@@ -28,7 +28,7 @@ def workplace(tmp_path, monkeypatch):
     """A folder with a network's code, its weights, an exported program, and images of two and of three classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "nets", gradient_attack=False)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
     (tmp_path / "nets.py").write_text(NETWORK)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     torch.save(network.state_dict(), "weights.pt")
@@ -258,7 +258,7 @@ class TestRefusals:
         [
             (["--model", "nowhere.pt2"], "There is no file nowhere.pt2"),
             (["--model", "nets.py"], "nets.py cannot be read as weights"),
-            (["--model", "weights.pt"], "holds weights and no network"),
+            (["--model", "weights.pt"], "holds weights only"),
             (["--network", "nets:make"], "is a whole model; expected no network"),
             (["--queries", "nowhere"], "There is no nowhere; expected a folder"),
             (["--queries", "nets.py"], "cannot be read as an npz"),
@@ -279,7 +279,7 @@ class TestRefusals:
             (["--network", "nests:make"], "nests cannot be imported: ModuleNotFoundError"),
             (["--network", "faulty:make"], "faulty cannot be imported: ZeroDivisionError"),
             (["--network", "nets:mak"], "nets has no mak. Did you mean make?"),
-            (["--network", "nets:__name__"], "__name__ of nets is str; expected what builds a network"),
+            (["--network", "nets:__name__"], "__name__ of nets is str; expected a callable"),
             (["--network", "nets:make:width"], "cannot be read"),
             (["--model", "weights.pt", "--network", "nets:make:depth=7"], "TypeError"),
             (["--model", "weights.pt", "--network", "nets:make:width=7"], "of another shape (1.weight of (4, 36)"),
@@ -373,7 +373,7 @@ def test_of_an_error_of_many_lines_the_first_is_shown():
         raise RuntimeError("no such device\nCUDA kernel errors might be ...")
 
     with pytest.raises(click.BadParameter) as refused:
-        usable(fail, "--device")
+        try_option(fail, "--device")
     assert refused.value.format_message() == "Invalid value for --device: no such device"
 
 
@@ -400,7 +400,7 @@ class TestBesideTheMainJob:
             "nmi",
             "no-checks",
             "seed",
-            "batch_size",
+            "batch-size",
             "device",
             "output",
             "resume",

@@ -211,7 +211,7 @@ class TestNpz:
 
     @pytest.mark.parametrize("option", [{"size": 4}, {"grayscale": True}])
     def test_is_not_changed(self, tmp_path, option):
-        with pytest.raises(InputError, match="taken as it is; size and grayscale are for folders"):
+        with pytest.raises(InputError, match="is an npz file; size and grayscale are for folders only"):
             images_from(save(tmp_path / "a.npz", bytes_of(4, 5, 5)), **option)
 
 

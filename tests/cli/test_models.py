@@ -174,7 +174,7 @@ class TestWeights:
         assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
 
     def test_need_a_network(self, tmp_path, model):
-        with pytest.raises(InputError, match="holds weights and no network"):
+        with pytest.raises(InputError, match="holds weights only"):
             load_model(weights(tmp_path / "weights.pt", model.state_dict()))
 
     def test_network_that_is_none(self, tmp_path, model):
@@ -271,7 +271,7 @@ class TestCheckModel:
                 nn.Linear(7, 2),
                 r"does not take 1 image\(s\) of \(1, 6, 6\), channels first: RuntimeError: mat1 and mat2",
             ),
-            (lambda x: x if len(x) < 5 else x.reshape(2, 3), r"does not take 8 image.*use smaller chunks"),
+            (lambda x: x if len(x) < 5 else x.reshape(2, 3), r"does not take 8 image.*use smaller batches"),
         ],
     )
     def test_says_what_was_found(self, images, function, message):
@@ -287,5 +287,5 @@ class TestCheckModel:
     def test_largest_batch_of_an_export(self, tmp_path, model, images):
         loaded = load_model(export(tmp_path / "model.pt2", model, images[:2], max=4))
         check_model(loaded, images[:4])
-        with pytest.raises(InputError, match=r"does not take 5 image.*4.*use smaller chunks"):
+        with pytest.raises(InputError, match=r"does not take 5 image.*4.*use smaller batches"):
             check_model(loaded, images[:5])

@@ -86,7 +86,7 @@ class TestGoesOn:
         whole = 24 + sum(r.forward_passes for r in resumed.attacks) + 7  # the gallery, the attacks, the examples
         assert (sum(rows) < whole) == bool(kept)
         assert sorted(file.name for file in tmp_path.glob("*.pt")) == [
-            *(f"chunk_{number:05d}.pt" for number in range(4)),
+            *(f"batch_{number:05d}.pt" for number in range(4)),
             "gallery.pt",
         ]
 
@@ -102,9 +102,9 @@ class TestGoesOn:
     def test_half_written_files_are_ignored(self, tmp_path):
         model = network()
         evaluated(tmp_path, model)
-        whole = (tmp_path / "chunk_00001.pt").read_bytes()
-        (tmp_path / "chunk_00001.pt").unlink()
-        (tmp_path / "chunk_00001.unfinished").write_bytes(whole[: len(whole) // 2])
+        whole = (tmp_path / "batch_00001.pt").read_bytes()
+        (tmp_path / "batch_00001.pt").unlink()
+        (tmp_path / "batch_00001.unfinished").write_bytes(whole[: len(whole) // 2])
         (tmp_path / "evaluation.unfinished").write_text('{"eps"')
         assert_same(evaluated(tmp_path, model), evaluated(None, model))
 
@@ -127,7 +127,7 @@ class TestGoesOn:
                 return os.mkdir, (str(tmp_path / "ran"),)
 
         evaluated(tmp_path)
-        torch.save({"clean": Runs()}, tmp_path / "chunk_00002.pt")
+        torch.save({"clean": Runs()}, tmp_path / "batch_00002.pt")
         with pytest.raises(pickle.UnpicklingError):
             evaluated(tmp_path)
         assert not (tmp_path / "ran").exists()
@@ -136,7 +136,7 @@ class TestGoesOn:
     @pytest.mark.parametrize("parts", [1, 3])
     def test_after_a_kill(self, tmp_path, parts):
         """A process that is killed without warning, when it has just finished some parts."""
-        program = "import sys; from test_resume import run_slowly; run_slowly(sys.argv[1])"
+        program = "import sys; from test_checkpoint import run_slowly; run_slowly(sys.argv[1])"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
         try:
@@ -149,7 +149,7 @@ class TestGoesOn:
             process.send_signal(signal.SIGKILL)
             process.wait()
         assert process.returncode == -signal.SIGKILL
-        assert not (tmp_path / "chunk_00003.pt").exists()
+        assert not (tmp_path / "batch_00003.pt").exists()
         assert_same(evaluated(tmp_path), evaluated(None))
 
 
@@ -172,9 +172,9 @@ class TestBelongsToOneEvaluation:
             ({"subset": [1, 2]}, "subset"),
             ({"keep_attacked": False}, "keep_attacked"),
             ({"normalization": ([0.0], [1.0])}, "normalization"),
-            ({"attacks": ATTACKS[:1]}, "attacks, strength"),
-            ({"attacks": quick(steps=5, restarts=2)}, "strength"),
-            ({"attacks": quick(steps=4, restarts=3)}, "strength"),
+            ({"attacks": ATTACKS[:1]}, "attacks, attack_settings"),
+            ({"attacks": quick(steps=5, restarts=2)}, "attack_settings"),
+            ({"attacks": quick(steps=4, restarts=3)}, "attack_settings"),
             ({"model": network(6)}, "model"),
             ({"queries": images_of(seed=1)}, "queries"),
             ({"queries": (images_of()[0], images_of()[1].flip(0))}, "queries"),
@@ -211,8 +211,8 @@ class TestBelongsToOneEvaluation:
         evaluated(tmp_path / "deep" / "folder")
         note = json.loads((tmp_path / "deep" / "folder" / "evaluation.json").read_text())
         assert note["eps"] == [0.02, 0.05]
-        assert "steps=4" in note["strength"]
-        assert "restarts=2" in note["strength"]
+        assert "steps=4" in note["attack_settings"]
+        assert "restarts=2" in note["attack_settings"]
 
     def test_none_keeps_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -250,12 +250,12 @@ class TestNMI:
             nmi(some(4), torch.arange(4))
 
 
-def test_chunks_cover_everything_once():
+def test_batches_cover_everything_once():
     assert [list(range(10))[piece] for piece in batches(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(batches(0, 4)) == []
 
 
-def test_embed_all_is_without_gradient_and_in_chunks():
+def test_embed_all_is_without_gradient_and_in_batches():
     asked, weight = [], torch.ones(3, requires_grad=True)
 
     def embed(images):

@@ -60,7 +60,7 @@ class TestJSON:
 
     @pytest.mark.parametrize(
         "content",
-        ["", "nonsense", "[]", "3", "null", "{}", '"schema"', '{"schema": 1}', '{"schema": 1, "attacks": 3}', "\xff"],
+        ["", "nonsense", "[]", "3", "null", "{}", '"schema"', '{"schema": 2}', '{"schema": 2, "attacks": 3}', "\xff"],
     )
     def test_something_else_is_refused(self, tmp_path, content):
         (tmp_path / "report.json").write_text(content, encoding="latin-1")
@@ -103,7 +103,7 @@ class TestTable:
         assert "custom, Linf, leave-one-out: 20 queries, 24 items of 4 classes; percent; chance 21.7" in found
         assert f"effective rank {report.collapse['effective_rank']:.3g}" in found
         assert f"NMI {100 * report.nmi:.1f}" in found
-        assert "[ok] one: fine\n[FLAG] two: not fine\n[not asked] three: no gradient" in found
+        assert "[ok] one: fine\n[FLAG] two: not fine\n[skipped] three: no gradient" in found
 
     def test_columns_are_aligned(self, report):
         lines = str(report).splitlines()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from torch.utils.data import ConcatDataset, TensorDataset
 
 from pml_adversarial.cli.images import digits
 from pml_adversarial.errors import InputError
@@ -354,8 +355,8 @@ class TestWholeRun:
         assert 0 < found.scores["LTM"] + found.scores["GTM"] < 200  # a batch in which something is at stake
 
     @pytest.mark.parametrize("version", VERSIONS)
-    def test_does_not_depend_on_chunks(self, retrieval, version):
-        small, whole = (scores_of(retrieval, version=version, batch_size=chunk) for chunk in (3, 128))
+    def test_does_not_depend_on_the_batch_size(self, retrieval, version):
+        small, whole = (scores_of(retrieval, version=version, batch_size=size) for size in (3, 128))
         assert small.scores == pytest.approx(whole.scores)
 
     def test_attacks_work(self, retrieval):
@@ -430,7 +431,7 @@ class TestWholeRun:
 
     def test_takes_a_data_set(self, retrieval):
         model, images, labels = retrieval
-        pairs = list(zip(images, labels.tolist(), strict=True))
+        pairs = ConcatDataset([TensorDataset(images, labels)])
         assert robrank_scores(model, pairs, **SMALL).scores == scores_of(retrieval).scores
 
 

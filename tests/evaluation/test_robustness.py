@@ -103,13 +103,13 @@ class TestRecomputed:
         assert sum(clean) > sum(before)
         assert not all(clean)  # queries that are wrong without attack are among them
 
-    def test_clean_measures_by_loops_whatever_the_chunk(self):
+    def test_clean_measures_by_loops_whatever_the_batch_size(self):
         (images, labels), model = images_of(), network()
         embeddings = embedded(model, images)
         rows = [by_loops.measures(embeddings[i], labels[i], i, embeddings, labels, (1, 2, 4, 8)) for i in range(24)]
         wanted = {name: sum(row[name] for row in rows) / 24 for name in rows[0]}
-        for chunk in (1, 5, 24, 100):
-            report = evaluated(model, attacks=(NOISE,), batch_size=chunk)
+        for batch_size in (1, 5, 24, 100):
+            report = evaluated(model, attacks=(NOISE,), batch_size=batch_size)
             assert dict(report.clean) == pytest.approx(wanted, abs=1e-6)
             assert report.chance == pytest.approx(5 / 23)
             assert (report.num_queries, report.num_gallery, report.num_classes) == (24, 24, 4)
@@ -201,7 +201,7 @@ class TestWorstCase:
     def test_is_below_the_lowest_attack_where_attacks_break_different_queries(self):
         def only(parity):
             def find(batch, eps, restart):
-                moved = MARGIN.find(batch, eps, restart)
+                moved = MARGIN.perturb(batch, eps, restart)
                 chosen = (torch.arange(len(batch)) % 2 == parity).reshape(-1, 1, 1, 1)
                 return torch.where(chosen, moved, batch.images)
 
@@ -235,9 +235,9 @@ class TestWorstCase:
         report = evaluated(attacks=(MARGIN,))
         assert list(report.curve()) == [0.0, *EPS]
         assert report.curve("map_at_r")[EPS[0]] == report.worst_case(EPS[0], "map_at_r")
-        with pytest.raises(InputError, match=r"recall_at_1 at eps=0\.3 on query was not measured; there is map_at_r"):
+        with pytest.raises(InputError, match=r"recall_at_1 at eps=0\.3 on query was not measured; choose map_at_r"):
             report.worst_case(0.3)
-        with pytest.raises(InputError, match="on gallery was not measured; there is nothing"):
+        with pytest.raises(InputError, match="No attack on the gallery was evaluated"):
             report.worst_case(EPS[0], target="gallery")
 
 
@@ -404,7 +404,7 @@ class TestQueriesAndSubsets:
         assert evaluated(attacks=(MARGIN,)).nmi is None
 
     def test_attacks_that_need_more_classes_than_there_are_sit_out(self):
-        needs = QueryAttack("needs five", NOISE.find, num_classes=5)
+        needs = QueryAttack("needs five", NOISE.perturb, num_classes=5)
         assert {result.attack for result in evaluated(attacks=(needs, NOISE)).attacks} == {"noise"}
 
 
@@ -438,7 +438,7 @@ class TestRandomness:
         alone, among = evaluated(attacks=(NOISE,), eps=EPS[0]), evaluated(attacks=(NOISE,))
         assert alone.attacks[0].robust_flags == among.attacks[0].robust_flags
 
-    def test_chunks_and_restarts_start_from_different_points(self):
+    def test_batches_and_restarts_start_from_different_points(self):
         starts = []
 
         def record(batch, eps, restart):
@@ -521,7 +521,7 @@ class Picky(nn.Module):
 class TestRefusals:
     @pytest.mark.parametrize("eps", [0, -0.1, (), (0.1, 0), math.nan, math.inf, None, "0.1", "8", ["a"], (0.1, None)])
     def test_eps(self, eps):
-        with pytest.raises(InputError, match=r"eps=.*; expected a radius above 0, or several, in pixels"):
+        with pytest.raises(InputError, match=r"eps=.*; expected one or more radii above 0 in pixels"):
             evaluated(eps=eps)
 
     def test_eps_in_levels(self):
@@ -538,9 +538,9 @@ class TestRefusals:
             evaluated(norm=norm)
 
     @pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
-    def test_chunk(self, chunk):
-        with pytest.raises(InputError, match=r"batch_size=.*; expected whole numbers from 1 on"):
-            evaluated(batch_size=chunk)
+    def test_batch_size(self, batch_size):
+        with pytest.raises(InputError, match=r"batch_size=.*; expected a whole number from 1 on"):
+            evaluated(batch_size=batch_size)
 
     @pytest.mark.parametrize("recall_at", [(0,), (1, -2), (1.5,), 4, "ab", None])
     def test_recall_at(self, recall_at):
@@ -614,11 +614,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("made", "message"),
         [
-            (lambda x: x, r"The model gave \(7, 1, 6, 6\) for 7 images; expected embeddings \(7, D\)"),
-            (lambda x: x.flatten(1)[:3], r"The model gave \(3, 36\) for 7 images"),
-            (lambda x: (x,), r"The model gave tuple for 7 images"),
-            (lambda x: x.flatten(1) * math.nan, r"NaN or infinite embeddings for 24 of 24 clean images"),
-            (lambda x: x.flatten(1) / 0, r"NaN or infinite embeddings for 24 of 24 clean images"),
+            (lambda x: x, r"The model returned \(7, 1, 6, 6\) for 7 images; expected embeddings \(7, D\)"),
+            (lambda x: x.flatten(1)[:3], r"The model returned \(3, 36\) for 7 images"),
+            (lambda x: (x,), r"The model returned tuple for 7 images"),
+            (lambda x: x.flatten(1) * math.nan, r"NaN or infinite embeddings for 24 of 24 images without attack"),
+            (lambda x: x.flatten(1) / 0, r"NaN or infinite embeddings for 24 of 24 images without attack"),
         ],
     )
     def test_models(self, made, message):
@@ -659,4 +659,4 @@ class TestRefusals:
         evaluated(attacks=(NOISE, MARGIN), progress=True)
         shown = capsys.readouterr().err
         assert "gallery: 100%" in shown
-        assert "36/36" in shown  # four chunks, three radii, three runs
+        assert "36/36" in shown  # four batches, three radii, three runs

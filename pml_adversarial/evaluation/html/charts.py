@@ -77,7 +77,7 @@ class Chart:
 
     Attributes:
         levels: percent -> y of a horizontal line.
-        ticks: x -> text at the horizontal axis, empty where there is no room.
+        ticks: x and text at the horizontal axis; the text is empty where there is no room.
         axis: name of the horizontal axis.
         chance: y of the dotted line; None: there is no such line.
         curves: from the lowest layer to the highest.
@@ -85,7 +85,7 @@ class Chart:
     """
 
     levels: Mapping[int, float]
-    ticks: Mapping[float, str]
+    ticks: Sequence[tuple[float, str]]
     axis: str
     chance: float | None
     curves: Sequence[Curve]
@@ -155,13 +155,13 @@ class _Axes:
         return round(_BOTTOM - (_BOTTOM - _TOP) * value / self.top, 1)
 
 
-def _ticks(radii: Sequence[float], norm: str, axes: _Axes) -> dict[float, str]:
+def _ticks(radii: Sequence[float], norm: str, axes: _Axes) -> list[tuple[float, str]]:
     """A tick at each eps. From the largest eps on, it has a number where there is room for one."""
-    ticks, free = {}, math.inf
+    ticks, free = [], math.inf
     for eps in reversed(radii):
         x = axes.x(eps)
         has_room = eps == 0 or _LEFT + _TICK_GAP <= x <= free
-        ticks[x] = radius(eps, norm) if has_room else ""
+        ticks.append((x, radius(eps, norm) if has_room else ""))
         free = x - _TICK_GAP if has_room else free
     return ticks
 
