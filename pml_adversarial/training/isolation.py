@@ -128,11 +128,14 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
-    """Within it, all global generators draw from a stream of their own; after it they are as found.
+    """Lets all global random number generators draw from a stream of its own; on exit it restores them.
 
     The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
     numbers of an unbroken run. The generators are those of torch (CPU and accelerator), numpy and ``random``, since
     attacks draw from all three.
+
+    Yields:
+        A function that starts the stream again.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
