@@ -51,6 +51,7 @@ class Objective(nn.Module):
         self.watched = nn.ModuleList(modules)
         self._embed, self._score, self._stand = embed, score, clean
         self.clean = clean
+        self.satisfied: Callable[[Tensor], Tensor] | None = getattr(score, "satisfied", None)
         self.has_gradient: Tensor | None = None
         self.best_inputs: Tensor | None = None
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
@@ -69,16 +70,10 @@ class Objective(nn.Module):
         with torch.no_grad():
             return self._rows(self._score(self.clean), len(self.clean)).float()
 
-    def satisfied(self, values: Tensor) -> Tensor | None:
-        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
-        ask = getattr(self._score, "satisfied", None)
-        return None if ask is None else ask(values)
-
     @property
     def is_satisfied(self) -> bool:
         """Whether all rows are satisfied before any attack."""
-        found = self.satisfied(self.clean_score) if hasattr(self._score, "satisfied") else None
-        return found is not None and bool(found.all())
+        return self.satisfied is not None and bool(self.satisfied(self.clean_score).all())
 
     @property
     def may_stay(self) -> bool:

@@ -8,6 +8,8 @@ this package is a `PGD` with some parts of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ class PGD:
             score, gradient = ascent(self.objective, points)
             self.seen(points, score)
             moved = self.project(points.add(self.direction(gradient), alpha=self.step_size(step)), inputs)
-            points = self._without_satisfied(points, moved, score)
+            points = moved if self.objective.satisfied is None else self._without_satisfied(points, moved, score)
         return self.result(points)
 
     def start(self, inputs: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ class PGD:
         return points
 
     def _without_satisfied(self, points: Tensor, moved: Tensor, score: Tensor) -> Tensor:
-        satisfied = self.objective.satisfied(score)
-        return moved if satisfied is None else torch.where(per_image(satisfied, points), points, moved)
+        satisfied = cast(Callable[[Tensor], Tensor], self.objective.satisfied)(score.detach())
+        return torch.where(per_image(satisfied, points), points, moved)
 
 
 class MomentumPGD(PGD):

@@ -82,7 +82,7 @@ class OwnLoss:
 
     def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
         self.loss, self.batch, self.plan = loss, replace(batch, embeddings=at_least_float(batch.context)), plan
-        self._position = _position_of_copies(plan, len(batch))
+        self._position = _position_of_copies(plan, batch.num_rows)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """The score of copies ``(M, D)``: ``(M,)`` what each adds to the loss; ``()`` if the loss does not tell."""
@@ -106,10 +106,10 @@ def _position_of_copies(plan: Plan, num_rows: int) -> Tensor:
 
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Two bool masks ``(M, N)``: the positive partners of each copy, and the negative ones."""
-    left_to_the_loss = plan.indices_tuple is None and plan.replaces(len(batch))
+    left_to_the_loss = plan.indices_tuple is None and plan.replaces(batch.num_rows)
     masks = own_partners(wrapped, batch) if left_to_the_loss else None
     if masks is None:
-        return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
+        return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), batch.num_rows)
     positive, negative = masks
     return take(positive, plan.rows), take(negative, plan.rows)
 

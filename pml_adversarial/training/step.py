@@ -301,7 +301,7 @@ class AdversarialStep:
 
     def _monitor(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
         """Tells the monitor how well the batch is retrieved."""
-        if batch.labels is None or not len(batch):
+        if batch.labels is None or not batch.num_rows:
             return
         copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
         with torch.no_grad():
