@@ -278,8 +278,8 @@ class TestAttack:
     def test_exceptions_are_fewer_than_one_in_a_hundred(self):
         attacked, loss, score = (sum(column) for column in zip(*COUNTS.values(), strict=True))
         in_words = re.search(
-            r"perturbed in (\d+) combinations\. In (\d+) of them the loss itself rose, in (\d+) the score of every copy rose, "
-            r"and in (\d+) neither",
+            r"A row was perturbed in (\d+) combinations. In (\d+) of them the loss itself rose, in (\d+) the score of "
+            r"every copy rose, and in (\d+) neither",
             ONE_LINE,
         )
         *counts, neither = (int(number) for number in in_words.groups())
