@@ -16,7 +16,8 @@ from ..plugins.fixed_context import FixedContext
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.isolation import preserved
-from ..training.objectives import OwnLoss, at_least_float, tuples_of
+from ..training.numeric import at_least_float
+from ..training.objectives import OwnLoss, tuples_of
 from ..training.plan import Plan
 from ..training.tuples import ROLES
 from .triplets import distance

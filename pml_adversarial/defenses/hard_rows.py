@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
-from ..training.objectives import at_least_float
+from ..training.numeric import at_least_float
 from ..training.plan import Plan, clean_loss
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ..errors import InputError
 from ..training.batch import Batch
-from ..training.objectives import at_least_float
+from ..training.numeric import at_least_float
 from ..training.plan import Plan, replace_rows
 
 _DISPLACED = 1e-4

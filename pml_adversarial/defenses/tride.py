@@ -14,7 +14,7 @@ from ..attacks.objective import Attack, Objective, Score
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
-from ..training.objectives import at_least_float
+from ..training.numeric import at_least_float
 from ..training.plan import Plan
 from .sampling import check_options, triplets_for
 from .triplets import distance, perturb_members, three_members

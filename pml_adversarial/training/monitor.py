@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .batch import Batch
-from .objectives import at_least_float, distance_of
+from .numeric import at_least_float
+from .objectives import distance_of
 from .plan import Plan
 
 logger = logging.getLogger("pml_adversarial")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .loss_support import own_partners, own_tuples
+from .numeric import at_least_float
 from .plan import Plan
 from .tuples import IndicesTuple, shift_partners
 
@@ -112,11 +113,6 @@ def exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
     """Within it, autocast does not touch what is computed where the embeddings are."""
     kind = embeddings.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def at_least_float(values: Tensor) -> Tensor:
-    """The values in single precision, if they had less."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
