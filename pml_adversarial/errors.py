@@ -1,9 +1,10 @@
-"""What can go wrong, by the question that could not be answered.
+"""The errors of the package.
 
-Every error of the package derives from `AdversarialError` and from the builtin that fits it, so that
-existing ``except ValueError`` clauses keep working. Messages say what was found, what was expected and
-what to do.
+Each error derives from `AdversarialError` and from the builtin error that fits, so that existing
+``except ValueError`` clauses keep working. Each message says what was found, what was expected and what to do.
 """
+
+__all__ = ["AdversarialError", "AttackError", "CaptureError", "InputError", "PlanError", "PluginError"]
 
 
 class AdversarialError(Exception):
@@ -11,20 +12,20 @@ class AdversarialError(Exception):
 
 
 class CaptureError(AdversarialError, RuntimeError):
-    """The inputs behind an embedding are not known."""
+    """The inputs that gave an embedding are not known, so they cannot be perturbed."""
 
 
 class InputError(AdversarialError, ValueError):
-    """The batch cannot be attacked as it is: range, type, finiteness or length."""
+    """An argument, an option or an image has the wrong type, shape or range, or is not finite."""
 
 
 class PlanError(AdversarialError, ValueError):
-    """It is not clear, or not possible, who is to be perturbed."""
+    """The members that are to be perturbed cannot be determined, or cannot be perturbed with this loss or batch."""
 
 
 class AttackError(AdversarialError, RuntimeError):
-    """An attack broke its contract: ``(inputs, labels) -> inputs``, same shape, changed, in range."""
+    """An attack cannot be used, or did not return changed inputs of the same shape in [0, 1]."""
 
 
 class PluginError(AdversarialError, ValueError):
-    """A plugin is unknown, registered twice, or answers a question that nobody asks."""
+    """A plugin cannot be used: it is unknown, given twice or never asked, or gives a wrong answer."""

@@ -1,83 +1,98 @@
-"""Makes any PML loss adversarially aware: the drop-in `AdversarialLoss`."""
+"""Makes any loss of pytorch-metric-learning (PML) adversarially aware: the drop-in `AdversarialLoss`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from inspect import signature
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .attacks import adapter, presets
+from .attacks import adapter
+from .attacks.keywords import seed_paper_attack
 from .attacks.objective import AttackFactory
-from .errors import InputError, PlanError
+from .errors import InputError
 from .plugins.fixed_context import FixedContext
-from .plugins.manager import find_all
-from .training import monitor, records
-from .training.batch import Adversarial, Batch
-from .training.isolation import isolated
-from .training.monitor import Strength, batch_recall
+from .plugins.manager import Hooks, find_all
+from .training import calls, options, records
+from .training.loss_support import Copies
+from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
-from .training.plan import Plan, clean_loss
+from .training.plan import call
+from .training.records import LossRecords
 from .training.replay import InputCapture, Models
-from .training.step import Adversary
-from .training.tuples import IndicesTuple
+from .training.schedule import DEFAULT_WARMUP, EpsSchedule
+from .training.step import AdversarialStep
+from .training.tuples import IndicesTuple, Role
+from .training.wrapper import Wrapper
 
-_REMEMBERED = ("queue_idx", "has_been_filled")  # of CrossBatchMemory, which are no buffers in PML
+__all__ = ["AdversarialLoss"]
 
 
-class AdversarialLoss(ModuleWithRecords):
-    """Wraps a PML loss: while training, chosen members of its tuples are perturbed against a fixed batch context.
+class AdversarialLoss(Wrapper, ModuleWithRecords):
+    """Wraps a PML loss. While training, it perturbs chosen rows of the batch and returns the loss of the result.
 
-    The method of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), open to others through
-    ``plugins``. The defaults are the package's own preset: all rows are perturbed, and clean rows stay beside them. The
-    paper's own way is ``attack=presets.SEED_PAPER, perturb="positive", keep_clean=False, guard=False, warmup=0``.
+    It is called as the loss that it wraps, also with ``(embeddings, ref_emb)`` for a loss of two views such as
+    `SelfSupervisedLoss`. In ``.eval()`` it is the wrapped loss. While training with a budget of 0 and
+    ``keep_clean=False``, it equals the wrapped loss on the tuples that it keeps.
 
-    It is called as the loss that it wraps, ``(embeddings, ref_emb)`` for one of two views such as
-    `SelfSupervisedLoss`. In ``.eval()`` it is that loss; while training with a budget of 0 and ``keep_clean=False`` it
-    equals that loss on the tuples that it keeps.
+    The method is that of "Adversarial Deep Metric Learning" (Panum et al., arXiv 2102.07265), with options of the
+    package's own as defaults: all rows are perturbed, and clean rows stay beside them. `seed_paper` is the published
+    method. Other methods come as ``plugins``.
 
-    Around PML's ``DistributedLossWrapper`` all processes perturb one batch, the union of theirs.
+    Attributes and methods of the wrapped loss, such as ``get_logits`` or ``W``, are found on the wrapper too. To set
+    one, set it on ``.loss``.
+
+    With PML's ``DistributedLossWrapper`` inside, all processes perturb one batch, the union of their batches.
 
     Args:
-        loss: any loss of pytorch-metric-learning, available as ``.loss``.
-        model: what turns inputs into embeddings: a module, modules in forward order, or a PML trainer's
-            ``models``. None: the chain of modules is found at the first call. It is not a submodule of the loss.
-        attack: called with the objective, returns a callable ``(inputs, labels) -> inputs``, such as
-            ``attacks.preset(eps=4/255)`` or ``partial(torchattacks.PGD, eps=8/255)``. It moves the whole batch and
-            returns where it arrived.
-        perturb: "anchor", "positive", "negative", several of them, or "all" (every row, wherever it stands).
-        tuples_per_anchor: None keeps all tuples, with one copy per row and role; ``k`` keeps k random tuples
-            of each anchor, each with copies of its own (1 is the seed paper's way).
-        plugins: objects, classes or names of installed plugins, asked in this order and before the package's own.
+        loss: a loss of PML, or a module of your own with ``forward(embeddings, labels)``. It is available as ``.loss``.
+        model: the module that turns inputs into embeddings, or modules in forward order, or the ``models`` of a PML
+            trainer. None: the modules are found at the first call. The model is not a submodule of the loss.
+        eps: radius of the attack, in pixels of [0, 1]; default 8/255.
+        steps: attack steps; default 3.
+        attack: a factory that is called with the objective and returns a callable ``(inputs, labels) -> inputs``, such
+            as ``attacks.preset(eps=4/255)`` or ``torchattacks.PGD``. ``eps`` and ``steps`` are passed on to it; its
+            other options, such as ``alpha``, stay as they are.
+        perturb: "anchor", "positive", "negative", several of them, or "all", the default: every row, in all its roles.
+        plugins: objects, classes or names of installed plugins. They are asked in this order, before the package's own
+            method.
+        method: ``FixedContext(...)``, the package's own method, with the options from ``eps`` to ``copies`` set on it
+            in place of here.
         keep_clean: whether clean rows and tuples stay in the loss beside the perturbed ones, as in a batch that holds
-            both; False: perturbed ones take their place.
-        clean_weight: weight of the unperturbed loss, added to the adversarial one.
-        warmup: training steps over which eps and alpha grow linearly from 0 to their full values; half of all steps is
-            a good choice. None: `collapse.WARMUP`, or 0 for an attack without ``eps``, which cannot grow.
-        guard: whether eps and alpha are held back while the embedding is collapsing, see `collapse`. An attack without
-            ``eps`` cannot be held back.
-        normalization: ``(mean, std)`` per channel if the model takes normalised inputs; eps counts in pixels.
-        seed: of the attack's random stream; None takes ``torch.initial_seed()``.
+            both; the default. False: perturbed rows take their places.
+        tuples_per_anchor: number of random tuples that are kept for each anchor, each with copies of its own. By
+            default all tuples are kept, with one copy per row and role.
+        clean_weight: weight of the unperturbed loss, which is added to the adversarial one; default 0.
+        copies: how copies may stand in a loss that is not PML's: "append", "reference" or "replace". By default the
+            loss is asked.
+        warmup: over how many steps eps and alpha grow linearly from 0 to their full values: a number of steps (int), or
+            a share of ``total_steps`` (float). Half of all steps is a good choice. Default: `schedule.DEFAULT_WARMUP`
+            steps, or 0 for an attack without ``eps``, which cannot grow.
+        total_steps: number of steps of the whole training, where ``warmup`` is a share of it.
+        guard: whether eps and alpha are reduced while the embedding is collapsing, see `monitor`. An attack without
+            ``eps`` cannot be reduced.
+        normalization: ``(mean, std)`` per channel if the model takes normalised inputs. eps still counts in pixels.
+        seed: of the attack's random numbers; None: ``torch.initial_seed()``.
 
     Raises:
-        AdversarialError: see `errors`; in particular `CaptureError` where the inputs of the embeddings are not known
-            and `InputError` where they are no pixels.
+        AdversarialError: see `errors`. In particular `InputError` and `AttackError` where an option cannot be used,
+            and in a step `CaptureError` where the inputs of the embeddings are not known.
 
     Example:
         >>> from pytorch_metric_learning.losses import TripletMarginLoss
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-        >>> loss_func = AdversarialLoss(TripletMarginLoss(margin=0.2), model, warmup=0)
+        >>> loss_func = AdversarialLoss(TripletMarginLoss(margin=0.2), model, eps=8 / 255, warmup=0)
         >>> images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) // 2
         >>> loss = loss_func(model(images), labels)
         >>> loss.backward()
-        >>> bool(loss_func.loss_after > loss_func.loss_before), round(loss_func.perturbation_linf, 3)
+        >>> now = loss_func.records
+        >>> now.loss_after > now.loss_before, round(now.perturbation_linf, 3)
         (True, 0.031)
     """
 
@@ -86,46 +101,95 @@ class AdversarialLoss(ModuleWithRecords):
         loss: nn.Module,
         model: Models | None = None,
         *,
-        attack: AttackFactory = presets.PRESET,
-        perturb: str | Iterable[str] = "all",
-        tuples_per_anchor: int | None = None,
+        eps: float | None = None,
+        steps: int | None = None,
+        attack: AttackFactory | None = None,
+        perturb: Role | Iterable[Role] | None = None,
         plugins: Iterable[Any] = (),
-        keep_clean: bool = True,
-        clean_weight: float = 0.0,
-        warmup: int | None = None,
+        method: FixedContext | None = None,
+        keep_clean: bool | None = None,
+        tuples_per_anchor: int | None = None,
+        clean_weight: float | None = None,
+        copies: Copies | None = None,
+        warmup: float | None = None,
+        total_steps: int | None = None,
         guard: bool = True,
         normalization: Normalization | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(loss, nn.Module) or isinstance(loss, BaseMiner):
-            found = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-            raise InputError(f"loss is {found}; expected a loss of pytorch-metric-learning, such as ContrastiveLoss().")
-        if any(isinstance(module, AdversarialLoss) for module in loss.modules()):
-            raise InputError(
-                "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
-                "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."
-            )
-        _check_wrappers(loss)
-        joint = isinstance(loss, DistributedLossWrapper)
-        own = FixedContext(attack, perturb, tuples_per_anchor, clean_weight, keep_clean)
-        has_eps = "eps" in adapter.budget(attack)
-        if warmup is None:
-            warmup = monitor.WARMUP if has_eps else 0
-        elif warmup:
-            adapter.check_warmup(attack)
-        self.loss = loss
-        parameters = signature(loss.forward).parameters
-        self.takes_two_views = "ref_emb" in parameters and "labels" not in parameters
-        strength = Strength(warmup, guard and has_eps)
-        self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
+        options.check_loss(loss, model)
+        _check_not_adversarial(loss)
+        options.check_processes(loss)
+        own = _method(
+            method,
+            eps=eps,
+            steps=steps,
+            attack=attack,
+            perturb=perturb,
+            keep_clean=keep_clean,
+            tuples_per_anchor=tuples_per_anchor,
+            clean_weight=clean_weight,
+            copies=copies,
         )
-        records.declare(self, (*records.STANDARD, *records.OF_LOSSES))
+        has_eps = "eps" in adapter.budget(own.attack)
+        warmup = options.warmup_steps(warmup, total_steps, DEFAULT_WARMUP if has_eps else 0)
+        if warmup:
+            adapter.check_warmup(own.attack)
+        plugins = find_all(plugins)
+        self._shown = options.shown(own.shown_options(), plugins, warmup=f"{warmup} steps", guard=guard and has_eps)
+        self.loss = loss
+        self.takes_two_views = calls.takes_two_views(loss)
+        self.adversary = AdversarialStep(
+            Hooks(plugins, own),
+            InputCapture(model),
+            PixelSpace(normalization),
+            EpsSchedule(warmup),
+            CollapseMonitor(guard and has_eps),
+            seed,
+            joint=isinstance(loss, DistributedLossWrapper),
+        )
+        records.declare(self, LossRecords.names())
 
-    def watch(self, model: Models) -> None:
-        """Takes the inputs of ``model`` from now on; needed when the model was exchanged."""
-        self.adversary.capture.watch(model)
+    @classmethod
+    def seed_paper(
+        cls,
+        loss: nn.Module,
+        model: Models | None = None,
+        *,
+        eps: float | None = None,
+        steps: int | None = None,
+        **others: Any,
+    ) -> AdversarialLoss:
+        """The method of arXiv 2102.07265, without what this package adds to it.
+
+        Positives are perturbed, one tuple is kept for each anchor, and clean rows do not stay. The attack is l-inf PGD
+        from a random start, with steps of ``alpha = 2 eps / steps``. There is no warm-up and no guard.
+
+        Args:
+            loss: as in `AdversarialLoss`.
+            model: as in `AdversarialLoss`.
+            eps: radius, in pixels of [0, 1]; default 0.01.
+            steps: attack steps; default 5.
+            others: other options of `AdversarialLoss`.
+
+        Example:
+            >>> from pytorch_metric_learning.losses import TripletMarginLoss
+            >>> AdversarialLoss.seed_paper(TripletMarginLoss(), nn.Flatten()).adversary.schedule.warmup
+            0
+        """
+        published: dict[str, Any] = {"perturb": "positive", "tuples_per_anchor": 1, "keep_clean": False}
+        published |= {"guard": False, "warmup": 0}
+        if "attack" in others:
+            published |= {"eps": eps, "steps": steps}
+        else:
+            published["attack"] = seed_paper_attack(eps, steps)
+        return cls(loss, model, **{**published, **others})
+
+    @property
+    def records(self) -> LossRecords:
+        """What the last step did. Numbers that no step has measured yet are NaN."""
+        return records.read(self, LossRecords)
 
     def forward(
         self,
@@ -134,6 +198,7 @@ class AdversarialLoss(ModuleWithRecords):
         indices_tuple: IndicesTuple | None = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         """The adversarial loss while training, the wrapped loss in ``.eval()``.
 
@@ -144,126 +209,70 @@ class AdversarialLoss(ModuleWithRecords):
             indices_tuple: triplets or pairs from a miner; None: the loss's own.
             ref_emb: ``(R, D)`` reference embeddings, where the loss knows them.
             ref_labels: ``(R,)``.
+            enqueue_mask: ``(N,)`` bool, of a `CrossBatchMemory`: the rows that join the memory, which are never
+                perturbed; the others are the queries. As in PML, it may also be the fourth argument.
 
         Returns:
             A scalar.
         """
         loss: nn.Module = self.loss
         if self.takes_two_views:
-            loss, ref_emb = TwoViews(loss), labels if ref_emb is None else ref_emb
-            labels, ref_labels = TwoViews.labels(embeddings, ref_emb)
+            loss, ref_emb = calls.TwoViews(loss), labels if ref_emb is None else ref_emb
+            labels, ref_labels = calls.TwoViews.labels(embeddings, ref_emb)
+        elif isinstance(loss, CrossBatchMemory) and ref_emb is not None and enqueue_mask is None:
+            ref_emb, enqueue_mask = None, ref_emb
         if not self.training:
+            if enqueue_mask is not None:
+                return loss(embeddings, labels, indices_tuple, enqueue_mask=enqueue_mask)
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
-            return loss(embeddings, labels, *given)
+            return call(loss, embeddings, labels, *given)
         _check_gradient(embeddings)
-        batch = self.adversary.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if enqueue_mask is not None:
+            calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
+            loss = calls.Enqueuing(loss)
+        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
         if isinstance(loss, DistributedLossWrapper):
-            loss = loss.loss  # the batch is gathered
-        plan, adversarial = self.adversary.perturb(loss, batch)
-        if adversarial is None:
-            value = clean_loss(loss, batch)
-            records.clear(self, strength=batch.strength)
+            loss = loss.loss  # the batch is joint already
+        value, answers = self.adversary.train(loss, batch)
+        calls.check_scalar(loss, value)
+        if answers:
+            records.write(self, answers)
         else:
-            change = self._loss_change(loss, batch, plan, adversarial.embeddings)
-            value = self.adversary.training_loss(loss, batch, plan, adversarial)
-            records.write(self, [*self.adversary.records(batch, plan, adversarial), change])
-        if self.adversary.step % monitor.EVERY == 0:
-            self._look(loss, batch, plan, adversarial)
-        for name, number in self.adversary.strength.records().items():
-            setattr(self, name, number)
-        self.adversary.step += 1  # here, so that a step that failed is taken again
-        return batch.world_size * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs beyond parameters and buffers: step, seed, and what plugins and losses remember."""
-        return {**self.adversary.state_dict(), "attributes": _attributes(self.loss)}
-
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `get_extra_state` gave."""
-        self.adversary.load_state_dict(state)
-        modules = dict(self.loss.named_modules())
-        for name in modules.keys() & state["attributes"]:
-            for attribute, value in state["attributes"][name].items():
-                setattr(modules[name], attribute, value)
-
-    def _loss_change(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Tensor) -> dict[str, Tensor]:
-        """The wrapped loss on the plan's tuples, with clean copies and with adversarial ones."""
-        values = {}
-        for name, copies in (("loss_before", batch.embeddings[plan.rows]), ("loss_after", adversarial)):
-            with self.adversary.own_randomness(), isolated(loss), torch.no_grad():
-                values[name] = torch.as_tensor(plan.evaluate(loss, batch, copies))
-        return values
-
-    def _look(self, loss: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
-        """Tells the schedule how well the batch is retrieved."""
-        if batch.labels is None or not len(batch):
-            return
-        copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
-        with torch.no_grad():
-            recall, attacked = batch_recall(loss, batch, plan, copies).tolist()
-        if recall == recall:
-            self.adversary.strength.look(self.adversary.step, recall, attacked if attacked == attacked else None)
-
-
-class TwoViews(nn.Module):
-    """A loss of two views of the same images, ``(embeddings, ref_emb)``, called as PML calls the others."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(
-        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Any = None, ref_labels: Any = None
-    ) -> Tensor:
-        """The loss of the two views; each image is its own class, whatever the labels.
-
-        Raises:
-            PlanError: tuples were given, or are to be kept, or a plugin planned with some.
-        """
-        if indices_tuple is not None:
-            raise PlanError(
-                f"{type(self.loss).__name__} takes no tuples, it compares two views of the same images; expected "
-                "indices_tuple=None and tuples_per_anchor=None, and no plugin that plans with triplets or pairs."
-            )
-        return self.loss(embeddings, ref_emb)
-
-    @staticmethod
-    def labels(embeddings: Tensor, ref_emb: Any) -> tuple[Tensor, Tensor]:
-        """A class for each image.
-
-        Raises:
-            InputError: there is no second view, or one of other images.
-        """
-        if not isinstance(ref_emb, Tensor) or ref_emb.shape != embeddings.shape:
-            found = tuple(ref_emb.shape) if isinstance(ref_emb, Tensor) else type(ref_emb).__name__
-            raise InputError(
-                f"The second view is {found}, the first {tuple(embeddings.shape)}; expected embeddings of two views of "
-                "the same images in the same order, loss_func(embeddings, ref_emb)."
-            )
-        each = torch.arange(len(embeddings), device=embeddings.device)
-        return each, each.clone()  # PML would leave out pairs (i, i) if both were one tensor
-
-
-def _attributes(loss: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {name: {key: vars(m)[key] for key in _REMEMBERED if key in vars(m)} for name, m in loss.named_modules()}
-    return {name: values for name, values in found.items() if values}
-
-
-def _check_wrappers(loss: nn.Module) -> None:
-    inner = [
-        module for module in loss.modules() if isinstance(module, DistributedLossWrapper | DistributedDataParallel)
-    ]
-    if any(module is not loss or isinstance(module, DistributedDataParallel) for module in inner):
-        raise InputError(
-            f"loss holds {', '.join(type(module).__name__ for module in inner)} in a place where each evaluation would "
-            "talk to the other ranks; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has "
-            "parameters, put DistributedDataParallel around the AdversarialLoss."
+            records.clear(self, strength=batch.strength)
+        self.batch_recall, self.batch_recall_attacked = (
+            self.adversary.monitor.recall,
+            self.adversary.monitor.recall_attacked,
         )
-    if getattr(loss, "efficient", False) and inner:
+        return batch.num_processes * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
+
+
+def _method(method: FixedContext | None, **keywords: Any) -> FixedContext:
+    """The package's own method, with the options that were set.
+
+    Raises:
+        InputError: ``method`` is something else, or stands beside keywords that are set on it.
+    """
+    if method is None:
+        return FixedContext(**keywords)
+    if not isinstance(method, FixedContext):
         raise InputError(
-            "DistributedLossWrapper has efficient=True: each rank then has tuples of its own, and gradients are not "
-            "those of one batch. Use efficient=False, with which the ranks share one batch, or the loss without the "
-            "wrapper, with which each rank has its own."
+            f"method={method!r}; expected FixedContext(...), the package's own method with its options. Give other "
+            "methods as plugins=[...]."
+        )
+    doubled = [name for name, value in keywords.items() if value is not None]
+    if doubled:
+        raise InputError(
+            f"method=FixedContext(...) and {', '.join(doubled)} were both given. Set {', '.join(doubled)} on the "
+            f"method: method=FixedContext({', '.join(f'{name}=...' for name in doubled)})."
+        )
+    return copy.deepcopy(method)  # it remembers what the loss can take, so that each loss needs its own
+
+
+def _check_not_adversarial(loss: nn.Module) -> None:
+    if any(isinstance(module, AdversarialLoss) for module in loss.modules()):
+        raise InputError(
+            "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
+            "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."
         )
 
 

@@ -2,99 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 from torch import Tensor
 
-from .attacks import adapter, presets
+from .attacks import adapter
 from .attacks.objective import AttackFactory
 from .errors import InputError, PlanError, PluginError
 from .plugins.fixed_context import FixedContext
-from .plugins.hookspecs import PROJECT
-from .plugins.manager import find_all
-from .training import distributed, records
+from .plugins.manager import Hooks, find_all
+from .training import distributed, options, records
 from .training.batch import Batch
-from .training.monitor import Strength
+from .training.distributed import JointBatch
+from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
 from .training.plan import Plan, untouched
+from .training.records import Records
 from .training.replay import InputCapture, Models
-from .training.step import Adversary
-from .training.tuples import IndicesTuple, checked_tuples, map_members, shift_partners
+from .training.schedule import EpsSchedule
+from .training.step import AdversarialStep
+from .training.tuples import IndicesTuple, Role, checked_tuples, map_members, shift_partners
+from .training.wrapper import Wrapper
+
+__all__ = ["AdversarialMiner"]
 
 
-class AdversarialMiner(BaseMiner):
+class AdversarialMiner(Wrapper, BaseMiner):
     """Wraps a PML miner: it mines, perturbs rows that play the chosen roles, and mines again on the attacked batch.
 
-    The indices are those of the caller's batch, so they serve any loss. In ``.eval()`` it is the wrapped miner. The
-    model is left as it was found: mining updates no running statistics and draws none of the caller's random numbers.
+    The indices are those of the caller's batch, so they fit any loss. In ``.eval()`` it is the wrapped miner. The model
+    is left as it was: mining updates no running statistics and draws none of the caller's random numbers.
 
     Around PML's ``DistributedMinerWrapper`` the batch is the union of what the processes hold, and indices count as PML
     counts there: own rows first, then those of the other ranks in rank order.
 
+    Attributes and methods of the wrapped miner are found on the wrapper too. To set one, set it on ``.miner``.
+
     Args:
-        miner: any tuple miner of pytorch-metric-learning, available as ``.miner``.
+        miner: a tuple miner of PML, available as ``.miner``.
         model: as in `AdversarialLoss`.
+        eps: as in `AdversarialLoss`.
+        steps: as in `AdversarialLoss`.
         attack: as in `AdversarialLoss`.
-        perturb: rows that play one of these roles in a mined tuple are perturbed wherever they stand; "all" by default.
-        plugins: as in `AdversarialLoss`; ``training_loss`` is not asked.
-        warmup: as in `AdversarialLoss`; 0 by default, as nothing here is trained.
+        perturb: rows that play one of these roles in a mined tuple are perturbed in all of their tuples; default "all".
+        plugins: as in `AdversarialLoss`. ``training_loss`` is not asked.
+        warmup: as in `AdversarialLoss`; default 0, as nothing is trained here.
+        total_steps: as in `AdversarialLoss`.
         normalization: as in `AdversarialLoss`.
         seed: as in `AdversarialLoss`.
+
+    Raises:
+        AdversarialError: see `errors`.
 
     Example:
         >>> import torch
         >>> from pytorch_metric_learning.miners import BatchHardMiner
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
-        >>> miner = AdversarialMiner(BatchHardMiner(), model)
+        >>> miner = AdversarialMiner(BatchHardMiner(), model, eps=8 / 255)
         >>> images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) // 2
         >>> anchors, positives, negatives = miner(model(images), labels)
         >>> anchors.tolist()
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
+    _wraps = "miner"
+
     def __init__(
         self,
         miner: BaseMiner,
         model: Models | None = None,
         *,
-        attack: AttackFactory = presets.PRESET,
-        perturb: str | Iterable[str] = "all",
+        eps: float | None = None,
+        steps: int | None = None,
+        attack: AttackFactory | None = None,
+        perturb: Role | Iterable[Role] | None = None,
         plugins: Iterable[Any] = (),
-        warmup: int = 0,
+        warmup: float | None = None,
+        total_steps: int | None = None,
         normalization: Normalization | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(miner) or isinstance(miner, type | BaseMetricLossFunction | AdversarialMiner):
-            found = f"the class {miner.__name__}" if isinstance(miner, type) else type(miner).__name__
-            raise InputError(f"miner is {found}; expected a tuple miner of pytorch-metric-learning.")
-        joint = isinstance(miner, DistributedMinerWrapper)
-        if joint and miner.efficient:
-            raise InputError(
-                "DistributedMinerWrapper has efficient=True: each rank then mines for its own rows only. Use "
-                "efficient=False, with which the ranks share one batch."
-            )
-        own = FixedContext(attack, perturb, keep_clean=False, for_miner=True)
+        options.check_miner(miner, model)
+        _check_not_adversarial(miner)
+        own = FixedContext(eps=eps, steps=steps, attack=attack, perturb=perturb, for_miner=True)
+        warmup = options.warmup_steps(warmup, total_steps, default=0)
         if warmup:
-            adapter.check_warmup(attack)
+            adapter.check_warmup(own.attack)
+        hooks = Hooks(find_all(plugins), own)
+        _check_asked(hooks)
+        self._shown = options.shown(own.shown_options(), hooks.named, warmup=f"{warmup} steps")
         self.miner = miner
-        strength = Strength(warmup, guarded=False)
-        self.adversary = Adversary(
-            [*find_all(plugins), own], InputCapture(model), PixelSpace(normalization), strength, seed, joint
+        self.adversary = AdversarialStep(
+            hooks,
+            InputCapture(model),
+            PixelSpace(normalization),
+            EpsSchedule(warmup),
+            CollapseMonitor(guarded=False),
+            seed,
+            joint=isinstance(miner, DistributedMinerWrapper),
         )
-        _check_asked(self.adversary)
-        records.declare(self, records.STANDARD)
+        records.declare(self, Records.names())
 
-    def watch(self, model: Models) -> None:
-        """Takes the inputs of ``model`` from now on; needed when the model was exchanged."""
-        self.adversary.capture.watch(model)
+    @property
+    def records(self) -> Records:
+        """What the last step did. Numbers that no step has measured yet are NaN."""
+        return records.read(self, Records)
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
         """Indices of tuples among the attacked embeddings.
@@ -108,19 +127,19 @@ class AdversarialMiner(BaseMiner):
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
-        batch = self.adversary.batch(embeddings, labels, None, *reference)
-        with self.adversary.own_randomness():  # the caller's numbers are for the tuples that are returned
+        batch = self.adversary.collate(embeddings, labels, None, *reference)
+        with self.adversary.random_numbers():  # the caller's numbers are for the tuples that are returned
             found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))
-        plan, adversarial = self.adversary.rehearse(self._of_the_batch, batch)
+        plan, adversarial = self.adversary.perturb_only(self._of_the_batch, batch)
         if adversarial is None:
             records.clear(self, strength=batch.strength)
         else:
             _check_places(plan, batch)
             found = self._mine(plan, batch, adversarial.embeddings)
-            records.write(self, self.adversary.records(batch, plan, adversarial))
+            records.write(self, self.adversary.record(batch, plan, adversarial))
         self.adversary.step += 1  # here, so that a step that failed is taken again
-        return found if batch.world_size == 1 else _own_first(found, batch)
+        return _own_first(found, batch) if isinstance(batch, JointBatch) else found
 
     @property
     def _of_the_batch(self) -> BaseMiner:
@@ -133,19 +152,17 @@ class AdversarialMiner(BaseMiner):
         )
         return mined
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs: step, seed, the plugins' states."""
-        return self.adversary.state_dict()
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `get_extra_state` gave."""
-        self.adversary.load_state_dict(state)
+def _check_not_adversarial(miner: Any) -> None:
+    if isinstance(miner, AdversarialMiner):
+        raise InputError(
+            "miner is an AdversarialMiner already; expected a miner to be made adversarial. Perturb several roles with "
+            "perturb=(...), or add methods with plugins=[...]."
+        )
 
 
-def _check_asked(adversary: Adversary) -> None:
-    asked = [(plugin, adversary.manager.get_hookcallers(plugin) or ()) for plugin in adversary.plugins]
-    only = [f"{PROJECT}_training_loss"]
-    idle = [type(plugin).__name__ for plugin, callers in asked if [c.name for c in callers] == only]
+def _check_asked(hooks: Hooks) -> None:
+    idle = [type(plugin).__name__ for plugin in hooks.named if hooks.questions_of(plugin) == {"training_loss"}]
     if idle:
         raise PluginError(
             f"{', '.join(idle)} answers nothing but training_loss, which a miner does not ask; expected plugins that "
@@ -170,7 +187,7 @@ def _in_batch_rows(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
     return shift_partners(mined, batch.num_queries) if in_reference else mined
 
 
-def _own_first(mined: IndicesTuple, batch: Batch) -> IndicesTuple:
+def _own_first(mined: IndicesTuple, batch: JointBatch) -> IndicesTuple:
     """As PML numbers the rows of all ranks, so that the tuples fit its ``DistributedLossWrapper``."""
     queries, reference = batch.own_sizes
     per_rank = {"anchor": queries, "positive": reference or queries, "negative": reference or queries}

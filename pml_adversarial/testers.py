@@ -22,6 +22,8 @@ from .evaluation.suites import find_suite
 from .training.isolation import isolated
 from .training.pixels import Normalization, PixelSpace
 
+__all__ = ["AdversarialTester"]
+
 _WORST = {"query": "worst_case", "gallery": "worst_case_gallery"}
 _LENGTH_TOLERANCE = 1e-3  # relative; a network that normalises in half precision stays below it
 

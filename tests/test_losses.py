@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import re
 from functools import partial
 
 import numpy
@@ -15,7 +16,20 @@ from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialLoss, AttackError, CaptureError, InputError, PlanError, PluginError, hookimpl
+from pml_adversarial import (
+    AdversarialLoss,
+    AdversarialMiner,
+    AttackError,
+    CaptureError,
+    FixedContext,
+    InputError,
+    PlanError,
+    PluginError,
+    attacks,
+    hookimpl,
+)
+from pml_adversarial.attacks import adapter
+from pml_adversarial.defenses import FreeAT
 
 EPS, ALPHA, STEPS = 0.05, 0.02, 3
 PGD = partial(torchattacks.PGD, eps=EPS, alpha=ALPHA, steps=STEPS)
@@ -620,14 +634,13 @@ class TestOptions:
         assert torch.equal(found, exact)
 
     @pytest.mark.skipif(not hasattr(losses, "SmoothAPLoss"), reason="since 2.9")
-    def test_a_loss_that_wants_classes_of_one_size_is_asked_once(self, model, images, labels, caplog):
+    def test_a_loss_that_wants_classes_of_one_size_does_not_tell_roles_apart(self, model, images, labels, caplog):
         loss_func = seed_paper_loss(losses.SmoothAPLoss(), model, attack=PGD)
-        with caplog.at_level("DEBUG", "pml_adversarial"):
-            for _ in range(2):
-                loss_func(model(images), labels)
-        assert [record.args for record in caplog.records if "copies are" in record.msg] == [
-            ("SmoothAPLoss", "in place")
-        ]
+        for _ in range(2):
+            loss_func(model(images), labels)
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == 1
+        assert "SmoothAPLoss does not take copies of single members" in warnings[0]
 
     def test_of_a_loss_without_labels_its_own_value_is_raised(self, model, images):
         loss_func = seed_paper_loss(losses.VICRegLoss(), model, attack=PGD)
@@ -680,7 +693,7 @@ class TestBadInput:
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4))
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         one_triplet = tuple(torch.tensor([row]) for row in (0, 1, 2))
-        with pytest.raises(InputError, match="cannot embed one row alone: Expected more than 1 value"):
+        with pytest.raises(InputError, match="cannot embed a single row: Expected more than 1 value"):
             loss_func(model(images), labels, one_triplet)
         model[2].eval()
         loss_func(model(images), labels, one_triplet)
@@ -827,9 +840,9 @@ class TestBadInput:
             AdversarialLoss(losses.TripletMarginLoss(), model, warmup=-1)
         with pytest.raises(AttackError, match="no eps"):
             AdversarialLoss(losses.TripletMarginLoss(), model, attack=torchattacks.CW, warmup=5)
-        with pytest.raises(InputError, match="loss is the class TripletMarginLoss; expected a loss"):
+        with pytest.raises(InputError, match="loss is the class TripletMarginLoss; expected an object"):
             AdversarialLoss(losses.TripletMarginLoss, model)
-        with pytest.raises(InputError, match="loss is BatchHardMiner; expected a loss"):
+        with pytest.raises(InputError, match="loss is the miner BatchHardMiner; expected a loss"):
             AdversarialLoss(miners.BatchHardMiner(), model)
         with pytest.raises(InputError, match="holds an AdversarialLoss already"):
             AdversarialLoss(losses.MultipleLosses([AdversarialLoss(losses.TripletMarginLoss(), model)]), model)
@@ -901,3 +914,357 @@ class TestAddressing:
         asks.load_state_dict(asked.state_dict())
         embeddings = model(images)
         assert torch.equal(asked(embeddings, labels), asks(embeddings, labels))
+
+
+def message_of(error, call):
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+class TestKeywords:
+    """Options are set by keyword, on the method, or not at all."""
+
+    def step(self, model, images, labels, **options):
+        spy = Spy()
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, warmup=0, seed=1, plugins=[spy], **options)
+        loss = loss_func(model(images), labels)
+        return loss.item(), loss_func, spy
+
+    @pytest.mark.parametrize(
+        ("options", "attack"),
+        [
+            ({"eps": 0.02}, attacks.preset(0.02)),
+            ({"steps": 2}, attacks.preset(8 / 255, steps=2)),
+            ({"eps": 0.02, "steps": 2}, attacks.preset(0.02, steps=2)),
+            ({"attack": torchattacks.PGD, "eps": 0.02, "steps": 2}, partial(torchattacks.PGD, eps=0.02, steps=2)),
+            ({"attack": attacks.NFGSM, "eps": 0.02}, partial(attacks.NFGSM, eps=0.02)),
+            (
+                {"attack": attacks.Autocast(torchattacks.PGD), "eps": 0.02},
+                attacks.Autocast(partial(torchattacks.PGD, eps=0.02)),
+            ),
+            (
+                {"attack": lambda objective, **options: torchattacks.PGD(objective, **options), "steps": 2},
+                partial(torchattacks.PGD, steps=2),
+            ),
+        ],
+    )
+    def test_eps_and_steps(self, options, attack, model, images, labels):
+        value, _, spy = self.step(model, images, labels, **options)
+        expected, _, of_attack = self.step(model, images, labels, attack=attack)
+        assert value == expected
+        assert torch.equal(spy.adversarial.inputs, of_attack.adversarial.inputs)
+        miner, by_attack = (
+            AdversarialMiner(miners.BatchHardMiner(), model, seed=1, **o) for o in (options, {"attack": attack})
+        )
+        embeddings = model(images)
+        miner(embeddings, labels), by_attack(embeddings, labels)
+        assert dict(miner.records) == {**by_attack.records, "attack_seconds": miner.attack_seconds}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"eps": 8}, r"eps=8; expected a number above 0 and up to 1"),
+            ({"eps": 0.1, "steps": 0}, r"steps=0; expected a whole number"),
+            ({"attack": torchattacks.PGD, "eps": -0.1}, r"eps=-0.1; expected a number above 0"),
+            ({"attack": torchattacks.PGD, "steps": 1.5}, r"steps=1.5; expected a whole number"),
+            ({"attack": torchattacks.FGSM, "steps": 2}, r"steps=2 was given, and attack=FGSM takes no keyword steps"),
+            (
+                {"attack": lambda objective: None, "eps": 0.1},
+                r"eps=0.1 was given, and attack=<lambda> takes no",
+            ),
+            ({"attack": attacks.preset(0.1), "eps": 0.2}, r"eps=0.2 was given, and the attack sets eps=0.1 itself"),
+            (
+                {"attack": attacks.Autocast(attacks.preset(0.1)), "steps": 2},
+                r"steps=2 was given, and the attack sets steps=3 itself",
+            ),
+        ],
+    )
+    def test_eps_and_steps_that_cannot_be(self, options, message, model):
+        for make in (AdversarialLoss, AdversarialMiner):
+            wrapped = losses.TripletMarginLoss() if make is AdversarialLoss else miners.BatchHardMiner()
+            with pytest.raises(AttackError, match=message):
+                make(wrapped, model, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"perturb": "positive", "eps": 0.02},
+            {"perturb": ("anchor", "negative"), "tuples_per_anchor": 1},
+            {"keep_clean": False},
+            {"clean_weight": 0.5, "steps": 2},
+            {"copies": "replace"},
+            {"attack": PGD},
+        ],
+        ids=str,
+    )
+    def test_on_the_method(self, options, model, images, labels):
+        value, loss_func, _ = self.step(model, images, labels, **options)
+        found, by_method, _ = self.step(model, images, labels, method=FixedContext(**options))
+        assert value == found
+        assert repr(loss_func) == repr(by_method)
+        plain, _, _ = self.step(model, images, labels)
+        assert value != plain or "copies" in options  # all rows are replaced by default
+
+    def test_on_both_is_refused(self, model):
+        message = message_of(
+            InputError,
+            lambda: AdversarialLoss(losses.TripletMarginLoss(), model, method=FixedContext(), eps=0.1, perturb="all"),
+        )
+        assert "method=FixedContext(...) and eps, perturb were both given" in message
+        assert "method=FixedContext(eps=..., perturb=...)" in message
+        with pytest.raises(InputError, match=r"method='hm'.*plugins="):
+            AdversarialLoss(losses.TripletMarginLoss(), model, method="hm")
+
+    def test_one_method_serves_several_losses(self, model, images, labels):
+        method = FixedContext(perturb="positive", eps=0.05)
+        shared = [AdversarialLoss(make(), model, method=method, seed=1, warmup=0) for make in LOSSES.values()]
+        own = [AdversarialLoss(s.loss, model, perturb="positive", eps=0.05, seed=1, warmup=0) for s in shared]
+        embeddings = model(images)
+        for one, other in zip(shared[:4], own[:4], strict=True):
+            assert torch.equal(one(embeddings, labels), other(embeddings, labels))
+
+    def test_what_is_given_is_known_by_question(self):
+        assert FixedContext().given == {}
+        options = {"eps": 0.1, "perturb": "all", "keep_clean": True, "clean_weight": 0.0, "tuples_per_anchor": 1}
+        assert FixedContext(**options).given == {
+            "plan": ("perturb", "tuples_per_anchor", "keep_clean"),
+            "attack": ("eps",),
+            "training_loss": ("keep_clean", "clean_weight"),
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"plugins": ["hm"], "perturb": "positive"}, "HM answers pml_adversarial_plan itself, so perturb"),
+            ({"plugins": [FreeAT], "eps": 0.1}, "FreeAT answers pml_adversarial_attack itself, so eps"),
+            ({"plugins": ["trades"], "clean_weight": 0.5}, "TRADES answers pml_adversarial_training_loss itself"),
+        ],
+    )
+    def test_that_a_plugin_ignores_are_refused(self, options, message, model, images, labels):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(), model, warmup=0, **options)
+        with pytest.raises(PluginError, match=message):
+            loss_func(model(images), labels)
+
+
+class TestSeedPaper:
+    def test_is_the_published_method(self, model, images, labels):
+        spies = Spy(), Spy()
+        short = AdversarialLoss.seed_paper(losses.TripletMarginLoss(), model, seed=1, plugins=[spies[0]])
+        pgd = partial(torchattacks.PGD, eps=0.01, alpha=0.004, steps=5, random_start=True)
+        options = {"perturb": "positive", "tuples_per_anchor": 1, "keep_clean": False, "guard": False, "warmup": 0}
+        long = AdversarialLoss(losses.TripletMarginLoss(), model, attack=pgd, seed=1, plugins=[spies[1]], **options)
+        embeddings = model(images)
+        assert torch.equal(short(embeddings, labels), long(embeddings, labels))
+        assert torch.equal(spies[0].adversarial.inputs, spies[1].adversarial.inputs)
+        assert spies[0].plan.rows.tolist() == spies[1].plan.rows.tolist()
+        assert repr(short) == repr(long)
+
+    def test_with_another_budget(self, model, images, labels):
+        loss_func = AdversarialLoss.seed_paper(losses.TripletMarginLoss(), model, eps=0.02, steps=4)
+        built = adapter.budget(loss_func.adversary.hooks.own.attack)
+        assert built == {"eps": 0.02, "alpha": 0.01}  # 2 eps / steps
+        loss_func(model(images), labels)
+        assert loss_func.records.perturbation_linf == pytest.approx(0.02, abs=1e-6)
+
+    def test_with_other_options(self, model, images, labels):
+        loss_func = AdversarialLoss.seed_paper(
+            losses.TripletMarginLoss(), model, attack=torchattacks.FGSM, eps=0.03, perturb="negative", warmup=3
+        )
+        assert "eps=0.03, attack=FGSM, perturb=negative, tuples_per_anchor=1" in repr(loss_func)
+        assert loss_func.adversary.schedule.warmup == 3
+
+    def test_of_a_subclass_is_of_the_subclass(self, model):
+        class Mine(AdversarialLoss):
+            pass
+
+        assert isinstance(Mine.seed_paper(losses.TripletMarginLoss(), model), Mine)
+
+
+class TestWarmupAsAShare:
+    @pytest.mark.parametrize(("share", "steps"), [(0.5, 5), (1.0, 10), (0.01, 1), (0.25, 3), (0.0, 0)])
+    def test_grows_over_that_share(self, share, steps, model, images, labels):
+        for make in (AdversarialLoss, AdversarialMiner):
+            wrapped = losses.TripletMarginLoss() if make is AdversarialLoss else miners.BatchHardMiner()
+            wrapper = make(wrapped, model, warmup=share, total_steps=10)
+            found = []
+            for _ in range(12):
+                wrapper(model(images), labels)
+                found.append(wrapper.records.strength)
+            assert found == [min(1, step / steps) if steps else 1 for step in range(12)]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"warmup": 0.5}, r"warmup=0.5 is a share of all training steps.*Add total_steps"),
+            ({"warmup": 1.5, "total_steps": 10}, r"warmup=1.5; expected"),
+            ({"warmup": -0.5, "total_steps": 10}, r"warmup=-0.5; expected"),
+            ({"warmup": float("nan"), "total_steps": 10}, r"warmup=nan; expected"),
+            ({"warmup": True}, r"warmup=True; expected"),
+            ({"warmup": "half"}, r"warmup='half'; expected"),
+            ({"total_steps": 10}, r"total_steps=10 was given with warmup=None, and would change nothing"),
+            ({"warmup": 5, "total_steps": 10}, r"total_steps=10 was given with warmup=5, and would change nothing"),
+            ({"warmup": 0.5, "total_steps": 0}, r"total_steps=0; expected"),
+            ({"warmup": 0.5, "total_steps": 10.0}, r"total_steps=10.0; expected"),
+        ],
+    )
+    def test_that_cannot_be(self, options, message, model):
+        with pytest.raises(InputError, match=message):
+            AdversarialLoss(losses.TripletMarginLoss(), model, **options)
+        with pytest.raises(InputError, match=message):
+            AdversarialMiner(miners.BatchHardMiner(), model, **options)
+
+
+class TestRepr:
+    def test_shows_what_is_in_force(self, model):
+        loss_func = AdversarialLoss(
+            losses.TripletMarginLoss(), model, eps=4 / 255, plugins=["hm", Spy()], warmup=0.5, total_steps=100
+        )
+        first, second, *_ = (line.strip() for line in repr(loss_func).splitlines()[0:3])
+        assert first == "AdversarialLoss("
+        assert second == (
+            "eps=4/255, steps=3, attack=PGD, perturb=all, keep_clean=True, warmup=50 steps, guard=True, "
+            "plugins=[HM, Spy]"
+        )
+        assert "(loss): TripletMarginLoss(" in repr(loss_func)
+
+    def test_of_a_miner(self, model):
+        shown = repr(AdversarialMiner(miners.BatchHardMiner(), model, eps=0.1, perturb=("anchor", "positive")))
+        assert "eps=0.1, steps=3, attack=PGD, perturb=anchor and positive, warmup=0 steps" in shown
+        assert "(miner): BatchHardMiner(" in shown
+
+    def test_of_a_method(self):
+        assert repr(FixedContext(attack=torchattacks.FGSM, eps=2 / 255)) == (
+            "FixedContext(eps=2/255, attack=FGSM, perturb=all, keep_clean=True)"
+        )
+
+
+class TestWrongArguments:
+    """What is no metric loss is refused, and the cure that the message tells runs."""
+
+    def train(self, loss_func, model, images, labels):
+        loss_func(model(images), labels).backward()
+        assert loss_func.records.num_perturbed == 8
+
+    def follow(self, message, pattern, model):
+        """Runs the code that a message tells, with the names of PML at hand."""
+        code = re.search(pattern, message).group(0)
+        return eval(code, {**vars(losses), **vars(miners), "AdversarialLoss": AdversarialLoss, "model": model})
+
+    @pytest.mark.parametrize(
+        ("criterion", "kind"),
+        [
+            (nn.CrossEntropyLoss(), "NormalizedSoftmaxLoss"),
+            (nn.NLLLoss(), "NormalizedSoftmaxLoss"),
+            (nn.TripletMarginLoss(), "TripletMarginLoss"),
+            (nn.CosineEmbeddingLoss(), "ContrastiveLoss"),
+            (nn.MSELoss(), "ContrastiveLoss"),
+        ],
+        ids=str,
+    )
+    def test_a_criterion_of_torch(self, criterion, kind, model, images, labels):
+        message = message_of(InputError, lambda: AdversarialLoss(criterion, model))
+        assert f"{type(criterion).__name__} of torch.nn is no metric loss" in message
+        wide = nn.Sequential(*model, nn.Linear(4, 128))
+        loss_func = self.follow(message, r"AdversarialLoss\(.*\), model\)", wide)
+        assert type(loss_func.loss).__name__ == kind
+        self.train(loss_func, wide, images, labels)
+
+    def test_a_class(self, model, images, labels):
+        message = message_of(InputError, lambda: AdversarialLoss(losses.ContrastiveLoss, model))
+        assert "loss is the class ContrastiveLoss; expected an object" in message
+        self.train(self.follow(message, r"AdversarialLoss\(.*\), model\)", model), model, images, labels)
+        message = message_of(InputError, lambda: AdversarialLoss(losses.ArcFaceLoss, model))
+        assert "AdversarialLoss(ArcFaceLoss(num_classes=..., embedding_size=...), model)" in message
+
+    def test_the_wrong_order(self, model, images, labels):
+        for wrapped in (losses.ContrastiveLoss(), losses.CrossBatchMemory(losses.ContrastiveLoss(), 4)):
+            message = message_of(InputError, lambda wrapped=wrapped: AdversarialLoss(model, wrapped))
+            name = type(wrapped).__name__
+            assert (
+                f"wrong order: loss is Sequential, model is {name}. Write AdversarialLoss({name}(...), model)"
+                in message
+            )
+            self.train(AdversarialLoss(wrapped, model), model, images, labels)
+        with pytest.raises(InputError, match=r"wrong order: miner is Sequential, .*AdversarialMiner\(BatchHardMiner"):
+            AdversarialMiner(model, miners.BatchHardMiner())
+
+    def test_a_miner(self, model, images, labels):
+        miner = miners.BatchHardMiner()
+        message = message_of(InputError, lambda: AdversarialLoss(miner, model))
+        assert "loss is the miner BatchHardMiner" in message
+        assert "loss_func(embeddings, labels, miner(embeddings, labels))" in message
+        assert "AdversarialMiner(miner, model)" in message
+        loss_func, miner = AdversarialLoss(losses.ContrastiveLoss(), model), AdversarialMiner(miner, model)
+        embeddings = model(images)
+        assert loss_func(embeddings, labels, miner(embeddings, labels)).isfinite()
+
+    @pytest.mark.parametrize(
+        "found", [None, "triplet", lambda embeddings, labels: embeddings.sum()], ids=["none", "a word", "a function"]
+    )
+    def test_what_is_no_module(self, found, model):
+        with pytest.raises(InputError, match=r"expected a loss of pytorch-metric-learning, .* or a torch.nn.Module"):
+            AdversarialLoss(found, model)
+
+    def test_a_model_alone(self, model):
+        with pytest.raises(InputError, match=r"object of Sequential, whose forward takes \['input'\]"):
+            AdversarialLoss(model)
+        with pytest.raises(InputError, match="object of Sequential; expected a tuple miner"):
+            AdversarialMiner(model)
+
+    @pytest.mark.parametrize("given", [losses.ContrastiveLoss(), miners.BatchHardMiner()], ids=str)
+    def test_no_model(self, given):
+        with pytest.raises(InputError, match=f"model is {type(given).__name__}; expected the module that turns images"):
+            AdversarialLoss(losses.TripletMarginLoss(), given)
+        with pytest.raises(InputError, match=f"model is {type(given).__name__}; expected the module that turns images"):
+            AdversarialMiner(miners.BatchHardMiner(), given)
+        with pytest.raises(InputError, match="model is the class Linear; expected an object"):
+            AdversarialLoss(losses.TripletMarginLoss(), nn.Linear)
+
+
+class TestAccess:
+    def test_attributes_and_methods_of_the_wrapped_loss(self, model, images):
+        wrapped = losses.ArcFaceLoss(4, 4, margin=20)
+        loss_func = AdversarialLoss(wrapped, model)
+        assert loss_func.W is wrapped.W
+        assert loss_func.margin == wrapped.margin
+        assert loss_func.distance is wrapped.distance
+        embeddings = model(images)
+        assert torch.equal(loss_func.get_logits(embeddings), wrapped.get_logits(embeddings))
+        assert AdversarialLoss(losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 9), model).memory_size == 9
+
+    def test_of_the_wrapped_miner(self, model):
+        miner = AdversarialMiner(miners.MultiSimilarityMiner(epsilon=0.3), model)
+        assert miner.epsilon == 0.3
+        assert not hasattr(miner, "epsilons")
+
+    def test_own_ones_come_first(self, model):
+        memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 9)
+        loss_func = AdversarialLoss(memory, model)
+        assert loss_func.loss is memory
+        assert loss_func.training
+        assert loss_func.forward.__self__ is loss_func
+
+    def test_what_neither_has(self, model):
+        loss_func = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
+        with pytest.raises(AttributeError, match=r"neither AdversarialLoss nor the wrapped ArcFaceLoss .* 'get_logit'"):
+            loss_func.get_logit  # noqa: B018
+        assert not hasattr(loss_func, "_anything")
+        assert getattr(loss_func, "efficient", None) is None
+
+    def test_setting_is_the_wrappers(self, model):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(margin=0.1), model)
+        loss_func.loss.margin = 0.3
+        assert loss_func.margin == 0.3
+        loss_func.note = "mine"
+        assert not hasattr(loss_func.loss, "note")
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda whole: pickle.loads(pickle.dumps(whole))])
+    def test_copies_have_them_too(self, copied, model):
+        loss_func = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
+        assert torch.equal(copied(loss_func).W, loss_func.W)
+        assert copied(AdversarialMiner(miners.MultiSimilarityMiner(epsilon=0.3), model)).epsilon == 0.3
+
+    def test_before_it_is_made(self):
+        with pytest.raises(AttributeError):
+            AdversarialLoss.__new__(AdversarialLoss).W  # noqa: B018

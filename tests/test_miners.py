@@ -117,11 +117,11 @@ def test_states_and_copies(model, images, labels):
 
 
 def test_bad_input(model, images, labels):
-    with pytest.raises(InputError, match="expected a tuple miner"):
+    with pytest.raises(InputError, match="miner is the class BatchHardMiner; expected an object"):
         AdversarialMiner(miners.BatchHardMiner, model)
-    with pytest.raises(InputError, match="miner is ContrastiveLoss"):
+    with pytest.raises(InputError, match="miner is the loss ContrastiveLoss"):
         AdversarialMiner(losses.ContrastiveLoss(), model)
-    with pytest.raises(InputError, match="miner is AdversarialMiner"):
+    with pytest.raises(InputError, match="miner is an AdversarialMiner already"):
         AdversarialMiner(AdversarialMiner(miners.BatchHardMiner(), model), model)
     with pytest.raises(PluginError, match="expected a list"):
         AdversarialMiner(miners.BatchHardMiner(), model, plugins="hm")

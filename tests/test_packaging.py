@@ -98,7 +98,7 @@ USE = """
         loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[plugin], warmup=0)
         loss_func(model(torch.rand(8, 1, 4, 4)), torch.arange(8) // 2).backward()
         assert loss_func.score_gain > 0
-        print(*(type(plugin).__name__ for plugin in loss_func.adversary.plugins))
+        print(*(type(plugin).__name__ for plugin in loss_func.adversary.hooks.plugins))
     for name in ("embeding_shift", "embedding-shift", "Embedding_Shift"):
         try:
             AdversarialLoss(TripletMarginLoss(), model, plugins=[name])
@@ -179,7 +179,7 @@ RIGHT = """
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
     from pml_adversarial import (
-        AdversarialLoss, AdversarialMiner, Batch, Plan, Report, attacks, evaluate_robustness, hookimpl
+        AdversarialLoss, AdversarialMiner, Batch, FixedContext, Plan, Report, attacks, evaluate_robustness, hookimpl
     )
     from pml_adversarial.defenses.hm import HM
 
@@ -190,21 +190,33 @@ RIGHT = """
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
     loss_func = AdversarialLoss(
-        TripletMarginLoss(), model, attack=attacks.preset(4 / 255), perturb=("positive", "negative"),
-        plugins=["ics", HM(), Mine], warmup=10,
+        TripletMarginLoss(), model, attack=attacks.preset(4 / 255), plugins=["ics", HM(), Mine], warmup=10,
     )
+    chosen = AdversarialLoss(
+        TripletMarginLoss(), model, eps=4 / 255, steps=5, perturb=("positive", "negative"), warmup=0.5, total_steps=100
+    )
+    by_method = AdversarialLoss(TripletMarginLoss(), model, method=FixedContext(perturb="anchor"))
+    published = AdversarialLoss.seed_paper(TripletMarginLoss(), model)
     other = AdversarialLoss(TripletMarginLoss(), attack=partial(torchattacks.PGD, eps=0.1), perturb="all")
     miner = AdversarialMiner(MultiSimilarityMiner(), [model])
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) // 2
     embeddings: Tensor = model(images)
     loss: Tensor = loss_func(embeddings, labels, miner(embeddings, labels))
     share: float = loss_func.share_score_rose
+    strength: float = loss_func.records.strength
+    gains: dict[str, float] = dict(loss_func.records.of_plugins)
     report: Report = evaluate_robustness(model, (images, labels), eps=[1 / 255, 8 / 255])
     worst: float = report.worst_case(8 / 255)
 """
 WRONG = {
     "AdversarialLoss(TripletMarginLoss(), model, warmup='long')": "arg-type",
     "AdversarialLoss(TripletMarginLoss(), model, epsilon=0.1)": "call-arg",
+    "AdversarialLoss(TripletMarginLoss(), model, perturb='positives')": "arg-type",
+    "AdversarialMiner(MultiSimilarityMiner(), model, perturb=('anchor', 'positives'))": "arg-type",
+    "FixedContext(perturb='positives')": "arg-type",
+    "loss_func.records.strengh": "attr-defined",
+    "miner.records.loss_after": "attr-defined",
+    "published.records.strengh": "attr-defined",
     "AdversarialMiner(MultiSimilarityMiner(), model, seed='x')": "arg-type",
     "evaluate_robustness(model, (images, labels), eps='8/255')": "arg-type",
     "attacks.preset('large')": "arg-type",

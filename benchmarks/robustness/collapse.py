@@ -79,8 +79,9 @@ def measure(
         report = evaluation.measure(model, searched, Path(folder) / "evaluation", progress=False)
     found = {"recall_at_1": report.clean["recall_at_1"], "attacked": report.worst_case(evaluation.eps[0] / 255)}
     if isinstance(training.loss, AdversarialLoss):
-        strength = training.loss.adversary.strength
-        found |= {**strength.records(), "share": strength.share, "out_of_reach": strength.out_of_reach}
+        monitor = training.loss.adversary.monitor
+        found |= {"batch_recall": monitor.recall, "batch_recall_attacked": monitor.recall_attacked}
+        found |= {"share": monitor.share, "out_of_reach": monitor.out_of_reach}
     return found
 
 

@@ -32,8 +32,8 @@ from .protocol import Protocol
 Miner = Callable[..., Any]
 """``(embeddings, labels)`` -> tuples; one of PML's fits."""
 
-_METHOD_ALONE = {"perturb": "positive", "keep_clean": False, "guard": False}
-"""Of `AdversarialLoss`, for published methods: nothing of the package's own is added to them."""
+_METHOD_ALONE = {"guard": False}
+"""Of `AdversarialLoss`, for published methods, which plan by themselves: nothing of the package's own is added."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,15 @@ def _half_the_steps(protocol: Protocol) -> dict[str, Any]:
 
 def _seed_paper(protocol: Protocol) -> dict[str, Any]:
     attack = protocol.pgd(alpha=2 * protocol.eps / 5, steps=5, random_start=True)
-    return {"attack": attack, "tuples_per_anchor": 1, **_METHOD_ALONE}
+    return {"attack": attack, "perturb": "positive", "tuples_per_anchor": 1, "keep_clean": False, **_METHOD_ALONE}
 
 
 def _preset(protocol: Protocol) -> dict[str, Any]:
     return {"attack": attacks.preset(protocol.preset_eps)}
+
+
+def _preset_without_its_attack(protocol: Protocol) -> dict[str, Any]:
+    return {}
 
 
 _RANDOM, _SOFT_HARD = _always(miners.random_negatives), _always(miners.soft_hard)
@@ -223,14 +227,19 @@ METHODS: dict[str, Method] = {
     "early-stop": _saving("preset-both, broken rows at rest", lambda p: partial(FriendlyPGD, eps=p.preset_eps)),
     "hard-rows": Method("preset-both on half of the rows", both, plugins=lambda p: [HardRows(0.5)], **_PRESET),
     "reuse": Method(
-        "preset-both with 1 step from where it was", both, plugins=lambda p: [ATTA(p.preset_eps)], **_PRESET
+        "preset-both with 1 step from where it was",
+        both,
+        plugins=lambda p: [ATTA(p.preset_eps)],
+        options=_preset_without_its_attack,
+        warmup=0.5,
     ),
     "replay": Method(
         "preset-both, each batch 4 times, no attack steps",
         both,
         plugins=lambda p: [FreeAT(p.preset_eps)],
         replays=4,
-        **_PRESET,
+        options=_preset_without_its_attack,
+        warmup=0.5,
     ),
     "bfloat16-attack": _saving("preset-both, attack in bfloat16", lambda p: Autocast(attacks.preset(p.preset_eps))),
 }

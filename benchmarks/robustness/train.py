@@ -146,7 +146,7 @@ class Training:
 
     @property
     def _reusing(self) -> list[ATTA]:
-        plugins = self.loss.adversary.plugins if isinstance(self.loss, AdversarialLoss) else ()
+        plugins = self.loss.adversary.hooks.plugins if isinstance(self.loss, AdversarialLoss) else ()
         return [plugin for plugin in plugins if isinstance(plugin, ATTA)]
 
     @property

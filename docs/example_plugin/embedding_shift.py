@@ -1,4 +1,4 @@
-"""Trains on rows that an adversary moved off themselves: EST (arXiv 2002.11293), as a plugin for pml_adversarial."""
+"""A plugin for pml_adversarial: trains on images whose embeddings an attack moved far from the clean ones (EST)."""
 
 import torch
 from torch.nn.functional import normalize
@@ -8,21 +8,21 @@ from pml_adversarial.training.plan import replace_rows
 
 
 class EmbeddingShift:
-    """Moves every row away from its own clean embedding."""
+    """Moves the embedding of every row away from its clean embedding, as EST does (arXiv 2002.11293)."""
 
     @hookimpl
     def pml_adversarial_plan(self, batch):
-        """Every row whose image is known gets a copy, which takes its place."""
+        """Every row whose image is known gets a perturbed copy, and the copy takes the place of the row."""
         rows = torch.arange(batch.num_attackable, device=batch.inputs.device)
         return replace_rows(rows, len(batch), batch.indices_tuple).split(batch.num_queries)
 
     @hookimpl
     def pml_adversarial_score(self, batch, plan):
-        """The squared distance to the clean embedding, on the unit sphere."""
+        """The squared distance from the clean embedding, both at unit length."""
         origin = normalize(batch.context[plan.rows])
         return lambda embeddings: (normalize(embeddings) - origin).square().sum(1)
 
     @hookimpl
     def pml_adversarial_record(self, adversarial):
-        """How far the rows were moved, in the score's own unit."""
+        """The mean increase of the score."""
         return {"score_gain": (adversarial.score_after - adversarial.score_before).mean()}

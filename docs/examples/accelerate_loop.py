@@ -3,8 +3,8 @@
 python accelerate_loop.py
 python accelerate_loop.py --mixed-precision bf16
 
-Handwritten digits: 0-4 are for training, 5-9 are never seen and are searched. This is for one process; what several
-need besides is in train_torchrun.py. It needs `pip install "pml-adversarial[cli]" accelerate`.
+Handwritten digits: the model is trained on 0-4 and tested on 5-9, which it never sees in training. The script is for
+one process; train_torchrun.py is for several. It needs `pip install "pml-adversarial[cli]" accelerate`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 EPOCHS, BATCH_SIZE, ACCUMULATED = 25, 56, 2
@@ -41,9 +41,9 @@ def train(accelerator, images, labels):
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     loss_func = AdversarialLoss(
         MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
-        model,  # as prepare returned it
-        attack=attacks.preset(eps=0.2),
-        warmup=EPOCHS * len(loader) // 2,  # counts calls of the loss, each of which is one attack
+        model,  # the model that prepare returned
+        eps=0.2,
+        warmup=EPOCHS * len(loader) // 2,  # counts calls of the loss; each call is one attack
     )
     loss_func = accelerator.prepare(loss_func)
 

@@ -1,11 +1,11 @@
-"""How robust are the features of a timm model that was trained elsewhere? Answered for a folder of images.
+"""Measures how robust the features of a trained timm model are, on a folder of images.
 
 python evaluate_timm.py --model resnet50 --pretrained --images path/to/images
 python evaluate_timm.py --model resnet18 --checkpoint weights.pth --images path/to/images
 
-The folder has one subfolder per class. Every image is a query that searches all others by the model's features before
-its classifier. Prints the table, and writes robustness.json and robustness.html to the folder --output. It needs
-`pip install "pml-adversarial[cli]" timm`.
+The folder has one subfolder per class. Each query searches all other images. An image's embedding is what the model
+computes before its classifier. The script prints a table, and writes robustness.json and robustness.html to the folder
+--output. It needs `pip install "pml-adversarial[cli]" timm`.
 """
 
 import argparse
@@ -23,13 +23,14 @@ EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 
 def load_model(name, pretrained, checkpoint):
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0)  # without classifier: images -> features
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)  # no classifier: images -> features
     if checkpoint is not None:
         weights = load_state_dict(checkpoint, weights_only=True)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if missing:
-            raise SystemExit(f"{checkpoint} is not of {name}: it lacks {', '.join(missing[:5])}, ...")
-        print(f"not used of {checkpoint}: {', '.join(unexpected) or 'nothing'}")  # should be the classifier alone
+            raise SystemExit(f"{checkpoint} holds no weights of {name}: it lacks {', '.join(missing[:5])}, ...")
+        unused = ", ".join(unexpected) or "nothing"  # expected: the weights of the classifier
+        print(f"not used from {checkpoint}: {unused}")
     return model.eval()
 
 

@@ -2,9 +2,10 @@
 
 python finetune_cub.py --root data/cub --download
 
-Classes 1-100 are for training, 101-200 are searched, as usual. Writes model.pt, robustness.json and robustness.html to
-the folder --output. The settings are usual ones, not tuned; we have no results of this script. It needs a GPU, and
-`pip install "pml-adversarial[cli]" "pytorch-metric-learning>=2.9"`, which has the data set.
+The model is trained on classes 1-100 and tested on 101-200, as is usual for this data set. The script writes model.pt,
+robustness.json and robustness.html to the folder --output. Its settings are usual ones and were not tuned. There are no
+results of this script yet. It needs a GPU, and `pip install "pml-adversarial[cli]" "pytorch-metric-learning>=2.9"`:
+this version of pytorch-metric-learning has the data set.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2 as transforms
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TO_PIXELS = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True)]  # in [0, 1], not normalised
 
 
 def make_model(backbone, weights, dimensions=512):
-    """Pixels in [0, 1] -> embeddings; normalising is part of the model, so that eps counts in pixels everywhere."""
+    """Pixels in [0, 1] -> embeddings. The model normalises, so eps is in pixels in training and in evaluation."""
     network = getattr(torchvision.models, backbone)(weights=weights)
     network.fc = nn.Linear(network.fc.in_features, dimensions)
     return nn.Sequential(torchvision.transforms.Normalize(MEAN, STD), network)
@@ -42,7 +43,7 @@ def load(args):
 
 
 def set_to_train(model):
-    """Train mode, except for BatchNorm, which stays as ImageNet has left it."""
+    """Train mode, except for BatchNorm, which keeps the statistics of ImageNet."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -55,7 +56,7 @@ def train(model, train_set, args, device):
     loss_func = AdversarialLoss(
         MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
         model,
-        attack=attacks.preset(eps=args.eps / 255),
+        eps=args.eps / 255,
         warmup=args.epochs * len(loader) // 2,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)

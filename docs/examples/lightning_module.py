@@ -2,8 +2,9 @@
 
 python lightning_module.py
 
-Handwritten digits: 0-4 are for training, 5-9 are never seen; their loss is logged, and they are searched at the end.
-Metrics and the checkpoint are written to lightning_run/. It needs `pip install "pml-adversarial[cli]" lightning`.
+Handwritten digits: the model is trained on 0-4. It never sees 5-9 in training; their loss is logged as the validation
+loss, and they are the test at the end. The script writes metrics and the checkpoint to lightning_run/. It needs
+`pip install "pml-adversarial[cli]" lightning`.
 """
 
 import lightning
@@ -14,12 +15,11 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialLoss, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 FOLDER = "lightning_run"
 EPOCHS, BATCH_SIZE = 15, 112
-RECORDS = ("strength", "loss_before", "loss_after", "share_score_rose", "batch_recall", "batch_recall_attacked")
 
 
 class MetricLearner(lightning.LightningModule):
@@ -42,26 +42,26 @@ class MetricLearner(lightning.LightningModule):
             nn.Linear(512, 64),
         )
         loss_func = MultiSimilarityLoss(alpha=2, beta=40, base=0.5)
-        self.loss_func = AdversarialLoss(loss_func, self.model, attack=attacks.preset(eps=eps), warmup=warmup)
+        self.loss_func = AdversarialLoss(loss_func, self.model, eps=eps, warmup=warmup)
 
     def forward(self, images):
         """Pixels in [0, 1] -> embeddings."""
         return self.model(images)
 
     def training_step(self, batch, batch_idx):
-        """The attack runs inside of the loss; what it did is logged."""
+        """The attack runs inside the loss. The records of the step are logged."""
         images, labels = batch
         loss = self.loss_func(self.model(images), labels)
-        self.log_dict({f"train/{name}": float(getattr(self.loss_func, name)) for name in RECORDS})
+        self.log_dict({f"train/{name}": value for name, value in self.loss_func.records.items()})
         return loss
 
     def validation_step(self, batch, batch_idx):
-        """The wrapped loss without attack: Lightning has put it in eval mode."""
+        """The loss without an attack, because Lightning has put it into eval mode."""
         images, labels = batch
         self.log("val/loss", self.loss_func(self.model(images), labels))
 
     def configure_optimizers(self):
-        """Adam, also for parameters that the loss may have."""
+        """Adam for the parameters of the model, and of the loss if it has any."""
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
@@ -72,7 +72,7 @@ def train(data):
     train_loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, drop_last=True)
     val_loader = DataLoader(val_set, BATCH_SIZE)
     module = MetricLearner(warmup=EPOCHS * len(train_loader) // 2)
-    checkpoint = ModelCheckpoint()  # of the last epoch; the best by val/loss may be of the warmup, and not robust
+    checkpoint = ModelCheckpoint()  # keeps the last epoch: the one with the lowest val/loss may lie in the warmup
     trainer = lightning.Trainer(
         max_epochs=EPOCHS,
         accelerator="auto",

@@ -1,9 +1,9 @@
-"""PML's trainer, logging and model selection, with an adversarial loss and a robust metric to select by.
+"""PML's trainer and logging with an adversarial loss; the best model is selected by its robustness.
 
 python pml_trainer.py
 
 Handwritten digits: 0-4 are for training, 5 and 6 select the model, 7-9 test it. Everything is written to
-pml_trainer_run/, which must not be there yet. It needs `pip install "pml-adversarial[cli,records]" faiss-cpu`.
+pml_trainer_run/, which must not exist yet. It needs `pip install "pml-adversarial[cli,records]" faiss-cpu`.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pml_adversarial import AdversarialLoss, AdversarialTester, attacks, evaluate_robustness
+from pml_adversarial import AdversarialLoss, AdversarialTester, evaluate_robustness
 from pml_adversarial.cli.images import digits
 
 FOLDER = "pml_trainer_run"
 EPOCHS, ITERATIONS, BATCH_SIZE = 10, 10, 100
-EPS = 0.1  # of validation and test, in pixels of [0, 1]; training takes twice as much
+EPS = 0.1  # in validation and test, in pixels of [0, 1]; training uses twice as much
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -38,7 +38,7 @@ def train(dataset, val):
     loss_func = AdversarialLoss(
         losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5),
         models,
-        attack=attacks.preset(eps=2 * EPS),
+        eps=2 * EPS,
         warmup=EPOCHS * ITERATIONS // 2,
     )
     keeper, records, tensorboard = logging_presets.get_record_keeper(f"{FOLDER}/records", f"{FOLDER}/tensorboard")

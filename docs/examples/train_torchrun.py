@@ -65,7 +65,7 @@ def main():
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     train(device)
-    gc.collect()  # the last of the model; gloo's threads end with it, and may break the exit while they run
+    gc.collect()  # frees the model, and so ends gloo's threads, which could break the exit of the process
     dist.destroy_process_group()
 
 

@@ -8,16 +8,19 @@ from .autocast import Autocast
 from .friendly import FriendlyPGD
 from .nfgsm import NFGSM
 from .objective import Attack, AttackFactory, Objective, Score
+from .pgd import PGD, MomentumPGD
 from .presets import PRESET, SEED_PAPER, preset
 
 __all__ = [
     "NFGSM",
+    "PGD",
     "PRESET",
     "SEED_PAPER",
     "Attack",
     "AttackFactory",
     "Autocast",
     "FriendlyPGD",
+    "MomentumPGD",
     "Objective",
     "Score",
     "budget",

@@ -14,12 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torchattacks
-from torch import Tensor, nn
+from torch import Tensor
 from torchattacks.attack import Attack as TorchAttack
 
 from ..errors import AttackError
 from .ball import per_image
-from .objective import Attack, AttackFactory
+from .objective import Attack, AttackFactory, Objective
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -108,14 +108,16 @@ def check_warmup(factory: AttackFactory) -> None:
         )
 
 
-def build(factory: AttackFactory, objective: nn.Module, strength: float = 1.0) -> Attack:
-    """The attack on ``objective``, with eps and alpha scaled by ``strength``; `unchanged` where eps is 0.
+def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -> Attack:
+    """The attack on ``objective``, with eps and alpha scaled by ``strength``.
+
+    It is `unchanged` where eps is 0, and where the score is satisfied from the start.
 
     Raises:
         AttackError: the factory returns something that cannot be called, or cannot raise a score.
     """
     full = budget(factory)
-    if full.get("eps", 1.0) * strength == 0:
+    if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
         return unchanged
     scaled = {name: value * strength for name, value in full.items()} if strength < 1 else {}
     attack = factory(objective, **scaled)
@@ -154,16 +156,17 @@ def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
     return inputs
 
 
-def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
+def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
     """Runs an attack and holds it to its contract.
 
     Args:
         attack: ``(inputs, labels) -> inputs``.
         inputs: ``(M, ...)`` in [0, 1].
         labels: ``(M,)``.
+        objective: what is raised; it may say that the attack may leave all inputs as they were.
 
     Returns:
-        ``(M, ...)`` in [0, 1], detached.
+        ``(M, ...)`` in [0, 1], detached; ``inputs`` itself where it is right that they were left as they were.
 
     Raises:
         AttackError: another type or shape came back, complex or sparse tensors, or values that are not finite,
@@ -178,12 +181,14 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
     if perturbed.is_complex() or perturbed.layout != inputs.layout:
         raise AttackError(f"{name} returned {perturbed.layout}, {perturbed.dtype}; expected dense real numbers.")
-    perturbed = perturbed.detach().to(inputs)
+    perturbed = (perturbed.detach() if perturbed.requires_grad else perturbed).to(inputs)
     low, high = torch.aminmax(perturbed)
     low, high, changed = torch.stack([low, high, (perturbed != inputs).any().to(low)]).tolist()
     if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
         found = f"values from {low:.3g} to {high:.3g}" if low == low else "NaN"
         raise AttackError(f"{name} returned {found}; expected finite values in [0, 1].")
+    if not changed and objective is not None and objective.may_stay:
+        return inputs
     if not changed:
         raise AttackError(
             f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "
@@ -191,7 +196,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor) -> Tensor:
             f"{inputs.dtype} resolves, or it hands back only rows that got misclassified, and none ever is (use an "
             "attack that maximises a loss, such as PGD)."
         )
-    return perturbed.clamp(0, 1)
+    return perturbed if 0 <= low <= high <= 1 else perturbed.clamp(0, 1)
 
 
 def _class_of(factory: AttackFactory) -> Any:

@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def is_radius(eps: Any) -> bool:
-    """Whether it is a number above 0 and up to 1, as radii in pixels of [0, 1] are."""
+    """Whether ``eps`` is a number above 0 and up to 1, as radii in pixels of [0, 1] are."""
     return isinstance(eps, int | float) and not isinstance(eps, bool) and 0 < eps <= 1
 
 
 def projected(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Tensor:
-    """The points, held to the ball and to [0, 1]; what is not finite becomes clean again.
+    """The points, moved into the ball and into [0, 1]. Values that are not finite become the clean ones.
 
     Args:
         points: ``(M, ...)``, of any floating-point type.
-        clean: ``(M, ...)`` the middles, in [0, 1].
+        clean: ``(M, ...)`` the centres of the balls, in [0, 1].
         eps: radius, in pixels of [0, 1].
         norm: "Linf" or "L2".
     """
@@ -29,8 +29,8 @@ def projected(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> 
     return (clean + difference * (eps / length.clamp(min=eps))).clamp(0, 1)
 
 
-def drawn(like: Tensor, norm: str = "Linf") -> Tensor:
-    """Of the unit ball around 0, one random point per row, in the shape and type of ``like``."""
+def uniform_start(like: Tensor, norm: str = "Linf") -> Tensor:
+    """One random point of the unit ball around 0 for each row, in the shape and type of ``like``."""
     if norm == "Linf":
         return torch.empty_like(like).uniform_(-1, 1)
     direction = torch.randn_like(like)
@@ -39,5 +39,5 @@ def drawn(like: Tensor, norm: str = "Linf") -> Tensor:
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """``(M,)`` in a shape that goes with ``(M, ...)``."""
+    """``(M,)`` in a shape that goes with images ``(M, ...)``."""
     return values.reshape(-1, *[1] * (images.ndim - 1))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import AdversarialError, InputError
+from ..errors import AdversarialError, AttackError, InputError
 
 
 def check_number(
@@ -104,3 +104,21 @@ def _range(low: float, high: float, above: bool) -> str:
     if above:
         return f"above {low:g}" + (f" and up to {high:g}" if high < math.inf else "")
     return f"from {low:g} on" if high == math.inf else f"from {low:g} to {high:g}"
+
+
+def check_eps(eps: Any) -> float:
+    """Checks the radius of an attack, see `check_radius`.
+
+    Raises:
+        AttackError: ``eps`` is no number above 0 and up to 1.
+    """
+    return check_radius(eps, AttackError)
+
+
+def check_steps(steps: Any) -> int:
+    """Checks the number of steps of an attack.
+
+    Raises:
+        AttackError: ``steps`` is no whole number from 1 on.
+    """
+    return check_whole("steps", steps, hint=", as the number of attack steps", error=AttackError)

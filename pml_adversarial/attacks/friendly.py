@@ -1,34 +1,33 @@
-"""Rows that are broken already take no further steps."""
+"""Friendly adversarial training: rows that are broken already are not attacked any further."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .ball import drawn, projected
 from .objective import Objective
-from .pgd import ascend
-from .presets import check_steps
+from .pgd import PGD, ascent
 
 
-class FriendlyPGD:
-    """l-inf PGD from a random start in which a row rests once its score is above ``enough``.
+class FriendlyPGD(PGD):
+    """PGD in which a row stops once its score is above ``enough``.
 
     As in friendly adversarial training (Zhang et al., arXiv 2002.11242): what is wrong already need not be made worse.
-    With the package's own score, 0 is where a wrong row is as near as a right one. Rows at rest are passed no more.
+    With the package's own score, 0 is where a wrong row is as near as a right one. Rows that have stopped are passed
+    through the model no more.
 
-    Spares: the steps of rows at rest. On an accelerator each step waits for the host, which has to
-    know how many go on.
+    It saves the steps of these rows. On an accelerator each step waits for the host, which has to know how many rows go
+    on.
 
     Args:
         objective: what is raised.
         eps: radius, in pixels of [0, 1].
-        alpha: step; None: ``2.5 eps / steps``.
-        steps: at most.
-        enough: the score at which a row rests.
+        alpha: length of a step; None: ``2.5 eps / steps``.
+        steps: the most steps of a row.
+        enough: the score above which a row stops.
 
     Raises:
-        AttackError: ``steps`` is no number of steps.
+        AttackError: ``eps`` is not a radius, or ``steps`` is not a number of steps.
     """
 
     def __init__(
@@ -39,19 +38,22 @@ class FriendlyPGD:
         steps: int = 3,
         enough: float = 0.0,
     ) -> None:
-        check_steps(steps)
-        self.objective, self.eps, self.steps, self.enough = objective, eps, steps, enough
-        self.alpha = 2.5 * eps / steps if alpha is None else alpha
+        super().__init__(objective, eps, alpha, steps)
+        self.enough = enough
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
-        points = projected(inputs + self.eps * drawn(inputs), inputs, self.eps)
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Inputs ``(M, ...)`` in [0, 1] -> perturbed inputs ``(M, ...)``."""
+        low, high = (inputs - self.eps).clamp_(min=0), (inputs + self.eps).clamp_(max=1)
+        self._low, self._high = low, high
+        points = self.start(inputs)
         going = torch.arange(len(inputs), device=inputs.device)
         for step in range(self.steps):
-            moved, score = ascend(self.objective, points[going], self.alpha, going if step else None)
-            moves = (score <= self.enough).nonzero().flatten()
-            going, moved = going[moves], moved[moves]
+            score, gradient = ascent(self.objective, points[going], going if step else None)
+            goes_on = (score <= self.enough).nonzero().flatten()
+            going, gradient = going[goes_on], gradient[goes_on]
             if not len(going):
                 break
-            points = points.index_copy(0, going, projected(moved, inputs[going], self.eps))
+            self._low, self._high = low[going], high[going]
+            moved = points[going].add(self.direction(gradient), alpha=self.step_size(step))
+            points = points.index_copy(0, going, self.project(moved, inputs[going]))
         return points

@@ -1,27 +1,31 @@
-"""One gradient step that does not overfit to one step: noise twice as wide, and nothing is cut back to the ball."""
+"""N-FGSM: one gradient step from noise that is wider than the ball."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .ball import drawn
+from .ball import uniform_start
 from .objective import Objective
-from .pgd import ascend
+from .pgd import PGD
 
 
-class NFGSM:
+class NFGSM(PGD):
     """N-FGSM (de Jorge et al., arXiv 2202.01181): uniform noise of ``spread * eps``, then one sign step of ``alpha``.
 
-    A step from the ball's middle, or one that is cut back to the ball, is what models learn to bear without bearing
-    anything else (catastrophic overfitting). Uncut, a pixel moves by up to ``spread * eps + alpha``, within [0, 1].
+    A model learns to withstand a single step from the ball's centre, or one that is projected back to the ball, without
+    withstanding anything else (catastrophic overfitting). So nothing is projected here, and a pixel moves by up to
+    ``spread * eps + alpha``, within [0, 1].
 
-    Spares: all attack steps but one.
+    It saves all attack steps but one.
 
     Args:
         objective: what is raised.
-        eps: radius that is meant, in pixels of [0, 1].
-        alpha: the step; None: eps.
-        spread: of the noise, in eps; 2 in the paper.
+        eps: the radius that training is for, in pixels of [0, 1].
+        alpha: length of the step; None: eps.
+        spread: half width of the noise, in units of eps; 2 in the paper.
+
+    Raises:
+        AttackError: ``eps`` is not a radius.
 
     Example:
         >>> from functools import partial
@@ -32,10 +36,13 @@ class NFGSM:
     """
 
     def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):
-        self.objective, self.eps, self.spread = objective, eps, spread
-        self.alpha = eps if alpha is None else alpha
+        super().__init__(objective, eps, eps if alpha is None else alpha, steps=1)
+        self.spread = spread
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
-        start = inputs + self.spread * self.eps * drawn(inputs)
-        return ascend(self.objective, start, self.alpha)[0].clamp(0, 1)
+    def start(self, inputs: Tensor) -> Tensor:
+        """Noise wider than the ball, also outside [0, 1]."""
+        return inputs + self.spread * self.eps * uniform_start(inputs)
+
+    def project(self, points: Tensor, inputs: Tensor) -> Tensor:
+        """The nearest points in [0, 1]."""
+        return points.clamp(0, 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,12 @@ from ..errors import AttackError
 from .ball import per_image
 
 Score = Callable[[Tensor], Tensor]
-"""Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar."""
+"""Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar.
+
+A score may have two attributes. ``satisfied(values) -> bool``, of ``(M,)`` or ``()`` values: rows that need no further
+perturbation. `pgd.PGD` lets them rest, and a batch of which all rows are satisfied from the start is not attacked.
+``may_be_flat = True``: an attack may leave all rows as they are where the score has no gradient.
+"""
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 """Inputs ``(M, ...)`` and labels ``(M,)`` -> perturbed inputs ``(M, ...)``."""
@@ -43,28 +48,53 @@ class Objective(nn.Module):
         self, embed: Callable[[Tensor], Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
         self._embed, self._score, self._stand = embed, score, clean
-        with torch.no_grad():
-            self.clean_score = self._rows(score(clean), len(clean)).float()
-        self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+        self.clean = clean
+        self.has_gradient: Tensor | None = None
         self.best_inputs: Tensor | None = None
-        self._watched_gradient = False
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the modules, after an empty one: attacks look here for the device, and a model may have none."""
+        yield nn.Parameter(self.clean.new_empty(0), requires_grad=False)
+        yield from super().parameters(recurse)
+
+    @cached_property
+    def clean_score(self) -> Tensor:
+        """``(M,)`` the score of the unperturbed rows."""
+        with torch.no_grad():
+            return self._rows(self._score(self.clean), len(self.clean)).float()
+
+    def satisfied(self, values: Tensor) -> Tensor | None:
+        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
+        ask = getattr(self._score, "satisfied", None)
+        return None if ask is None else ask(values)
+
+    @property
+    def is_satisfied(self) -> bool:
+        """Whether all rows are satisfied before any attack."""
+        found = self.satisfied(self.clean_score) if hasattr(self._score, "satisfied") else None
+        return found is not None and bool(found.all())
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether it is right that an attack leaves all rows as they are: the score is flat, and may be."""
+        flat = getattr(self._score, "may_be_flat", False)
+        return flat and (bool(self.zero_gradient.all()) or not bool(self.clean_score.any()))
+
     @property
     def zero_gradient(self) -> Tensor:
         """``(M,)`` bool: rows whose gradient was zero in every pass that asked for one."""
-        return ~self.has_gradient if self._watched_gradient else torch.zeros_like(self.has_gradient)
+        return self._no_rows() if self.has_gradient is None else ~self.has_gradient
 
     @property
     def labels(self) -> Tensor:
         """``(M,)`` zeros: the label that every row has and that the attack leads it away from."""
-        return torch.zeros_like(self.has_gradient, dtype=torch.long)
+        return torch.zeros(len(self.clean), dtype=torch.long, device=self.clean.device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits ``(M, 2)`` of the perturbed rows.
@@ -72,9 +102,9 @@ class Objective(nn.Module):
         Raises:
             AttackError: the attack asks about some of the rows; a row's context is known by its position.
         """
-        if len(inputs) != len(self.clean_score):
+        if len(inputs) != len(self.clean):
             raise AttackError(
-                f"The attack asked about {len(inputs)} of {len(self.clean_score)} perturbed rows. Each row has its own "
+                f"The attack asked about {len(inputs)} of {len(self.clean)} perturbed rows. Each row has its own "
                 "fixed context, known by its position, so attacks that take rows one by one, drop or repeat some "
                 "cannot be used in training. Use one that moves the whole batch, such as PGD."
             )
@@ -98,9 +128,9 @@ class Objective(nn.Module):
             inputs.register_hook(partial(self._watch_gradient, rows))
         embeddings = self._embed(inputs)
         if rows is not None:
-            embeddings = self._stand.index_copy(0, rows, embeddings.to(self._stand.dtype))
-        self._stand = embeddings.detach()
-        score = self._rows(self._score(embeddings), len(self.clean_score)).float()
+            embeddings = self._stand.detach().index_copy(0, rows, embeddings.to(self._stand.dtype))
+        self._stand = embeddings
+        score = self._rows(self._score(embeddings), len(self.clean)).float()
         return score if rows is None else score[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
@@ -115,9 +145,13 @@ class Objective(nn.Module):
         self.best_inputs = torch.where(per_image(better, inputs), inputs, self.best_inputs)
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
-        self._watched_gradient = True
-        found = gradient.detach().reshape(len(gradient), -1).abs().amax(1) != 0
-        self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
+        found = gradient.any(tuple(range(1, gradient.ndim))) if gradient.ndim > 1 else gradient != 0
+        if rows is not None:
+            found = self._no_rows().index_copy(0, rows, found)
+        self.has_gradient = found if self.has_gradient is None else self.has_gradient.logical_or(found)
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(len(self.clean), dtype=torch.bool, device=self.clean.device)
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:
@@ -126,7 +160,7 @@ class Objective(nn.Module):
             raise AttackError(
                 f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
             )
-        return score.expand(count)
+        return score if score.shape == (count,) else score.expand(count)
 
 
 class _Logits(torch.autograd.Function):

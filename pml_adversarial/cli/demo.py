@@ -162,9 +162,10 @@ def _training_attack(text: str, eps: float) -> AttackFactory:
     given = made.keywords  # type: ignore[attr-defined]
     if "eps" not in parameters:
         raise click.BadParameter(f"{text} has no option eps; choose an attack with an l-inf radius, such as PGD.")
+    eps = given.get("eps", eps)
     steps = given.get("steps", getattr(parameters.get("steps"), "default", 1))
     alpha = {"alpha": 2.5 * eps / steps} if "alpha" in parameters and "alpha" not in given else {}
-    return partial(made, **{"eps": eps, **alpha, **given})
+    return partial(made, **{**given, "eps": eps, **alpha})
 
 
 def _refuse_options(context: click.Context) -> None:

@@ -23,6 +23,7 @@ from ..evaluation import Report, evaluate_robustness
 from ..evaluation.suites import quick
 from ..losses import AdversarialLoss
 from ..training.isolation import random_stream
+from ..training.tuples import Role
 from .images import OpenSetSplit, digits
 
 MODELS = ("plain", "adversarial")
@@ -52,7 +53,7 @@ class Settings:
     batch_size: int = 112
     learning_rate: float = 1e-3
     shift: int = 1
-    perturb: tuple[str, ...] = ("all",)
+    perturb: tuple[Role, ...] = ("all",)
     clean_weight: float = 0.0
     warmup: float = 0.5
     eps: tuple[float, ...] = (0.05, 0.1, 0.15)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import replace
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter
-from ..attacks.objective import Attack, Objective, Score
-from ..errors import AttackError, InputError, PlanError
+from ..attacks.objective import Score
+from ..errors import InputError, PlanError
 from ..plugins.fixed_context import FixedContext
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
@@ -19,7 +17,7 @@ from ..training.isolation import preserved
 from ..training.numeric import at_least_float
 from ..training.objectives import OwnLoss, tuples_of
 from ..training.plan import Plan
-from ..training.tuples import ROLES
+from ..training.tuples import ROLES, Role
 from .triplets import distance
 
 _RAISED = ("loss", "hardness")
@@ -51,7 +49,7 @@ class AMD:
             wrapper's, as ``perturb`` does not count.
     """
 
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[Role, ...] = ROLES
 
     def __init__(self, raises: str = "loss", tuples_per_anchor: int | None = None) -> None:
         if raises not in _RAISED:
@@ -83,29 +81,7 @@ class AMD:
     @hookimpl
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
         """What all copies raise together: the wrapped loss, or the hardness of its tuples."""
-        if self.raises == "hardness":
-            return _hardness(wrapped, batch, plan)
-        own_loss = OwnLoss(wrapped, batch, plan)
-
-        def loss(embeddings: Tensor) -> Tensor:
-            with preserved(wrapped):  # a loss with a memory would remember each step of the attack
-                return own_loss(embeddings)
-
-        return loss
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Generator[None, Attack, Attack]:
-        """Whatever attack it is; one that finds nothing to climb leaves the inputs as they were, on purpose."""
-        attack = yield
-        inputs = batch.inputs_of(plan.rows[batch.own(plan.rows)])
-        try:
-            found = adapter.run(attack, inputs, objective.labels)
-        except AttackError:
-            satisfied = objective.zero_gradient.all() or not objective.clean_score.any()
-            if not satisfied:
-                raise
-            return adapter.unchanged
-        return attack if attack is adapter.unchanged else lambda *_: found
+        return _hardness(wrapped, batch, plan) if self.raises == "hardness" else _Loss(wrapped, batch, plan)
 
 
 class RAMD(AMD):
@@ -121,7 +97,7 @@ class RAMD(AMD):
         tuples_per_anchor: as in `AMD`.
     """
 
-    roles = ("positive", "negative")
+    roles: tuple[Role, ...] = ("positive", "negative")
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -139,6 +115,20 @@ class RAMD(AMD):
                 "TripletMarginLoss."
             )
         return plan
+
+
+class _Loss:
+    """The wrapped loss of all copies; it is flat where all tuples are satisfied."""
+
+    may_be_flat = True
+
+    def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
+        self.wrapped, self.own_loss = wrapped, OwnLoss(wrapped, batch, plan)
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Embeddings ``(M, D)`` -> a scalar."""
+        with preserved(self.wrapped):  # a loss with a memory would remember each step of the attack
+            return self.own_loss(embeddings)
 
 
 def _anchors(indices_tuple: tuple[Tensor, ...]) -> Tensor:

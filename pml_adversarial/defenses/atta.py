@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import drawn, is_radius, per_image, projected
+from ..attacks.ball import is_radius, per_image, uniform_start
 from ..attacks.objective import Attack, Objective
-from ..attacks.pgd import ascend
+from ..attacks.pgd import PGD
 from ..errors import InputError, PluginError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
@@ -83,7 +83,7 @@ class ATTA:
                 f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; call `reuse.next(index)` with "
                 "the places of the batch's images in the data set before each call of the loss."
             )
-        places = batch.places_of(plan.rows[batch.own(plan.rows)])
+        places = batch.places_of(batch.own(plan.rows, plan.rows))
         index, self._index = self._index.to(places.device)[places], None
         return partial(self._attack, objective, index, batch.strength) if batch.strength else unchanged
 
@@ -100,9 +100,8 @@ class ATTA:
         self._make_room(int(index.max()) + 1, inputs)
         found = cast(Tensor, self._found)
         known = per_image(self.known[index], inputs)
-        points = projected(inputs + torch.where(known, found[index], eps * drawn(inputs)), inputs, eps)
-        for _ in range(self.steps):
-            points = projected(ascend(objective, points, alpha)[0], inputs, eps)
+        first = torch.where(known, found[index], eps * uniform_start(inputs))
+        points = _FromPerturbation(objective, eps, alpha, self.steps, first)(inputs)
         found[index] = points - inputs
         self.known[index] = True
         return points
@@ -115,3 +114,15 @@ class ATTA:
             more = 2 * size - len(found)
             self._found = torch.cat([found, found.new_zeros(more, *found.shape[1:])])
             self.known = torch.cat([self.known, self.known.new_zeros(more)])
+
+
+class _FromPerturbation(PGD):
+    """PGD that starts at a given perturbation ``(M, ...)``."""
+
+    def __init__(self, objective: Objective, eps: float, alpha: float, steps: int, first: Tensor) -> None:
+        super().__init__(objective, eps, alpha, steps)
+        self.first = first
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """The inputs with the perturbation added."""
+        return self.project(inputs + self.first, inputs)

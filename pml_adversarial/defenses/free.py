@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import drawn, is_radius, projected
+from ..attacks.ball import is_radius, projected, uniform_start
 from ..attacks.objective import Attack
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
@@ -63,7 +63,7 @@ class _Carried:
         """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
         change = self.replay._change
         if change is None or change.shape != inputs.shape:
-            change = self.eps * drawn(inputs)
+            change = self.eps * uniform_start(inputs)
         points = projected(inputs + change.to(inputs), inputs, self.eps)
         self.replay._change = points - inputs
         return points

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter
-from ..attacks.objective import Attack, Objective, Score
+from ..attacks.objective import Score
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
@@ -74,7 +73,6 @@ class HM:
         self.margin = _positive("margin", margin)
         self.cap = self.margin if cap is None else _positive("cap", cap)
         self.last_loss: float | Tensor = math.inf
-        self._scored: Plan | None = None
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -85,32 +83,13 @@ class HM:
     @hookimpl
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """What its triplet lacks of the destination hardness, squared and with the opposite sign."""
-        self._scored = plan
-        destination = self._destination(batch, plan)
-
-        def score(embeddings: Tensor) -> Tensor:
-            found = hardness(*three_members(plan, batch.context, embeddings))
-            return per_copy(plan, -(found - destination).clamp(max=0).square(), len(batch))
-
-        return score
+        return _MissingHardness(batch, plan, self._destination(batch, plan))
 
     @hookimpl
-    def pml_adversarial_attack(self, objective: Objective, plan: Plan) -> Attack | None:
-        """None, so the caller's; where every triplet is hard enough from the start, nothing is perturbed."""
-        if self._scored is not plan:
-            return None  # another plugin's score is raised
-        return None if objective.clean_score.any() else adapter.unchanged
-
-    @hookimpl(wrapper=True)
-    def pml_adversarial_training_loss(
-        self, batch: Batch, plan: Plan, adversarial: Adversarial
-    ) -> Generator[None, Tensor, Tensor]:
-        """What the others answer; L is remembered."""
-        loss = yield
-        with torch.no_grad():
-            found = hardness(*three_members(plan, batch.embeddings, adversarial.embeddings))
-            self.last_loss = (found + self.margin).relu().mean()
-        return loss
+    def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> None:
+        """Nothing; but L is remembered for the next step."""
+        found = hardness(*three_members(plan, batch.embeddings, adversarial.embeddings))
+        self.last_loss = (found + self.margin).relu().mean()
 
     def state_dict(self) -> dict[str, Any]:
         """L of the last step."""
@@ -127,6 +106,23 @@ class HM:
             return -self.margin * last.clamp(max=self.cap) / self.cap
         harder = harder_triplets(self.destination, batch, _in_batch_rows(plan, len(batch)), self.margin)
         return hardness(*(batch.context[member] for member in harder))
+
+
+class _MissingHardness:
+    """What the triplets of each copy lack of a destination hardness, squared, with the opposite sign."""
+
+    def __init__(self, batch: Batch, plan: Plan, destination: Tensor) -> None:
+        self.batch, self.plan, self.destination = batch, plan, destination
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Embeddings ``(M, D)`` -> scores ``(M,)``, 0 for a copy whose triplets are hard enough."""
+        found = hardness(*three_members(self.plan, self.batch.context, embeddings))
+        return per_copy(self.plan, -(found - self.destination).clamp(max=0).square(), len(self.batch))
+
+    @staticmethod
+    def satisfied(values: Tensor) -> Tensor:
+        """Copies whose triplets are all hard enough."""
+        return values == 0
 
 
 def _in_batch_rows(plan: Plan, num_rows: int) -> IndicesTuple:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, PlanError
 from ..training.batch import Batch
-from ..training.loss_support import own_triplets
+from ..training.loss_tuples import own_triplets
 from ..training.tuples import IndicesTuple, rank_in_group
 from .rows import on_sphere
 

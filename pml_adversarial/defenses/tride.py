@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter
-from ..attacks.objective import Attack, Objective, Score
+from ..attacks.objective import Score
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
@@ -103,7 +102,6 @@ class TRIDE:
             raise InputError(f"first={first!r}; expected 'candidates' or 'anchor', what the first step perturbs.")
         self.first, self.anchors_per_class = first, anchors_per_class
         self.steps = 0
-        self._scored: Plan | None = None
 
     @property
     def perturbs(self) -> str:
@@ -121,23 +119,8 @@ class TRIDE:
     @hookimpl
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """What the perturbation lowers, with the opposite sign."""
-        self._scored = plan
-        context = at_least_float(batch.context)
-        clean = context[plan.rows]
         objective = self.of_candidates if self.perturbs == "candidates" else self.of_anchor
-
-        def score(embeddings: Tensor) -> Tensor:
-            value = objective(*three_members(plan, context, embeddings), three_members(plan, context, clean)[0])
-            return -torch.where(value < self.tolerance, value.detach(), value)
-
-        return score
-
-    @hookimpl
-    def pml_adversarial_attack(self, objective: Objective, plan: Plan) -> Attack | None:
-        """None, so the caller's; where the objective is satisfied from the start, nothing is perturbed."""
-        if self._scored is not plan:
-            return None  # another plugin's score is raised
-        return adapter.unchanged if bool((objective.clean_score > -self.tolerance).all()) else None
+        return _Lowered(objective, at_least_float(batch.context), plan, self.tolerance)
 
     @hookimpl(wrapper=True)
     def pml_adversarial_training_loss(
@@ -194,6 +177,23 @@ class TRIDE:
     def _near(self, distances: Tensor) -> Tensor:
         count = max(1, int(self.smallest * len(distances)))
         return distances.topk(count, largest=False).values.mean()
+
+
+class _Lowered:
+    """An objective of the triplets, with the opposite sign; it has no gradient where it is satisfied."""
+
+    def __init__(self, objective: Callable[..., Tensor], context: Tensor, plan: Plan, tolerance: float) -> None:
+        self.objective, self.context, self.plan, self.tolerance = objective, context, plan, tolerance
+        self.clean_anchors = three_members(plan, context, context[plan.rows])[0]
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Embeddings ``(M, D)`` -> a scalar."""
+        value = self.objective(*three_members(self.plan, self.context, embeddings), self.clean_anchors)
+        return -torch.where(value < self.tolerance, value.detach(), value)
+
+    def satisfied(self, values: Tensor) -> Tensor:
+        """All copies, where the objective is below the tolerance."""
+        return values > -self.tolerance
 
 
 def weighted_mean(distances: Tensor, sharpness: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attacks.ball import projected
 from ..attacks.objective import Objective, Score
-from ..attacks.pgd import momentum_pgd
+from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
 from .embedder import Embed
 from .gallery import Gallery, Ranking, ReplacedItems, Targets, unit_or_zero
@@ -98,7 +98,7 @@ class GalleryAttack:
         name: of the attack in reports.
         choose: batch, number of the restart -> indices of the items ``(Q,)`` to perturb.
         score: batch -> the score of the items' embeddings that is raised.
-        steps: of `momentum_pgd`.
+        steps: of `MomentumPGD`.
         restarts: how often it runs. Later runs attack only queries that are still robust.
     """
 
@@ -117,7 +117,7 @@ class GalleryAttack:
         items = self.choose(batch, restart)
         pixels, origin = batch.pixels_of(items), batch.gallery.embeddings[items]
         objective = batch.objective(self.score(batch), origin)
-        found = momentum_pgd(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
+        found = MomentumPGD(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
         images = projected(found, pixels, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import drawn, per_image, projected
-from ..attacks.pgd import momentum_pgd
+from ..attacks.ball import per_image, projected, uniform_start
+from ..attacks.pgd import MomentumPGD
 from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch
@@ -172,7 +172,7 @@ class QuerySample:
 def margin_attack(batch: QueryBatch, eps: float, steps: int, random_start: bool = True) -> Tensor:
     """Queries ``(Q, C, H, W)`` that one run of the margin attack perturbed."""
     objective = batch.objective(margin_score(batch, 0))
-    return momentum_pgd(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
+    return MomentumPGD(objective, eps, steps, batch.norm, random_start=random_start)(batch.images, objective.labels)
 
 
 def is_adversarial(batch: QueryBatch, images: Tensor) -> Tensor:
@@ -404,7 +404,7 @@ def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
 
 def _random_point(batch: QueryBatch, eps: float) -> Tensor:
     """A random point of each ball. Clean images are often at special values, such as 8-bit levels or black."""
-    return projected(batch.images + eps * drawn(batch.images, batch.norm), batch.images, eps, batch.norm)
+    return projected(batch.images + eps * uniform_start(batch.images, batch.norm), batch.images, eps, batch.norm)
 
 
 def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:

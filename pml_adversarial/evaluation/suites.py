@@ -11,7 +11,7 @@ import torchattacks
 from torch import Tensor
 
 from ..attacks.objective import Score
-from ..attacks.pgd import momentum_pgd
+from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
@@ -51,11 +51,11 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
 def gradient_attack(
     score: Callable[[QueryBatch, int], Score], steps: int
 ) -> Callable[[QueryBatch, float, int], Tensor]:
-    """`momentum_pgd` that raises a score, as `QueryAttack` takes it."""
+    """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
 
     def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
         objective = batch.objective(score(batch, restart))
-        return momentum_pgd(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
     return perturb
 

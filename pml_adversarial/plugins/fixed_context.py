@@ -1,8 +1,8 @@
-"""The package as its own first plugin: the method of arXiv 2102.07265, its answers to all five questions.
+"""The default method, that of arXiv 2102.07265, as the package's own plugin: it answers all five questions.
 
-The chosen members of the mined tuples are copied and perturbed with the rest of the batch held fixed. The
-attack raises an unhinged distance score, since a satisfied hinge has no gradient. The wrapped loss is then
-taken on the tuples readdressed to the copies.
+The chosen members of the tuples get copies, and the copies are perturbed while the rest of the batch stays fixed. The
+attack raises a score of distances without a margin, since a satisfied hinge has no gradient. Then the wrapped loss is
+taken on tuples that are re-pointed to the copies.
 """
 
 from __future__ import annotations
@@ -11,103 +11,144 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter, presets
+from ..attacks import adapter, keywords
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
 from ..training.batch import Adversarial, Batch
+from ..training.calls import Enqueuing, check_scalar, name_of
 from ..training.isolation import random_stream
-from ..training.loss_support import (
-    CallSignature,
-    call_signature,
-    choice_of,
-    finest,
-    is_row_separable,
-    own_partners,
-    own_tuples,
-    sees_copies,
-    takes_copies,
-    with_copies,
-    with_own_triplets,
-)
+from ..training.loss_support import Copies, LossSupport, support_of
+from ..training.loss_trials import CallSignature, LossTrials, call_signature, with_copies
+from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
+from ..training.options import levels, shown
 from ..training.plan import Plan, clean_loss, plan_rows, replace_rows
-from ..training.records import STANDARD
-from ..training.tuples import ROLES, IndicesTuple, keep_tuples, parse_roles
+from ..training.records import nobody_perturbed
+from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles, take
 from .hookspecs import hookimpl
 
 logger = logging.getLogger("pml_adversarial")
 
 
+_COUNT_IN = {
+    "plan": ("perturb", "tuples_per_anchor", "keep_clean", "copies"),
+    "attack": ("eps", "steps", "attack"),
+    "training_loss": ("keep_clean", "clean_weight"),
+}
+"""Question -> options that count where `FixedContext` answers it."""
+
+
 class FixedContext:
-    """Perturbs roles within a fixed batch context.
+    """The package's own method: chosen rows are perturbed while the rest of the batch is held fixed.
+
+    Every option left out has its default. To set some of them: ``AdversarialLoss(loss, model,
+    method=FixedContext(perturb="anchor"))``, or ``AdversarialLoss(loss, model, perturb="anchor")``.
 
     Args:
-        attack: a factory, see `attacks`.
-        perturb: "anchor", "positive", "negative", several of them, or "all".
-        tuples_per_anchor: keep so many tuples per anchor, each with its own copies; None: keep all, with one
-            copy per row and role.
-        clean_weight: weight of the unperturbed loss.
-        keep_clean: whether training sees the clean rows beside the perturbed ones.
-        for_miner: whether a miner is wrapped; rows are then replaced wherever they stand, since it names them by place.
+        eps: radius of the attack, in pixels of [0, 1]; default 8/255, or that of ``attack``.
+        steps: attack steps; default 3, or those of ``attack``.
+        attack: an attack factory, see `attacks`; default `attacks.preset`.
+        perturb: "anchor", "positive", "negative", several of them, or "all", the default.
+        tuples_per_anchor: how many tuples of each anchor are kept, each with copies of its own. By default all are
+            kept, with one copy per row and role.
+        keep_clean: whether training sees the clean rows beside the perturbed ones; default True, for a miner False.
+        clean_weight: weight of the unperturbed loss that is added; default 0.
+        copies: how copies may stand in a loss of your own, see `loss_support.Copies`. By default the loss is asked.
+        for_miner: whether a miner is wrapped. It names rows by place, so copies then replace rows in their places.
+
+    Attributes:
+        given: question -> names of the options that were set for it.
+
+    Raises:
+        AttackError: eps, steps or attack cannot be used.
+        PlanError: perturb, tuples_per_anchor or copies cannot be used.
+        InputError: clean_weight cannot be used.
     """
 
     def __init__(
         self,
-        attack: AttackFactory = presets.PRESET,
-        perturb: str | Iterable[str] = "all",
+        *,
+        eps: float | None = None,
+        steps: int | None = None,
+        attack: AttackFactory | None = None,
+        perturb: Role | Iterable[Role] | None = None,
         tuples_per_anchor: int | None = None,
-        clean_weight: float = 0.0,
-        keep_clean: bool = True,
+        keep_clean: bool | None = None,
+        clean_weight: float | None = None,
+        copies: Copies | None = None,
         for_miner: bool = False,
     ) -> None:
-        adapter.check(attack)
-        self.attack = attack
-        self.roles = parse_roles(perturb)
-        if tuples_per_anchor is not None and not (isinstance(tuples_per_anchor, int) and tuples_per_anchor >= 1):
-            raise PlanError(
-                f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all "
-                "tuples."
-            )
-        if not (isinstance(clean_weight, int | float) and 0 <= clean_weight < math.inf):
-            raise InputError(f"clean_weight={clean_weight!r}; expected a number from 0 on.")
+        _check_numbers(tuples_per_anchor, clean_weight)
+        self.attack = keywords.attack_of(attack, eps, steps)
+        self.roles = parse_roles("all" if perturb is None else perturb)
+        self.given = _given(
+            eps=eps,
+            steps=steps,
+            attack=attack,
+            perturb=perturb,
+            tuples_per_anchor=tuples_per_anchor,
+            keep_clean=keep_clean,
+            clean_weight=clean_weight,
+            copies=copies,
+        )
         self.tuples_per_anchor = tuples_per_anchor
-        self.clean_weight, self.keep_clean = clean_weight, keep_clean
+        self.clean_weight = 0.0 if clean_weight is None else clean_weight
+        self.keep_clean = not for_miner if keep_clean is None else keep_clean
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
-        self._addressing: dict[CallSignature, str] = {}
-        self._by_row: dict[CallSignature, bool] = {}
-        self._sees_copies: dict[CallSignature, bool] = {}
+        self.copies = self._checked_copies(copies)
+        self._asked: dict[CallSignature, LossSupport] = {}
+        self._accepted: set[CallSignature] = set()
+        self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"FixedContext({shown(self.shown_options())})"
+
+    def shown_options(self) -> dict[str, Any]:
+        """The options in force, by name, for a ``repr``."""
+        of_attack = keywords.shown_options(self.attack)
+        if isinstance(of_attack.get("eps"), float):
+            of_attack["eps"] = levels(of_attack["eps"])
+        return {
+            **of_attack,
+            "perturb": "all" if self.roles == ROLES else " and ".join(self.roles),
+            "tuples_per_anchor": self.tuples_per_anchor,
+            "keep_clean": None if self.for_miner else self.keep_clean,
+            "clean_weight": self.clean_weight or None,
+            "copies": self.copies,
+        }
 
     @hookimpl(trylast=True)
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """The chosen roles of the tuples, as finely as the wrapped loss can tell them apart."""
-        self._is_by_row(wrapped, batch)  # what the loss refuses, it refuses before anything is spent
-        masks = own_partners(wrapped, batch) if self.in_place and self.roles == ROLES else None
-        if masks is not None:
-            meeting = (masks[0] | masks[1]).any(1).nonzero().flatten()
-            self._check_inputs_known(meeting, batch)
-            plan = replace_rows(meeting, len(batch), None).split(batch.num_queries)
+        """Which rows play the chosen roles, and where their copies stand, as finely as the loss tells roles apart."""
+        self._check_call(wrapped, batch)
+        rows = rows_in_own_tuples(wrapped, batch) if self.in_place and self.roles == ROLES else None
+        if rows is not None:
+            if isinstance(wrapped, Enqueuing):
+                rows = rows[rows < batch.num_queries]  # the others join the memory as they are
+            self._check_inputs_known(rows, batch)
+            plan = replace_rows(rows, len(batch), None).split(batch.num_queries)
         elif (tuples := own_tuples(wrapped, batch)) is None:
-            plan = replace_rows(_known(batch), len(batch), None).split(batch.num_queries)
+            plan = self._plan_without_tuples(batch)
         else:
             if self.tuples_per_anchor is not None:
                 tuples = keep_tuples(tuples, self.tuples_per_anchor)
-            plan = self._candidates(wrapped, batch, tuples)
+            plan = self._plan_of_tuples(wrapped, batch, tuples)
         return replace(plan, keeps_clean=self.keep_clean)
 
     @hookimpl(trylast=True)
     def pml_adversarial_score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
-        """Furthest fixed member of its tuples that shares its label, minus the nearest that does not.
+        """The distance of a copy to its furthest positive partner, minus the distance to its nearest negative one.
 
-        A loss in which rows do not meet (classification, proxies) has no such members, and without labels they are not
-        known: then its own value is raised.
+        The loss itself is raised where there are no partners: in a loss that is a sum over rows (classification,
+        proxies), and without labels and tuples.
         """
-        if self._is_by_row(wrapped, batch):
+        if not self.for_miner and self._support_of(wrapped, batch).is_row_separable:
             return OwnLoss(unreduced(wrapped), batch, plan)
         if batch.labels is None and batch.indices_tuple is None:
             return OwnLoss(wrapped, batch, plan)
@@ -122,11 +163,11 @@ class FixedContext:
     def pml_adversarial_training_loss(
         self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial
     ) -> Tensor:
-        """The wrapped loss on the tuples readdressed to the copies, and the weighted clean one.
+        """The wrapped loss of the plan's rows, plus the weighted loss of the clean batch.
 
-        Where clean rows are kept, it is that of one batch of both. Where rows cannot join it, it is the mean of the two
-        losses: copies stand for roles, or without labels a row and its copy would count as different, or the loss fails
-        where they are equal or picks only clean ones.
+        Where clean rows are kept, it is the loss of one batch that holds rows and copies. It is the mean of two losses,
+        of the clean batch and of the plan, where one batch cannot hold both: copies stand for single roles; without
+        labels a row and its copy would count as different; or the loss does not take them, `LossSupport.beside_clean`.
         """
         trained = self._trained_on(plan, wrapped, batch)
         loss: Tensor = trained.evaluate(wrapped, batch, adversarial.embeddings)
@@ -139,73 +180,155 @@ class FixedContext:
     @hookimpl(trylast=True)
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any]:
         """How far inputs, embeddings and scores of this process's own copies moved."""
-        own = batch.own(plan.rows)
-        if not len(own):
-            return {**dict.fromkeys(STANDARD, 0), "strength": batch.strength}
-        change = (adversarial.inputs - batch.inputs_of(plan.rows[own])).reshape(len(own), -1).float()
-        shift = (adversarial.embeddings[own] - batch.embeddings[plan.rows[own]]).detach().float()
+        rows = batch.own(plan.rows, plan.rows)
+        if not len(rows):
+            return nobody_perturbed(batch.strength)
+        change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
+        shift = batch.own(adversarial.embeddings - take(batch.embeddings, plan.rows), plan.rows).float()
         return {
             "strength": batch.strength,
-            "num_perturbed": len(own),
-            "perturbation_linf": change.abs().max(),
+            "num_perturbed": len(rows),
+            "perturbation_linf": torch.linalg.vector_norm(change, torch.inf),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),
-            "share_score_rose": (adversarial.score_after > adversarial.score_before).float().mean(),
-            "share_zero_gradient": adversarial.zero_gradient.float().mean(),
+            "share_score_rose": (adversarial.score_after > adversarial.score_before).mean(dtype=torch.float32),
+            "share_zero_gradient": adversarial.zero_gradient.mean(dtype=torch.float32),
             "attack_seconds": adversarial.seconds,
         }
 
-    def _candidates(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> Plan:
-        """The finest plan that the wrapped loss evaluates to its own value when nothing is perturbed.
-
-        Copies are appended and tuples readdressed (seed paper); a loss that averages over rows gets copies as
-        reference embeddings, so that the number of rows stays; a loss that cannot tell tuples apart
-        gets rows replaced. Which one fits is found out once, from the loss itself.
-        """
-        in_place = plan_rows(tuples, self.roles, len(batch))
-        self._check_inputs_known(in_place.rows, batch)
-        kept = choice_of(wrapped, batch, tuples, self.tuples_per_anchor is not None)
-        in_place = Plan(in_place.rows, in_place.pool_indices, kept).split(batch.num_queries)
-        if self.in_place or not len(in_place):
-            return in_place
-        situation = call_signature(batch)
-        if situation not in self._addressing:
-            found = finest(wrapped, batch, self.roles, self.tuples_per_anchor)
-            if found is not None:
-                self._addressing[situation] = found
-                logger.debug("%s: copies are %s", type(wrapped).__name__, found)
-        plans = with_copies(batch, tuples, self.roles, self.tuples_per_anchor)
-        plan = plans.get(self._addressing.get(situation, "in place"))
-        if plan is None and self.tuples_per_anchor and len(plans["appended"]) > len(in_place):
-            raise PlanError(
-                f"{type(wrapped).__name__} does not keep its value when the members of its tuples are copied, so "
-                f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
-                "tuples_per_anchor=None or 1, or perturb='positive'."
+    def _plan_without_tuples(self, batch: Batch) -> Plan:
+        if not self.in_place and self.roles != ROLES:
+            self._warn_once(
+                f"perturb={self.roles}: without labels and tuples there are no roles, so all rows are perturbed."
             )
-        return in_place if plan is None else plan
+        known = consecutive(0, batch.num_attackable, batch.embeddings.device)
+        return replace_rows(known, len(batch), None).split(batch.num_queries)
 
-    def _is_by_row(self, wrapped: nn.Module, batch: Batch) -> bool:
-        if self.for_miner:
-            return False
-        situation = call_signature(batch)
-        if situation not in self._by_row:
-            with torch.no_grad(), random_stream(0, 0):  # a resumed run asks again, and draws what it would have drawn
-                clean_loss(wrapped, batch)
-            self._by_row[situation] = is_row_separable(wrapped, batch)
-        return self._by_row[situation]
+    def _plan_of_tuples(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> Plan:
+        """The plan with copies for the chosen roles; where the loss does not take it, the one that replaces rows."""
+        replaced = plan_rows(tuples, self.roles, len(batch))
+        self._check_inputs_known(replaced.rows, batch)
+        given = tuples_to_give(wrapped, batch, tuples, self.tuples_per_anchor is not None)
+        replaced = Plan(replaced.rows, replaced.pool_indices, given).split(batch.num_queries)
+        if self.in_place or not len(replaced):
+            return replaced
+        name, several = name_of(wrapped), (self.tuples_per_anchor or 1) > 1
+        support = self._support_of(wrapped, batch)
+        copies = support.copies_for(self.roles, batch.num_queries < len(batch))
+        logger.debug("%s: copies=%r", name, copies)
+        plans = with_copies(batch, tuples, self.roles, self.tuples_per_anchor)
+        if copies == "replace":
+            self._check_replaced(name, plans["append"], replaced)
+            return replaced
+        plan = plans.get(copies)
+        if plan is None or (several and not support.may_copy_per_tuple(self.roles, len(tuples))):
+            raise PlanError(self._another_loss(name))
+        return plan
+
+    def _check_replaced(self, name: str, appended: Plan, replaced: Plan) -> None:
+        if self.tuples_per_anchor and len(appended) > len(replaced):
+            raise PlanError(self._another_loss(name))
+        if self.roles != ROLES and self.copies != "replace":
+            self._warn_once(
+                f"perturb={self.roles}: {name} does not take copies of single members of its tuples. Each row that "
+                "plays one of these roles is perturbed in all of its tuples, whatever else it is. To say that this is "
+                "meant, use copies='replace'; to perturb single roles, use a loss of pairs or triplets."
+            )
+
+    def _another_loss(self, name: str) -> str:
+        return (
+            f"{name} does not keep its value when the members of its tuples are copied, so "
+            f"tuples_per_anchor={self.tuples_per_anchor} with perturb={self.roles} would train another loss. Use "
+            "tuples_per_anchor=None; or, with a loss of pairs or triplets, tuples_per_anchor=1."
+        )
+
+    def _support_of(self, wrapped: nn.Module, batch: Batch) -> LossSupport:
+        """What the loss can take: from the table; if that does not know it, from the user; else the loss is asked."""
+        name, known, signature = name_of(wrapped), support_of(wrapped), call_signature(batch)
+        if known is None:
+            if signature not in self._asked:
+                self._asked[signature] = self._ask(name, wrapped, batch)
+            return self._asked[signature]
+        if self.copies is None or self.copies == known.copies:
+            return known
+        if self.copies != "replace":
+            raise PlanError(
+                f"copies={self.copies!r}, but {name} takes copies={known.copies!r}. Leave copies out: it is for losses "
+                "that pytorch-metric-learning does not have."
+            )
+        return replace(known, copies="replace")
+
+    def _ask(self, name: str, wrapped: nn.Module, batch: Batch) -> LossSupport:
+        trials = LossTrials(wrapped, batch)
+        copies = self.copies
+        if copies is None:
+            copies = "replace" if self.in_place else trials.copies(self.roles, self.tuples_per_anchor)
+            if copies is None:
+                raise PlanError(
+                    f"{name} is not in the table of losses, and raises on trial batches of 8 to {len(batch)} random "
+                    f"embeddings ({trials.error!r}), so it is not known how copies may stand for "
+                    f"perturb={self.roles}. Say it: AdversarialLoss(..., copies='append') if the loss looks only at "
+                    "rows that its tuples name, copies='replace' if it looks at others."
+                )
+            if not self.in_place:
+                self._warn_once(
+                    f"{name} is not in the table of losses. It was asked on {len(cast(Batch, trials.batch))} random "
+                    f"embeddings, and takes copies={copies!r}. If that is right, say so: "
+                    f"AdversarialLoss(..., copies={copies!r})."
+                )
+        if trials.batch is None:
+            self._warn_once(
+                f"{name} is not in the table of losses, and raises on trial batches of 8 to {len(batch)} random "
+                f"embeddings ({trials.error!r}). The attack raises a score of distances, and clean and perturbed rows "
+                "are trained on in two batches."
+            )
+        return LossSupport(
+            copies=copies,
+            takes_tuples=trials.takes_tuples(),
+            is_row_separable=trials.is_row_separable(),
+            beside_clean=trials.takes_copies_beside_clean(),
+        )
+
+    def _check_call(self, wrapped: nn.Module, batch: Batch) -> None:
+        """What the loss refuses, it refuses before anything is spent; with its own error."""
+        signature = call_signature(batch)
+        if self.for_miner or signature in self._accepted:
+            return
+        with torch.no_grad(), random_stream(0, 0):  # a resumed run comes here again, and has to draw the same numbers
+            check_scalar(wrapped, clean_loss(wrapped, batch))
+        takes_tuples = self.tuples_per_anchor is None or self._support_of(wrapped, batch).takes_tuples
+        if batch.labels is not None and not takes_tuples:
+            raise PlanError(
+                f"{name_of(wrapped)} takes no tuples, so tuples_per_anchor={self.tuples_per_anchor} has none to "
+                "choose from. Use tuples_per_anchor=None."
+            )
+        self._accepted.add(signature)
 
     def _trained_on(self, plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
-        """The plan that training evaluates: with clean rows beside the perturbed ones, if they are kept and can be."""
-        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None or _tells_images_apart(batch):
+        """The plan of which training takes the loss: with clean rows beside their copies, where they are kept."""
+        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None:
             return plan
-        if not takes_copies(wrapped, 2 * batch.num_queries):
+        if _tells_images_apart(batch) and not isinstance(wrapped, Enqueuing):
             return plan
-        situation = call_signature(batch)
-        if situation not in self._sees_copies:
-            self._sees_copies[situation] = sees_copies(wrapped, batch)
-        if not self._sees_copies[situation]:
+        support = self._support_of(wrapped, batch)
+        if not (support.beside_clean and support.holds(2 * batch.num_queries)):
             return plan
         return with_own_triplets(plan.beside_clean(len(batch)), wrapped, batch)
+
+    def _checked_copies(self, copies: Copies | None) -> Copies | None:
+        if copies is not None and copies not in get_args(Copies):
+            raise PlanError(f"copies={copies!r}; expected one of {', '.join(map(repr, get_args(Copies)))}, or None.")
+        if copies not in (None, "replace") and self.in_place:
+            raise PlanError(
+                f"copies={copies!r} has no effect where every row is perturbed: copies then replace the rows. Leave it "
+                "out, or choose roles, as in perturb='positive'."
+            )
+        return copies
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
         if batch.num_attackable < len(batch) and len(rows) and int(rows.max()) >= batch.num_attackable:
@@ -216,11 +339,24 @@ class FixedContext:
             )
 
 
+def _given(**options: Any) -> dict[str, tuple[str, ...]]:
+    """Question -> options that the user set and that count in it."""
+    found = {q: tuple(name for name in names if options.get(name) is not None) for q, names in _COUNT_IN.items()}
+    return {question: names for question, names in found.items() if names}
+
+
+def _check_numbers(tuples_per_anchor: Any, clean_weight: Any) -> None:
+    whole = isinstance(tuples_per_anchor, int) and not isinstance(tuples_per_anchor, bool)
+    if tuples_per_anchor is not None and not (whole and tuples_per_anchor >= 1):
+        raise PlanError(
+            f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all tuples."
+        )
+    number = isinstance(clean_weight, int | float) and not isinstance(clean_weight, bool)
+    if clean_weight is not None and not (number and 0 <= clean_weight < math.inf):
+        raise InputError(f"clean_weight={clean_weight!r}; expected a finite number from 0 on.")
+
+
 def _tells_images_apart(batch: Batch) -> bool:
     """Whether queries have positives in the reference alone, as two views of images have; a copy would be a third."""
     queries = cast(Tensor, batch.labels)[: batch.num_queries]
     return batch.num_queries < len(batch) and (batch.shared_labels or len(queries.unique()) == len(queries))
-
-
-def _known(batch: Batch) -> Tensor:
-    return torch.arange(batch.num_attackable, device=batch.embeddings.device)

@@ -1,1 +1,3 @@
 """One adversarial training step, and what it is made of."""
+
+__all__: list[str] = []

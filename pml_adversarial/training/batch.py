@@ -1,39 +1,42 @@
-"""What flows through one training step: a `Batch` in, an `Adversarial` out."""
+"""What flows through one training step: a `Batch` goes in, an `Adversarial` comes out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .tuples import IndicesTuple
+from .tuples import IndicesTuple, take
+
+T = TypeVar("T")
+
+_NOT_MEASURED = torch.empty(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The moment at which the loss was called, frozen.
+    """Everything that the loss was called with, frozen for one step.
 
-    Reference embeddings, if any, follow the queries as further rows, and ``indices_tuple`` counts in these
-    rows: one address space for everything that can be perturbed or held fixed.
+    Reference embeddings, if there are any, follow the queries as further rows, and ``indices_tuple`` counts in these
+    rows. So one row number names everything that can be perturbed or held fixed.
 
-    Where several processes share one batch, it holds the rows of all of them in rank order (the queries of all
-    ranks, then the references), the same on each, and only ``inputs`` are those of this process.
+    This class is the batch of one process. `distributed.JointBatch` is the batch that several processes share.
 
     Attributes:
-        inputs: ``(P, ...)`` in [0, 1], what gave the first ``P`` rows. ``P < N`` where the inputs of the
-            reference embeddings are not known. Of several processes, each holds those of its own rows.
+        inputs: ``(P, ...)`` in [0, 1], the inputs of the first ``P`` rows. ``P < N`` where the inputs of the reference
+            embeddings are not known. In a joint batch, each process holds the inputs of its own rows.
         embeddings: ``(N, D)`` with gradient, as the caller computed them.
-        context: ``(N, D)`` detached, as the attack sees the same rows (the model's eval mode).
+        context: ``(N, D)`` the same rows as the attack sees them: detached, and of the model in eval mode.
         labels: ``(N,)``, or None for a loss without labels.
         indices_tuple: the caller's tuples, or None.
-        num_queries: how many of the rows are queries; ``N`` when there is no reference.
-        strength: share of the attack's full budget to be spent in this step, in [0, 1].
+        num_queries: how many of the rows are queries; ``N`` where there is no reference.
+        strength: share of the attack's full budget that this step may spend, in [0, 1].
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
-            reference for another view of query i and leaves the two out of each other's tuples.
-        columns: the embeddings are these columns of what the model returns.
-        world_size: how many processes share the batch, with as many rows each.
-        rank: which of them this one is.
+            reference for another view of query i, and puts the two in no tuple together.
+        columns: which columns of the model's output the embeddings are; None: all.
     """
 
     inputs: Tensor
@@ -44,69 +47,78 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
-    columns: slice = field(default_factory=lambda: slice(None))
-    world_size: int = 1
-    rank: int = 0
+    columns: slice | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     @property
-    def num_attackable(self) -> int:
-        """How many rows, from the first on, have inputs that some process knows: those that a plan may perturb."""
-        return self.world_size * len(self.inputs)
+    def num_processes(self) -> int:
+        """How many processes share the batch."""
+        return 1
 
     @property
-    def own_sizes(self) -> tuple[int, int]:
-        """How many queries, and how many of the reference, belong to each process."""
-        return self.num_queries // self.world_size, (len(self) - self.num_queries) // self.world_size
+    def num_attackable(self) -> int:
+        """How many rows, from the first on, have known inputs. A plan may perturb these rows only."""
+        return len(self.inputs)
 
-    def owners(self, rows: Tensor) -> Tensor:
-        """``(M,)`` the rank of the process that holds the inputs of each row."""
-        queries, reference = self.own_sizes
-        return torch.where(
-            rows < self.num_queries, rows // max(queries, 1), self._in_reference(rows) // max(reference, 1)
-        )
+    def own(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Of values ``(M, ...)``, one for each of some batch rows, those of this process's own rows ``(K, ...)``.
 
-    def own(self, rows: Tensor) -> Tensor:
-        """``(K,)`` where in ``rows`` the rows stand whose inputs this process holds: all of them if it is alone."""
-        if self.world_size == 1:
-            return torch.arange(len(rows), device=rows.device)
-        return (self.owners(rows) == self.rank).nonzero().flatten()
+        A process that is alone holds the inputs of all rows, so all rows are its own.
+
+        Args:
+            values: ``(M, ...)``.
+            rows: ``(M,)`` rows of the batch.
+        """
+        return values
+
+    def places_of(self, rows: Tensor) -> Tensor:
+        """``(K,)`` places in ``inputs`` of rows that are this process's own."""
+        return rows
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         """``(K, ...)`` the inputs of rows that are this process's own."""
-        return self.inputs[self.places_of(rows)]
+        return take(self.inputs, self.places_of(rows))
 
-    def places_of(self, rows: Tensor) -> Tensor:
-        """``(K,)`` where among ``inputs`` those of rows that are this process's own stand."""
-        queries, reference = self.own_sizes
-        in_reference = self._in_reference(rows) - self.rank * reference + queries
-        return torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)
+    def decide(self, work: Callable[[], T]) -> T:
+        """The result of ``work``. In a joint batch, the first process does the work for all of them."""
+        return work()
 
-    def _in_reference(self, rows: Tensor) -> Tensor:
-        return rows - self.num_queries
+    def agree(self, work: Callable[[], T]) -> T:
+        """The result of ``work``. In a joint batch, an error in one process is raised in all of them."""
+        return work()
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """``(N, ...)`` one row for each row with known inputs. In a joint batch, of all processes."""
+        return rows
+
+    def gather_copies(self, copies: Tensor, rows: Tensor) -> Tensor:
+        """``(M, D)`` the copies of batch rows ``rows`` ``(M,)``. In a joint batch, of all processes."""
+        return copies
 
 
 @dataclass(frozen=True, eq=False)
 class Adversarial:
-    """What an attack made of the ``M`` rows of a plan, re-embedded with gradient.
+    """What an attack made of the ``M`` rows of a plan, embedded again with gradient.
 
-    All but the embeddings is of the ``K`` copies that are this process's own, ``batch.own(plan.rows)``: all ``M``
-    of them, unless several processes share the batch. Then each attacked copies of its own rows, and ``K`` may be 0.
+    ``K`` is ``M``, unless several processes share the batch. Then each process attacks the ``K`` copies of its own
+    rows, ``batch.own(plan.rows, plan.rows)``, and only ``embeddings`` hold the copies of all processes.
 
     Attributes:
         inputs: ``(K, ...)`` in [0, 1].
-        embeddings: ``(M, D)`` in the model's own mode; own copies carry gradient.
-        score_before: ``(K,)`` the score of the clean rows (a scalar score is repeated).
+        embeddings: ``(M, D)`` of the model in its own mode. Own copies carry gradient.
+        zero_gradient: ``(K,)`` bool, rows whose gradient with respect to the input was zero in every attack step.
+        seconds: wall-clock seconds that the attack took.
+        score_before: ``(K,)`` the score of the clean rows. A scalar score is repeated.
         score_after: ``(K,)`` the score of the perturbed rows.
-        zero_gradient: ``(K,)`` bool, rows whose input gradient was zero in every step that was watched.
-        seconds: wall-clock seconds spent in the attack.
+        loss_before: what training would minimise if no copy were perturbed; None for a miner.
     """
 
     inputs: Tensor
     embeddings: Tensor
-    score_before: Tensor
-    score_after: Tensor
     zero_gradient: Tensor
     seconds: float
+    score_before: Tensor = _NOT_MEASURED
+    score_after: Tensor = _NOT_MEASURED
+    loss_before: Tensor | None = None

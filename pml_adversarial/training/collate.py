@@ -1,11 +1,9 @@
-"""What a loss or a miner is called with, checked and joined to one `Batch`, and the way back from pixels to embeddings.
-
-Of processes that share one batch, it is the union of what they hold.
-"""
+"""What a loss or a miner was called with becomes one checked `Batch`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..errors import CaptureError, InputError
 from . import distributed
 from .batch import Batch
+from .distributed import JointBatch
 from .isolation import depends_on_mode
 from .pixels import PixelSpace
 from .replay import InputCapture, Source
@@ -22,75 +21,59 @@ from .tuples import IndicesTuple, checked_tuples, shift_partners
 T = TypeVar("T")
 
 
-class Intake:
-    """Takes batches for one wrapper.
+class Collator:
+    """Makes the batches of one wrapper.
 
     Args:
         capture: knows the inputs of embeddings.
-        pixels: knows what of them may be changed.
+        pixels: knows what of the inputs may be changed.
         joint: whether the processes of ``torch.distributed`` share one batch.
     """
 
     def __init__(self, capture: InputCapture, pixels: PixelSpace, joint: bool) -> None:
         self.capture, self.pixels, self.joint = capture, pixels, joint
 
-    def batch(
+    def collate(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: IndicesTuple | None,
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
-        decided: T,
-    ) -> tuple[Batch, T]:
-        """The arguments of a PML loss as a batch of full strength, and what is decided by rank 0.
+        state: Callable[[], T],
+        enqueue_mask: Tensor | None = None,
+    ) -> tuple[Batch, T | None]:
+        """The arguments of a PML loss as one batch, and the state of the first of the processes that share it.
+
+        Args:
+            embeddings: ``(N, D)`` as the model returned them.
+            labels: ``(N,)``, or None.
+            indices_tuple: the caller's tuples, or None.
+            ref_emb: ``(R, D)`` reference embeddings, or None.
+            ref_labels: ``(R,)``, or None.
+            state: gives the state of this process, as an object that can be pickled.
+            enqueue_mask: ``(N,)`` bool, of a batch without a reference: these rows become the reference, of which no
+                inputs are known. None: no such rows.
+
+        Returns:
+            The batch, and the state of the first process; None where this process has the batch for itself.
 
         Raises:
-            CaptureError: the inputs behind the embeddings are not known.
+            CaptureError: the inputs of the embeddings are not known.
             InputError: embeddings, labels or inputs cannot be used.
             PlanError: the tuples cannot be used.
         """
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         world_size = distributed.world_size() if self.joint else 1
         if world_size == 1:
-            return self._own(*given, world_size), decided
-        own, told = distributed.agree(
-            lambda: self._own(*given, world_size), lambda batch: (self._form_of(batch), decided)
+            return self._local(*given, world_size, enqueue_mask), None
+        local, told = distributed.agree(
+            lambda: self._local(*given, world_size), lambda batch: (self._form_of(batch), state())
         )
         _check_forms([form for form, _ in told])
-        return _united(own), told[0][1]
+        return _joined(local), told[0][1]
 
-    def embed(self, batch: Batch, pixels: Tensor) -> Tensor:
-        """What the model makes of pixels ``(K, ...)``: embeddings ``(K, D)`` as those of the batch."""
-        return self.capture.embed(self.pixels.to_inputs(pixels))[..., batch.columns]
-
-    def embed_perturbed(self, batch: Batch, pixels: Tensor) -> Tensor:
-        """The same in the model's own mode, in which one row alone may be too few.
-
-        Raises:
-            InputError: it is.
-        """
-        try:
-            return self.embed(batch, pixels)
-        except ValueError as error:
-            if len(pixels) != 1:
-                raise
-            raise InputError(
-                f"One copy was perturbed, and the model cannot embed one row alone: {error}. BatchNorm in train mode "
-                "takes its statistics from the rows: set it to eval mode (freeze it), or see that a step perturbs more "
-                "than one row."
-            ) from error
-
-    def embed_clean(self, batch: Batch) -> Tensor:
-        """The context ``(N, D)`` as the model sees it now; rows without known inputs stay what they are."""
-        with torch.no_grad():
-            known = self.embed(batch, batch.inputs)
-        if batch.world_size > 1:
-            queries, _ = batch.own_sizes
-            known = distributed.gather_parts(known, (queries, len(known) - queries))
-        return torch.cat([known, batch.context[len(known) :]])
-
-    def _own(
+    def _local(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
@@ -98,20 +81,25 @@ class Intake:
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
         world_size: int,
+        enqueue_mask: Tensor | None = None,
     ) -> Batch:
-        """What this process was given; tuples name rows of all."""
+        """What this process was given. Tuples name rows of all processes."""
         _check_rows("embeddings", embeddings, "labels", labels)
         _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels)
         if indices_tuple is not None:
             partners = embeddings if ref_emb is None else ref_emb
             indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
-        inputs, columns = self._source_of(embeddings)
-        if len(inputs) != len(embeddings):
+        queries = None if enqueue_mask is None else ~enqueue_mask.to(embeddings.device)
+        num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
+        inputs, columns = self._source_of(embeddings, queries)
+        if len(inputs) != num_queries:
             raise InputError(
-                f"{len(inputs)} inputs gave {len(embeddings)} embeddings; expected a model that gives one per input."
+                f"{len(inputs)} inputs gave {num_queries} embeddings; expected a model that gives one per input."
             )
-        num_queries, shared_labels = len(embeddings), False
         labels = None if labels is None else labels.to(embeddings.device)
+        if queries is not None:
+            order = (~queries).long().argsort(stable=True)
+            embeddings, labels = embeddings[order], None if labels is None else labels[order]
         if ref_emb is not None and ref_emb is not embeddings:
             if self.capture.knows(ref_emb, columns):
                 inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
@@ -127,12 +115,12 @@ class Intake:
             indices_tuple=indices_tuple,
             num_queries=num_queries,
             shared_labels=shared_labels,
-            columns=columns,
+            columns=None if columns == slice(None) else columns,
         )
 
-    def _source_of(self, embeddings: Tensor) -> Source:
+    def _source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
         try:
-            source = self.capture.source_of(embeddings)
+            source = self.capture.source_of(embeddings, needed)
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise
@@ -143,7 +131,7 @@ class Intake:
         return source._replace(inputs=source.inputs.to(embeddings.device))
 
     def _form_of(self, batch: Batch) -> dict[str, Any]:
-        """What has to be the same on all ranks."""
+        """What has to be the same in all processes."""
         return {
             "embeddings": tuple(batch.embeddings.shape),
             "type": batch.embeddings.dtype,
@@ -155,21 +143,20 @@ class Intake:
         }
 
 
-def _united(own: Batch) -> Batch:
-    """The batches of all ranks as one; own rows carry gradient, and the tuples are those of rank 0."""
-    world_size, sizes = distributed.world_size(), (own.num_queries, len(own) - own.num_queries)
-    embeddings = distributed.gather_parts(own.embeddings, sizes)
-    labels = None if own.labels is None else distributed.gather_parts(own.labels, sizes)
-    tuples = distributed.decide(lambda: _on("cpu", own.indices_tuple))
+def _joined(local: Batch) -> JointBatch:
+    """The batches of all processes as one. Own rows carry gradient, and the tuples are those of the first process."""
+    world_size, sizes = distributed.world_size(), (local.num_queries, len(local) - local.num_queries)
+    embeddings = distributed.gather_parts(local.embeddings, sizes)
+    labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)
+    tuples = distributed.decide(lambda: _on("cpu", local.indices_tuple))
+    own = {field.name: getattr(local, field.name) for field in fields(local)}
     return replace(
-        own,
+        JointBatch(**own, world_size=world_size, rank=distributed.rank()),
         embeddings=embeddings,
         context=embeddings.detach(),
         labels=labels,
         indices_tuple=_on(embeddings.device, tuples),
-        num_queries=world_size * own.num_queries,
-        world_size=world_size,
-        rank=distributed.rank(),
+        num_queries=world_size * local.num_queries,
     )
 
 

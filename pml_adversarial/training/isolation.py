@@ -1,57 +1,120 @@
-"""How an attack leaves no trace: modules, gradients and random number generators come back as they were."""
+"""An attack leaves no trace: modules, gradients and random number generators are restored after it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from types import CodeType, FunctionType
-from typing import Any, cast
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
-from torch import nn
+from pytorch_metric_learning.losses import CrossBatchMemory
+from torch import Tensor, nn
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
 
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Whatever happens to the modules within it, after it they are as found.
+    """Restores the state of modules on exit, also after an exception.
 
-    What comes back, also after an exception: the mode of every submodule, buffers (the originals, so that a
-    graph that saved them can still be walked backward), attributes (what they are bound to: a list that was
-    changed in place stays changed), each parameter's ``.grad``, ``requires_grad`` and ``.data`` (what it is bound to:
-    some losses cast or normalise their own in each call).
+    It restores:
+
+    - the mode (train or eval) of every submodule;
+    - buffers. The original tensors come back, so an autograd graph that saved them can still be walked backward;
+    - attributes, each bound to the object that it was bound to. An object that was changed in place stays changed;
+    - each parameter's ``.grad``, ``requires_grad`` and ``.data``. Some losses cast or normalise their parameters in
+      each call, and so bind ``.data`` to another tensor.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
-    tensors = [(p, p.requires_grad, p.grad, p.data) for p in parameters]
+    tensors = [(p, p.requires_grad, p.grad, _Storage.of(p)) for p in parameters]
+    queues = ExitStack()
     try:
         for module, _, buffers in states:
+            if _enqueues_as_pml(module):
+                queues.enter_context(_queue_preserved(cast(CrossBatchMemory, module)))
+                continue
             for name, buffer in buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.detach().clone()
         yield
     finally:
+        queues.close()
         for module, state, buffers in states:
             vars(module).clear()
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for parameter, requires_grad, gradient, data in tensors:
-            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
+        for parameter, requires_grad, gradient, storage in tensors:
+            storage.give_back(parameter)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
+class _Storage(NamedTuple):
+    """What a parameter is bound to. Other than asking for ``.data``, this costs no operation on the device."""
+
+    data_ptr: int
+    storage: torch.UntypedStorage
+    layout: tuple[Any, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Storage:
+        layout = parameter.storage_offset(), parameter.size(), parameter.stride()
+        return cls(parameter.data_ptr(), parameter.untyped_storage(), layout, parameter.dtype)
+
+    def give_back(self, parameter: Tensor) -> None:
+        if parameter.dtype != self.dtype or parameter.data_ptr() != self.data_ptr:
+            found = torch.empty(0, dtype=self.dtype, device=self.storage.device)
+            parameter.data = found.set_(self.storage, *self.layout)
+
+
+def _enqueues_as_pml(module: nn.Module) -> bool:
+    """Whether the module is a `CrossBatchMemory` that writes to its memory in PML's ``add_to_memory`` alone."""
+    kind: Any = type(module)
+    pml = CrossBatchMemory
+    return isinstance(module, pml) and (kind.forward, kind.add_to_memory) == (pml.forward, pml.add_to_memory)
+
+
+@contextmanager
+def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
+    """Whatever is enqueued inside, after it the memory holds what it held before.
+
+    The memory may be large and few of its rows are written, so only those are kept and written back. The version of its
+    tensors is set back too: a graph that was made before can still be walked backward, and one that was made inside,
+    of rows that are gone, raises.
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    enqueue = memory.add_to_memory
+
+    def keep_and_enqueue(self: CrossBatchMemory, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        rows = (self.queue_idx + torch.arange(batch_size, device=labels.device)) % self.memory_size
+        if self is memory:
+            kept.extend((tensor, rows, tensor[rows]) for tensor in (self.embedding_memory, self.label_memory))
+            enqueue(embeddings, labels, batch_size)
+        else:  # a copy of the memory, which carries this function along
+            CrossBatchMemory.add_to_memory(self, embeddings, labels, batch_size)
+
+    version_of: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    with version_of(memory.embedding_memory), version_of(memory.label_memory):
+        memory.add_to_memory = MethodType(keep_and_enqueue, memory)
+        try:
+            yield
+        finally:
+            for tensor, rows, before in reversed(kept):
+                tensor[rows] = before
+
+
 @contextmanager
 def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Within it, modules are in eval mode with frozen parameters; after it they are as found, see `preserved`.
+    """Puts modules into eval mode and freezes their parameters; on exit it restores them, see `preserved`.
 
-    Gradient is enabled inside.
+    Gradients are enabled inside.
     """
     with preserved(*modules), torch.enable_grad():
         for module in modules:
@@ -64,12 +127,15 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_stream(seed: int, step: int) -> Iterator[None]:
-    """Within it, all global generators draw from a stream of their own; after it they are as found.
+def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
+    """Lets all global random number generators draw from a stream of its own; on exit it restores them.
 
-    The stream is a function of ``seed`` and ``step`` alone, so it moves on from step to step and a resumed
-    run repeats an unbroken one. torch (CPU and the accelerator), numpy and ``random`` are covered, since
+    The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
+    numbers of an unbroken run. The generators are those of torch (CPU and accelerator), numpy and ``random``, since
     attacks draw from all three.
+
+    Yields:
+        A function that starts the stream again.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
@@ -78,19 +144,23 @@ def random_stream(seed: int, step: int) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
-        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
-        if devices:
-            torch.cuda.manual_seed_all(mixed)
-        numpy.random.seed(mixed % 2**32)  # noqa: NPY002
-        random.seed(mixed)
-        yield
+
+        def restart() -> None:
+            torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
+            if devices:
+                torch.cuda.manual_seed_all(mixed)
+            numpy.random.seed(mixed % 2**32)  # noqa: NPY002
+            random.seed(mixed)
+
+        restart()
+        yield restart
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:
     """Whether any submodule is in train mode and runs code that asks for the mode.
 
-    BatchNorm and Dropout do, a convolution does not. Asked from the code of the class, so that modules that
-    users write are covered; scripted modules, whose code cannot be read, count as dependent.
+    BatchNorm and Dropout ask for it, a convolution does not. The answer comes from the code of each class, so it also
+    covers modules that users write. Scripted modules count as dependent, because their code cannot be read.
     """
     return any(m.training and _reads_training(cast(Hashable, type(m))) for module in modules for m in module.modules())
 

@@ -1,21 +1,22 @@
-"""Whether training collapses: how strong the next attack may be, and a warning where embeddings become one.
+"""Whether training collapses: R@1 within the batch is watched, and the attack is held back while it falls.
 
-Collapse is all embeddings alike, the main failure of robust metric learning (arXiv 2203.01439, 2312.07364): where
-attacks are stronger than what a network can learn to bear, shrinking all distances is the quick way to a lower loss.
-Distances tell little about it, since losses differ in what they do with them, and untrained networks have nearly equal
-embeddings too. What it costs is retrieval, so that is watched: R@1 within the batch, without attack and under it.
+Collapse means that all embeddings become alike. It is the main failure of robust metric learning (arXiv 2203.01439,
+2312.07364): where attacks are stronger than what a network can learn to withstand, shrinking all distances is the quick
+way to a lower loss. Distances themselves say little about collapse: losses use them differently, and embeddings of
+untrained networks are nearly equal too. Collapse always costs retrieval, so R@1 within the batch is watched, without
+attack and under it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from .batch import Batch
 from .numeric import at_least_float
 from .objectives import distance_of
@@ -24,82 +25,67 @@ from .plan import Plan
 logger = logging.getLogger("pml_adversarial")
 
 EVERY = 5
-"""Steps between two looks."""
+"""Number of steps from one measurement to the next."""
 
-WARMUP = 200
-"""Steps over which `AdversarialLoss` lets an attack grow if it is not told."""
-
-_MEMORY = 20  # looks over which R@1 is averaged
+_MEMORY = 20  # measurements over which R@1 is averaged
 _BEARABLE = 0.2  # of the clean R@1: where an attack leaves less, its eps is out of reach
-_LOST = 0.5  # of its best R@1 so far: an embedding that has less left is collapsing
-_RECOVERY = 100  # steps in which the attack on a collapsing embedding gives way entirely, or comes back
+_LOST = 0.5  # of the best R@1 so far: an embedding with less is collapsing
+_RECOVERY = 100  # steps in which the attack on a collapsing embedding is taken back entirely, or comes back entirely
 
 
-class Strength:
-    """The share of its budget that an attack may spend.
+class CollapseMonitor:
+    """Measures R@1 within the batch, and says which share of the budget an attack may spend.
 
     Args:
-        warmup: steps over which it grows from 0 to 1; 0: it is 1 from the start.
-        guarded: whether it falls while the embedding is collapsing.
+        guarded: whether the share falls while the embedding is collapsing.
 
-    Raises:
-        InputError: ``warmup`` is no number of steps.
-
-    Example:
-        >>> strength = Strength(warmup=10)
-        >>> strength.at(step=5), strength.at(step=50)
-        (0.5, 1.0)
+    Attributes:
+        share: of the budget that the schedule allows, from 0 to 1.
+        recall: R@1 within the batch without attack, averaged over the last measurements; NaN before the first.
+        recall_attacked: the same of the perturbed rows, at full strength; NaN before the first.
     """
 
-    def __init__(self, warmup: int = 0, guarded: bool = True) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise InputError(f"warmup={warmup!r}; expected a whole number of training steps, 0 for none.")
-        self.warmup, self.guarded = warmup, guarded
+    def __init__(self, guarded: bool = True) -> None:
+        self.guarded = guarded
         self.share = 1.0
-        self.recall = self.attacked = self.best = 0.0
-        self.looks = self.strong_looks = 0
+        self.recall = self.recall_attacked = math.nan
+        self.best = 0.0
+        self.measurements = self.attacked_measurements = 0
 
-    def at(self, step: int) -> float:
-        """The strength of a step, from 0 to 1."""
-        return self.share * (min(1.0, step / self.warmup) if self.warmup else 1.0)
-
-    def look(self, step: int, recall: float, attacked: float | None) -> None:
-        """Learns from a step, one in `EVERY`.
+    def measure(self, step: int, recall: float, attacked: float | None) -> None:
+        """Takes in one measurement. `EVERY` steps one is expected.
 
         Args:
             step: number of the step.
             recall: R@1 within the batch without attack.
-            attacked: the same of the perturbed rows, among the clean others; None: none was perturbed.
+            attacked: R@1 of rows perturbed at full strength, among the clean others. None: no such rows.
         """
-        self.looks += 1
-        self.recall = _averaged(self.recall, recall, self.looks)
-        self.best = max(self.best, self.recall) if self.looks >= _MEMORY else 0.0
+        self.measurements += 1
+        self.recall = _averaged(self.recall, recall, self.measurements)
+        if self.measurements >= _MEMORY:
+            self.best = max(self.best, self.recall)
         collapsing = self.recall < _LOST * self.best
         if self.guarded:
             self.share = min(1.0, max(0.0, self.share + (-1 if collapsing else 1) * EVERY / _RECOVERY))
-        if attacked is not None and self.at(step) == 1.0:
-            self.strong_looks += 1
-            self.attacked = _averaged(self.attacked, attacked, self.strong_looks)
-        if collapsing and self.looks % _MEMORY == 0:
+        if attacked is not None:
+            self.attacked_measurements += 1
+            self.recall_attacked = _averaged(self.recall_attacked, attacked, self.attacked_measurements)
+        if collapsing and self.measurements % _MEMORY == 0:
             self._warn_of_collapse()
-        elif attacked is not None and self.out_of_reach and self.strong_looks % (5 * _MEMORY) == _MEMORY:
+        elif attacked is not None and self.out_of_reach and self.attacked_measurements % (5 * _MEMORY) == _MEMORY:
             self._warn_of_reach(step)
 
     @property
     def out_of_reach(self) -> bool:
-        """Whether hardly anything withstands the attack at full strength, after 100 steps of it."""
-        return self.strong_looks >= _MEMORY and self.attacked < _BEARABLE * self.recall
-
-    def records(self) -> dict[str, float]:
-        """R@1 within the batch, without attack and under it, averaged over the last looks."""
-        return {"batch_recall": self.recall, "batch_recall_attacked": self.attacked}
+        """Whether hardly any row withstands the attack, after 100 steps at full strength."""
+        return self.attacked_measurements >= _MEMORY and self.recall_attacked < _BEARABLE * self.recall
 
     def state_dict(self) -> dict[str, Any]:
-        """In types that load with ``weights_only``."""
-        return {name: value for name, value in vars(self).items() if name not in ("warmup", "guarded")}
+        """The state in types that load with ``weights_only``."""
+        return {name: value for name, value in vars(self).items() if name != "guarded"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from a state that `state_dict` returned."""
         vars(self).update(state)
 
     def _warn_of_collapse(self) -> None:
@@ -120,15 +106,15 @@ class Strength:
             "smaller eps in training; else train for longer, or use a larger network.",
             step + 1,
             100 * self.recall,
-            100 * self.attacked,
+            100 * self.recall_attacked,
         )
 
 
 def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -> Tensor:
-    """``(2,)`` R@1 within the batch of the clean rows, and of the copies among the clean other rows.
+    """``(2,)`` R@1 within the batch: of the clean rows, and of the copies among the other clean rows.
 
-    A row whose class has no other member is not asked for; NaN where there is none to ask for. A wrong row that is as
-    near as the nearest right one comes first.
+    A row whose class has no other member does not count; NaN where no row counts. A wrong row that is as near as the
+    nearest right one ranks before it.
 
     Args:
         wrapped: the loss, whose distance counts.
@@ -158,4 +144,5 @@ def _recall(
 
 
 def _averaged(mean: float, value: float, count: int) -> float:
-    return mean + (value - mean) / min(count, _MEMORY)
+    """Mean of up to the last `_MEMORY` values, of which ``value`` is number ``count``."""
+    return value if count == 1 else mean + (value - mean) / min(count, _MEMORY)

@@ -1,4 +1,4 @@
-"""What an attack raises by default: how badly a copy stands among its fixed partners, or the loss itself."""
+"""What an attack raises: a score of distances to fixed partners, or the wrapped loss itself."""
 
 from __future__ import annotations
 
@@ -14,81 +14,108 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor, nn
 
 from .batch import Batch
-from .loss_support import own_partners, own_tuples
+from .loss_tuples import own_partners, own_tuples
 from .numeric import at_least_float
 from .plan import Plan
-from .tuples import IndicesTuple, shift_partners
+from .tuples import IndicesTuple, as_slice, consecutive, shift_partners, take
 
 
 class ViolationScore:
-    """How badly each copy stands among its fixed partners: furthest of its own label minus nearest of the others.
+    """For each copy, the distance to its furthest positive partner, minus the distance to its nearest negative one.
 
-    Unhinged, so that it has a gradient where the loss is satisfied. The two partners are chosen anew in every
-    step; with one tuple per copy there is no choice, and it is the objective of arXiv 2102.07265. Distances are taken
-    in single precision at least: in mixed precision close embeddings would all have the same one.
+    Partners are clean rows that share a pair with the copy; they stay where they are. Both partners are chosen anew in
+    each attack step; a copy with one tuple has no choice, and then this is the objective of arXiv 2102.07265. There is
+    no margin, so the score has a gradient where a hinge loss is satisfied. Distances are taken in single precision at
+    least: in mixed precision, near embeddings would all have the same distance.
 
     Args:
-        distance: PML's distance; a similarity counts with the opposite sign.
+        distance: PML's distance; of a similarity the negative is taken.
         context: ``(N, D)`` clean embeddings, fixed.
-        same: ``(M, N)`` bool, partners of the copy's own label, see `Plan.partners`.
-        different: ``(M, N)`` bool, partners of other labels.
+        same: ``(M, N)`` bool, positive partners of each copy, see `Plan.partners`.
+        different: ``(M, N)`` bool, negative partners.
     """
 
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
         self.distance, self.context = distance, at_least_float(context)
-        self.not_same, self.not_different = ~same, ~different
-        self.lacks_same, self.lacks_different = self.not_same.all(1), self.not_different.all(1)
+        self._normalized = self._normalized_context()
+        # The furthest positive is the least similar one.
+        self._of_highest, self._of_lowest = (different, same) if distance.is_inverted else (same, different)
+        self._below = self._no_partner(self._of_highest, -torch.inf)
+        self._above = self._no_partner(self._of_lowest, torch.inf)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Scores of the embeddings, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
+        """Scores of the copies, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
         with exactly(embeddings):
-            distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
-        if self.distance.is_inverted:
-            distances = -distances
-        furthest = distances.masked_fill(self.not_same, -torch.inf).amax(1)
-        nearest = distances.masked_fill(self.not_different, torch.inf).amin(1)
-        return _or_zero(furthest, self.lacks_same) - _or_zero(nearest, self.lacks_different)
+            distances = self._distances(embeddings.to(self.context.dtype))
+        highest = torch.where(self._of_highest, distances, self._below).amax(1)
+        return highest - torch.where(self._of_lowest, distances, self._above).amin(1)
+
+    def _distances(self, embeddings: Tensor) -> Tensor:
+        """``(M, N)`` distances from copies to the context, which PML's classes would normalise in each call."""
+        if self._normalized is None:
+            found: Tensor = self.distance(embeddings, self.context)
+            return found
+        found = self.distance.compute_mat(self.distance.maybe_normalize(embeddings), self._normalized)
+        return found if self.distance.power == 1 else found**self.distance.power
+
+    def _normalized_context(self) -> Tensor | None:
+        """The context at unit length; None where the class of the distance computes in its own way."""
+        if type(self.distance).forward is not BaseDistance.forward:
+            return None
+        with exactly(self.context):
+            normalized: Tensor = self.distance.maybe_normalize(self.context)
+        return normalized
+
+    def _no_partner(self, partners: Tensor, ignored: float) -> Tensor:
+        """``(M, 1)`` what stands for rows that are no partners: a value that is never chosen, or 0 if all are none."""
+        return self.context.new_zeros(len(partners), 1).masked_fill_(partners.any(1, keepdim=True), ignored)
 
 
 class OwnLoss:
-    """The wrapped loss itself, of the copies in their places, with everything else fixed.
+    """The wrapped loss itself, of the copies in their places; all other rows are fixed.
 
     Args:
-        loss: the wrapped loss, or one that gives PML's dict of losses before they are reduced; then each copy's score
-            is what its row contributes, where the loss tells it.
+        loss: the wrapped loss, or the same loss without its reducer, see `unreduced`.
         batch: gives the fixed rows, ``batch.context``.
         plan: where the copies stand.
     """
 
     def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
         self.loss, self.batch, self.plan = loss, replace(batch, embeddings=at_least_float(batch.context)), plan
-        stands = (plan.pool_indices >= len(batch)).nonzero().flatten()
-        self.position = torch.empty_like(plan.rows).scatter_(0, plan.pool_indices[stands] - len(batch), stands)
+        self._position = _position_of_copies(plan, len(batch))
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """The score of embeddings ``(M, D)``: per copy, ``(M,)``, or of all together, ``()``."""
+        """The score of copies ``(M, D)``: ``(M,)`` what each adds to the loss; ``()`` if the loss does not tell."""
         with exactly(embeddings):
             found: Any = self.plan.evaluate(self.loss, self.batch, embeddings.to(self.batch.embeddings.dtype))
         if isinstance(found, Tensor):
             return found
         told = [part["losses"] for part in found.values() if part["reduction_type"] == "element"]
         if told:
-            return sum(told)[self.position]
+            return take(sum(told[1:], start=told[0]), self._position)
         return sum(part["losses"] for part in found.values())
 
 
+def _position_of_copies(plan: Plan, num_rows: int) -> Tensor:
+    """``(M,)`` where each copy stands among the rows that the loss sees."""
+    if as_slice(plan.pool_indices) == slice(num_rows, num_rows + len(plan)):
+        return consecutive(0, len(plan), plan.rows.device)
+    stands = (plan.pool_indices >= num_rows).nonzero().flatten()
+    return torch.empty_like(plan.rows).scatter_(0, plan.pool_indices[stands] - num_rows, stands)
+
+
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``(M, N)`` masks of each copy's fixed partners of its own and of other labels."""
+    """Two bool masks ``(M, N)``: the positive partners of each copy, and the negative ones."""
     left_to_the_loss = plan.indices_tuple is None and plan.replaces(len(batch))
     masks = own_partners(wrapped, batch) if left_to_the_loss else None
     if masks is None:
         return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
     positive, negative = masks
-    return positive[plan.rows], negative[plan.rows]
+    return take(positive, plan.rows), take(negative, plan.rows)
 
 
 def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:
-    """The plan's tuples, or the loss's own where it leaves them to the loss, counted as the plan counts; None: none."""
+    """The plan's tuples; if it has none, those that the loss forms of the labels, counted as the plan counts."""
     if plan.indices_tuple is not None:
         return plan.indices_tuple
     tuples = own_tuples(wrapped, batch)
@@ -96,12 +123,12 @@ def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | No
 
 
 def distance_of(wrapped: nn.Module) -> BaseDistance:
-    """The distance that the loss or miner uses; Euclidean on the unit sphere where it has none."""
+    """The distance that the loss or miner uses; if it has none, the Euclidean one of unit-length embeddings."""
     return next((m for m in wrapped.modules() if isinstance(m, BaseDistance)), None) or LpDistance()
 
 
 def unreduced(wrapped: nn.Module) -> nn.Module:
-    """The same loss, parameters and all, that gives PML's dict of losses before they are reduced to one."""
+    """The same loss without its reducer: it returns PML's dict of losses before they are reduced to one."""
     if not isinstance(wrapped, BaseMetricLossFunction):
         return wrapped
     view = copy.copy(wrapped)
@@ -110,10 +137,7 @@ def unreduced(wrapped: nn.Module) -> nn.Module:
 
 
 def exactly(embeddings: Tensor) -> AbstractContextManager[Any]:
-    """Within it, autocast does not touch what is computed where the embeddings are."""
+    """Inside, autocast is off on the device of the embeddings."""
     kind = embeddings.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def _or_zero(values: Tensor, missing: Tensor) -> Tensor:
-    return values.masked_fill(missing, 0)
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()

@@ -1,4 +1,4 @@
-"""What may be attacked: finite floating-point inputs that are pixels in [0, 1], or can be turned into them."""
+"""Converts the model's inputs to the pixels in [0, 1] that an attack changes, checks them, and converts them back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from ..errors import InputError
 Normalization = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation per channel, as in ``torchvision.transforms.Normalize``."""
 
-_ROUNDING = 1e-4  # a fortieth of an 8-bit level; coarser types are allowed a few of their own roundings
+_TOLERANCE = 1e-4  # beyond [0, 1]: a fortieth of an 8-bit level. Coarse types may exceed it by a few rounding errors
 
 
 class PixelSpace:
-    """Between what the model takes and what an attack may change: pixels in [0, 1].
+    """Converts the model's inputs to pixels in [0, 1], and pixels to the model's inputs.
 
     Args:
         normalization: ``(mean, std)`` if the model takes normalised inputs; None if it takes pixels.
+
+    Raises:
+        InputError: ``normalization`` is not a pair of mean and standard deviation with one number per channel.
     """
 
     def __init__(self, normalization: Normalization | None = None) -> None:
@@ -29,35 +32,38 @@ class PixelSpace:
             self._check(normalization)
 
     def to_pixels(self, inputs: Tensor) -> Tensor:
-        """The model's inputs as pixels, checked.
+        """Converts the model's inputs to pixels, and checks them.
 
         Args:
             inputs: ``(N, C, ...)`` as the model took them.
 
+        Returns:
+            ``(N, C, ...)`` in [0, 1].
+
         Raises:
-            InputError: they are integers, sparse, empty, not finite, or outside [0, 1].
+            InputError: the inputs are integers, sparse, empty or not finite, or their pixels lie outside [0, 1].
         """
         if not inputs.is_floating_point():
             raise InputError(
-                f"The model's inputs are {inputs.dtype}; an attack needs floating point in [0, 1]. "
-                "Convert images with `images.float() / 255` before the model."
+                f"The model's inputs are {inputs.dtype}; expected floating point in [0, 1]. Convert the images with "
+                "`images.float() / 255` before they enter the model."
             )
         if inputs.layout != torch.strided or (len(inputs) and not inputs.numel()):
             raise InputError(
                 f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
-                "more per row."
+                "more per row. Pass images as a dense tensor (N, C, ...)."
             )
         pixels = (
             inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
         )
-        low, high = torch.stack(torch.aminmax(pixels.detach())).tolist() if pixels.numel() else (0.0, 0.0)
-        rounding = max(_ROUNDING, 4 * torch.finfo(pixels.dtype).eps)
-        if not -rounding <= low <= high <= 1 + rounding:
+        low, high = torch.stack(torch.aminmax(_detached(pixels))).tolist() if pixels.numel() else (0.0, 0.0)
+        tolerance = max(_TOLERANCE, 4 * torch.finfo(pixels.dtype).eps)
+        if not -tolerance <= low <= high <= 1 + tolerance:
             raise InputError(self._explain(pixels, low, high))
         return pixels.clamp(0, 1)
 
     def to_inputs(self, pixels: Tensor) -> Tensor:
-        """Pixels as the model takes them."""
+        """Converts pixels ``(N, C, ...)`` to inputs of the model, of the same shape."""
         if self.normalization is None:
             return pixels
         return (pixels - self._channels(pixels, 0)) / self._channels(pixels, 1)
@@ -67,15 +73,18 @@ class PixelSpace:
         channels = like.shape[1] if like.ndim > 1 else 1
         if len(values) not in (1, channels):
             raise InputError(
-                f"normalization has {len(values)} channels, the inputs {tuple(like.shape)} have {channels}; "
-                "pass one mean and one std per channel."
+                f"normalization has {len(values)} channels, the inputs {tuple(like.shape)} have {channels}; expected "
+                "as many. Pass one mean and one std per channel."
             )
         return values.reshape(-1, *[1] * (like.ndim - 2))
 
     def _explain(self, pixels: Tensor, low: float, high: float) -> str:
         bad = int((~pixels.isfinite()).reshape(len(pixels), -1).any(1).sum())
         if bad:
-            return f"{bad} of {len(pixels)} inputs hold NaN or infinite values; expected finite pixels in [0, 1]."
+            return (
+                f"{bad} of {len(pixels)} inputs hold NaN or infinite values; expected finite pixels in [0, 1]. Look "
+                "for the step that made them, in the data set or in the augmentation."
+            )
         if self.normalization is None:
             return (
                 f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. If they are "
@@ -83,7 +92,7 @@ class PixelSpace:
             )
         return (
             f"With normalization={self.normalization} undone, the inputs range from {low:.3g} to {high:.3g}; expected "
-            "pixels in [0, 1]. Pass the mean and std that the inputs were normalised with."
+            "pixels in [0, 1]. Pass the mean and std with which the inputs were normalised."
         )
 
     @staticmethod
@@ -95,5 +104,10 @@ class PixelSpace:
             usable = False
         if not usable:
             raise InputError(
-                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above 0."
+                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above "
+                "0. Pass the two values that you gave to torchvision.transforms.Normalize."
             )
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values

@@ -1,60 +1,98 @@
-"""How copies may stand in a loss, and whether rows meet in it: asked from the loss itself, hardly ever from its name.
+"""Who is perturbed: which rows of the batch get adversarial copies, and where the copies stand.
 
-Losses are asked on a batch in which nothing is degenerate, not on the one at hand: with few tuples, or classes of
-equal size, a loss may give one value for every plan.
-
-Who is perturbed: which batch rows get adversarial copies, and where the copies stand.
-
-A batch row is not a tuple member: one row is the anchor of some tuples and the negative of others. To
-perturb a *role*, the row gets a copy, and only the tuples in which it plays the role are readdressed to
-that copy. Copies are numbered after the ``N`` clean rows: copy ``m`` has the address ``N + m``.
+To perturb a *role*, a row gets a copy, and the tuples in which the row plays the role are re-pointed to the copy. Other
+tuples keep naming the clean row. The clean rows and the copies together are the pool: the ``N`` clean rows have the
+pool indices 0 to ``N - 1``, copy ``m`` has the pool index ``N + m``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import cache
+from inspect import Parameter, signature
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PlanError
 from .batch import Batch
-from .tuples import MEMBERS, IndicesTuple, played, rank_in_group, shift_partners
+from .tuples import MEMBERS, IndicesTuple, as_slice, consecutive, played, rank_in_group, shift_partners, take
+
+_OF_PML = ("embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
+
+
+def call(loss: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
+
+    What follows the labels is left out if all of it is None and the loss takes less: a loss of one's own may be
+    ``forward(embeddings, labels)``.
+
+    Raises:
+        PlanError: there are tuples or a reference, and the loss does not take them.
+    """
+    limit = _num_arguments(cast(Hashable, type(loss))) if isinstance(loss, nn.Module) else len(arguments)
+    if all(argument is None for argument in arguments[2:]):
+        return loss(*arguments[:limit])
+    if limit is not None and len(arguments) > limit:
+        given = [name for name, value in zip(_OF_PML, arguments, strict=False) if value is not None]
+        raise PlanError(
+            f"{type(loss).__name__} takes {limit} arguments, and there are {', '.join(given)}. Leave out the miner, "
+            "the reference or the plugin that brings them, or let the loss's forward take what PML's losses take: "
+            f"{', '.join(_OF_PML)}."
+        )
+    return loss(*arguments)
+
+
+@cache
+def _num_arguments(kind: Any) -> int | None:
+    """How many positional arguments ``forward`` takes; None: any number."""
+    parameters = [*signature(kind.forward).parameters.values()][1:]
+    if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def clean_loss(wrapped: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """The wrapped loss on the unperturbed batch, with gradient, as the caller would have had it."""
+    """The wrapped loss of the unperturbed batch, with gradient: what the caller would have had without the wrapper."""
     loss: Tensor = untouched(batch, batch.indices_tuple).evaluate(wrapped, batch, batch.embeddings[:0])
     return loss
 
 
 def untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
-    """The plan that perturbs nobody."""
-    nobody = torch.empty(0, dtype=torch.long, device=batch.embeddings.device)
-    return replace_rows(nobody, len(batch), tuples).split(batch.num_queries)
+    """The plan that perturbs no row."""
+    none = torch.empty(0, dtype=torch.long, device=batch.embeddings.device)
+    return Plan(none, consecutive(0, len(batch), none.device), tuples).split(batch.num_queries)
 
 
 SharesCopy = Callable[[str, Tensor], Tensor]
-"""Role and members ``(T,)`` -> keys ``(T,)``; members with equal keys are one copy."""
+"""Role and members ``(T,)`` -> keys ``(T,)``; members with equal keys share one copy."""
+
+
+class Pool(NamedTuple):
+    """The rows that a loss may see, from a place in the pool on, and their labels."""
+
+    start: int
+    embeddings: Tensor
+    labels: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which rows are perturbed and where their copies stand.
+    """Which rows are perturbed, and where their copies stand.
 
     Attributes:
-        rows: ``(M,)`` batch rows to perturb; a row may stand twice (one copy per role or tuple).
-        pool_indices: ``(K,)`` places in the pool (the clean rows, then the copies) of the rows that the loss evaluates.
-        indices_tuple: tuples over the evaluated rows, or None to let the loss choose.
-        ref_pool_indices: addresses of the reference rows, or None if the loss compares the rows with themselves.
-        keeps_clean: whether training is to see the clean rows beside the perturbed ones.
+        rows: ``(M,)`` rows of the batch, one per copy; a row may have several copies (one per role or tuple).
+        pool_indices: ``(K,)`` the rows that the loss sees, as places in the pool: clean rows first, then the copies.
+        indices_tuple: tuples that count in the ``K`` rows; None: the loss forms its own.
+        ref_pool_indices: ``(R,)`` the rows that the loss sees as reference, as places in the pool; None: no reference.
+        keeps_clean: whether training sees the clean rows beside the perturbed ones.
 
     Example:
         >>> triplets = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
         >>> plan = plan_roles(triplets, ["positive"], num_rows=3)
-        >>> plan.rows, plan.indices_tuple[1]  # row 1 as a positive is copy 0, address 3
+        >>> plan.rows, plan.indices_tuple[1]  # as a positive, row 1 is copy 0, which has the pool index 3
         (tensor([1]), tensor([3]))
     """
 
@@ -68,33 +106,41 @@ class Plan:
         return len(self.rows)
 
     def replaces(self, num_rows: int) -> bool:
-        """Whether as many rows are evaluated as the batch has: copies stand where their rows stood."""
+        """Whether the loss sees as many rows as the batch has: copies stand in place of their rows."""
         return len(self.pool_indices) + (0 if self.ref_pool_indices is None else len(self.ref_pool_indices)) == num_rows
 
     def evaluate(self, loss: Callable[..., Any], batch: Batch, adversarial: Tensor) -> Any:
-        """Calls ``loss`` (PML's signature) on the evaluated rows.
+        """Calls a loss with PML's signature on the rows of the plan.
 
         Args:
-            loss: called with embeddings, labels, tuples and, where the plan has one, the reference.
+            loss: called with embeddings, labels and tuples, and with the reference where the plan has one.
             batch: gives the clean rows and their labels.
             adversarial: ``(M, D)`` embeddings of the copies.
+
+        Returns:
+            What the loss returns.
         """
-        clean, labels = batch.embeddings, batch.labels
-        if self.ref_pool_indices is None and len(self.pool_indices) == len(self.rows) == len(clean):
-            clean = clean.detach()  # every row is replaced: spares a backward pass that would carry zeros
-        pool = torch.cat([clean, adversarial])
-        pool_labels = None if labels is None else torch.cat([labels, labels[self.rows]])
-
-        def seen(layout: Tensor) -> tuple[Tensor, Tensor | None]:
-            return pool[layout], None if pool_labels is None else pool_labels[layout]
-
-        queries, query_labels = seen(self.pool_indices)
+        pool = self._pool(batch, adversarial)
+        queries, labels = _rows_of(pool, self.pool_indices)
         if self.ref_pool_indices is None:
-            return loss(queries, query_labels, self.indices_tuple)
-        reference, ref_labels = seen(self.ref_pool_indices)
-        if batch.shared_labels and len(self.ref_pool_indices) == len(self.pool_indices):
-            ref_labels = query_labels  # PML asks for the identity
-        return loss(queries, query_labels, self.indices_tuple, reference, ref_labels)
+            return call(loss, queries, labels, self.indices_tuple)
+        reference, ref_labels = _rows_of(pool, self.ref_pool_indices)
+        if batch.shared_labels and len(reference) == len(queries):
+            ref_labels = labels  # PML looks whether both are one tensor
+        return call(loss, queries, labels, self.indices_tuple, reference, ref_labels)
+
+    def _pool(self, batch: Batch, adversarial: Tensor) -> Pool:
+        """The clean rows and the copies; without the clean rows where the loss sees copies alone."""
+        clean, labels = batch.embeddings, batch.labels
+        labels_of_copies = None if labels is None else take(labels, self.rows)
+        if self.ref_pool_indices is None and as_slice(self.pool_indices) == slice(len(clean), len(clean) + len(self)):
+            return Pool(len(clean), adversarial, labels_of_copies)
+        if not len(self):
+            return Pool(0, clean, labels)
+        if self.ref_pool_indices is None and len(self.pool_indices) == len(self) == len(clean):
+            clean = clean.detach()  # each row is replaced: spares a backward pass that would carry zeros
+        labels = None if labels is None else torch.cat([labels, cast(Tensor, labels_of_copies)])
+        return Pool(0, torch.cat([clean, adversarial]), labels)
 
     def members(self, clean: Tensor, adversarial: Tensor) -> tuple[Tensor, ...]:
         """The rows ``(T, D)`` that stand in each place of the tuples, from ``(N, D)`` clean and ``(M, D)`` of copies.
@@ -113,13 +159,16 @@ class Plan:
         )
 
     def beside_clean(self, num_rows: int) -> Plan:
-        """Of a plan that replaces rows, the one in which copies stand beside the rows that they replace.
+        """Of a plan that replaces rows, the plan in which the copies stand beside the rows that they replace.
 
-        Each member of a tuple is once the row and once its copy, in all combinations: of a triplet of which all rows
-        have copies come eight.
+        Each member of a tuple is once the row and once its copy, in all combinations: one triplet of three rows that
+        all have copies becomes eight triplets.
         """
+        copies = slice(num_rows, num_rows + len(self))
+        if self.indices_tuple is None and self.ref_pool_indices is None and as_slice(self.pool_indices) == copies:
+            return Plan(self.rows, consecutive(0, copies.stop, self.rows.device), None)
         pool_rows, replaced = self.pool_rows(num_rows), self.pool_indices >= num_rows
-        layout = torch.cat([pool_rows[self.pool_indices], self.pool_indices[replaced]])
+        pool_indices = torch.cat([pool_rows[self.pool_indices], self.pool_indices[replaced]])
         if self.ref_pool_indices is None:
             ref_pool_indices, ref_replaced = None, replaced
         else:
@@ -133,28 +182,28 @@ class Plan:
                 else [self.indices_tuple[:2], self.indices_tuple[2:]]
             )
             tuples = tuple(member for part in pairs for member in _clean_and_copied(part, replaced, ref_replaced))
-        return Plan(self.rows, layout, tuples, ref_pool_indices)
+        return Plan(self.rows, pool_indices, tuples, ref_pool_indices)
 
     def pool_rows(self, num_rows: int) -> Tensor:
-        """``(N + M,)`` the batch row behind each address: the rows themselves, then those of the copies."""
+        """``(N + M,)`` the batch row at each place of the pool: ``N`` clean rows, then the rows of the copies."""
         return torch.cat([torch.arange(num_rows, device=self.rows.device), self.rows])
 
     def keep(self, copies: Tensor, num_rows: int) -> Plan:
-        """The same plan with some of the copies; where another one stood, its row stands unperturbed.
+        """The same plan with some of the copies; in place of another copy its row stands, unperturbed.
 
         Args:
             copies: ``(K,)`` which of the ``M`` copies, in any order.
             num_rows: ``N``, the rows of the batch.
         """
-        address = self.pool_rows(num_rows)
-        address[num_rows + copies] = torch.arange(num_rows, num_rows + len(copies), device=self.rows.device)
-        ref_pool_indices = None if self.ref_pool_indices is None else address[self.ref_pool_indices]
+        moved_to = self.pool_rows(num_rows)
+        moved_to[num_rows + copies] = torch.arange(num_rows, num_rows + len(copies), device=self.rows.device)
+        ref_pool_indices = None if self.ref_pool_indices is None else moved_to[self.ref_pool_indices]
         return replace(
-            self, rows=self.rows[copies], pool_indices=address[self.pool_indices], ref_pool_indices=ref_pool_indices
+            self, rows=self.rows[copies], pool_indices=moved_to[self.pool_indices], ref_pool_indices=ref_pool_indices
         )
 
     def only_named(self) -> Plan:
-        """The same plan without the rows that no tuple names; it has to have tuples, and no reference."""
+        """The same plan, of which the loss sees only rows that its tuples name; it needs tuples, and no reference."""
         members = cast(IndicesTuple, self.indices_tuple)
         named, member = torch.cat(members).unique(return_inverse=True)
         return Plan(self.rows, self.pool_indices[named], member.split([len(m) for m in members]))
@@ -174,16 +223,19 @@ class Plan:
             return self
         return replace(
             self,
-            pool_indices=self.pool_indices[:num_queries],
-            ref_pool_indices=self.pool_indices[num_queries:],
+            pool_indices=_part(self.pool_indices, 0, num_queries),
+            ref_pool_indices=_part(self.pool_indices, num_queries, len(self.pool_indices)),
             indices_tuple=None if self.indices_tuple is None else shift_partners(self.indices_tuple, -num_queries),
         )
 
     def by_reference(self, num_rows: int, num_queries: int) -> Plan | None:
-        """Anchors take their row's place among the queries; copies of the other roles join the reference.
+        """Of a plan that appends copies, the plan that hands them over as reference.
 
-        The number of queries stays what it was, which matters to losses that average over rows. None where
-        an anchor has several copies, so that none of them can take its place.
+        A copy of an anchor takes its row's place among the queries; the clean rows and the copies of the other roles
+        are the reference. So the number of queries stays what it was, which matters to losses that average over rows.
+
+        Returns:
+            The plan; None if there are no tuples, or an anchor has several copies, which cannot all take its place.
         """
         if self.indices_tuple is None:
             return None
@@ -193,18 +245,18 @@ class Plan:
         replaced = self.rows[copies - num_rows]
         if len(replaced.unique()) < len(replaced):
             return None
-        layout = torch.arange(num_queries, device=self.pool_indices.device)
-        layout[replaced] = copies
+        queries = torch.arange(num_queries, device=self.pool_indices.device)
+        queries[replaced] = copies
         pool_rows = self.pool_rows(num_rows)
         start = num_queries if num_queries < num_rows else 0
         members = tuple(
             pool_rows[m] if name == "anchor" else m - start for m, name in zip(self.indices_tuple, names, strict=True)
         )
-        ref_pool_indices = torch.arange(start, len(pool_rows), device=self.pool_indices.device)
-        return Plan(self.rows, layout, members, ref_pool_indices)
+        reference = consecutive(start, len(pool_rows), self.pool_indices.device)
+        return Plan(self.rows, queries, members, reference)
 
     def with_bystander(self, num_rows: int) -> Plan:
-        """The same plan with one more copy, of row 0, that is evaluated but that no tuple names."""
+        """The same plan with one more copy, of row 0, that the loss sees and no tuple names."""
         rows = torch.cat([self.rows, self.rows.new_zeros(1)])
         bystander = self.pool_indices.new_tensor([num_rows + len(self)])
         if self.ref_pool_indices is None:
@@ -212,31 +264,30 @@ class Plan:
         return Plan(rows, self.pool_indices, self.indices_tuple, torch.cat([self.ref_pool_indices, bystander]))
 
     def partners(self, indices_tuple: IndicesTuple, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Which clean rows stand with each copy in a tuple, as two masks instead of a list of tuples.
+        """Which clean rows stand in a tuple with each copy.
 
         Args:
-            indices_tuple: tuples over the evaluated rows.
-            num_rows: ``N``, the rows of the context.
+            indices_tuple: tuples that count in the rows that the loss sees.
+            num_rows: ``N``, the rows of the batch.
 
         Returns:
-            Two bool masks ``(M, N)``: the rows that share a positive pair with the copy (it is one's anchor or
-            positive), and those that share a negative pair.
+            Two bool masks ``(M, N)``: rows that form a positive pair with the copy, and rows that form a negative one.
         """
         pool_rows = self.pool_rows(num_rows)
         reference = self.pool_indices if self.ref_pool_indices is None else self.ref_pool_indices
-        addresses = [
+        members = [
             (self.pool_indices if name == "anchor" else reference)[member]
             for member, name in zip(indices_tuple, MEMBERS[len(indices_tuple)], strict=True)
         ]
-        anchor, positive, *other_anchor, negative = addresses
+        anchor, positive, *other_anchor, negative = members
         return (
             self._share_a_pair(anchor, positive, pool_rows, num_rows),
             self._share_a_pair(other_anchor[0] if other_anchor else anchor, negative, pool_rows, num_rows),
         )
 
     def _share_a_pair(self, left: Tensor, right: Tensor, pool_rows: Tensor, num_rows: int) -> Tensor:
-        mask = torch.zeros(len(self) + 1, num_rows, dtype=torch.bool, device=left.device)  # last row: no copies
-        true = mask.new_ones(())  # a Python number would be copied to the device, and waited for
+        mask = torch.zeros(len(self) + 1, num_rows, dtype=torch.bool, device=left.device)  # the last row: of no copy
+        true = mask.new_ones(())  # a Python number would be copied to the device, which has to be waited for
         for member, partner in ((left, right), (right, left)):
             copy = torch.where(member >= num_rows, member - num_rows, len(self))
             mask.index_put_((copy, pool_rows[partner]), true)
@@ -244,25 +295,27 @@ class Plan:
 
 
 def plan_rows(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
-    """Every row that plays one of the roles is replaced by its copy wherever it stands."""
+    """Each row that plays one of the roles is replaced by its copy in all of its tuples."""
     rows = torch.cat(played(indices_tuple, roles)).unique()
     return replace_rows(rows, num_rows, indices_tuple)
 
 
 def replace_rows(rows: Tensor, num_rows: int, indices_tuple: IndicesTuple | None) -> Plan:
-    """The given rows (no row twice) are replaced by their copies wherever they stand."""
-    layout = torch.arange(num_rows, device=rows.device)
-    layout[rows] = torch.arange(num_rows, num_rows + len(rows), device=rows.device)
-    return Plan(rows, layout, indices_tuple)
+    """The given rows (no row twice) are replaced by their copies."""
+    if as_slice(rows) == slice(0, num_rows):
+        return Plan(rows, consecutive(num_rows, 2 * num_rows, rows.device), indices_tuple)
+    pool_indices = torch.arange(num_rows, device=rows.device)
+    pool_indices[rows] = torch.arange(num_rows, num_rows + len(rows), device=rows.device)
+    return Plan(rows, pool_indices, indices_tuple)
 
 
 def plan_roles(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
-    """One copy per row and role; the tuples in which the row plays the role are readdressed to it."""
-    return _readdress(indices_tuple, roles, num_rows, lambda role, members: members)
+    """One copy per row and role; the tuples in which the row plays the role are re-pointed to the copy."""
+    return _repoint(indices_tuple, roles, num_rows, lambda role, members: members)
 
 
 def plan_tuples(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int) -> Plan:
-    """One copy per tuple and role. The n-th positive and negative pair of an anchor share its n-th copy."""
+    """One copy per tuple and role. Of pairs, the n-th positive and the n-th negative one of an anchor share a copy."""
 
     def own_copy(role: str, members: Tensor) -> Tensor:
         order = torch.arange(len(members), device=members.device)
@@ -271,10 +324,10 @@ def plan_tuples(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int
         rank = torch.cat([rank_in_group(indices_tuple[0]), rank_in_group(indices_tuple[2])])
         return members * (len(members) + 1) + rank
 
-    return _readdress(indices_tuple, roles, num_rows, own_copy)
+    return _repoint(indices_tuple, roles, num_rows, own_copy)
 
 
-def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int, shares_copy: SharesCopy) -> Plan:
+def _repoint(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int, shares_copy: SharesCopy) -> Plan:
     names = MEMBERS[len(indices_tuple)]
     members, rows, total = list(indices_tuple), [], num_rows
     for role in roles:
@@ -282,21 +335,33 @@ def _readdress(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int,
         played = torch.cat([indices_tuple[i] for i in positions])
         keys, copy = shares_copy(role, played).unique(return_inverse=True)
         rows.append(torch.zeros_like(keys).scatter_(0, copy, played))
-        addresses = (copy + total).split([len(indices_tuple[i]) for i in positions])
-        for i, address in zip(positions, addresses, strict=True):
-            members[i] = address
+        repointed = (copy + total).split([len(indices_tuple[i]) for i in positions])
+        for i, member in zip(positions, repointed, strict=True):
+            members[i] = member
         total += len(keys)
-    layout = torch.arange(total, device=members[0].device)
-    return Plan(torch.cat(rows), layout, tuple(members))
+    return Plan(torch.cat(rows), consecutive(0, total, members[0].device), tuple(members))
+
+
+def _rows_of(pool: Pool, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings and labels at these places of the pool."""
+    if pool.start:  # then the pool holds the copies alone, and the loss sees all of them in order
+        return pool.embeddings, pool.labels
+    return take(pool.embeddings, indices), None if pool.labels is None else take(pool.labels, indices)
+
+
+def _part(indices: Tensor, start: int, stop: int) -> Tensor:
+    """``indices[start:stop]``, still recognised by `as_slice`."""
+    of = as_slice(indices)
+    return indices[start:stop] if of is None else consecutive(of.start + start, of.start + stop, indices.device)
 
 
 def _clean_and_copied(members: IndicesTuple, replaced: Tensor, ref_replaced: Tensor) -> IndicesTuple:
-    """Tuples (anchors first) in which each member that has a copy is once itself and once the copy, which stands last.
+    """Tuples in which each member that has a copy is once itself and once its copy.
 
     Args:
-        members: of triplets or of one kind of pairs.
-        replaced: bool, which of the rows that anchors count in have copies.
-        ref_replaced: the same of those that positives and negatives count in.
+        members: triplets, or pairs of one kind; anchors first.
+        replaced: bool, which of the rows that anchors name have copies; copies follow all rows.
+        ref_replaced: the same of the rows that positives and negatives name.
     """
     found = members
     for place in range(len(members)):

@@ -1,4 +1,4 @@
-"""Which inputs gave these embeddings, and through which modules."""
+"""Finds the inputs that gave embeddings and the modules that they passed, and embeds other inputs in the same way."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import CaptureError
 
-# Older releases of torch do not tell global hooks the keyword arguments of a call.
+# Older releases of torch do not pass the keyword arguments of a call to global hooks.
 _WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register_module_forward_hook).parameters else {}
-# Where torch notes which global hooks want them, and forgets to remove the note with the hook.
+# Here torch notes which global hooks want them. It does not remove the note when the hook is removed.
 _ASK_FOR_KWARGS: dict[int, bool] = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
 
-# Before 2.5, compiled graphs hold the buffers that they met first, and in an attack those are copies.
+# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
 _COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 
 
 class Edge(NamedTuple):
-    """Where autograd's graph has a tensor that need not exist any more: the node and which of its outputs."""
+    """A tensor's place in autograd's graph: a node and the number of its output. The tensor may be gone already."""
 
     node: Any
     output_nr: int
 
 
 class Call(NamedTuple):
-    """One forward pass: the module, what went in (None: what came out), what came out, and its version.
+    """One forward pass of a watched module.
 
-    What went in is kept as tensors, edges, or the type of anything else. What came out is detached: it shares memory
-    and version counter with the output, but does not keep its graph.
+    Attributes:
+        module: the module that was called.
+        arguments: a tensor argument is kept as the tensor or as its edge, any other argument as its type. None: the
+            output was one of the arguments.
+        output: the output, detached. It shares memory and version counter with the output, but keeps no graph alive.
+        version: the output's version counter after the call; a change in place increases it.
     """
 
     module: nn.Module
@@ -49,22 +53,22 @@ class Call(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where embeddings come from: the inputs, and which columns of the model's output they are."""
+    """The inputs ``(N, ...)`` that gave embeddings, and which columns of the model's output the embeddings are."""
 
     inputs: Tensor
     columns: slice
 
 
 class _Token:
-    """Stands for an edge of autograd's graph, whose nodes cannot be referenced weakly. It lives on the node."""
+    """A key for an edge of autograd's graph. The node holds it, because a node cannot be referenced weakly."""
 
 
 class _Tap:
     """A forward hook that remembers which call gave which output.
 
-    It does so for as long as the output lives, or its graph until that is walked backward: of outputs that were
-    concatenated nothing else may be left. A copied or pickled model carries an inert tap: the copy is nobody's
-    to watch.
+    It remembers a call as long as the output exists, or as long as the output's graph exists: after outputs were
+    concatenated, the graph may be all that is left of them. A backward pass through the graph ends it. A copied or
+    pickled model carries a tap that does nothing, because no wrapper watches the copy.
     """
 
     def __init__(self) -> None:
@@ -76,18 +80,18 @@ class _Tap:
         kwargs, output = _with_kwargs(rest)
         if self.calls is None or self.paused or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return
-        # Kept, an output, or a container that may come to hold it, would keep itself alive.
+        # No output is kept here, nor a container that could hold one: the entry would keep its own key alive.
         arguments = tuple(a if isinstance(a, Tensor) else type(a) for a in (*args, *kwargs.values()))
         passed_through = any(argument is output for argument in arguments)
         call = Call(module, None if passed_through else arguments, output.detach(), output._version)
         self.calls[output] = call
         if output.grad_fn is not None:
-            # For the same reason an edge in place of a tensor that is in the graph.
+            # For the same reason, a tensor of the graph is kept as its edge.
             inputs = None if passed_through else tuple(_edge_of(a) or a for a in arguments)
             self.by_token[_token(output.grad_fn, output.output_nr)] = call._replace(arguments=inputs)
 
     def call_of(self, output: Tensor | Edge) -> Call | None:
-        """The call that gave this tensor, or the tensor that autograd's graph has there."""
+        """The call that gave this tensor, or the tensor at this edge of autograd's graph; None if it is not known."""
         calls = cast(WeakTensorKeyDictionary, self.calls)
         if isinstance(output, Tensor):
             return calls.get(output)
@@ -96,7 +100,7 @@ class _Tap:
         return known or next((call for tensor, call in calls.items() if _edge_of(tensor) == output), None)
 
     def take_over(self, other: _Tap, module: nn.Module) -> None:
-        """Remembers what another tap knows of the calls of a module."""
+        """Copies what another tap remembers of the calls of a module."""
         for mine, theirs in ((self.calls, other.calls), (self.by_token, other.by_token)):
             for key, call in cast(Any, theirs).items():
                 if call.module is module:
@@ -108,9 +112,10 @@ class _Tap:
 
 @cache
 def _untraced() -> None:
-    """Keeps compilers out of the taps, whose weak dictionaries they cannot follow.
+    """Tells torch.compile to leave the taps alone: it cannot trace their weak dictionaries.
 
-    Asked for late, since it imports what takes as long to import as all the rest of torch.
+    It runs with the first capture and not with the import, because it imports the compiler, which takes as long as the
+    rest of torch.
     """
     _Tap.__call__ = torch.compiler.disable(_Tap.__call__)  # type: ignore[method-assign]
 
@@ -122,13 +127,14 @@ def _inert_tap() -> _Tap:
 
 
 class InputCapture:
-    """Watches a chain of modules and tells which inputs gave a tensor of embeddings.
+    """Watches a chain of modules and finds the inputs that gave a tensor of embeddings.
 
-    Embeddings are recognised by identity or by autograd's graph, never by value. They may be an output itself,
-    several outputs concatenated by rows, or a range of an output's columns. Whatever else is done to them after
-    the last module (a normalisation, a cast) has to be moved into a module. Passes without gradient are ignored.
-    Without a model, every module is watched until the first embeddings are asked for, and the chain that led to
-    them is kept.
+    It recognises embeddings by identity or by autograd's graph, never by value. Embeddings may be an output of the last
+    module, several of its outputs concatenated by rows, or a range of an output's columns. Any other operation on them
+    (a normalisation, a cast) has to be moved into a module. Forward passes without gradient are ignored.
+
+    Without ``model``, it watches every module until the first embeddings arrive, and from then on the chain of modules
+    that led to them.
 
     Args:
         model: a module, modules in forward order, a PML trainer's ``models`` dict, or None.
@@ -141,42 +147,47 @@ class InputCapture:
         self._start(() if model is None else chain_of(model))
 
     def watch(self, model: Models) -> None:
-        """Watches ``model`` from now on instead of what was watched before."""
+        """Watches ``model`` from now on, and no longer what was watched before."""
         modules = chain_of(model)
         self._release()
         self._start(modules)
 
     def inputs_of(self, embeddings: Tensor) -> Tensor:
-        """The input batch that the watched modules turned into these rows, see `source_of`."""
+        """The inputs ``(N, ...)`` that gave these embeddings, see `source_of`."""
         return self.source_of(embeddings).inputs
 
-    def source_of(self, embeddings: Tensor) -> Source:
-        """Where embeddings come from.
+    def source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
+        """Finds where embeddings come from.
 
         Args:
-            embeddings: an output of the watched modules, several concatenated by rows, or columns of one.
+            embeddings: ``(N, D)``: an output of the watched modules, several concatenated by rows, or columns of one.
+            needed: ``(N,)`` bool, the rows whose inputs are asked for; None: all. The other rows may be a tensor
+                without gradient, as those of a momentum encoder are.
 
         Raises:
-            CaptureError: no watched forward pass gave them, or one gave them that cannot be repeated.
+            CaptureError: no watched forward pass gave the embeddings, or that pass cannot be repeated.
         """
         if not self.modules:
             self._bind(embeddings)
         if self._taps[-1].call_of(embeddings) is not None:
-            return Source(self._trace(embeddings).detach(), slice(None))
+            return Source(_rows(self._trace(embeddings).detach(), needed), slice(None))
         parts = _parts(embeddings)
         if not parts:
             raise self._not_known()
-        inputs = [self._trace(part).detach() for part in parts]
-        if type(embeddings.grad_fn) is _concatenation():
-            self._check_rows(embeddings, parts, inputs)
-            return Source(torch.cat(inputs), slice(None))
-        return Source(inputs[0], self._columns(embeddings, parts[0]))
+        if type(embeddings.grad_fn) is not _concatenation():
+            return Source(_rows(self._trace(parts[0]).detach(), needed), self._columns(embeddings, parts[0]))
+        known = parts if needed is None else [part for part in parts if part.node is not None]
+        inputs = [self._trace(part).detach() for part in known]
+        if len(known) == len(parts):
+            self._check_rows(embeddings, known, inputs)
+            return Source(_rows(torch.cat(inputs), needed), slice(None))
+        return Source(self._inputs_needed(embeddings, parts, inputs, cast(Tensor, needed)), slice(None))
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """The watched modules, one after the other.
+        """Passes inputs ``(K, ...)`` through the watched modules, one after the other.
 
-        Of a `DistributedDataParallel` its module: the wrapper itself would talk to the other ranks in each pass. Its
-        hooks sit on the parameters, so gradients are averaged all the same.
+        Of a `DistributedDataParallel` it calls the module inside: the wrapper would communicate with the other ranks in
+        each pass. Gradients are averaged nevertheless, since that is done by hooks on the parameters.
         """
         with self._paused():
             for module in self.modules:
@@ -184,7 +195,7 @@ class InputCapture:
         return inputs
 
     def knows(self, embeddings: Tensor, columns: slice | None = None) -> bool:
-        """Whether `source_of` has an answer, for these columns if any are named."""
+        """Whether `source_of` finds the inputs of these embeddings, and finds ``columns`` if they are given."""
         try:
             found = self.source_of(embeddings).columns
         except CaptureError:
@@ -192,7 +203,7 @@ class InputCapture:
         return columns is None or columns == found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, ()  # copies and pickles hold no model: they find their chain anew
+        return InputCapture, ()  # a copy or pickle holds no model: it finds its chain of modules at its first call
 
     def _start(self, modules: tuple[nn.Module, ...]) -> None:
         _untraced()
@@ -210,7 +221,7 @@ class InputCapture:
         self._release = weakref.finalize(self, _remove, handles)
 
     def _bind(self, embeddings: Tensor) -> None:
-        """Keeps the chain of outermost modules that led to the embeddings."""
+        """Finds the chain of outermost modules that led to the embeddings, and watches it from now on."""
         search = self._taps[0]
         chain: list[nn.Module] = []
         output: Any = embeddings if search.call_of(embeddings) else next(iter(_parts(embeddings)), None)
@@ -222,15 +233,15 @@ class InputCapture:
         if isinstance(output, Edge) or output.grad_fn is not None:
             raise CaptureError(
                 f"{_names(chain)} gave these embeddings from a tensor that was itself computed with gradient, so the "
-                "images stand further back than the chain of modules can be followed. Expected modules that take each "
-                "other's outputs as they are; name the model: AdversarialLoss(loss, model)."
+                "images stand further back than the chain of modules can be followed. Expected modules of which each "
+                "takes the unchanged output of the one before; name the model: AdversarialLoss(loss, model)."
             )
         self.watch(chain)
         for module, tap in zip(self.modules, self._taps, strict=True):
             tap.take_over(search, module)
 
     def _trace(self, output: Tensor | Edge) -> Tensor:
-        """From an output of the last module back to the input of the first."""
+        """Goes from an output of the last module back to the input of the first module."""
         for tap in reversed(self._taps):
             output = _only_tensor(self._call_of(tap, output), output)
         if isinstance(output, Edge):
@@ -244,26 +255,40 @@ class InputCapture:
         if call.output._version != call.version:
             raise CaptureError(
                 f"The output of {type(call.module).__name__} was changed in place after its forward pass; "
-                "expected the tensor as the module returned it. Use an operation that makes a new tensor "
-                "inside the model, or put the in-place module into the model that is watched."
+                "expected the tensor as the module returned it. Inside the model, use an operation that makes a new "
+                "tensor, or make the module that works in place a part of the watched model."
             )
         return call
 
-    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor]) -> None:
-        """Refuses what is not the rows of the parts, one after the other, or has inputs that make no batch."""
+    def _inputs_needed(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], needed: Tensor) -> Tensor:
+        """The inputs of the needed rows, where one of the parts has no gradient and takes the rows that are left."""
+        lengths = iter(map(len, inputs))
+        missing = len(embeddings) - sum(map(len, inputs))
+        if not inputs or len(parts) != len(inputs) + 1 or missing < 0:
+            raise self._not_known()
+        self._check_rows(embeddings, [part for part in parts if part.node is not None], inputs, missing)
+        known = [torch.full((missing if p.node is None else next(lengths),), p.node is not None) for p in parts]
+        is_known, needed = torch.cat(known), needed.cpu()
+        if (needed & ~is_known).any():
+            raise self._not_known()
+        return torch.cat(inputs)[needed[is_known].to(inputs[0].device)]
+
+    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], missing: int = 0) -> None:
+        """Refuses embeddings that are not the rows of the parts in order, and inputs that cannot be concatenated."""
         outputs = [self._call_of(self._taps[-1], part).output for part in parts]
-        whole = (sum(map(len, outputs)), *embeddings.shape[1:]) == embeddings.shape
+        whole = (sum(map(len, outputs)) + missing, *embeddings.shape[1:]) == embeddings.shape
+        whole = whole and all(output.shape[1:] == embeddings.shape[1:] for output in outputs)
         if not whole or embeddings._version or any(out.dtype != embeddings.dtype for out in outputs):
             raise self._not_known()
         if len({(batch.shape[1:], batch.dtype, batch.device) for batch in inputs}) > 1:
             found = ", ".join(f"{tuple(batch.shape)} {batch.dtype} on {batch.device}" for batch in inputs)
             raise CaptureError(
                 f"The embeddings were concatenated from calls with inputs of {found}; expected inputs that can be "
-                "concatenated too, since their perturbed copies are embedded as one batch. Take one loss per call."
+                "concatenated too, since their perturbed copies are embedded as one batch. Compute one loss per call."
             )
 
     def _columns(self, embeddings: Tensor, part: Edge) -> slice:
-        """Which columns of the output this view of its memory shows."""
+        """Which columns of the output the embeddings are: both are views of the same memory."""
         output = self._call_of(self._taps[-1], part).output
         same_rows = embeddings.ndim == output.ndim == 2 and len(embeddings) == len(output)
         step, offset = output.stride(-1), embeddings.storage_offset() - output.storage_offset()
@@ -320,9 +345,10 @@ def chain_of(model: Models) -> tuple[nn.Module, ...]:
 
 
 def _outermost(tap: _Tap) -> Any:
-    """Of nested modules that return one tensor, the outermost finishes last and its call stays.
+    """A global hook that keeps the call of the outermost module.
 
-    What is inside of a compiled module is left to the compiler: it would be cut to pieces.
+    Where nested modules return the same tensor, the outermost returns last, so its call replaces the others. Modules
+    inside a compiled module are not watched: a hook would split the compiled graph.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
@@ -336,16 +362,16 @@ def _outermost(tap: _Tap) -> Any:
 
 
 def _with_kwargs(rest: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """Keyword arguments and output of a call, of what a hook is told.
+    """The keyword arguments and the output of a call, from the last arguments of a hook.
 
-    A hook that is removed while its module runs, as when garbage is collected, is told no keyword arguments any more.
+    A hook that is removed while its module runs, for example by the garbage collector, gets no keyword arguments.
     """
     kwargs, output = rest if len(rest) == 2 else ({}, *rest)
     return kwargs, output
 
 
 def _token(node: Any, output_nr: int) -> _Token:
-    """The token of an edge, which is gone once the graph was walked backward."""
+    """The token of an edge. A backward pass through the graph removes it."""
     metadata, key = node.metadata, (_Token, output_nr)
     if key not in metadata:
         metadata[key] = _Token()
@@ -357,27 +383,31 @@ def _edge_of(value: Any) -> Edge | None:
     return Edge(value.grad_fn, value.output_nr) if isinstance(value, Tensor) and value.grad_fn is not None else None
 
 
+def _rows(inputs: Tensor, needed: Tensor | None) -> Tensor:
+    return inputs if needed is None else inputs[needed.to(inputs.device)]
+
+
 def _parts(embeddings: Tensor) -> list[Edge]:
-    """What was concatenated, or what the embeddings are a range of; nothing after any other operation."""
+    """The edges of the tensors that were concatenated, or of the tensor that was indexed; else an empty list."""
     node: Any = embeddings.grad_fn
     if type(node) is _concatenation():
         return [Edge(*part) for part in cast(Any, node).next_functions]
     part = Edge(node, embeddings.output_nr)
-    while type(part.node) in _ranges():  # one for each dimension that was indexed
+    while type(part.node) in _ranges():  # one node for each dimension that was indexed
         part = Edge(*part.node.next_functions[0])
     return [] if part.node is node else [part]
 
 
 @cache
 def _concatenation() -> type:
-    """The class of the nodes that torch.cat leaves in the graph, which has no public name."""
+    """The class of the nodes that torch.cat adds to the graph; the class has no public name."""
     with torch.inference_mode(False), torch.enable_grad():
         return type(torch.cat([torch.empty(1, requires_grad=True)]).grad_fn)
 
 
 @cache
 def _ranges() -> set[type]:
-    """As `_concatenation`, of the operations that give ranges of columns."""
+    """As `_concatenation`, for the operations that return a range of columns."""
     with torch.inference_mode(False), torch.enable_grad():
         row = torch.empty(1, 2, requires_grad=True).clone()
         return {type(part.grad_fn) for part in (row[:, :1], row[:, :], row.split(1, 1)[0], row.split([1, 1], 1)[0])}
@@ -402,9 +432,9 @@ def _check_compiled(modules: Iterable[nn.Module]) -> None:
     compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
     if any(True for module in compiled for _ in module.buffers()):
         raise CaptureError(
-            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into it, so "
-            "an attack on it would go on using those of its first step. Expected torch from 2.5 on, or the model "
-            "uncompiled."
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
+            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
+            "that is not compiled."
         )
 
 
@@ -420,8 +450,8 @@ def _names(modules: Iterable[nn.Module]) -> str:
 
 def _unknown(expected: str) -> str:
     return (
-        f"The inputs behind these embeddings are not known: expected a tensor that {expected} returned, with "
-        "gradient, several of them concatenated by rows, or a range of one's columns, and nothing changed since. Pass "
-        "the model's output itself (normalise or cast inside the model, take the loss before backward, do not "
+        f"The inputs behind these embeddings are not known: expected a tensor that {expected} returned with gradient, "
+        "several such tensors concatenated by rows, or a range of the columns of one, unchanged since. Pass the "
+        "model's output itself (normalise or cast inside the model, compute the loss before the backward pass, do not "
         "detach), or name the model: AdversarialLoss(loss, model)."
     )

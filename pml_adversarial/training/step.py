@@ -1,44 +1,71 @@
-"""One step: plan, attack with the context fixed, re-embed. The only place that asks the plugins."""
+"""One adversarial step: mine, perturb the chosen members while the rest of the batch stays fixed, take the loss again.
+
+`AdversarialStep.train` is the method of the paper (arXiv 2102.07265) from top to bottom. The plugins answer what
+differs from method to method; this module decides when they are asked, and in which state of the model.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attacks import adapter
-from ..attacks.objective import Objective, Score
-from ..errors import InputError, PluginError
-from ..plugins.hookspecs import PROJECT
-from ..plugins.manager import make_manager
-from . import distributed
+from ..attacks.objective import Attack, Objective, Score
+from ..errors import InputError
+from . import distributed, monitor
 from .batch import Adversarial, Batch
-from .collate import Intake
+from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
-from .monitor import Strength
+from .monitor import CollapseMonitor, batch_recall
 from .pixels import PixelSpace
-from .plan import Plan
+from .plan import Plan, clean_loss
 from .replay import InputCapture
-from .tuples import IndicesTuple
-
-_ANSWERS: dict[str, Any] = {
-    "plan": Plan,
-    "score": Callable,
-    "attack": Callable,
-    "training_loss": Tensor,
-    "record": Mapping,
-}
+from .schedule import EpsSchedule
+from .tuples import IndicesTuple, take
 
 
-class _Attacked(NamedTuple):
-    """Perturbed inputs (None: left as they were, on purpose), rows without gradient, seconds, and what was raised."""
+class Questions(Protocol):
+    """Who answers the five questions of a step, see `plugins.hookspecs.HookSpecs`."""
+
+    def plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
+        """Who is perturbed, and where the copies stand."""
+
+    def score(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:
+        """What the attack raises."""
+
+    def attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack:
+        """How it is raised."""
+
+    def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
+        """What training minimises."""
+
+    def record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> list[Mapping[str, Any]]:
+        """What is worth recording."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the plugins remember."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state that `state_dict` returned."""
+
+
+class Perturbed(NamedTuple):
+    """What an attack found for the copies of this process.
+
+    Attributes:
+        inputs: ``(K, ...)``; None where the attack left all of them as they were, on purpose.
+        zero_gradient: ``(K,)`` bool, rows whose gradient was zero in every attack step.
+        seconds: that the attack took.
+        score: what was raised; None where this process has no copies.
+    """
 
     inputs: Tensor | None
     zero_gradient: Tensor
@@ -46,217 +73,259 @@ class _Attacked(NamedTuple):
     score: Score | None = None
 
 
-class Adversary:
-    """Perturbs batches for one wrapper, which may be a loss or a miner.
+class AdversarialStep:
+    """The steps of one wrapper, which may be a loss or a miner.
 
     Args:
-        plugins: who answers, in the order in which they are asked; the last is the package's own.
-        capture: knows the inputs of embeddings.
-        pixels: knows what of them may be changed.
-        strength: the share of an attack's budget that a step may spend; None: all of it.
-        seed: of the attack's own random stream; None: ``torch.initial_seed()``. Each rank has a stream of its own.
-        joint: whether the processes of ``torch.distributed`` share one batch and each attacks its part.
+        hooks: who answers the five questions.
+        capture: knows the inputs of embeddings, and embeds others in the same way.
+        pixels: knows what of the inputs may be changed.
+        schedule: how eps grows.
+        monitor: watches R@1 within the batch, and holds the attack back while it falls.
+        seed: of the attack's own random numbers; None: ``torch.initial_seed()``. Each process has numbers of its own.
+        joint: whether the processes of ``torch.distributed`` share one batch, and each attacks its own rows.
+
+    Attributes:
+        step: number of the coming step.
     """
 
     def __init__(
         self,
-        plugins: Iterable[Any],
+        hooks: Questions,
         capture: InputCapture,
         pixels: PixelSpace,
-        strength: Strength | None = None,
+        schedule: EpsSchedule,
+        monitor: CollapseMonitor,
         seed: int | None = None,
         joint: bool = False,
     ) -> None:
         if seed is not None and not isinstance(seed, int):
             raise InputError(f"seed={seed!r}; expected a whole number, or None for torch.initial_seed().")
-        self.plugins = tuple(plugins)
-        self.capture, self.intake = capture, Intake(capture, pixels, joint)
-        self.strength = strength or Strength(guarded=False)
+        self.hooks, self.capture, self.pixels = hooks, capture, pixels
+        self.schedule, self.monitor = schedule, monitor
         self.seed = torch.initial_seed() if seed is None else seed
         self.step = 0
-        self.manager = make_manager(self.plugins)
+        self._seed_of_rank = self.seed
+        self._collator = Collator(capture, pixels, joint)
 
-    def own_randomness(self) -> AbstractContextManager[None]:
-        """Within it nobody draws the caller's random numbers; the same ones are drawn until the next step."""
-        return random_stream(distributed.seed_of_rank(self.seed), self.step)
-
-    def batch(
+    def collate(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: IndicesTuple | None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Batch:
-        """The arguments of a PML loss, checked, as one `Batch`; nothing is spent yet.
+        """The arguments of a PML loss, checked, as one batch, see `Collator.collate`.
 
-        Where the processes share one batch, it is the union of what they hold, with the tuples of rank 0. Seed, step
-        and strength are those of rank 0 from then on, as `DistributedDataParallel` does it with the weights.
-
-        Raises:
-            CaptureError: the inputs behind the embeddings are not known.
-            InputError: embeddings, labels or inputs cannot be used.
-            PlanError: the tuples cannot be used.
+        Processes that share a batch take seed, step and monitor from the first of them.
         """
-        rank_0 = self.seed, self.step, self.strength.state_dict()
-        batch, rank_0 = self.intake.batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, rank_0)
-        self.seed, self.step, strength = rank_0
-        self.strength.load_state_dict(strength)
-        return replace(batch, strength=self.strength.at(self.step))
+        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        own_state = lambda: (self.seed, self.step, self.monitor.state_dict())  # noqa: E731
+        batch, state = self._collator.collate(*given, own_state, enqueue_mask)
+        if state is not None:
+            self.seed, self.step, monitored = state
+            self.monitor.load_state_dict(monitored)
+        self._seed_of_rank = distributed.seed_of_rank(self.seed)
+        return replace(batch, strength=self.schedule.at(self.step) * self.monitor.share)
 
-    def perturb(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
-        """Plans, attacks and re-embeds. Who calls it counts the step, once nothing can fail any more.
+    def train(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, list[Mapping[str, Any]]]:
+        """One step of adversarial training.
+
+        Args:
+            wrapped: the loss.
+            batch: what `collate` returned.
 
         Returns:
-            The plan, and what became of its rows: None where it perturbs nobody.
+            What training minimises: a scalar with gradient. And the records of the step, none where no row was
+            perturbed.
         """
-        depends = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
-        with self.own_randomness(), isolated(wrapped, *self.capture.modules):
-            seen = replace(batch, context=self.intake.embed_clean(batch)) if depends else batch
-            plan = self._plan(wrapped, seen)
-            attacked = self._attack_own(wrapped, seen, plan) if len(plan) else None
-        if attacked is None:
-            return plan, None
-        inputs = attacked.inputs
-        own = batch.own(plan.rows)
-        rows = plan.rows[own]
-        # A copy that was left as it was, on purpose, is its row: no pass is spent, and dropout draws nothing anew.
-        embeddings = batch.embeddings[rows] if inputs is None else self.intake.embed_perturbed(batch, inputs)
-        inputs = batch.inputs_of(rows) if inputs is None else inputs
-        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
-            embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only if what it returned is walked back
-        if batch.world_size > 1:
-            embeddings = _gather_copies(batch, plan, embeddings)
-        before, after = self._scores(wrapped, batch, plan, embeddings, None if depends else attacked.score)
-        return plan, Adversarial(inputs, embeddings, before[own], after[own], attacked.zero_gradient, attacked.seconds)
+        plan, adversarial = self.perturb(wrapped, batch, trains=True)
+        if adversarial is None:
+            value, answers = clean_loss(wrapped, batch), []
+        else:
+            value = self.hooks.training_loss(wrapped, batch, plan, adversarial)
+            answers = [*self.record(batch, plan, adversarial), self._change(adversarial, value)]
+        if self.step % monitor.EVERY == 0:
+            self._monitor(wrapped, batch, plan, adversarial)
+        self.step += 1  # here, so that a step that failed is taken again
+        return value, answers
 
-    def rehearse(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
-        """As `perturb`, for those who look and do not train: the re-embedding leaves no trace either."""
-        with random_stream(distributed.seed_of_rank(self.seed), ~self.step), preserved(*self.capture.modules):
+    def perturb(self, wrapped: nn.Module, batch: Batch, trains: bool = False) -> tuple[Plan, Adversarial | None]:
+        """Plans and attacks while the context is fixed, then embeds the perturbed inputs again, with gradient.
+
+        Args:
+            wrapped: the loss, or the miner.
+            batch: what `collate` returned.
+            trains: whether the loss of the unperturbed copies is measured as well.
+
+        Returns:
+            The plan, and what became of its rows; None where it perturbs no row.
+        """
+        depends_on = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
+        with isolated(wrapped, *self.capture.modules), self.random_numbers():
+            seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
+            plan = batch.decide(partial(self.hooks.plan, wrapped, seen))
+            perturbed = batch.agree(partial(self._attack, wrapped, seen, plan)) if len(plan) else None
+        if perturbed is None:
+            return plan, None
+        adversarial = self._embed_again(batch, plan, perturbed)
+        return plan, self._measured(wrapped, batch, plan, adversarial, None if depends_on else perturbed.score, trains)
+
+    def perturb_only(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
+        """As `perturb`, without training: embedding the perturbed inputs leaves no trace in the model either."""
+        with random_stream(self._seed_of_rank, ~self.step), preserved(*self.capture.modules):
             return self.perturb(wrapped, batch)
 
-    def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
-        """What is optimised in place of the wrapped loss."""
-        loss: Tensor = self._ask("training_loss", wrapped=wrapped, batch=batch, plan=plan, adversarial=adversarial)
-        return loss
-
-    def records(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> list[Mapping[str, Any]]:
-        """What the plugins found worth recording."""
+    def record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> list[Mapping[str, Any]]:
+        """What the plugins find worth recording."""
         with torch.no_grad():
-            answers: list[Mapping[str, Any]] = self._ask("record", batch=batch, plan=plan, adversarial=adversarial)
-        return answers
+            return self.hooks.record(batch, plan, adversarial)
+
+    def random_numbers(self) -> AbstractContextManager[Callable[[], None]]:
+        """Inside, random numbers come from the attack's own stream, the same numbers each time until the next step.
+
+        It gives a function that starts the stream again.
+        """
+        return random_stream(self._seed_of_rank, self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, seed and what the plugins remember, in types that load with ``weights_only``."""
-        states = {name: plugin.state_dict() for name, plugin in self._stateful().items()}
-        return {"step": self.step, "seed": self.seed, "strength": self.strength.state_dict(), "plugins": states}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
-
-        Raises:
-            PluginError: the state is of other plugins.
-        """
-        stateful = self._stateful()
-        if set(state["plugins"]) != set(stateful):
-            raise PluginError(
-                f"The saved state is of the plugins {sorted(state['plugins'])}, this wrapper has {sorted(stateful)}; "
-                "build it with the same plugins in the same order."
-            )
-        self.step, self.seed = state["step"], state["seed"]
-        self.strength.load_state_dict(state["strength"])
-        for name, plugin in stateful.items():
-            plugin.load_state_dict(state["plugins"][name])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "manager"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.manager = make_manager(self.plugins)
-
-    def _stateful(self) -> dict[str, Any]:
-        both = ("state_dict", "load_state_dict")
+        """Step, seed, monitor, and what the plugins remember, in types that load with ``weights_only``."""
         return {
-            f"{i}_{type(plugin).__name__}": plugin
-            for i, plugin in enumerate(self.plugins)
-            if all(hasattr(plugin, method) for method in both)
+            "step": self.step,
+            "seed": self.seed,
+            "monitor": self.monitor.state_dict(),
+            "plugins": self.hooks.state_dict(),
         }
 
-    def _ask(self, question: str, **arguments: Any) -> Any:
-        answer = getattr(self.manager.hook, f"{PROJECT}_{question}")(**arguments)
-        for one in answer if question == "record" else [answer]:
-            if not isinstance(one, expected := _ANSWERS[question]):
-                raise PluginError(
-                    f"A plugin answered {PROJECT}_{question} with {type(one).__name__}; expected {expected.__name__}, "
-                    "or None for no opinion."
-                )
-        return answer
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state that `state_dict` returned.
 
-    def _plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """Who is perturbed; of processes that share the batch, rank 0 says it to all."""
+        Raises:
+            PluginError: the state is that of other plugins.
+        """
+        self.hooks.load_state_dict(state["plugins"])
+        self.step, self.seed = state["step"], state["seed"]
+        self.monitor.load_state_dict(state["monitor"])
 
-        def asked() -> Plan:
-            plan: Plan = self._ask("plan", wrapped=wrapped, batch=batch)
-            return plan
-
-        if batch.world_size == 1:
-            return asked()
-        return distributed.decide(lambda: asked().to("cpu")).to(batch.embeddings.device)
-
-    def _attack_own(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
-        """Attacks the copies of this process's rows. An error on one rank is one on all."""
-        if batch.world_size == 1:
-            return self._attack(wrapped, batch, plan)
-        return distributed.agree(lambda: self._attack(wrapped, batch, plan), lambda _: None)[0]
-
-    def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> _Attacked:
-        own = batch.own(plan.rows)
-        if not len(own):
-            return _Attacked(None, torch.zeros_like(own, dtype=torch.bool))
+    def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Perturbed:
+        """Perturbs this process's own copies."""
+        rows = batch.own(plan.rows, plan.rows)
+        if not len(rows):
+            return Perturbed(None, torch.zeros_like(rows, dtype=torch.bool))
         start = time.perf_counter()
-        score: Score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
-        clean = batch.context[plan.rows]
-        of_own = score if len(own) == len(plan) else _score_of_some(score, clean, own)
-        objective = Objective(partial(self.intake.embed, batch), of_own, clean[own], self.capture.modules)
-        attack = self._ask("attack", objective=objective, batch=batch, plan=plan)
+        score = self.hooks.score(wrapped, batch, plan)
+        clean = take(batch.context, plan.rows)
+        of_own: Score = score
+        if len(rows) < len(plan):
+            own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
+            of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
+        objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
+        attack = self.hooks.attack(objective, batch, plan)
         if attack is adapter.unchanged:
-            return _Attacked(None, torch.zeros_like(objective.has_gradient), score=score)
-        inputs = adapter.run(attack, batch.inputs_of(plan.rows[own]), objective.labels)
+            return Perturbed(None, objective.zero_gradient, score=score)
+        clean_inputs = batch.inputs_of(rows)
+        inputs = adapter.run(attack, clean_inputs, objective.labels, objective)
+        if inputs is clean_inputs:
+            return Perturbed(None, objective.zero_gradient, time.perf_counter() - start, score)
         if isinstance(attack, adapter.Learns):
             inputs.requires_grad_().register_hook(attack.learn)
-        return _Attacked(inputs, objective.zero_gradient, time.perf_counter() - start, score)
+        return Perturbed(inputs, objective.zero_gradient, time.perf_counter() - start, score)
 
-    def _scores(
-        self, wrapped: nn.Module, batch: Batch, plan: Plan, embeddings: Tensor, score: Score | None
-    ) -> tuple[Tensor, Tensor]:
-        """The scores of the rows and of their copies, both in the model's own mode.
+    def _embedder(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """A function that embeds pixels ``(K, ...)`` as those of the batch were embedded, ``(K, D)``."""
+        if batch.columns is None and self.pixels.normalization is None:
+            return self.capture.embed
+        columns = slice(None) if batch.columns is None else batch.columns
+        return lambda pixels: self.capture.embed(self.pixels.to_inputs(pixels))[..., columns]
 
-        Where that makes no difference, ``score`` is what the attack raised; else, None, it is asked for anew.
+    def _embed_clean(self, batch: Batch) -> Tensor:
+        """The context ``(N, D)`` of the model in its present mode. Rows without known inputs stay as they are."""
+        with torch.no_grad():
+            known = batch.gather_rows(self._embedder(batch)(batch.inputs))
+        return torch.cat([known, batch.context[len(known) :]])
+
+    def _embed_again(self, batch: Batch, plan: Plan, perturbed: Perturbed) -> Adversarial:
+        """The perturbed copies, embedded with gradient by the model in its own mode."""
+        own = batch.own(plan.rows, plan.rows)
+        inputs = perturbed.inputs
+        if inputs is None:  # a copy that was left as it was is its row: no pass is spent, and dropout draws nothing
+            inputs, embeddings = batch.inputs_of(own), batch.embeddings[own]
+        else:
+            embeddings = self._embed_in_own_mode(batch, inputs)
+        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
+            embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only where its own output goes backward
+        copies = batch.gather_copies(embeddings, plan.rows)
+        return Adversarial(inputs, copies, perturbed.zero_gradient, perturbed.seconds)
+
+    def _embed_in_own_mode(self, batch: Batch, inputs: Tensor) -> Tensor:
+        try:
+            return self._embedder(batch)(inputs)
+        except ValueError as error:
+            if len(inputs) != 1:
+                raise
+            raise InputError(
+                f"One copy was perturbed, and the model cannot embed a single row: {error}. BatchNorm in train mode "
+                "takes its statistics from the rows. Set it to eval mode (freeze it), or let a step perturb more rows."
+            ) from error
+
+    def _measured(
+        self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial, score: Score | None, trains: bool
+    ) -> Adversarial:
+        """The same with what the attack changed: scores, and what training would minimise without it.
+
+        Where the model depends on its mode, the score is asked for again (``score`` is None): rows and copies are
+        compared in the model's own mode.
         """
-        with isolated(wrapped), torch.no_grad():
+        with isolated(wrapped), self.random_numbers() as restart, torch.no_grad():
             if score is None:
-                with self.own_randomness():
-                    score = self._ask("score", wrapped=wrapped, batch=batch, plan=plan)
-            with self.own_randomness():
-                before = score(batch.context[plan.rows])
-            with self.own_randomness():  # the same, for a score that draws
-                after = score(embeddings.detach())
-        return before.expand(len(plan)), after.expand(len(plan))
+                score = self.hooks.score(wrapped, batch, plan)
+                restart()
+            before = batch.own(_per_row(score(take(batch.context, plan.rows)), plan), plan.rows)
+            restart()
+            after = batch.own(_per_row(score(adversarial.embeddings), plan), plan.rows)
+            adversarial = replace(adversarial, score_before=before, score_after=after)
+            if not trains:
+                return adversarial
+            unperturbed = replace(
+                adversarial,
+                inputs=batch.inputs_of(batch.own(plan.rows, plan.rows)),
+                embeddings=take(batch.embeddings, plan.rows),
+                score_after=before,
+            )
+            return replace(adversarial, loss_before=self.hooks.training_loss(wrapped, batch, plan, unperturbed))
+
+    def _change(self, adversarial: Adversarial, value: Tensor) -> dict[str, Any]:
+        return {"loss_before": adversarial.loss_before, "loss_after": value}
+
+    def _monitor(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
+        """Tells the monitor how well the batch is retrieved."""
+        if batch.labels is None or not len(batch):
+            return
+        copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
+        with torch.no_grad():
+            recall, attacked = batch_recall(wrapped, batch, plan, copies).tolist()
+        at_full_strength = batch.strength == 1.0 and attacked == attacked
+        if recall == recall:
+            self.monitor.measure(self.step, recall, attacked if at_full_strength else None)
 
 
-def _score_of_some(score: Score, clean: Tensor, some: Tensor) -> Score:
+def _per_row(score: Tensor, plan: Plan) -> Tensor:
+    return score if score.ndim else score.expand(len(plan.rows))
+
+
+class _ScoreOfSome:
     """The score of some of the copies, while the others stay at their clean embeddings."""
 
-    def of_some(embeddings: Tensor) -> Tensor:
-        found = score(clean.index_copy(0, some, embeddings.to(clean)))
-        return found[some] if found.shape == clean.shape[:1] else found
+    def __init__(self, score: Score, clean: Tensor, some: Tensor) -> None:
+        self._score, self._clean, self._some = score, clean, some
 
-    return of_some
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        found = self._score(self._clean.index_copy(0, self._some, embeddings.to(self._clean)))
+        return found[self._some] if found.shape == self._clean.shape[:1] else found
 
-
-def _gather_copies(batch: Batch, plan: Plan, own: Tensor) -> Tensor:
-    """The copies of all ranks in the order of the plan; own ones carry gradient."""
-    owners = batch.owners(plan.rows)
-    by_rank = distributed.gather_rows(own, torch.bincount(owners, minlength=batch.world_size).tolist())
-    return by_rank[owners.argsort(stable=True).argsort()]
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._score, name)

@@ -1,34 +1,62 @@
-"""How copies may stand in a loss, and whether rows meet in it: asked from the loss itself, hardly ever from its name.
+"""The tuples of pytorch-metric-learning (PML): triplets and pairs of row indices, and what is done with them.
 
-Losses are asked on a batch in which nothing is degenerate, not on the one at hand: with few tuples, or classes of
-equal size, a loss may give one value for every plan.
-
-What flows through one training step: a `Batch` in, an `Adversarial` out.
-
-Who is perturbed: which batch rows get adversarial copies, and where the copies stand.
-
-A batch row is not a tuple member: one row is the anchor of some tuples and the negative of others. To
-perturb a *role*, the row gets a copy, and only the tuples in which it plays the role are readdressed to
-that copy. Copies are numbered after the ``N`` clean rows: copy ``m`` has the address ``N + m``.
+All functions here are pure. A batch row is not a member of a tuple: one row may be the anchor of some tuples and the
+negative of others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
 
+IndicesTuple = tuple[Tensor, ...]
+"""PML's tuples: triplets ``(a, p, n)`` or pairs ``(a1, p, a2, n)``, one long tensor per member."""
+
+Role = Literal["anchor", "positive", "negative", "all"]
+"""The part that a row plays in a tuple; "all" names each of them."""
+
+ROLES: tuple[Role, ...] = ("anchor", "positive", "negative")
+MEMBERS = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
+
+
+def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
+    """``start, start + 1, ..., stop - 1`` as a tensor that `as_slice` recognises."""
+    numbers = torch.arange(start, stop, device=device)
+    numbers.consecutive_from = start  # type: ignore[attr-defined]
+    return numbers
+
+
+def as_slice(rows: Tensor) -> slice | None:
+    """The same rows as a slice, if `consecutive` made them; else None.
+
+    The tensor itself carries the mark, so that nobody has to look at its values and wait for the device.
+    """
+    start = getattr(rows, "consecutive_from", None)
+    return None if start is None else slice(start, start + len(rows))
+
+
+def take(values: Tensor, rows: Tensor) -> Tensor:
+    """``values[rows]``, without an operation where these are all of the values, in order."""
+    part = as_slice(rows)
+    if part is None:
+        return values[rows]
+    return values if part == slice(0, len(values)) else values[part]
+
 
 def all_triplets(labels: Tensor) -> IndicesTuple:
-    """Those of PML, in its order, in memory that grows with their number and not with the cube of the rows."""
+    """All triplets of the labels ``(N,)``, in PML's order.
+
+    Unlike PML's own function, it needs memory for the triplets alone, not for ``N ** 3`` candidates.
+    """
     number = torch.arange(len(labels), device=labels.device)
     same = labels[:, None] == labels
     anchor, positive = (same & (number[:, None] != number)).nonzero(as_tuple=True)
-    _, negative = (~same).nonzero(as_tuple=True)  # row by row: those of an anchor stand side by side
+    _, negative = (~same).nonzero(as_tuple=True)  # sorted by anchor
     of_anchor = (~same).sum(1)
     of_pair = of_anchor[anchor]
     pair = torch.repeat_interleave(of_pair)
@@ -36,15 +64,8 @@ def all_triplets(labels: Tensor) -> IndicesTuple:
     return anchor[pair], positive[pair], negative[torch.arange(len(pair), device=labels.device) + first[pair]]
 
 
-IndicesTuple = tuple[Tensor, ...]
-"""PML's tuples: triplets ``(a, p, n)`` or pairs ``(a1, p, a2, n)``, one long tensor per member."""
-
-ROLES = ("anchor", "positive", "negative")
-MEMBERS = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
-
-
 def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> IndicesTuple:
-    """What a caller gave as tuples, if it is what PML's miners return.
+    """The tuples that a caller gave, after a check that PML's miners could have returned them.
 
     Args:
         indices_tuple: three or four index tensors.
@@ -52,7 +73,7 @@ def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> I
         num_partners: rows that a positive or negative may name.
 
     Raises:
-        PlanError: it has another form, or names rows that do not exist.
+        PlanError: the tuples have another form, or name rows that do not exist.
     """
     members = tuple(indices_tuple) if isinstance(indices_tuple, tuple | list) else (indices_tuple,)
     if not _well_formed(members):
@@ -72,7 +93,7 @@ def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> I
     return members
 
 
-def parse_roles(perturb: str | Iterable[str]) -> tuple[str, ...]:
+def parse_roles(perturb: str | Iterable[str]) -> tuple[Role, ...]:
     """One or several role names, or "all", as a tuple of roles in a fixed order.
 
     Raises:

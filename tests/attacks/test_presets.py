@@ -1,21 +1,18 @@
 """The package's own preset, which is the default of `AdversarialLoss`."""
 
-import inspect
-
 import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.miners import BatchHardMiner
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError
 from pml_adversarial.attacks.adapter import budget
+from pml_adversarial.attacks.pgd import PGD
 from pml_adversarial.attacks.presets import PRESET, SEED_PAPER, preset
-from pml_adversarial.cli import demo
-from pml_adversarial.training.monitor import WARMUP
-
-
-def defaults(wrapper):
-    return {name: p.default for name, p in inspect.signature(wrapper).parameters.items() if p.default is not p.empty}
+from pml_adversarial.cli import experiment
+from pml_adversarial.training.schedule import DEFAULT_WARMUP
+from pml_adversarial.training.tuples import ROLES
 
 
 def brighter(objective):
@@ -24,7 +21,7 @@ def brighter(objective):
 
 
 def test_it_is_pgd_within_8_of_255_levels():
-    assert PRESET.func is torchattacks.PGD
+    assert PRESET.func is PGD
     assert PRESET.args == ()
     assert PRESET.keywords == {
         "eps": 8 / 255,
@@ -34,22 +31,14 @@ def test_it_is_pgd_within_8_of_255_levels():
     }
 
 
-def test_it_is_the_default():
-    assert defaults(AdversarialLoss) == {
-        "model": None,
-        "attack": PRESET,
-        "perturb": "all",
-        "tuples_per_anchor": None,
-        "plugins": (),
-        "keep_clean": True,
-        "clean_weight": 0.0,
-        "warmup": None,
-        "guard": True,
-        "normalization": None,
-        "seed": None,
-    }
-    of_miner = defaults(AdversarialMiner)
-    assert (of_miner["attack"], of_miner["perturb"], of_miner["warmup"]) == (PRESET, "all", 0)
+@pytest.mark.parametrize(
+    ("wrapper", "wrapped"), [(AdversarialLoss, ContrastiveLoss), (AdversarialMiner, BatchHardMiner)]
+)
+def test_it_is_the_default(wrapper, wrapped, model):
+    method = wrapper(wrapped(), model).adversary.hooks.own
+    assert (method.attack, method.roles, method.tuples_per_anchor, method.clean_weight) == (PRESET, ROLES, None, 0)
+    assert method.keep_clean == (wrapper is AdversarialLoss)
+    assert wrapper(wrapped(), model).adversary.schedule.warmup == (DEFAULT_WARMUP if wrapper is AdversarialLoss else 0)
 
 
 class TestWarmup:
@@ -57,20 +46,20 @@ class TestWarmup:
         ("attack", "steps"), [(PRESET, 200), (torchattacks.FGSM, 200), (brighter, 0), (torchattacks.CW, 0)]
     )
     def test_is_of_200_steps_where_there_is_an_eps(self, attack, steps, model):
-        assert AdversarialLoss(ContrastiveLoss(), model, attack=attack).adversary.strength.warmup == steps
+        assert AdversarialLoss(ContrastiveLoss(), model, attack=attack).adversary.schedule.warmup == steps
 
     def test_of_its_own_is_taken(self, model):
         for steps in (0, 7):
-            assert AdversarialLoss(ContrastiveLoss(), model, warmup=steps).adversary.strength.warmup == steps
+            assert AdversarialLoss(ContrastiveLoss(), model, warmup=steps).adversary.schedule.warmup == steps
 
     def test_cannot_be_asked_of_an_attack_without_eps(self, model):
         AdversarialLoss(ContrastiveLoss(), model, attack=brighter, warmup=0)
         with pytest.raises(AttackError, match="no eps that could grow"):
-            AdversarialLoss(ContrastiveLoss(), model, attack=brighter, warmup=WARMUP)
+            AdversarialLoss(ContrastiveLoss(), model, attack=brighter, warmup=DEFAULT_WARMUP)
 
     def test_grows_to_the_full_eps(self, model, images, labels):
         loss_func, found = AdversarialLoss(ContrastiveLoss(), model), []
-        for step in (0, WARMUP // 2, WARMUP):
+        for step in (0, DEFAULT_WARMUP // 2, DEFAULT_WARMUP):
             loss_func.adversary.step = step
             loss_func(model(images), labels)
             found.append(loss_func.perturbation_linf)
@@ -120,7 +109,7 @@ def test_the_seed_papers_method_is_one_call_away(model, images, labels):
     value = loss_func(model(images), labels)
     assert loss_func.perturbation_linf == pytest.approx(0.01, rel=1e-4)
     assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # nothing but the readdressed tuples
-    assert not loss_func.adversary.strength.guarded
+    assert not loss_func.adversary.monitor.guarded
 
 
 @pytest.mark.parametrize("eps", [0, -0.1, 8, 1.01, float("nan"), float("inf"), True, "8/255", None])
@@ -136,7 +125,7 @@ def test_steps_that_are_no_number_are_refused(steps):
 
 
 def test_the_run_on_digits_keeps_the_settings_of_its_figures(model, images, labels):
-    loss_func = demo._adversarial(demo.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
+    loss_func = experiment._adversarial(experiment.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
     value = loss_func(model(images), labels)
     assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # perturbed rows in place of the clean ones
-    assert not loss_func.adversary.strength.guarded
+    assert not loss_func.adversary.monitor.guarded

@@ -268,7 +268,7 @@ class TestTraining:
 
     def test_a_budget_ends_it(self, part, tmp_path):
         training, _ = trained("preset-ms", part, tmp_path, steps=0, budget=200)
-        assert training.loss.adversary.strength.warmup == 200 // 30 // 2
+        assert training.loss.adversary.schedule.warmup == 200 // 30 // 2
         assert 200 <= training.passed.forward < 200 + 30
 
     def test_methods_start_from_the_same_weights(self, part):
@@ -646,10 +646,10 @@ class TestCollapse:
 SAVINGS = {
     "fewer, larger steps": "two-steps",
     "one noisy step": "noisy-step",
-    "broken rows rest": "early-stop",
+    "rows stop when broken": "early-stop",
     "hard rows": "hard-rows",
-    "reuse": "reuse",
-    "replay": "replay",
+    "perturbations of the last epoch": "reuse",
+    "free adversarial training": "replay",
     "lower precision": "bfloat16-attack",
 }
 """In the words of the page on performance, and in those of the tables."""

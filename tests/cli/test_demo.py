@@ -6,7 +6,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from pml_adversarial.cli import experiment, main
+from pml_adversarial.attacks import adapter
+from pml_adversarial.cli import demo, experiment, main
 from pml_adversarial.cli.demo import table
 from pml_adversarial.cli.options import parse_call
 
@@ -120,6 +121,19 @@ def test_options_are_literals_not_code():
     assert parse_call("A:x=1.5,y=(2, 'b'),z=word,t=True") == ("A", {"x": 1.5, "y": (2, "b"), "z": "word", "t": True})
     with pytest.raises(Exception, match="cannot be read"):
         parse_call("A:x=__import__('os').getcwd()")
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("PGD", {"eps": 0.1, "alpha": 0.025}),  # of ten steps by default
+        ("PGD:steps=5", {"eps": 0.1, "alpha": 0.05}),
+        ("PGD:eps=0.2", {"eps": 0.2, "alpha": 0.05}),
+        ("PGD:eps=0.2,alpha=0.01", {"eps": 0.2, "alpha": 0.01}),
+    ],
+)
+def test_options_that_are_written_with_the_attack_count(text, budget):
+    assert adapter.budget(demo._training_attack(text, 0.1)) == pytest.approx(budget)
 
 
 def test_module_says_what_to_install_without_click(monkeypatch):

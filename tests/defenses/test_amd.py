@@ -315,7 +315,7 @@ class TestAround:
         loss_func = seed_paper_loss(loss, moody_model, attack=PEERS_PGD, plugins=[AMD()])
         embeddings = moody_model(images)
         before, state = copy.deepcopy(moody_model.state_dict()), torch.get_rng_state()
-        loss_func.adversary.rehearse(loss, loss_func.adversary.batch(embeddings, labels, None))
+        loss_func.adversary.perturb_only(loss, loss_func.adversary.collate(embeddings, labels, None))
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(before[name], value) for name, value in moody_model.state_dict().items())
         assert all(module.training for module in moody_model.modules())

@@ -343,7 +343,7 @@ class TestGradualAdversary:
         file.seek(0)
         loaded = build(model, HM())
         loaded.load_state_dict(torch.load(file, weights_only=True))
-        assert loaded.adversary.plugins[0].last_loss == float(saved.adversary.plugins[0].last_loss)
+        assert loaded.adversary.hooks.plugins[0].last_loss == float(saved.adversary.hooks.plugins[0].last_loss)
         assert loaded(model(images), labels) == saved(model(images), labels)
 
     def test_copies_of_the_wrapper_remember_apart(self, model, images, labels):
@@ -351,7 +351,7 @@ class TestGradualAdversary:
         loss_func = build(model, hm)
         loss_func(model(images), labels)
         last, copied = float(hm.last_loss), copy.deepcopy(loss_func)
-        copied.adversary.plugins[0].load_state_dict({"last_loss": 1.5})
+        copied.adversary.hooks.plugins[0].load_state_dict({"last_loss": 1.5})
         assert float(hm.last_loss) == last
 
     def test_a_fresh_state_loads(self):

@@ -207,7 +207,7 @@ class TestAround:
         embeddings = moody_model(images)
         before = {name: value.clone() for name, value in moody_model.state_dict().items()}
         state = torch.get_rng_state()
-        loss_func.adversary.rehearse(loss_func.loss, loss_func.adversary.batch(embeddings, labels, None))
+        loss_func.adversary.perturb_only(loss_func.loss, loss_func.adversary.collate(embeddings, labels, None))
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(before[name], value) for name, value in moody_model.state_dict().items())
         assert all(module.training for module in moody_model.modules())

@@ -10,7 +10,7 @@ from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, len
 from torch import nn
 
 from pml_adversarial.attacks.objective import Objective
-from pml_adversarial.attacks.pgd import momentum_pgd
+from pml_adversarial.attacks.pgd import MomentumPGD
 from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.gallery import unit_or_zero
 from pml_adversarial.evaluation.suites import (
@@ -50,7 +50,7 @@ class TestMomentumPGD:
         objective, images, score = self.objective(sign)
         eps, overshot = RADIUS[norm], []
         torch.manual_seed(2)
-        found = momentum_pgd(objective, eps, self.STEPS, norm)(images, objective.labels)
+        found = MomentumPGD(objective, eps, self.STEPS, norm)(images, objective.labels)
         torch.manual_seed(2)
         if norm == "Linf":
             start = (images + eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
@@ -88,7 +88,7 @@ class TestMomentumPGD:
     @both_norms
     def test_stays_in_the_ball_and_raises_the_score(self, norm):
         objective, images, score = self.objective()
-        found = momentum_pgd(objective, RADIUS[norm], self.STEPS, norm)(images, objective.labels)
+        found = MomentumPGD(objective, RADIUS[norm], self.STEPS, norm)(images, objective.labels)
         assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
         assert 0 <= found.min() <= found.max() <= 1
         assert (score(found) > score(images)).all()
@@ -99,7 +99,7 @@ class TestMomentumPGD:
         found = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            found.append(momentum_pgd(objective, RADIUS[norm], 2, norm)(images, objective.labels))
+            found.append(MomentumPGD(objective, RADIUS[norm], 2, norm)(images, objective.labels))
         assert torch.equal(found[0], found[1])
         assert not torch.equal(found[0], found[2])
 
@@ -107,20 +107,20 @@ class TestMomentumPGD:
     def test_starts_are_anywhere_in_the_ball(self, norm):
         images = torch.full((400, 1, 1, 3), 0.5)
         blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(400, 3))
-        found = length(momentum_pgd(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
+        found = length(MomentumPGD(blind, 0.2, 0, norm)(images, blind.labels) - images, norm)
         inner = (found <= 0.2 * 0.5 ** (1 / 3)).float().mean()  # half of the volume
         assert 0.4 < inner < 0.6
         assert found.max() <= 0.2 + 1e-6
 
     def test_without_random_start_begins_at_the_inputs(self):
         objective, images, _ = self.objective()
-        assert torch.equal(momentum_pgd(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
+        assert torch.equal(MomentumPGD(objective, 0.1, 0, random_start=False)(images, objective.labels), images)
 
     @both_norms
     def test_stays_put_where_there_is_no_gradient(self, norm):
         _, images, _ = self.objective()
         blind = Objective(lambda x: x.flatten(1) * 0, lambda queries: queries.sum(1), torch.zeros(12, 36))
-        found = momentum_pgd(blind, RADIUS[norm], 3, norm)(images, blind.labels)
+        found = MomentumPGD(blind, RADIUS[norm], 3, norm)(images, blind.labels)
         assert found.isfinite().all()
         assert (length(found - images, norm) <= RADIUS[norm] + 1e-6).all()
 
@@ -128,7 +128,7 @@ class TestMomentumPGD:
         images = torch.full((3, 1, 1, 2), 0.5)
         images[1] = 0.0
         root = Objective(lambda x: x.flatten(1).sqrt(), lambda queries: -queries.sum(1), torch.ones(3, 2))
-        found = momentum_pgd(root, 0.1, 3, random_start=False)(images, root.labels)
+        found = MomentumPGD(root, 0.1, 3, random_start=False)(images, root.labels)
         assert found.isfinite().all()
         assert (found[0] < images[0]).all()
 

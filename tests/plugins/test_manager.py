@@ -30,6 +30,8 @@ class Recorder:
 class Silent:
     """Has no opinion on anything and remembers what it was asked."""
 
+    has_opinions = False
+
     def __init__(self, asked=None, name="silent"):
         self.asked, self.name = [] if asked is None else asked, name
 
@@ -64,7 +66,7 @@ class Counter:
         self.steps = 0
 
     @hookimpl
-    def pml_adversarial_plan(self):
+    def pml_adversarial_record(self):
         self.steps += 1
 
     def state_dict(self):
@@ -151,7 +153,7 @@ class TestFind:
     def test_installed_plugins_act_only_when_named(self, installed, model):
         installed(recorder=here("Recorder"))
         loss_func = seed_paper_loss(TripletMarginLoss(), model)
-        assert [type(plugin).__name__ for plugin in loss_func.adversary.plugins] == ["FixedContext"]
+        assert [type(plugin).__name__ for plugin in loss_func.adversary.hooks.plugins] == ["FixedContext"]
 
 
 class TestRefusals:
@@ -212,7 +214,38 @@ class TestOrder:
             def pml_adversarial_training_loss(self):
                 return torch.tensor(self.value)
 
-        _, loss = step(model, images, labels, Silent(), Answers(1.0), Answers(2.0))
+        class AnswersTwo(Answers):
+            @hookimpl(wrapper=True)
+            def pml_adversarial_plan(self):  # so that it counts all the same
+                return (yield)
+
+        _, loss = step(model, images, labels, Silent(), Answers(1.0), AnswersTwo(2.0))
+        assert loss == 1.0
+
+    def test_one_that_would_never_be_asked_is_refused(self, model, images, labels):
+        class Answers:
+            @hookimpl
+            def pml_adversarial_training_loss(self):
+                return torch.tensor(1.0)
+
+        class Other(Answers):
+            pass
+
+        with pytest.raises(PluginError, match=r"Other would never be asked: Answers, which is named before it"):
+            step(model, images, labels, Answers(), Silent(), Other())
+
+    def test_one_without_an_opinion_leaves_it_to_the_next(self, model, images, labels):
+        class None_:
+            @hookimpl
+            def pml_adversarial_training_loss(self):
+                return None
+
+        class Answers:
+            @hookimpl
+            def pml_adversarial_training_loss(self):
+                return torch.tensor(1.0)
+
+        _, loss = step(model, images, labels, None_(), Answers())
         assert loss == 1.0
 
     def test_no_opinion_changes_nothing(self, model, images, labels):
@@ -223,7 +256,7 @@ class TestOrder:
     def test_by_name_class_and_object_at_once(self, installed, model, images, labels):
         installed(recorder=here("Recorder"))
         loss_func, _ = step(model, images, labels, Recorder(5.0, "mine"), "recorder", Counter)
-        names = [type(plugin).__name__ for plugin in loss_func.adversary.plugins]
+        names = [type(plugin).__name__ for plugin in loss_func.adversary.hooks.plugins]
         assert names == ["Recorder", "Recorder", "Counter", "FixedContext"]
         assert (loss_func.mine, loss_func.recorded) == (5.0, 1.0)
 
@@ -247,7 +280,7 @@ class TestTwoWrappers:
         copied = copy.deepcopy(loss_func)
         copied(model(images), labels)
         assert plugin.steps == 0
-        assert copied.adversary.plugins[0].steps == 1
+        assert copied.adversary.hooks.plugins[0].steps == 1
 
 
 class PerturbsRows:
@@ -324,7 +357,7 @@ class TestEachHook:
         assert miner.num_perturbed == 2
         assert miner.perturbation_linf == pytest.approx(0.05)
         assert miner.recorded == 1.0
-        asked = {question for _, question in miner.adversary.plugins[3].asked}
+        asked = {question for _, question in miner.adversary.hooks.plugins[3].asked}
         assert asked == {"score", "record"}  # the plan and the attack were answered before; no loss is taken
 
 
@@ -369,7 +402,7 @@ class TestState:
         file.seek(0)
         loaded = self.build(model, Silent(), Counter())
         loaded.load_state_dict(torch.load(file, weights_only=True))
-        assert loaded.adversary.plugins[1].steps == 3
+        assert loaded.adversary.hooks.plugins[1].steps == 3
         assert loaded.adversary.step == 3
         assert loaded(model(images), labels) == saved(model(images), labels)
 

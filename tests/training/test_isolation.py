@@ -1,10 +1,13 @@
 import contextlib
+import copy
 import random
 from functools import partial
 
 import numpy
 import pytest
 import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory, MultipleLosses
 from torch import nn
 from torch.nn import functional
 
@@ -324,3 +327,91 @@ def test_data_of_parameters_comes_back():
     assert linear.weight is weight
     assert (weight.dtype, weight.data_ptr()) == (torch.float32, address)
     assert torch.equal(weight, data)
+
+
+@both_ways_out
+class TestQueue:
+    """Of a memory only what is enqueued inside is kept, and written back."""
+
+    LABELS = torch.arange(6) // 2
+
+    def filled(self, size=16, rows=6):
+        memory = CrossBatchMemory(ContrastiveLoss(), 4, memory_size=size)
+        torch.manual_seed(0)
+        for _ in range(2):
+            memory(torch.randn(rows, 4), torch.arange(rows) // 2)
+        return memory
+
+    @pytest.mark.parametrize("size", [64, 16, 12, 7])
+    def test_comes_back(self, size, leave):
+        memory = self.filled(size)
+        state = {name: value.clone() for name, value in memory.state_dict().items()}
+        attributes = memory.queue_idx, memory.has_been_filled, memory.curr_batch_idx.tolist()
+        objects = [memory.embedding_memory, memory.label_memory]
+        with leave(memory):
+            for _ in range(5):
+                memory(torch.randn(6, 4), self.LABELS + 7)
+            assert memory.embedding_memory is objects[0]  # not a copy of it, which may be large
+            assert not torch.equal(memory.embedding_memory, state["embedding_memory"])
+        assert memory.embedding_memory is objects[0]
+        assert memory.label_memory is objects[1]
+        assert all(torch.equal(value, state[name]) for name, value in memory.state_dict().items())
+        assert attributes == (memory.queue_idx, memory.has_been_filled, memory.curr_batch_idx.tolist())
+        assert "add_to_memory" not in vars(memory)
+
+    def test_a_graph_made_before_can_be_walked_backward(self, leave):
+        memory = self.filled()
+        embeddings = torch.randn(6, 4, requires_grad=True)
+        expected = torch.autograd.grad(copy.deepcopy(memory)(embeddings, self.LABELS), embeddings)[0]
+        loss = memory(embeddings, self.LABELS)
+        with leave(memory):
+            memory(torch.randn(6, 4), self.LABELS)
+        assert torch.equal(torch.autograd.grad(loss, embeddings)[0], expected)
+
+    def test_a_graph_of_rows_that_are_gone_raises(self, leave):
+        products = DotProductSimilarity(normalize_embeddings=False)  # the graph holds the memory itself
+        memory, made = CrossBatchMemory(ContrastiveLoss(1, 0, distance=products), 4, memory_size=6), []
+        memory(torch.randn(6, 4), self.LABELS)
+        with leave(memory):
+            made.append(memory(torch.randn(6, 4, requires_grad=True), self.LABELS))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            made[0].backward()
+
+    def test_of_another_type(self, leave):
+        memory = self.filled()
+        before = memory.embedding_memory.clone()
+        with leave(memory):
+            memory(torch.randn(6, 4, dtype=torch.float64), self.LABELS)
+            assert memory.embedding_memory.dtype == torch.float64
+        assert torch.equal(memory.embedding_memory, before)
+
+    def test_nested_and_in_several_losses(self, leave):
+        memory = self.filled()
+        several, before = MultipleLosses([memory]), memory.embedding_memory.clone()
+        with leave(several):
+            memory(torch.randn(6, 4), self.LABELS)
+            outer = memory.embedding_memory.clone()
+            with leave(memory):
+                memory(torch.randn(6, 4), self.LABELS)
+            assert torch.equal(memory.embedding_memory, outer)
+        assert torch.equal(memory.embedding_memory, before)
+
+    def test_a_copy_made_inside_has_a_queue_of_its_own(self, leave):
+        memory, made = self.filled(), []
+        with leave(memory):
+            made.append(copy.deepcopy(memory))
+            before = memory.embedding_memory.clone()
+            made[0](torch.randn(6, 4), self.LABELS)
+            assert torch.equal(memory.embedding_memory, before)
+            assert not torch.equal(made[0].embedding_memory, before)
+
+    def test_a_memory_that_writes_in_its_own_way(self, leave):
+        class Own(CrossBatchMemory):
+            def forward(self, embeddings, labels):
+                self.embedding_memory[:] = 1
+                return embeddings.sum()
+
+        memory = Own(ContrastiveLoss(), 4, memory_size=16)
+        with leave(memory):
+            memory(torch.randn(6, 4), self.LABELS)
+        assert not memory.embedding_memory.any()

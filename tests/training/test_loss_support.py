@@ -1,33 +1,360 @@
-"""What is asked of losses, with losses made to answer in a known way."""
+"""The table of losses, held to experiments with the losses themselves, and losses that it does not know."""
 
+import logging
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from pytorch_metric_learning import losses
-from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+import torchattacks
+from contract import LOSSES, WRAPPERS, make_loss, seed
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
+from pml_adversarial import AdversarialLoss
 from pml_adversarial.errors import PlanError
+from pml_adversarial.plugins.fixed_context import FixedContext
 from pml_adversarial.training.batch import Batch
-from pml_adversarial.training.loss_support import (
-    call_signature,
-    choice_of,
-    finest,
-    is_row_separable,
-    own_partners,
-    own_triplets,
-    own_tuples,
-)
-from pml_adversarial.training.tuples import all_triplets
+from pml_adversarial.training.loss_support import SUPPORT, support_of
+from pml_adversarial.training.loss_trials import LossTrials, call_signature
+from pml_adversarial.training.tuples import ROLES
 
 LABELS = torch.arange(8) // 2
+WITH_LABELS = [name for name in (*LOSSES, *WRAPPERS) if name not in ("ManifoldLoss", "VICRegLoss")]
+WITH_LABELS = [name for name in WITH_LABELS if not name.startswith("SelfSupervised")]
+WAYS = [(members, reference) for reference in (False, True) for members in (None, 3, 4)]
+SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("anchor", "negative")]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning"),
+    pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Values of Tp or Tn are too high:UserWarning"),
+]
 
 
 def batch_of(labels=LABELS, tuples=None, num_queries=8):
     embeddings = torch.randn(8, 4)
     return Batch(torch.rand(8, 1), embeddings, embeddings, labels, tuples, num_queries)
+
+
+def asked(loss, members=None, reference=False):
+    """The experiments with a loss that is called so; None where it refuses the call."""
+    tuples = None if members is None else tuple(torch.tensor([i]) for i in range(members))
+    trials = LossTrials(loss, batch_of(LABELS % 4, tuples, 4 if reference else 8))
+    return None if trials.batch is None else trials
+
+
+def made_with(name, **options):
+    seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what their constructors say of numpy is not for us
+        return LOSSES[name](**options).double()
+
+
+class TestTable:
+    """Each row of the table is what the loss says when it is asked."""
+
+    def test_has_every_loss(self):
+        assert {kind.__name__ for kind in SUPPORT} == {
+            *LOSSES,
+            "CrossBatchMemory",
+            "MultipleLosses",
+            "SelfSupervisedLoss",
+        }
+
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_rows_that_do_not_meet(self, name):
+        loss = make_loss(name)
+        for members in (None, 3, 4):
+            trials = asked(loss, members)
+            assert trials is None or trials.is_row_separable() == support_of(loss).is_row_separable
+
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_tuples(self, name):
+        loss = make_loss(name)
+        assert asked(loss).takes_tuples() == support_of(loss).takes_tuples
+        for members in (3, 4):
+            assert (asked(loss, members) is not None) == support_of(loss).takes_tuples
+
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_copies_beside_their_rows(self, name):
+        loss = make_loss(name)
+        assert asked(loss).takes_copies_beside_clean() == support_of(loss).beside_clean
+
+    @pytest.mark.parametrize(("members", "reference"), WAYS)
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_copies_of_roles(self, name, members, reference):
+        loss = make_loss(name)
+        trials, support = asked(loss, members, reference), support_of(loss)
+        if trials is None:
+            return
+        for roles in SOME_ROLES:
+            copies = support.copies_for(roles, reference)
+            if copies != "replace":
+                assert trials.keeps_value(copies, roles, None)
+                assert trials.keeps_value(copies, roles, 1)
+                assert members or trials.counts(copies, roles, None)
+        finer = [role for role in ROLES if trials.copies((role,), None) != "replace"]
+        told = [role for role in ROLES if support.copies_for((role,), reference) != "replace"]
+        assert len(finer) <= max(len(told), 1)  # of HistogramLoss positives could be told apart, by chance
+
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_append_only_if_the_reference_is_not_needed(self, name):
+        """A loss that averages over rows, with some reducer, has to have copies in a reference."""
+        loss, found = make_loss(name), set()
+        if name in WRAPPERS or support_of(loss).copies == "replace":
+            return
+        reducer_of = {"MarginLoss": [], "NPairsLoss": [reducers.MeanReducer]}
+        for reducer in reducer_of.get(name, [reducers.MeanReducer, reducers.SumReducer, reducers.AvgNonZeroReducer]):
+            trials = asked(made_with(name, reducer=reducer()), 3)
+            role = support_of(loss).roles[0]
+            found.add(trials.keeps_value("append", (role,), None))
+        if name != "LiftedStructureLoss":  # whose positives are compared with anchors, by row number
+            assert (False in found) == (support_of(loss).copies == "reference")
+
+    @pytest.mark.parametrize("name", WITH_LABELS)
+    def test_copies_per_tuple(self, name):
+        loss = make_loss(name)
+        support = support_of(loss)
+        for members in (3, 4):
+            trials = asked(loss, members)
+            if trials is None or support.copies == "replace":
+                continue
+            for role in support.roles:
+                copies = support.copies_for((role,), False)
+                if support.may_copy_per_tuple((role,), members):
+                    assert trials.keeps_value(copies, (role,), 2)
+                elif role != "negative":  # of which no pair is named by two of the trial's triplets
+                    assert not trials.keeps_value(copies, (role,), 2)
+
+    @pytest.mark.parametrize(
+        "reducer",
+        [
+            reducers.MeanReducer,
+            reducers.SumReducer,
+            reducers.AvgNonZeroReducer,
+            partial(reducers.ThresholdReducer, low=0.01),
+            partial(reducers.ClassWeightedReducer, torch.tensor([1.0, 2, 3, 4])),
+            None,
+        ],
+        ids=["mean", "sum", "non-zero", "threshold", "weighted", "regularized"],
+    )
+    @pytest.mark.parametrize("name", [name for name in LOSSES if name in WITH_LABELS])
+    def test_holds_for_other_reducers_and_regularizers(self, name, reducer):
+        options = {"embedding_regularizer": regularizers.LpRegularizer()} if reducer is None else {"reducer": reducer()}
+        loss = made_with(name, **options)
+        support = support_of(loss)
+        for members in (None, 3, 4):
+            trials = asked(loss, members)
+            for role in support.roles if trials else ():
+                copies = support.copies_for((role,), False)
+                assert copies == "replace" or trials.keeps_value(copies, (role,), None)
+        assert asked(loss).is_row_separable() == support.is_row_separable or reducer is not reducers.MeanReducer
+
+    def test_of_a_swapped_triplet_loss(self):
+        loss = losses.TripletMarginLoss(swap=True).double()
+        assert support_of(loss).copies_for(("positive",), False) == "append"
+        assert asked(loss).keeps_value("append", ("positive",), None)
+        assert support_of(loss).copies_for(("positive",), True) == "replace"
+        assert not asked(loss, reference=True).keeps_value("reference", ("positive",), None)
+
+
+class TestSupportOf:
+    def test_a_subclass_that_computes_as_pml_does(self):
+        class Named(losses.TripletMarginLoss):
+            def __init__(self):
+                super().__init__(margin=0.3)
+
+            def get_default_distance(self):
+                return distances.CosineSimilarity()
+
+            def describe(self):
+                return "named"
+
+        assert support_of(Named()) == support_of(losses.TripletMarginLoss())
+
+    @pytest.mark.parametrize("method", ["forward", "compute_loss", "zero_loss"])
+    def test_a_subclass_that_computes_in_its_own_way(self, method):
+        kind = type("Changed", (losses.TripletMarginLoss,), {method: lambda self, *arguments: None})
+        assert support_of(kind()) is None
+
+    def test_parts_of_ones_own(self):
+        class Mean(reducers.MeanReducer):
+            pass
+
+        class Distance(distances.LpDistance):
+            pass
+
+        assert support_of(losses.TripletMarginLoss(reducer=Mean())) is None
+        assert support_of(losses.TripletMarginLoss(distance=Distance())) is None
+        assert support_of(losses.ContrastiveLoss(reducer=reducers.PerAnchorReducer())) is None
+        assert support_of(nn.Linear(2, 2)) is None
+
+    def test_several_losses_can_what_all_of_them_can(self):
+        triplets, pairs, rows = losses.TripletMarginLoss(), losses.NTXentLoss(), losses.ArcFaceLoss(4, 4)
+        both = support_of(losses.MultipleLosses([triplets, losses.MultipleLosses({"one": pairs})], weights=[1, 0.5]))
+        assert (both.copies, both.adds_up, both.takes_triplets) == ("append", "anchors", True)
+        assert not both.is_row_separable
+        several = support_of(losses.MultipleLosses([triplets, rows]))
+        assert (several.copies, several.is_row_separable) == ("replace", False)
+        assert support_of(losses.MultipleLosses([rows, losses.CosFaceLoss(4, 4)])).is_row_separable
+        mined = losses.MultipleLosses([triplets, pairs], miners=[miners.MultiSimilarityMiner(), None])
+        assert (support_of(mined).copies, support_of(mined).takes_tuples) == ("replace", False)
+        assert support_of(losses.MultipleLosses([triplets, nn.Linear(2, 2)])) is None
+        apart = losses.MultipleLosses([triplets, losses.NPairsLoss()])
+        assert not support_of(apart).beside_clean
+        assert support_of(apart).roles == ("anchor", "positive")
+
+    def test_a_memory(self):
+        memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, memory_size=20)
+        assert support_of(memory).holds(20)
+        assert not support_of(memory).holds(21)
+        assert not support_of(losses.CrossBatchMemory(losses.TupletMarginLoss(), 4)).beside_clean
+        assert support_of(losses.MultipleLosses([memory])).memory_size == 20
+
+    def test_a_distributed_loss(self):
+        loss = losses.MultiSimilarityLoss()
+        assert support_of(DistributedLossWrapper(loss)) == support_of(loss)
+
+
+class Sixteen(losses.TripletMarginLoss):
+    """A triplet loss that insists on 16 rows."""
+
+    def compute_loss(self, embeddings, *arguments):
+        if len(embeddings) < 16:
+            raise ValueError(f"{len(embeddings)} rows are too few")
+        return super().compute_loss(embeddings, *arguments)
+
+
+class Never(losses.TripletMarginLoss):
+    """A loss that takes only what a model gave."""
+
+    def forward(self, embeddings, *arguments):
+        if embeddings.dtype == torch.float64:
+            raise ValueError("double precision is not for me")
+        return super().forward(embeddings, *arguments)
+
+
+def one_hot_loss(embeddings, labels):
+    similarity = nn.functional.normalize(embeddings) @ nn.functional.normalize(embeddings).T
+    same = labels[:, None] == labels
+    return (1 - similarity[same]).mean() + similarity[~same].clamp(min=0).mean()
+
+
+class WithoutTuples(nn.Module):
+    def forward(self, embeddings, labels):
+        return one_hot_loss(embeddings, labels)
+
+
+def steps(loss, count=2, attack=None, **options):
+    """Values of the loss over some steps of one small model, and what was said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    images, labels = torch.rand(16, 1, 6, 6), torch.arange(16) // 4
+    attack = attack or partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=2)
+    loss_func = AdversarialLoss(loss, model, attack=attack, seed=0, warmup=0, guard=False, **options)
+    return [loss_func(model(images), labels).item() for _ in range(count)]
+
+
+def said_aloud(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+class TestUnknownLoss:
+    @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative", ("anchor", "negative"), "all"])
+    @pytest.mark.parametrize("tuples_per_anchor", [None, 1])
+    def test_that_raises_on_small_batches_is_trained_as_the_same_objective(self, perturb, tuples_per_anchor, caplog):
+        options = {"perturb": perturb, "tuples_per_anchor": tuples_per_anchor}
+        assert steps(Sixteen(0.2), **options) == steps(losses.TripletMarginLoss(0.2), **options)
+        in_place = perturb == "all" and tuples_per_anchor is None
+        said = said_aloud(caplog)
+        assert len(said) == (0 if in_place else 1)
+        assert in_place or "asked on 16 random embeddings" in said[0]
+        assert in_place or "AdversarialLoss(..., copies='append')" in said[0]
+
+    def test_that_was_told_is_not_asked(self, caplog):
+        said = steps(Sixteen(0.2), perturb="positive", copies="append")
+        assert said == steps(losses.TripletMarginLoss(0.2), perturb="positive")
+        assert not said_aloud(caplog)
+
+    def test_that_has_no_answer_is_refused_with_a_cure(self, caplog):
+        with pytest.raises(PlanError, match=r"raises on trial batches.*double precision.*copies='append'"):
+            steps(Never(0.2), perturb="positive")
+        cured = steps(Never(0.2), perturb="positive", copies="append", keep_clean=False)
+        assert cured == steps(losses.TripletMarginLoss(0.2), perturb="positive", keep_clean=False)
+        assert len(said_aloud(caplog)) == 1
+        assert "raises on trial batches of 8 to 16" in said_aloud(caplog)[0]
+
+    def test_of_all_rows_without_an_answer_trains_in_two_batches(self, caplog):
+        one, other = (steps(loss, keep_clean=False)[0] for loss in (Never(0.2), losses.TripletMarginLoss(0.2)))
+        assert one == other
+        assert len(said_aloud(caplog)) == 1
+
+    @pytest.mark.parametrize("perturb", ["positive", "all"])
+    def test_without_tuples(self, perturb):
+        still = partial(torchattacks.PGD, eps=0.0, alpha=0.0, steps=1)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        expected = one_hot_loss(model(torch.rand(16, 1, 6, 6)), torch.arange(16) // 4).item()
+        found = steps(WithoutTuples(), attack=still, perturb=perturb, keep_clean=False)
+        assert found == pytest.approx([expected] * 2, rel=1e-6)
+        assert steps(WithoutTuples(), perturb=perturb, keep_clean=False)[0] > expected
+
+    def test_is_asked_once(self, monkeypatch):
+        made = []
+        init = LossTrials.__init__
+        monkeypatch.setattr(LossTrials, "__init__", lambda self, *given: made.append(init(self, *given)))
+        steps(Sixteen(), count=3)
+        steps(Never(), count=3)
+        assert len(made) == 2
+
+
+class TestRolesThatALossDoesNotTellApart:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: losses.ArcFaceLoss(4, 4, reducer=reducers.SumReducer()),
+            lambda: losses.ProxyNCALoss(4, 4, reducer=reducers.AvgNonZeroReducer()),
+            lambda: losses.CosFaceLoss(4, 4, reducer=reducers.ThresholdReducer(low=1)),
+            lambda: losses.MultipleLosses(
+                [losses.ArcFaceLoss(4, 4, reducer=reducers.SumReducer()), losses.TripletMarginLoss()], weights=[0.3, 2]
+            ),
+            lambda: losses.MultipleLosses([losses.MultipleLosses([losses.CosFaceLoss(4, 4)]), losses.SupConLoss()]),
+            losses.NCALoss,
+        ],
+    )
+    @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative"])
+    def test_keeps_the_value_and_is_said_once(self, make, perturb, caplog):
+        still = partial(torchattacks.PGD, eps=0.0, alpha=0.0, steps=1)
+        torch.manual_seed(3)
+        loss = make()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        expected = loss(model(torch.rand(16, 1, 6, 6)), torch.arange(16) // 4).item()
+        found = steps(loss, attack=still, perturb=perturb, keep_clean=False)
+        assert found == pytest.approx([expected] * 2, rel=1e-5)
+        assert len(said_aloud(caplog)) == 1
+        assert "does not take copies of single members" in said_aloud(caplog)[0]
+        caplog.clear()
+        steps(loss, perturb=perturb, copies="replace")
+        steps(loss, perturb="all")
+        assert not said_aloud(caplog)
+
+
+class TestCopiesOption:
+    def test_another_value(self):
+        with pytest.raises(PlanError, match="copies='appended'; expected one of 'append', 'reference', 'replace'"):
+            FixedContext(perturb="positive", copies="appended")
+
+    def test_without_effect(self):
+        with pytest.raises(PlanError, match="copies='append' has no effect where every row is perturbed"):
+            FixedContext(copies="append")
+
+    def test_against_the_table(self):
+        with pytest.raises(PlanError, match="copies='append', but MultiSimilarityLoss takes copies='reference'"):
+            steps(losses.MultiSimilarityLoss(), perturb="positive", copies="append")
 
 
 class Made(nn.Module):
@@ -45,7 +372,11 @@ def of_rows(embeddings, labels):
     return (embeddings.pow(2).sum(1) * (labels + 1)).mean()
 
 
-class TestRowsApart:
+def is_row_separable(loss, batch):
+    return LossTrials(loss, batch).is_row_separable()
+
+
+class TestIsRowSeparable:
     def test_a_sum_over_rows(self):
         assert is_row_separable(Made(of_rows), batch_of())
 
@@ -77,154 +408,34 @@ class TestRowsApart:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-class TestFinest:
-    @pytest.mark.parametrize(
-        ("function", "expected"),
-        [
-            (of_rows, "in place"),  # a mean over rows changes with their number, and a reference is not looked at
-            (lambda e, y: e.pow(2).sum(), "in place"),
-        ],
-    )
-    def test_a_loss_that_sees_all_rows(self, function, expected):
-        assert finest(Made(function), batch_of(), ("positive",), None) == expected
+class TestCopies:
+    def copies(self, loss, batch, roles=("positive",)):
+        return LossTrials(loss, batch).copies(roles, None)
+
+    @pytest.mark.parametrize("function", [of_rows, lambda e, y: e.pow(2).sum()], ids=["mean", "sum"])
+    def test_a_loss_that_sees_all_rows(self, function):
+        # a mean over rows changes with their number, and a reference is not looked at
+        assert self.copies(Made(function), batch_of()) == "replace"
 
     @pytest.mark.parametrize("loss", [losses.TripletMarginLoss(), losses.ContrastiveLoss()])
     def test_a_loss_that_does_as_its_tuples_say(self, loss):
-        assert finest(loss, batch_of(), ("positive",), None) == "appended"
-        assert finest(loss, batch_of(num_queries=4), ("positive",), None) == "reference"
+        assert self.copies(loss, batch_of()) == "append"
+        assert self.copies(loss, batch_of(num_queries=4)) == "reference"
 
-    @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
     @pytest.mark.parametrize("members", [3, 4])
     def test_a_loss_that_takes_both_directions_of_a_pair_for_one(self, members):
         tuples = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3]))[:members]
-        assert finest(losses.HistogramLoss(), batch_of(tuples=tuples), ("positive",), None) == "in place"
+        assert self.copies(losses.HistogramLoss(), batch_of(tuples=tuples)) == "replace"
 
     def test_without_labels(self):
-        assert finest(losses.VICRegLoss(), batch_of(None), ("positive",), None) == "in place"
+        assert self.copies(losses.VICRegLoss(), batch_of(None)) == "replace"
 
     def test_nothing_is_decided_by_a_failure(self):
-        assert finest(Made(lambda e, y: e.missing), batch_of(), ("positive",), None) is None
+        assert self.copies(Made(lambda e, y: e.missing), batch_of()) is None
 
 
-class TestTuples:
-    def test_are_the_callers_if_there_are_any(self):
-        tuples = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
-        assert own_tuples(losses.TripletMarginLoss(), batch_of(tuples=tuples)) is tuples
-
-    def test_are_all_pairs_or_triplets_by_hand(self):
-        batch = batch_of()
-        positive = {(a, p) for a in range(8) for p in range(8) if a != p and LABELS[a] == LABELS[p]}
-        negative = {(a, n) for a in range(8) for n in range(8) if LABELS[a] != LABELS[n]}
-        a1, p, a2, n = (member.tolist() for member in own_tuples(losses.ContrastiveLoss(), batch))
-        assert ({*zip(a1, p, strict=True)}, {*zip(a2, n, strict=True)}) == (positive, negative)
-        triplets = zip(*(member.tolist() for member in own_tuples(losses.TripletMarginLoss(), batch)), strict=True)
-        assert {*triplets} == {(a, p, n) for a, p in positive for b, n in negative if a == b}
-
-    def test_are_given_to_a_loss_that_would_choose_others(self):
-        batch = batch_of()
-        for limit, chosen, given in ((3, False, True), ("all", False, False), ("all", True, True)):
-            loss = losses.TripletMarginLoss(triplets_per_anchor=limit)
-            tuples = own_tuples(loss, batch)
-            assert (choice_of(loss, batch, tuples, chosen) is tuples) == given
-        assert choice_of(losses.ContrastiveLoss(), batch, tuples, False) is None
-
-
-class TestTriplets:
-    def sorted_rows(self, loss, batch):
-        return sorted(zip(*(member.tolist() for member in own_triplets(loss, batch)), strict=True))
-
-    def all_triplets(self, anchors=range(8), partners=range(8), offset=0):
-        return sorted(
-            (a, p + offset, n + offset)
-            for a in anchors
-            for p in partners
-            for n in partners
-            if (p != a or offset) and LABELS[p] == LABELS[a] != LABELS[n]
-        )
-
-    def test_are_the_callers(self):
-        triplets = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 2])
-        assert own_triplets(losses.ContrastiveLoss(), batch_of(tuples=triplets)) == triplets
-
-    @pytest.mark.parametrize("labels", [LABELS, None])
-    def test_of_pairs_are_all_that_share_an_anchor(self, labels):
-        pairs = tuple(torch.tensor(m) for m in ([0, 0, 2, 5], [1, 3, 3, 4], [0, 2, 2, 7, 0], [2, 0, 5, 1, 6]))
-        a1, p, a2, n = (member.tolist() for member in pairs)
-        expected = [(a, x, y) for a, x in zip(a1, p, strict=True) for b, y in zip(a2, n, strict=True) if a == b]
-        assert len(expected) == 6
-        assert self.sorted_rows(losses.ContrastiveLoss(), batch_of(labels, pairs)) == sorted(expected)
-
-    def test_of_pairs_that_share_none(self):
-        pairs = tuple(torch.tensor(m) for m in ([0], [1], [2], [4]))
-        assert [len(m) for m in own_triplets(losses.ContrastiveLoss(), batch_of(tuples=pairs))] == [0, 0, 0]
-
-    @pytest.mark.parametrize("loss", [losses.ContrastiveLoss(), losses.TripletMarginLoss()])
-    def test_are_all_of_the_batch(self, loss):
-        assert self.sorted_rows(loss, batch_of()) == self.all_triplets()
-
-    def test_as_many_as_the_loss_takes(self):
-        found = self.sorted_rows(losses.TripletMarginLoss(triplets_per_anchor=5), batch_of())
-        assert set(found) <= set(self.all_triplets())
-        assert [sum(a == anchor for a, _, _ in found) for anchor in range(8)] == [5] * 8
-
-    @pytest.mark.parametrize("loss", [losses.ContrastiveLoss(), losses.TripletMarginLoss()])
-    def test_reach_into_the_reference_in_rows_of_the_batch(self, loss):
-        batch = batch_of(torch.cat([LABELS, LABELS]))
-        batch = Batch(torch.rand(16, 1), torch.randn(16, 4), torch.randn(16, 4), batch.labels, None, 8)
-        assert self.sorted_rows(loss, batch) == self.all_triplets(offset=8)
-
-    def test_without_labels_and_tuples(self):
-        with pytest.raises(PlanError, match="neither labels nor tuples, so no triplets"):
-            own_triplets(losses.VICRegLoss(), batch_of(None))
-
-
-def test_situations_differ():
+def test_signatures_differ():
     pair = (torch.tensor([0]),) * 4
-    batches = batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)
-    assert len({call_signature(batch) for batch in batches}) == 5
-
-
-class TestAllTriplets:
-    @pytest.mark.parametrize("classes", [[0, 1, 0, 1, 2, 0], [0, 0, 0], [0, 1, 2], [5], [], [3, 3, 1, 1, 3]])
-    def test_are_those_of_pml_in_its_order(self, classes):
-        labels = torch.tensor(classes, dtype=torch.long)
-        expected = lmu.get_all_triplets_indices(labels)
-        for found, member in zip(all_triplets(labels), expected, strict=True):
-            assert found.dtype == torch.long
-            assert found.tolist() == member.tolist()
-
-
-class TestOwnPartners:
-    """Against the list of tuples, member by member."""
-
-    @pytest.mark.parametrize("loss", [ContrastiveLoss(), TripletMarginLoss()], ids=["pairs", "triplets"])
-    @pytest.mark.parametrize("classes", [[0, 1, 0, 1, 2, 0], [0, 0, 0], [0, 1, 2], [3, 3, 1, 1, 3, 2]])
-    @pytest.mark.parametrize("view", ["alone", "reference", "shared labels"])
-    def test_are_those_of_the_tuples(self, loss, classes, view):
-        labels = torch.tensor(classes)
-        rows = len(labels) if view == "alone" else 2 * len(labels)
-        reference = labels if view == "shared labels" else labels.flip(0)
-        batch = Batch(
-            inputs=torch.zeros(rows, 1),
-            embeddings=torch.zeros(rows, 2),
-            context=torch.zeros(rows, 2),
-            labels=labels if view == "alone" else torch.cat([labels, reference]),
-            indices_tuple=None,
-            num_queries=len(labels),
-            shared_labels=view == "shared labels",
-        )
-        tuples = own_tuples(loss, batch)
-        pairs = [tuples[:2], tuples[2:]] if len(tuples) == 4 else [tuples[:2], (tuples[0], tuples[2])]
-        for found, (left, right) in zip(own_partners(loss, batch), pairs, strict=True):
-            expected = [[False] * rows for _ in range(rows)]
-            for a, b in zip(left.tolist(), right.tolist(), strict=True):
-                expected[a][b] = expected[b][a] = True
-            assert found.tolist() == expected
-
-    def test_where_there_is_no_other_way_than_the_tuples(self):
-        labels = torch.tensor([0, 0, 1, 1])
-        batch = Batch(torch.zeros(4, 1), torch.zeros(4, 2), torch.zeros(4, 2), labels, None, 4)
-        assert own_partners(TripletMarginLoss(triplets_per_anchor=1), batch) is None
-        assert own_partners(ContrastiveLoss(), replace(batch, labels=None)) is None
-        given = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
-        assert own_partners(ContrastiveLoss(), replace(batch, indices_tuple=given)) is None
+    batches = [batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)]
+    batches.append(replace(batches[-1], shared_labels=True))
+    assert len({call_signature(batch) for batch in batches}) == 6

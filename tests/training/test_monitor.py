@@ -1,6 +1,7 @@
 """The watch on collapse: what it measures, when it speaks, and how it holds the attack back."""
 
 import logging
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -11,41 +12,32 @@ from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, InputError
+from pml_adversarial import AdversarialLoss
 from pml_adversarial.training.batch import Batch
-from pml_adversarial.training.monitor import EVERY, Strength, batch_recall
+from pml_adversarial.training.monitor import EVERY, CollapseMonitor, batch_recall
 from pml_adversarial.training.plan import plan_rows, replace_rows
 
-LOOKS = 20  # that make an average
+MEASUREMENTS = 20  # that make an average
 
 
-def looked(recalls, attacked=None, **options):
-    strength = Strength(**options)
+def measured(recalls, attacked=None, **options):
+    monitor = CollapseMonitor(**options)
     for step, recall in enumerate(recalls):
-        strength.look(step * EVERY, recall, attacked)
-    return strength
+        monitor.measure(step * EVERY, recall, attacked)
+    return monitor
 
 
-class TestStrength:
-    def test_grows_over_the_warmup(self):
-        strength = Strength(warmup=4)
-        assert [strength.at(step) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
-
-    def test_is_whole_without(self):
-        assert Strength().at(0) == 1
-
-    @pytest.mark.parametrize("warmup", [-1, 1.5, True, None, "1"])
-    def test_a_warmup_that_is_no_number_of_steps(self, warmup):
-        with pytest.raises(InputError, match="warmup="):
-            Strength(warmup)
+class TestCollapseMonitor:
+    def test_lets_the_attack_spend_all_at_first(self):
+        assert CollapseMonitor().share == 1
 
     def test_falls_while_the_embedding_collapses_and_comes_back(self):
-        strength = looked([0.8] * 40)
-        assert strength.at(0) == 1
+        monitor = measured([0.8] * 40)
+        assert monitor.share == 1
         shares = []
         for recall in [0.0] * 60 + [0.8] * 60:
-            strength.look(0, recall, None)
-            shares.append(strength.share)
+            monitor.measure(0, recall, None)
+            shares.append(monitor.share)
         assert min(shares) == 0
         assert shares[:5] == [1] * 5  # the average takes a while to fall by half
         assert shares[-1] == 1
@@ -53,28 +45,34 @@ class TestStrength:
         assert steps <= {-0.05, 0, 0.05}
 
     def test_does_not_where_it_is_not_guarded(self):
-        assert looked([0.8] * 40 + [0.0] * 60, guarded=False).at(0) == 1
+        assert measured([0.8] * 40 + [0.0] * 60, guarded=False).share == 1
 
     def test_a_half_that_is_left_is_no_collapse(self):
-        assert looked([0.8] * 40 + [0.41] * 200).at(0) == 1
+        assert measured([0.8] * 40 + [0.41] * 200).share == 1
 
     def test_an_untrained_network_is_no_collapse(self):
-        assert looked([0.02] * 10 + [0.0] * 8 + [0.01] * 100).at(0) > 0.9
+        assert measured([0.02] * 10 + [0.0] * 8 + [0.01] * 100).share > 0.9
 
-    def test_averages_over_the_last_looks(self):
-        strength = looked([0.2, 0.4, 0.6])
-        assert strength.records() == {"batch_recall": pytest.approx(0.4), "batch_recall_attacked": 0}
-        assert looked([0.0] * 50 + [1.0]).recall == pytest.approx(1 / LOOKS)
+    def test_averages_over_the_last_measurements(self):
+        assert measured([0.2, 0.4, 0.6]).recall == pytest.approx(0.4)
+        assert measured([0.0] * 50 + [1.0]).recall == pytest.approx(1 / MEASUREMENTS)
 
-    def test_attacked_counts_at_full_strength_alone(self):
-        strength = Strength(warmup=10)
-        strength.look(5, 0.5, 0.1)
-        strength.look(10, 0.5, 0.3)
-        assert strength.records()["batch_recall_attacked"] == pytest.approx(0.3)
+    def test_is_no_number_before_the_first(self):
+        monitor = CollapseMonitor()
+        assert math.isnan(monitor.recall)
+        monitor.measure(0, 0.5, None)
+        assert monitor.recall == 0.5
+        assert math.isnan(monitor.recall_attacked)
+
+    def test_attacked_rows_have_an_average_of_their_own(self):
+        monitor = measured([0.5] * 3)
+        for attacked in (0.1, 0.3):
+            monitor.measure(0, 0.5, attacked)
+        assert monitor.recall_attacked == pytest.approx(0.2)
 
     def test_state(self):
-        first = looked([0.8] * 40 + [0.0] * 25, attacked=0.1)
-        second = Strength()
+        first = measured([0.8] * 40 + [0.0] * 25, attacked=0.1)
+        second = CollapseMonitor()
         second.load_state_dict(first.state_dict())
         assert vars(second) == vars(first)
         assert all(isinstance(value, int | float) for value in first.state_dict().values())
@@ -82,33 +80,38 @@ class TestStrength:
 
 class TestWarnings:
     def test_of_a_collapse(self, caplog):
-        looked([0.8] * 40 + [0.1] * 40)
+        measured([0.8] * 40 + [0.1] * 40)
         assert "R@1 within the batch fell from 80 % to" in caplog.text
         assert "held back" in caplog.text
         assert "keep_clean=True" in caplog.text
 
     def test_of_a_collapse_without_guard(self, caplog):
-        looked([0.8] * 40 + [0.1] * 40, guarded=False)
+        measured([0.8] * 40 + [0.1] * 40, guarded=False)
         assert "held back" not in caplog.text
 
     def test_of_an_eps_out_of_reach(self, caplog):
-        strength = looked([0.8] * LOOKS, attacked=0.05)
-        assert strength.out_of_reach
+        monitor = measured([0.8] * MEASUREMENTS, attacked=0.05)
+        assert monitor.out_of_reach
         assert "after 96 steps R@1 within the batch is 80 % without attack and 5 % under it" in caplog.text
         assert len(caplog.records) == 1
 
     def test_which_is_repeated_every_500_steps(self, caplog):
-        looked([0.8] * 6 * LOOKS, attacked=0.05)
+        measured([0.8] * 6 * MEASUREMENTS, attacked=0.05)
         assert [record.args[0] for record in caplog.records] == [96, 596]
 
-    def test_not_after_fewer_steps_at_full_strength(self, caplog):
-        strength = looked([0.8] * 2 * LOOKS, attacked=0.05, warmup=150)
-        assert not strength.out_of_reach
+    def test_not_after_fewer_measurements_at_full_strength(self, caplog):
+        monitor = measured([0.8] * MEASUREMENTS)
+        for step in range(MEASUREMENTS - 1):
+            monitor.measure(step, 0.8, 0.05)
+        assert not monitor.out_of_reach
         assert caplog.records == []
+        monitor.measure(0, 0.8, 0.05)
+        assert monitor.out_of_reach
+        assert len(caplog.records) == 1
 
     def test_none_of_a_good_run(self, caplog):
         with caplog.at_level(logging.DEBUG):
-            looked([0.5 + 0.004 * step for step in range(100)] + [0.9] * 200, attacked=0.3)
+            measured([0.5 + 0.004 * step for step in range(100)] + [0.9] * 200, attacked=0.3)
         assert caplog.records == []
 
 
@@ -178,13 +181,22 @@ def tiny(perturb="all", **options):
 
 
 class TestInTraining:
-    def test_looks_every_few_steps(self, images, labels, monkeypatch):
+    def test_measures_every_few_steps(self, images, labels, monkeypatch):
         model, loss_func = tiny()
         looks = []
-        monkeypatch.setattr(loss_func.adversary.strength, "look", lambda *found: looks.append(found))
+        monkeypatch.setattr(loss_func.adversary.monitor, "measure", lambda *found: looks.append(found))
         for _ in range(2 * EVERY + 1):
             loss_func(model(images), labels)
         assert [step for step, *_ in looks] == [0, EVERY, 2 * EVERY]
+
+    def test_attacked_counts_at_full_strength_alone(self, images, labels, monkeypatch):
+        model, loss_func = tiny(warmup=EVERY)
+        found = []
+        monkeypatch.setattr(loss_func.adversary.monitor, "measure", lambda step, recall, hit: found.append(hit))
+        for _ in range(EVERY + 1):
+            loss_func(model(images), labels)
+        assert found[0] is None
+        assert 0 <= found[1] <= 1
 
     def test_what_is_seen_is_recorded(self, images, labels):
         model, loss_func = tiny()
@@ -197,7 +209,7 @@ class TestInTraining:
 
     def test_the_attack_is_held_back(self, images, labels):
         model, loss_func = tiny(guard=True)
-        loss_func.adversary.strength.share = 0.5
+        loss_func.adversary.monitor.share = 0.5
         loss_func(model(images), labels)
         assert loss_func.perturbation_linf == pytest.approx(0.025, rel=1e-4)
 
@@ -207,7 +219,7 @@ class TestInTraining:
 
         model = tiny()[0]
         loss_func = AdversarialLoss(TripletMarginLoss(), model, attack=attack, guard=True)
-        assert not loss_func.adversary.strength.guarded
+        assert not loss_func.adversary.monitor.guarded
 
     def test_without_labels_nothing_is_seen(self, images):
         from pytorch_metric_learning.losses import VICRegLoss
@@ -215,14 +227,14 @@ class TestInTraining:
         model, _ = tiny()
         loss_func = AdversarialLoss(VICRegLoss(), model)
         loss_func(model(images), ref_emb=model(images * 0.9))
-        assert loss_func.batch_recall == 0
-        assert loss_func.adversary.strength.looks == 0
+        assert math.isnan(loss_func.batch_recall)
+        assert loss_func.adversary.monitor.measurements == 0
 
     def test_it_is_part_of_the_state(self, images, labels):
         model, loss_func = tiny(guard=True)
         for _ in range(EVERY + 1):
             loss_func(model(images), labels)
-        loss_func.adversary.strength.share = 0.3
+        loss_func.adversary.monitor.share = 0.3
         _, other = tiny(guard=True)
         other.load_state_dict(loss_func.state_dict())
-        assert vars(other.adversary.strength) == vars(loss_func.adversary.strength)
+        assert vars(other.adversary.monitor) == vars(loss_func.adversary.monitor)

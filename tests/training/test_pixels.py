@@ -92,7 +92,7 @@ class TestRefusals:
             PixelSpace().to_pixels(by_hand(levels(), IMAGENET))
 
     def test_another_normalization_than_announced(self):
-        with pytest.raises(InputError, match="Pass the mean and std"):
+        with pytest.raises(InputError, match="Pass the mean and std with which"):
             PixelSpace(((0.0,), (1.0,))).to_pixels(by_hand(levels(), IMAGENET))
 
     def test_announced_normalization_of_plain_pixels_beyond_its_range(self):

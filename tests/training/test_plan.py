@@ -1,34 +1,20 @@
 import itertools
-import random
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from some_tuples import KINDS, N, random_tuples
 
 from pml_adversarial import Batch, Plan, PlanError
-from pml_adversarial.training.plan import plan_roles, plan_rows, plan_tuples, replace_rows
-from pml_adversarial.training.tuples import ROLES, keep_tuples, parse_roles, rank_in_group, shift_partners
+from pml_adversarial.training.plan import call, plan_roles, plan_rows, plan_tuples, replace_rows, untouched
+from pml_adversarial.training.tuples import (
+    ROLES,
+    as_slice,
+    consecutive,
+)
 
-N = 9
 SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("positive", "negative"), ("anchor", "negative"), ROLES]
 NAMES = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
-KINDS = ["triplets", "pairs", "no triplets", "no pairs", "no positive pairs"]
-
-
-def random_tuples(kind, rows=N, seed=0):
-    draw = random.Random(seed)
-
-    def members(how_many, count):
-        drawn = [draw.choices(range(rows), k=count) for _ in range(how_many)]
-        return tuple(torch.tensor(member, dtype=torch.long) for member in drawn)
-
-    return {
-        "triplets": lambda: members(3, 40),
-        "pairs": lambda: (*members(2, 25), *members(2, 31)),
-        "no triplets": lambda: members(3, 0),
-        "no pairs": lambda: members(4, 0),
-        "no positive pairs": lambda: (*members(2, 0), *members(2, 12)),
-    }[kind]()
 
 
 def named(tuples):
@@ -40,7 +26,7 @@ def pool_rows(plan, num_rows=N):
 
 
 def resolved(plan):
-    """The addresses in cat([clean, adversarial]) that PML reads for every member."""
+    """For each member of the tuples, the place in the pool of clean rows and copies that PML reads."""
     reference = plan.pool_indices if plan.ref_pool_indices is None else plan.ref_pool_indices
     return [
         [(plan.pool_indices if name == "anchor" else reference)[i].item() for i in member]
@@ -335,77 +321,11 @@ class TestEvaluate:
         assert adversarial.grad.flatten().tolist() == [2, 0]
 
 
-class TestKeepTuples:
-    @pytest.mark.parametrize("k", [1, 2, 100])
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_keeps_so_many_per_anchor_and_kind(self, kind, k):
-        tuples = random_tuples(kind)
-        kept = keep_tuples(tuples, k)
-        assert len(kept) == len(tuples)
-        halves = [slice(0, 3)] if len(tuples) == 3 else [slice(0, 2), slice(2, 4)]
-        for half in halves:
-            before = list(zip(*(member.tolist() for member in tuples[half]), strict=True))
-            after = list(zip(*(member.tolist() for member in kept[half]), strict=True))
-            assert not Counter(after) - Counter(before)
-            wanted = {anchor: min(k, count) for anchor, count in Counter(t[0] for t in before).items()}
-            assert Counter(t[0] for t in after) == wanted
-
-    def test_chooses_at_random(self):
-        tuples = torch.zeros(4, dtype=torch.long), torch.arange(4), torch.arange(4)
-        chosen = {keep_tuples(tuples, 1)[1].item() for _ in range(100)}
-        assert chosen == {0, 1, 2, 3}
-
-    def test_keeps_the_order(self):
-        tuples = torch.zeros(50, dtype=torch.long), torch.arange(50), torch.arange(50)
-        kept = keep_tuples(tuples, 20)[1].tolist()
-        assert kept == sorted(kept)
-
-
-@pytest.mark.parametrize("values", [[], [4], [7, 3, 7, 7], [1, 1, 1], random.Random(0).choices(range(5), k=200)])
-def test_rank_in_group_counts_equal_values_before(values):
-    expected = [values[:i].count(value) for i, value in enumerate(values)]
-    assert rank_in_group(torch.tensor(values, dtype=torch.long)).tolist() == expected
-
-
-def test_shift_partners_leaves_anchors():
-    triplets = tuple(torch.tensor([i]) for i in (1, 2, 3))
-    pairs = (*triplets, torch.tensor([4]))
-    assert [m.item() for m in shift_partners(triplets, 10)] == [1, 12, 13]
-    assert [m.item() for m in shift_partners(pairs, -1)] == [1, 1, 3, 3]
-
-
 def test_to_another_device_moves_every_tensor():
     split = plan_rows(by_queries(random_tuples("pairs"), 4), ROLES, N).split(4).to("meta")
     tensors = [split.rows, split.pool_indices, split.ref_pool_indices, *split.indices_tuple]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert replace_rows(torch.tensor([0]), N, None).to("meta").indices_tuple is None
-
-
-class TestParseRoles:
-    @pytest.mark.parametrize(
-        ("perturb", "roles"),
-        [
-            ("anchor", ("anchor",)),
-            (["negative"], ("negative",)),
-            (("negative", "anchor"), ("anchor", "negative")),
-            ({"positive", "negative", "anchor"}, ROLES),
-            (["positive", "positive"], ("positive",)),
-            ("all", ROLES),
-            (["anchor", "all"], ROLES),
-            ((role for role in ("positive", "anchor")), ("anchor", "positive")),
-        ],
-    )
-    def test_gives_roles_in_a_fixed_order(self, perturb, roles):
-        assert parse_roles(perturb) == roles
-
-    @pytest.mark.parametrize(
-        ("perturb", "found"),
-        [("positives", "positives"), (["anchor", "query"], "query"), ([], "no role"), ("", "''"), ([3], "'3'")],
-    )
-    def test_refuses_what_is_no_role(self, perturb, found):
-        with pytest.raises(PlanError, match=found) as caught:
-            parse_roles(perturb)
-        assert "'anchor', 'positive', 'negative'" in str(caught.value)
 
 
 class TestBesideClean:
@@ -461,3 +381,86 @@ class TestBesideClean:
         assert plan.pool_indices.tolist() == [0, 1, 5]
         assert plan.ref_pool_indices.tolist() == [2, 3, 4, 6, 7]
         assert self.seen(plan, 5, [0, 2, 4]) == self.expected(triplets, [0, 2, 4])
+
+
+class TestOfConsecutiveRows:
+    """Rows that are known to be in order are not picked one by one; nothing else changes."""
+
+    embeddings, labels, copies = torch.randn(N, 3), torch.arange(N) // 2, torch.randn(N, 3)
+
+    def seen(self, plan, copies=None):
+        batch = Batch(self.embeddings[:, :1], self.embeddings, self.embeddings, self.labels, None, N)
+        return plan.evaluate(lambda *given: given, batch, self.copies if copies is None else copies)
+
+    @staticmethod
+    def plain(plan):
+        """The same plan, of rows that are not known to be in order."""
+        reference = None if plan.ref_pool_indices is None else plan.ref_pool_indices.clone()
+        return replace(plan, rows=plan.rows.clone(), pool_indices=plan.pool_indices.clone(), ref_pool_indices=reference)
+
+    def test_each_row_is_replaced(self):
+        plan = replace_rows(consecutive(0, N, self.copies.device), N, None)
+        queries, labels, tuples = self.seen(plan)
+        assert queries is self.copies
+        assert labels is self.labels
+        assert tuples is None
+        for found, expected in zip(self.seen(plan), self.seen(self.plain(plan)), strict=True):
+            assert found is expected or torch.equal(found, expected)
+
+    def test_no_row_is(self):
+        batch = Batch(self.embeddings[:, :1], self.embeddings, self.embeddings, self.labels, None, N)
+        plan = untouched(batch, None)
+        assert self.seen(plan, self.copies[:0])[0] is self.embeddings
+        split = untouched(replace(batch, num_queries=4), None)
+        assert split.pool_indices.tolist() + split.ref_pool_indices.tolist() == list(range(N))
+        assert as_slice(split.ref_pool_indices) == slice(4, N)
+
+    def test_rows_stand_beside_their_copies(self):
+        plan = replace_rows(consecutive(0, N, self.copies.device), N, None)
+        both, plain = plan.beside_clean(N), self.plain(plan).beside_clean(N)
+        assert both.pool_indices.tolist() == plain.pool_indices.tolist() == list(range(2 * N))
+        for found, expected in zip(self.seen(both)[:2], self.seen(plain)[:2], strict=True):
+            assert torch.equal(found, expected)
+
+    def test_of_other_rows_nothing_is_known(self):
+        plan = replace_rows(torch.arange(N).flip(0), N, None)
+        assert as_slice(plan.pool_indices) is None
+        assert torch.equal(self.seen(plan)[0], self.copies.flip(0))
+        kept = replace_rows(consecutive(0, N, self.copies.device), N, None).keep(torch.tensor([2, 1]), N)
+        assert as_slice(kept.rows) is None
+        assert as_slice(kept.pool_indices) is None
+
+    @pytest.mark.parametrize("num_queries", [4, N])
+    @pytest.mark.parametrize("kind", ["triplets", "pairs"])
+    def test_with_tuples(self, kind, num_queries):
+        tuples = random_tuples(kind)
+        plan = plan_roles(by_queries(tuples, num_queries) if num_queries < N else tuples, ("positive",), N)
+        for one in (plan, plan.by_reference(N, num_queries)):
+            copies = torch.randn(len(plan), 3)
+            found, expected = self.seen(one, copies), self.seen(self.plain(one), copies)
+            assert all(
+                torch.equal(a, b) for a, b in zip(found[:2] + found[3:], expected[:2] + expected[3:], strict=True)
+            )
+
+
+class TestCall:
+    def test_leaves_out_what_is_none_and_not_taken(self):
+        class Own(torch.nn.Module):
+            def forward(self, embeddings, labels):
+                return embeddings, labels
+
+        assert call(Own(), 1, 2, None) == (1, 2)
+        assert call(Own(), 1, 2, None, None, None) == (1, 2)
+        with pytest.raises(PlanError, match="Own takes 2 arguments"):
+            call(Own(), 1, 2, (3,))
+        with pytest.raises(PlanError, match="there are embeddings, labels, ref_emb"):
+            call(Own(), 1, 2, None, 4, None)
+
+    def test_hands_on_what_is_taken(self):
+        class Own(torch.nn.Module):
+            def forward(self, embeddings, labels, indices_tuple, *reference):
+                return embeddings, labels, indices_tuple, reference
+
+        assert call(Own(), 1, 2, None) == (1, 2, None, ())
+        assert call(Own(), 1, 2, None, 4, None) == (1, 2, None, (4, None))
+        assert call(lambda *given: given, 1, None, None) == (1, None, None)

@@ -14,9 +14,24 @@ from torch.utils.data import TensorDataset
 
 from pml_adversarial import AdversarialMiner, PluginError, hookimpl
 from pml_adversarial.attacks.presets import SEED_PAPER
-from pml_adversarial.training.records import OF_LOSSES, STANDARD, clear, declare, write
+from pml_adversarial.training.records import OF_LOSSES, STANDARD, LossRecords, Records, clear, declare, write
 
 EPS = 0.01
+
+
+ALL = (*STANDARD, *OF_LOSSES)
+
+
+class Nan:
+    """Equals NaN alone."""
+
+    def __eq__(self, other):
+        return isinstance(other, float) and math.isnan(other)
+
+    __hash__ = None
+
+
+NAN = Nan()
 
 
 def recorded(module):
@@ -24,10 +39,22 @@ def recorded(module):
 
 
 class TestWrite:
-    def test_declared_names_start_at_zero(self):
+    def test_declared_names_start_at_nan(self):
         module = ModuleWithRecords()
         declare(module, ["one", "two"])
-        assert recorded(module) == {"one": 0, "two": 0}
+        assert recorded(module) == {"one": NAN, "two": NAN}
+
+    def test_declaring_again_keeps_the_value(self):
+        module = ModuleWithRecords()
+        declare(module, ["one"])
+        module.one = 5
+        declare(module, ["one", "two"])
+        assert recorded(module) == {"one": 5, "two": NAN}
+
+    def test_refuses_what_is_no_number(self):
+        for value in ("text", [1.0], torch.ones(2), None):
+            with pytest.raises(PluginError, match="expected names with numbers"):
+                write(ModuleWithRecords(), [{"name": value}])
 
     def test_values_become_python_numbers(self):
         module = ModuleWithRecords()
@@ -63,17 +90,52 @@ class TestWrite:
         write(module, [{}])
         assert not hasattr(module, "_record_these") or module._record_these == []
 
-    def test_clear_sets_all_to_zero_but_the_strength(self):
+    def test_clear_leaves_counts_and_the_strength(self):
         module = ModuleWithRecords()
-        write(module, [dict.fromkeys((*STANDARD, *OF_LOSSES), 7.0)])
+        write(module, [{**dict.fromkeys(ALL, 7.0), "of_a_plugin": 8}])
         clear(module, strength=0.25)
-        assert recorded(module) == {**dict.fromkeys((*STANDARD, *OF_LOSSES), 0), "strength": 0.25}
+        expected = {**dict.fromkeys((*ALL, "of_a_plugin"), NAN), **NOBODY, "strength": 0.25}
+        assert recorded(module) == expected
 
     def test_clear_adds_no_names(self):
         module = ModuleWithRecords()
         declare(module, STANDARD)
         clear(module, strength=1.0)
         assert set(recorded(module)) == set(STANDARD)
+
+
+NOBODY = {"num_perturbed": 0, "attack_seconds": 0}
+"""What is known of a step in which no row is perturbed, besides the strength."""
+
+
+class TestRecords:
+    def test_is_a_mapping_of_all_numbers(self):
+        found = LossRecords(strength=0.5, loss_after=2.0, of_plugins={"gain": 3.0})
+        assert dict(found) == {**dict.fromkeys(ALL, NAN), "strength": 0.5, "loss_after": 2.0, "gain": 3.0}
+        assert len(found) == len(ALL) + 1
+        assert found["gain"] == 3.0
+        with pytest.raises(KeyError):
+            found["of_plugins"]
+        with pytest.raises(KeyError):
+            found["names"]
+
+    def test_is_frozen(self):
+        with pytest.raises(AttributeError):
+            Records().strength = 1.0
+
+    def test_of_a_miner_has_no_losses(self):
+        assert not hasattr(Records(), "loss_before")
+        assert set(Records()) == set(STANDARD)
+
+    def test_reads_the_last_step(self, model, images, labels):
+        loss_func = seed_paper_loss(TripletMarginLoss(), model, plugins=[RecordsStep()])
+        before = loss_func.records
+        loss_func(model(images), labels)
+        found = loss_func.records
+        assert dict(found) == recorded(loss_func)
+        assert found.of_plugins == {"steps_seen": 1}
+        assert set(before) == set(ALL)
+        assert all(math.isnan(value) for value in before.values())  # what was read does not change
 
 
 class Remembers:
@@ -106,7 +168,7 @@ def check_moves(module, seen):
 class TestOfLoss:
     def test_all_names_are_there_before_the_first_step(self, model):
         loss_func = seed_paper_loss(TripletMarginLoss(), model)
-        assert recorded(loss_func) == dict.fromkeys((*STANDARD, *OF_LOSSES), 0)
+        assert recorded(loss_func) == dict.fromkeys(ALL, NAN)
 
     def test_values(self, model, images, labels):
         seen = Remembers()
@@ -120,10 +182,14 @@ class TestOfLoss:
         assert loss_func.loss_before == pytest.approx(TripletMarginLoss(margin=1.0)(model(images), labels).item())
         assert loss_func.loss_after > loss_func.loss_before
 
-    def test_loss_values_do_not_hold_the_clean_loss(self, model, images, labels):
-        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0)
+    def test_loss_values_are_of_all_that_is_minimised(self, model, images, labels):
+        alone = seed_paper_loss(TripletMarginLoss(margin=1.0), model, seed=1)
+        alone(model(images), labels)
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=1.0), model, clean_weight=2.0, seed=1)
         loss = loss_func(model(images), labels)
-        assert loss.item() == pytest.approx(loss_func.loss_after + 2 * loss_func.loss_before)
+        clean = TripletMarginLoss(margin=1.0)(model(images), labels).item()
+        assert loss.item() == pytest.approx(loss_func.loss_after) == pytest.approx(alone.loss_after + 2 * clean)
+        assert loss_func.loss_before == pytest.approx(3 * clean)
 
     def test_numbers_are_pythons(self, model, images, labels):
         loss_func = seed_paper_loss(TripletMarginLoss(), model)
@@ -154,19 +220,26 @@ class TestOfLoss:
         assert loss_func.num_perturbed == 8
         loss_func(model(images), torch.arange(8))
         kept = {name: value for name, value in recorded(loss_func).items() if name.startswith("batch_recall")}
-        assert recorded(loss_func) == {**dict.fromkeys((*STANDARD, *OF_LOSSES), 0), "strength": 1.0, **kept}
+        assert recorded(loss_func) == {**dict.fromkeys(ALL, NAN), **NOBODY, "strength": 1.0, **kept}
+        assert kept["batch_recall"] > 0
+
+    def test_what_was_not_looked_at_is_nan(self, model, images, labels):
+        loss_func = seed_paper_loss(TripletMarginLoss(), model, warmup=10)
+        loss_func(model(images), labels)
+        assert 0 <= loss_func.batch_recall <= 1
+        assert math.isnan(loss_func.batch_recall_attacked)  # the strength was 0
 
     def test_eval_mode_records_nothing(self, model, images, labels):
         loss_func = seed_paper_loss(TripletMarginLoss(), model).eval()
         loss_func(model(images), labels)
-        assert recorded(loss_func) == dict.fromkeys((*STANDARD, *OF_LOSSES), 0)
+        assert recorded(loss_func) == dict.fromkeys(ALL, NAN)
 
 
 class TestOfMiner:
     def test_all_names_are_there_before_the_first_step(self, model):
         miner = AdversarialMiner(BatchHardMiner(), model)
         assert {name: value for name, value in recorded(miner).items() if name in STANDARD} == dict.fromkeys(
-            STANDARD, 0
+            STANDARD, NAN
         )
         assert not set(OF_LOSSES) & set(recorded(miner))
 
@@ -182,9 +255,7 @@ class TestOfMiner:
         miner = AdversarialMiner(BatchHardMiner(), model)
         miner(model(images), labels)
         miner(model(images), torch.arange(8))
-        assert miner.num_perturbed == 0
-        assert miner.perturbation_linf == 0
-        assert miner.strength == 1.0
+        assert dict(miner.records) == {**dict.fromkeys(STANDARD, NAN), **NOBODY, "strength": 1.0}
 
 
 class RecordsStep:
@@ -245,6 +316,11 @@ def run(request, tmp_path_factory):
     return Run(tmp_path_factory.mktemp("run"), request.param)
 
 
+def as_in_sql(value):
+    """SQLite has no NaN, and stores NULL."""
+    return None if math.isnan(value) else value
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # PML formats the loss
 class TestInTrainer:
     def test_every_iteration_is_in_the_database(self, run):
@@ -255,7 +331,7 @@ class TestInTrainer:
     @pytest.mark.parametrize("name", [*STANDARD, *OF_LOSSES, "steps_seen"])
     def test_records_of_the_loss_read_back(self, run, name):
         series = run.series("metric_loss_AdversarialLoss")[name]
-        assert series == [of_loss[name] for of_loss, _ in run.kept]
+        assert series == [as_in_sql(of_loss[name]) for of_loss, _ in run.kept]
 
     @pytest.mark.parametrize("name", STANDARD)
     def test_records_of_the_miner_read_back(self, run, name):
@@ -284,7 +360,8 @@ class TestInTrainer:
         for name, values in run.series("metric_loss_AdversarialLoss").items():
             if name in (*STANDARD, *OF_LOSSES):
                 scalars = events.Scalars(f"metric_loss_AdversarialLoss/{name}")
-                assert [scalar.value for scalar in scalars] == pytest.approx(values)
+                found = [as_in_sql(scalar.value) for scalar in scalars]
+                assert found == [value if value is None else pytest.approx(value) for value in values]
 
 
 class TestNames:
@@ -295,7 +372,7 @@ class TestNames:
             def pml_adversarial_record(self):
                 return {name: 5.0}
 
-        with pytest.raises(PluginError, match=f"'{name}'.*rename"):
+        with pytest.raises(PluginError, match=f"'{name}'.*expected other names"):
             seed_paper_loss(TripletMarginLoss(), model, plugins=[Rude])(model(images), labels)
 
     def test_of_plugins_are_cleared_too(self, model, images, labels):
@@ -308,4 +385,14 @@ class TestNames:
         loss_func(model(images), labels)
         assert loss_func.answer == 42
         loss_func(model(images), torch.zeros(8, dtype=torch.long))
-        assert loss_func.answer == 0
+        assert math.isnan(loss_func.answer)
+
+    def test_that_the_wrapped_loss_has_are_free(self, model, images, labels):
+        class Shares:
+            @hookimpl
+            def pml_adversarial_record(self):
+                return {"margin": 5.0}
+
+        loss_func = seed_paper_loss(TripletMarginLoss(margin=0.3), model, plugins=[Shares])
+        loss_func(model(images), labels)
+        assert (loss_func.records["margin"], loss_func.loss.margin) == (5.0, 0.3)

@@ -1,5 +1,6 @@
 """A training run that is killed between two checkpoints goes on as if it had not been; loading runs no code."""
 
+import copy
 import os
 import pickle
 import re
@@ -17,7 +18,8 @@ from pytorch_metric_learning import losses, miners
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError, PluginError, hookimpl
+from pml_adversarial.training.state import packed, unpacked
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 11, 4
@@ -112,7 +114,10 @@ def train(name, folder, seed=0):
 def start(name, folder):
     command = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_state as t; "
     command += f"t.train({name!r}, t.Path({str(folder)!r}))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.Popen([sys.executable, "-c", command], env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -133,7 +138,7 @@ def same(one, other):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return one == other or (one != one and other != other)  # what has not been measured is NaN
 
 
 def loaded(path):
@@ -203,18 +208,14 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("place", ["beside", "in the extra state", "in a plugin's state"])
+@pytest.mark.parametrize("place", ["beside", "in place of the extra state"])
 def test_a_checkpoint_that_would_run_code_is_refused(place, tmp_path):
     run = Run("ProxyAnchor")
     run.step()
     run.save(tmp_path / "checkpoint.pt")
     state = loaded(tmp_path / "checkpoint.pt")
-    where = {
-        "beside": state,
-        "in the extra state": state["loss"]["_extra_state"],
-        "in a plugin's state": state["miner"]["_extra_state"]["plugins"]["0_Drifts"],
-    }[place]
-    where["harm"] = Harmful(tmp_path / "harmed")
+    where, key = {"beside": (state, "harm"), "in place of the extra state": (state["loss"], "_extra_state")}[place]
+    where[key] = Harmful(tmp_path / "harmed")
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         Run("ProxyAnchor").load(tmp_path / "checkpoint.pt")
@@ -223,8 +224,260 @@ def test_a_checkpoint_that_would_run_code_is_refused(place, tmp_path):
     assert (tmp_path / "harmed").exists()  # it would have been
 
 
+def test_a_plugin_whose_state_would_run_code_when_loaded_is_refused(model, tmp_path):
+    class Rude(Drifts):
+        def state_dict(self):
+            return {"drift": [0.1, Harmful(tmp_path / "harmed")]}
+
+    loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, plugins=[Rude])
+    with pytest.raises(PluginError, match=r"holds Harmful at \['plugins'\]\['0_Rude'\]\['drift'\]\[1\]"):
+        loss_func.state_dict()
+
+
+def test_bytes_of_a_pickle_run_no_code(model, tmp_path):
+    """A saved state is bytes; those of a pickle are not taken for one."""
+    loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
+    harm = torch.frombuffer(bytearray(pickle.dumps(Harmful(tmp_path / "harmed"))), dtype=torch.uint8)
+    loss_func.load_state_dict({"_extra_state": harm})
+    assert not (tmp_path / "harmed").exists()
+
+
 def test_the_documented_way_loads_weights_only():
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     calls = re.findall(r"torch\.load\(.*?\)", text)
     assert calls
     assert all("weights_only=True" in call for call in calls)
+
+
+class WithLoss(nn.Module):
+    """A model that holds its loss, as Lightning modules do."""
+
+    def __init__(self, wrapped, **options):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.parts = nn.ModuleDict({"loss": AdversarialLoss(wrapped, self.net, seed=3, warmup=4, **options)})
+
+    @property
+    def loss(self):
+        return self.parts["loss"]
+
+    def step(self, images, labels):
+        loss = self.loss(self.net(images), labels)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
+                parameter.grad = None
+        return loss.item()
+
+
+KINDS = {
+    "no parameters": losses.TripletMarginLoss,
+    "parameters": lambda: losses.ArcFaceLoss(4, 4),
+    "memory": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 40),
+    "parameters and memory": lambda: losses.CrossBatchMemory(losses.MarginLoss(learn_beta=True, num_classes=4), 4, 40),
+}
+
+
+@pytest.fixture(params=KINDS)
+def make(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def trained(make, images, labels):
+    whole = WithLoss(make(), plugins=["hm"] if make is losses.TripletMarginLoss else [])
+    for _ in range(3):
+        whole.step(images, labels)
+    return whole
+
+
+def goes_on_alike(one, other, images, labels):
+    assert other.loss.adversary.step == one.loss.adversary.step == 3
+    found = [[whole.step(images, labels) for _ in range(3)] for whole in (one, other)]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3
+    return True
+
+
+class TestTools:
+    """Libraries that save, copy or average every entry of a state dict."""
+
+    def fresh(self, trained, make):
+        torch.manual_seed(99)
+        return WithLoss(make(), plugins=[type(plugin) for plugin in trained.loss.adversary.hooks.named])
+
+    def test_every_entry_is_a_tensor_of_one_form(self, trained, images, labels):
+        def form():
+            return {name: (value.shape, value.dtype) for name, value in trained.state_dict().items()}
+
+        before = form()
+        trained.step(images, labels)
+        assert form() == before
+
+    def test_accelerate(self, trained, make, images, labels, tmp_path):
+        accelerate = pytest.importorskip("accelerate")
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.prepare(trained)
+        accelerator.save_state(str(tmp_path))
+        fresh = self.fresh(trained, make)
+        accelerator._models.clear()
+        accelerator.prepare(fresh)
+        accelerator.load_state(str(tmp_path))
+        assert goes_on_alike(trained, fresh, images, labels)
+
+    def test_safetensors(self, trained, make, images, labels, tmp_path):
+        tools = pytest.importorskip("safetensors.torch")
+        tools.save_model(trained, str(tmp_path / "whole.safetensors"))
+        tools.save_file(trained.state_dict(), str(tmp_path / "state.safetensors"))
+        fresh, again = self.fresh(trained, make), self.fresh(trained, make)
+        tools.load_model(fresh, str(tmp_path / "whole.safetensors"))
+        again.load_state_dict(tools.load_file(str(tmp_path / "state.safetensors")))
+        assert same(dict(fresh.state_dict()), dict(again.state_dict()))
+        assert goes_on_alike(trained, fresh, images, labels)
+
+    @pytest.mark.parametrize("name", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
+    def test_timms_averages(self, name, trained, images, labels):
+        ema = getattr(pytest.importorskip("timm.utils"), name)(trained, decay=0.9)
+        before = copy.deepcopy(trained)
+        for _ in range(3):
+            trained.step(images, labels)
+            ema.update(trained)
+        averaged = ema.ema if name == "ModelEma" else ema.module
+        weight, start, end = averaged.net[1].weight, before.net[1].weight, trained.net[1].weight
+        assert 0 < (weight - start).norm() < (end - start).norm()
+        assert averaged.loss.adversary.step == 3  # it takes no steps of its own
+        averaged.eval()
+        assert averaged.loss(averaged.net(images), labels).isfinite()
+
+    @pytest.mark.parametrize("use_buffers", [True, False])
+    def test_torchs_average(self, use_buffers, trained, images, labels):
+        averaged = torch.optim.swa_utils.AveragedModel(trained, use_buffers=use_buffers)
+        for _ in range(2):
+            trained.step(images, labels)
+            averaged.update_parameters(trained)
+        assert not torch.equal(averaged.module.net[1].weight, trained.net[1].weight)
+        clean = averaged.module.eval()
+        assert clean.loss(clean.net(images), labels).isfinite()
+
+    def test_an_average_of_state_dicts_is_loaded_without_the_steps(self, trained, make, images, labels, caplog):
+        """As federated training does it: all entries are averaged as numbers, and loaded."""
+        one = {name: value.clone() for name, value in trained.state_dict().items()}
+        trained.step(images, labels)
+        mean = {name: (one[name].double() + value.double()) / 2 for name, value in trained.state_dict().items()}
+        fresh = self.fresh(trained, make)
+        fresh.load_state_dict(mean)
+        torch.testing.assert_close(fresh.net[1].weight, mean["net.1.weight"].float())
+        assert fresh.loss.adversary.step == 0
+        assert "cannot be read" in caplog.text
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_a_cast_keeps_the_steps(self, dtype, trained, make):
+        state = {name: value.to(dtype) for name, value in trained.state_dict().items()}
+        fresh = self.fresh(trained, make)
+        fresh.load_state_dict(state)
+        assert fresh.loss.adversary.step == 3
+        assert fresh.loss.adversary.seed == 3
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+    def test_copies(self, copied, trained, images, labels):
+        other = copied(trained)
+        other.loss.watch(other.net)
+        assert goes_on_alike(trained, other, images, labels)
+
+    def test_half_and_to(self, trained, make):
+        trained.half().to("cpu")
+        fresh = self.fresh(trained, make)
+        fresh.load_state_dict(trained.state_dict())
+        assert fresh.loss.adversary.step == 3
+
+    def test_distributed_checkpoints(self, trained, make):
+        tools = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+        state, fresh = tools.get_model_state_dict(trained), self.fresh(trained, make)
+        tools.set_model_state_dict(fresh, state)
+        assert fresh.loss.adversary.step == 3
+
+
+class TestPlainState:
+    @pytest.mark.parametrize("prefix", ["", "parts.loss."])
+    def test_of_the_plain_loss_is_loaded(self, prefix, make, model):
+        plain, other = make(), make()
+        for value in plain.state_dict().values():
+            value.add_(1)
+        wrapped = AdversarialLoss(other, model, seed=5)
+        holder = nn.ModuleDict({"parts": nn.ModuleDict({"loss": wrapped})}) if prefix else wrapped
+        holder.load_state_dict({prefix + name: value for name, value in plain.state_dict().items()}, strict=True)
+        assert same(dict(plain.state_dict()), dict(other.state_dict()))
+        assert (wrapped.adversary.step, wrapped.adversary.seed) == (0, 5)
+
+    def test_of_the_wrapped_loss_is_that_of_the_plain_one(self, trained, make):
+        plain = make()
+        plain.load_state_dict(trained.loss.loss.state_dict(), strict=True)
+
+    def test_of_another_loss_is_refused(self, model):
+        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
+        with pytest.raises(RuntimeError, match=r"loss\.proxies"):
+            wrapped.load_state_dict(losses.ProxyAnchorLoss(4, 4).state_dict())
+        with pytest.raises(RuntimeError, match=r"loss\.W"):
+            wrapped.load_state_dict({})
+
+    def test_of_a_plain_miner_is_loaded(self, model):
+        AdversarialMiner(miners.BatchHardMiner(), model).load_state_dict(miners.BatchHardMiner().state_dict())
+
+    def test_without_the_steps_is_refused_unless_asked_for(self, model):
+        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
+        state = {"loss.W": torch.ones(4, 4)}
+        with pytest.raises(RuntimeError, match="_extra_state"):
+            wrapped.load_state_dict(state)
+        wrapped.load_state_dict(state, strict=False)
+        assert torch.equal(wrapped.W, torch.ones(4, 4))
+
+    def test_of_version_0_1_is_refused_with_the_way_out(self, model):
+        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
+        old = {"loss.W": torch.ones(4, 4), "_extra_state": {"step": 7, "seed": 1, "strength": {}, "plugins": {}}}
+        with pytest.raises(InputError, match=r"Version 0.1 .* remove the entries that end in _extra_state"):
+            wrapped.load_state_dict(old)
+        rest = {name: value for name, value in old.items() if not name.endswith("_extra_state")}
+        wrapped.load_state_dict(rest, strict=False)
+        assert torch.equal(wrapped.W, torch.ones(4, 4))
+
+
+VALUES = {
+    "none": None,
+    "bools": [True, False],
+    "whole": (0, -1, 2**63, -(2**64) + 1),
+    "real": [0.1, -float("inf"), 5e-324],
+    "text": 'a "quoted" é',
+    "nested": {3: {"x": torch.arange(6).reshape(2, 3).T}, "empty": {}},
+    "tensors": [torch.tensor(True), torch.zeros(0, 3), torch.arange(3).bfloat16(), torch.tensor(1 + 2j)],
+}
+
+
+class TestPacked:
+    def test_gives_it_back(self):
+        found = unpacked(packed(VALUES))
+        assert same(found, VALUES)
+        assert repr(found) == repr(VALUES)  # of the same types
+
+    def test_keeps_nan(self):
+        found = unpacked(packed({"x": float("nan"), "y": torch.tensor(float("nan"))}))
+        assert found["x"] != found["x"]
+        assert found["y"].isnan()
+
+    @pytest.mark.parametrize("other", [10**30, 0.1, None, True, -1])
+    def test_numbers_take_the_same_room(self, other):
+        assert len(packed({"step": 1, "of": [other]})) == len(packed({"step": 2, "of": [0]}))
+
+    @pytest.mark.parametrize("value", [object(), 2**127, {1, 2}, torch.eye(2).to_sparse(), b"bytes"])
+    def test_refuses_what_it_cannot_give_back(self, value):
+        with pytest.raises(PluginError, match=rf"holds {type(value).__name__} at \['a'\]\[0\]"):
+            packed({"a": [value]})
+
+    def test_notices_a_change(self):
+        state = packed(VALUES)
+        for place in (0, 20, 25, len(state) // 2, -1):
+            changed = state.clone()
+            changed[place] ^= 1
+            assert unpacked(changed) is None
+        assert unpacked(state[:-1]) is None
+        assert unpacked(state[:5]) is unpacked(state[:20]) is unpacked(state[:0]) is None

@@ -1,4 +1,4 @@
-"""What is worth a test, for any plugin."""
+"""Tests that every plugin should have."""
 
 import copy
 from functools import partial
@@ -25,13 +25,13 @@ def wrapped(model, plugin, eps=0.1):
     return AdversarialLoss(TripletMarginLoss(), model, attack=attack, plugins=[plugin], warmup=0, seed=0)
 
 
-def test_without_a_budget_it_is_the_wrapped_loss(model):
+def test_at_eps_0_it_is_the_wrapped_loss(model):
     found = wrapped(model, EmbeddingShift, eps=0.0)(model(IMAGES), LABELS)
     assert found == TripletMarginLoss()(model(IMAGES), LABELS)
 
 
 @pytest.mark.parametrize("plugin", [EmbeddingShift(), EmbeddingShift, "embedding_shift"])
-def test_every_row_is_moved_off_itself(model, plugin):
+def test_every_embedding_moves_away_from_its_clean_one(model, plugin):
     loss_func = wrapped(model, plugin)
     loss_func(model(IMAGES), LABELS).backward()
     assert loss_func.num_perturbed == len(IMAGES)
@@ -39,13 +39,13 @@ def test_every_row_is_moved_off_itself(model, plugin):
     assert loss_func.score_gain > 0
 
 
-def test_the_model_is_as_it_was(model):
+def test_the_model_is_unchanged(model):
     before = copy.deepcopy(model.state_dict())
     wrapped(model, EmbeddingShift)(model(IMAGES), LABELS)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_misspelt(model):
+def test_a_misspelt_name_is_refused(model):
     with pytest.raises(PluginError, match=r"No plugin named 'embeding_shift'.*Did you mean 'embedding_shift'"):
         wrapped(model, "embeding_shift")

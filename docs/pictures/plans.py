@@ -1,4 +1,4 @@
-"""Rows, copies and readdressed triplets, as `Plan` has them."""
+"""Rows, copies and re-pointed triplets, as `Plan` has them."""
 
 import matplotlib.pyplot as plt
 import torch
@@ -11,17 +11,17 @@ CLEAN, COPY, UNUSED = "#1f5fa8", "#c0392b", "0.8"
 plans = {
     "no attack": replace_rows(torch.tensor([], dtype=torch.long), 3, TRIPLETS),
     'perturb="positive", copies appended': plan_roles(TRIPLETS, ["positive"], num_rows=3),
-    'perturb="positive", in place': plan_rows(TRIPLETS, ["positive"], num_rows=3),
+    'perturb="positive", rows replaced': plan_rows(TRIPLETS, ["positive"], num_rows=3),
     'perturb="all"': plan_rows(TRIPLETS, ["anchor", "positive", "negative"], num_rows=3),
 }
 figure, panels = plt.subplots(1, len(plans), figsize=(12, 3.1), layout="constrained")
 for axes, (name, plan) in zip(panels, plans.items(), strict=True):
     evaluated = set(plan.pool_indices.tolist())
 
-    def box(x, y, address, size=0.62, evaluated=evaluated, axes=axes):
-        colour = (CLEAN if address < 3 else COPY) if address in evaluated else UNUSED
+    def box(x, y, index, size=0.62, evaluated=evaluated, axes=axes):
+        colour = (CLEAN if index < 3 else COPY) if index in evaluated else UNUSED
         axes.add_patch(plt.Rectangle((x - size / 2, y - size / 2), size, size, facecolor=colour, edgecolor="none"))
-        axes.text(x, y, str(address), color="white", ha="center", va="center", fontsize=11)
+        axes.text(x, y, str(index), color="white", ha="center", va="center", fontsize=11)
 
     for row in range(3):
         box(row, 3.1, row)

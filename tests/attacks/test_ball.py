@@ -6,7 +6,7 @@ import pytest
 import torch
 from query_batches import RADIUS, both_norms, length
 
-from pml_adversarial.attacks.ball import drawn, is_radius, per_image, projected
+from pml_adversarial.attacks.ball import is_radius, per_image, projected, uniform_start
 
 
 class TestProjected:
@@ -40,14 +40,14 @@ class TestDrawn:
     @both_norms
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_is_in_the_unit_ball(self, norm, dtype):
-        points = drawn(torch.zeros(400, 1, 2, 2, dtype=dtype), norm)
+        points = uniform_start(torch.zeros(400, 1, 2, 2, dtype=dtype), norm)
         assert points.dtype == dtype
         assert points.shape == (400, 1, 2, 2)
         assert 0.9 < length(points, norm).max() <= 1 + 1e-6
 
     @both_norms
     def test_fills_it_evenly(self, norm):
-        found = length(drawn(torch.zeros(20_000, 3), norm), norm)
+        found = length(uniform_start(torch.zeros(20_000, 3), norm), norm)
         for radius in (0.5, 0.8):  # the share of a ball that a smaller one holds, by its volume
             assert (found <= radius).float().mean() == pytest.approx(radius**3, abs=0.02)
 

@@ -32,7 +32,8 @@ def brighter(objective):
 
 
 def training_loss(loss, model, images, *called, **options):
-    loss_func = AdversarialLoss(loss, model, attack=brighter, perturb="all", keep_clean=True, **options)
+    own = {} if "plugins" in options else {"perturb": "all", "keep_clean": True}
+    loss_func = AdversarialLoss(loss, model, attack=brighter, **own, **options)
     return loss_func, loss_func(model(images), *called)
 
 
@@ -130,7 +131,8 @@ def test_a_plan_of_a_plugin_is_trained_on_as_it_is(model, images, labels):
     assert found.item() == pytest.approx(SupConLoss()(model(images + 0.05), labels).item(), rel=1e-5)
 
 
-def test_records_are_of_the_planned_rows(model, images, labels):
-    loss_func, _ = training_loss(SupConLoss(), model, images, labels)
-    assert loss_func.loss_before == pytest.approx(SupConLoss()(model(images), labels).item(), rel=1e-5)
-    assert loss_func.loss_after == pytest.approx(SupConLoss()(model(images + 0.05), labels).item(), rel=1e-5)
+def test_records_are_of_the_batch_that_is_trained_on(model, images, labels):
+    loss_func, found = training_loss(SupConLoss(), model, images, labels)
+    twice = SupConLoss()(model(torch.cat([images, images])), labels.repeat(2))
+    assert loss_func.loss_before == pytest.approx(twice.item(), rel=1e-5)
+    assert loss_func.loss_after == pytest.approx(found.item(), rel=1e-5)

@@ -1,0 +1,96 @@
+"""The attack that the keywords ``attack``, ``eps`` and ``steps`` ask for together."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from ..errors import AttackError
+from . import adapter
+from .checks import check_eps, check_steps
+from .objective import AttackFactory
+from .presets import PRESET, SEED_PAPER, preset
+
+_DEFAULT = {"eps": 8 / 255, "steps": 3}
+
+
+def attack_of(attack: AttackFactory | None = None, eps: float | None = None, steps: int | None = None) -> AttackFactory:
+    """The attack factory, with the given eps and steps.
+
+    Args:
+        attack: a factory, see `attacks`; None: `preset`.
+        eps: radius, in pixels of [0, 1]; None: the factory's own, 8/255 without a factory.
+        steps: attack steps; None: the factory's own, 3 without a factory.
+
+    Raises:
+        AttackError: a value cannot be used, or the factory does not take it, or sets it itself.
+
+    Example:
+        >>> from pml_adversarial.attacks import budget
+        >>> budget(attack_of(eps=0.3, steps=5))
+        {'eps': 0.3, 'alpha': 0.15}
+    """
+    wanted = {name: value for name, value in (("eps", eps), ("steps", steps)) if value is not None}
+    if attack is None:
+        return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET  # type: ignore[arg-type]
+    adapter.check(attack)
+    if not wanted:
+        return attack
+    if eps is not None:
+        check_eps(eps)
+    if steps is not None:
+        check_steps(steps)
+    for name in wanted:
+        _check_is_free(attack, name, wanted[name])
+    return partial(attack, **wanted)
+
+
+def seed_paper_attack(eps: float | None = None, steps: int | None = None) -> AttackFactory:
+    """`SEED_PAPER`, or the same with another radius or number of steps: ``alpha = 2 eps / steps``.
+
+    Raises:
+        AttackError: ``eps`` is not a radius in pixels of [0, 1], or ``steps`` not a number of steps.
+    """
+    published = SEED_PAPER.keywords
+    eps, steps = published["eps"] if eps is None else eps, published["steps"] if steps is None else steps
+    check_eps(eps)
+    check_steps(steps)
+    return partial(SEED_PAPER, eps=eps, alpha=2 * eps / steps, steps=steps)
+
+
+def shown_options(attack: AttackFactory) -> dict[str, Any]:
+    """Eps, steps and name of an attack factory, as far as it tells them."""
+    parameters = inspect.signature(attack).parameters
+    numbers = {name: parameters[name].default for name in _DEFAULT if name in parameters}
+    return {**numbers, "attack": _name(attack)}
+
+
+def _check_is_free(attack: AttackFactory, name: str, value: float) -> None:
+    set_by_attack = _keywords(attack)
+    if name in set_by_attack:
+        raise AttackError(
+            f"{name}={value!r} was given, and the attack sets {name}={set_by_attack[name]!r} itself; expected one of "
+            f"them. Leave out the keyword {name}, or make the attack without it."
+        )
+    parameters = inspect.signature(attack).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if name not in parameters and not takes_all:
+        raise AttackError(
+            f"{name}={value!r} was given, and attack={_name(attack)} takes no keyword {name}. Leave out {name}, or "
+            "pass an attack that takes it, such as torchattacks.PGD."
+        )
+
+
+def _keywords(attack: Any) -> dict[str, Any]:
+    """The keywords that were bound to a factory, through all layers of it."""
+    if isinstance(attack, partial):
+        return {**_keywords(attack.func), **attack.keywords}
+    inner = getattr(attack, "factory", None)
+    return {} if inner is None else _keywords(inner)
+
+
+def _name(attack: Any) -> str:
+    while isinstance(attack, partial):
+        attack = attack.func
+    return getattr(attack, "__name__", type(attack).__name__)

@@ -1,0 +1,223 @@
+"""What users may wrap, and what they may ask for; everything else is refused with the way out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pytorch_metric_learning import losses, miners, reducers
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import InputError
+
+_LOSSES = (
+    losses.BaseMetricLossFunction,
+    losses.CrossBatchMemory,
+    losses.MultipleLosses,
+    losses.SelfSupervisedLoss,
+    DistributedLossWrapper,
+)
+_MINERS = (miners.BaseMiner, DistributedMinerWrapper)
+_INSTEAD = {  # criterion of torch.nn -> loss of PML
+    "CrossEntropyLoss": "NormalizedSoftmaxLoss(num_classes=10, embedding_size=128)",
+    "NLLLoss": "NormalizedSoftmaxLoss(num_classes=10, embedding_size=128)",
+    "TripletMarginLoss": "TripletMarginLoss()",
+    "TripletMarginWithDistanceLoss": "TripletMarginLoss()",
+}
+
+
+def warmup_steps(warmup: float | None, total_steps: int | None, default: int) -> int:
+    """Over how many steps the attack grows to its full budget.
+
+    Args:
+        warmup: a number of steps (int), or a share of ``total_steps`` (float) in (0, 1]; None: the default.
+        total_steps: of the whole training.
+        default: number of steps.
+
+    Raises:
+        InputError: ``warmup`` is neither, or one of the two is missing, or would change nothing.
+    """
+    share = isinstance(warmup, float)
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
+        raise InputError(f"total_steps={total_steps!r}; expected a whole number of training steps, from 1 on.")
+    if total_steps is not None and not share:
+        raise InputError(
+            f"total_steps={total_steps} was given with warmup={warmup!r}, and would change nothing; expected warmup as "
+            "a share of it, such as warmup=0.5. To count in steps, leave out total_steps."
+        )
+    if warmup is None:
+        return default
+    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or warmup < 0 or (share and not warmup <= 1):
+        raise InputError(
+            f"warmup={warmup!r}; expected a whole number of training steps, 0 for none, or a share of total_steps, "
+            "above 0 and up to 1, such as warmup=0.5, total_steps=10_000."
+        )
+    if not isinstance(warmup, float):
+        return warmup
+    if total_steps is None:
+        raise InputError(
+            f"warmup={warmup!r} is a share of all training steps, whose number is not known. Add total_steps=epochs * "
+            "len(loader), or give warmup as a whole number of steps."
+        )
+    return math.ceil(warmup * total_steps)
+
+
+def check_loss(loss: Any, model: Any) -> None:
+    """Refuses what is not a metric loss, or is given in the wrong place.
+
+    Args:
+        loss: what is to be wrapped.
+        model: what is to be attacked.
+
+    Raises:
+        InputError: ``loss`` is not a metric loss, ``model`` is one, or the loss returns no scalar.
+    """
+    if isinstance(loss, type):
+        raise InputError(f"loss is the class {loss.__name__}; {_make(loss, 'AdversarialLoss')}")
+    if isinstance(loss, _MINERS):
+        raise InputError(
+            f"loss is the miner {_name(loss)}; expected a loss. Give its tuples to the loss, "
+            "loss_func(embeddings, labels, miner(embeddings, labels)), or wrap it in AdversarialMiner(miner, model)."
+        )
+    if not isinstance(loss, nn.Module):
+        raise InputError(
+            f"loss is {_article(loss)}; expected a loss of pytorch-metric-learning, such as ContrastiveLoss(), or a "
+            "torch.nn.Module of your own with forward(embeddings, labels)."
+        )
+    if isinstance(model, _LOSSES) and not isinstance(loss, _LOSSES):
+        raise InputError(
+            f"The arguments are in the wrong order: loss is {_name(loss)}, model is {_name(model)}. Write "
+            f"AdversarialLoss({_name(model)}(...), model)."
+        )
+    _check_model(model, "AdversarialLoss(loss, model)")
+    _check_criterion(loss)
+    _check_reducers(loss)
+
+
+def check_miner(miner: Any, model: Any) -> None:
+    """Refuses what is not a tuple miner, or is given in the wrong place.
+
+    Raises:
+        InputError: ``miner`` is not a miner, ``model`` is one, or each process mines for itself.
+    """
+    if isinstance(miner, type):
+        raise InputError(f"miner is the class {miner.__name__}; {_make(miner, 'AdversarialMiner')}")
+    if isinstance(model, _MINERS) and not isinstance(miner, _MINERS):
+        raise InputError(
+            f"The arguments are in the wrong order: miner is {_name(miner)}, model is {_name(model)}. Write "
+            f"AdversarialMiner({_name(model)}(...), model)."
+        )
+    if isinstance(miner, _LOSSES):
+        raise InputError(
+            f"miner is the loss {_name(miner)}; expected a tuple miner. Wrap a loss in AdversarialLoss(loss, model)."
+        )
+    if not callable(miner) or (isinstance(miner, nn.Module) and not _takes_two(miner)):
+        raise InputError(
+            f"miner is {_article(miner)}; expected a tuple miner of pytorch-metric-learning, such as BatchHardMiner()."
+        )
+    _check_model(model, "AdversarialMiner(miner, model)")
+    if isinstance(miner, DistributedMinerWrapper) and miner.efficient:
+        raise InputError(
+            "DistributedMinerWrapper has efficient=True: each process then mines for its own rows only. Use "
+            "efficient=False, with which the processes share one batch."
+        )
+
+
+def check_processes(loss: nn.Module) -> None:
+    """Refuses wrappers for several processes in places where they would not do what they are for.
+
+    Raises:
+        InputError: there is such a wrapper in the loss.
+    """
+    inner = [m for m in loss.modules() if isinstance(m, DistributedLossWrapper | DistributedDataParallel)]
+    if any(module is not loss or isinstance(module, DistributedDataParallel) for module in inner):
+        raise InputError(
+            f"loss holds {', '.join(map(_name, inner))} in a place where each evaluation would talk to the other "
+            "processes; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has parameters, put "
+            "DistributedDataParallel around the AdversarialLoss."
+        )
+    if getattr(loss, "efficient", False) and inner:
+        raise InputError(
+            "DistributedLossWrapper has efficient=True: each process then has tuples of its own, and gradients are not "
+            "those of one batch. Use efficient=False, with which the processes share one batch, or the loss without "
+            "the wrapper, with which each process has its own batch."
+        )
+
+
+def positional(module: nn.Module) -> list[str]:
+    """Names of the arguments that ``forward`` takes by position. ``*`` stands before one that takes any number."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    several = [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)] + several
+
+
+def shown(options: Mapping[str, Any], plugins: Iterable[Any] = (), **others: Any) -> str:
+    """Options as they are shown in a ``repr``, without those that are None: ``eps=8/255, steps=3, plugins=[HM]``."""
+    text = [f"{name}={value}" for name, value in {**options, **others}.items() if value is not None]
+    named = ", ".join(getattr(plugin, "__name__", type(plugin).__name__) for plugin in plugins)
+    return ", ".join([*text, f"plugins=[{named}]"] if named else text)
+
+
+def levels(eps: float) -> str:
+    """A radius in pixels of [0, 1], in levels of 255 where these are whole: ``8/255``."""
+    number = round(eps * 255)
+    return f"{number}/255" if number and math.isclose(number / 255, eps) else f"{eps:g}"
+
+
+def _check_model(model: Any, call: str) -> None:
+    if isinstance(model, type):
+        raise InputError(f"model is the class {model.__name__}; expected an object, such as {model.__name__}(...).")
+    if isinstance(model, (*_LOSSES, *_MINERS)):
+        raise InputError(
+            f"model is {_name(model)}; expected the module that turns images into embeddings, {call}, or None."
+        )
+
+
+def _check_criterion(loss: nn.Module) -> None:
+    name = _name(loss)
+    if getattr(type(loss).forward, "__module__", "") == "torch.nn.modules.loss":
+        instead = _INSTEAD.get(name, "ContrastiveLoss()")
+        raise InputError(
+            f"{name} of torch.nn is no metric loss: it is not called with embeddings and their labels. Use one of "
+            f"pytorch-metric-learning, such as AdversarialLoss({instead}, model)."
+        )
+    if not _takes_two(loss):
+        raise InputError(
+            f"loss is {_article(loss)}, whose forward takes {positional(loss)}; expected a loss with "
+            "forward(embeddings, labels), such as ContrastiveLoss(), in AdversarialLoss(loss, model)."
+        )
+
+
+def _check_reducers(loss: nn.Module) -> None:
+    for name, module in loss.named_modules():
+        if isinstance(module, reducers.DoNothingReducer):
+            raise InputError(
+                f"{_name(loss)} has a DoNothingReducer at .{name}, so it returns a dict and no scalar; expected a "
+                "reducer that returns a scalar, such as reducer=MeanReducer()."
+            )
+
+
+def _takes_two(module: nn.Module) -> bool:
+    names = positional(module)
+    return len(names) >= 2 or any(name.startswith("*") for name in names)
+
+
+def _make(kind: type, wrapper: str) -> str:
+    """How to make an object of a class."""
+    parameters = list(inspect.signature(kind).parameters.values())
+    needed = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return f"expected an object. Write {wrapper}({kind.__name__}({', '.join(needed)}), model)."
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
+
+
+def _article(value: Any) -> str:
+    return f"an object of {_name(value)}"
