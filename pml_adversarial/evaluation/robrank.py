@@ -59,13 +59,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pairwise_distance
 
+from ..attacks.checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..training.isolation import isolated, random_stream
+from ..training.numeric import unit_length
 from ..training.pixels import Normalization
 from .embedder import Embed, Embedder, batches, check_finite, embed_all
-from .gallery import unit_length
 from .images import Images, ImageSet
-from .options import check_whole, to_rows
+from .options import to_rows
 from .progress import progress_bar
 
 Version = Literal["published", "corrected"]
@@ -483,15 +484,11 @@ def _mean(values: Tensor) -> float:
 
 
 def _check(eps: float, alpha: float, steps: int, version: str, batch_size: int) -> None:
-    if not (0 <= eps <= 1 and 0 < alpha <= 1):
-        raise InputError(
-            f"eps={eps}, alpha={alpha}; expected eps from 0 to 1 and alpha above 0 up to 1, in pixels of [0, 1], such "
-            "as 8/255."
-        )
+    check_number("eps", eps, 0, 1, hint=", in pixels of [0, 1], such as 8/255")
+    check_number("alpha", alpha, 0, 1, above=True, hint=", in pixels of [0, 1], such as 3/255")
     check_whole("steps", steps)
     check_whole("batch_size", batch_size)
-    if version not in ("published", "corrected"):
-        raise InputError(f"version={version!r}; expected 'published' or 'corrected'.")
+    check_choice("version", version, ("published", "corrected"))
 
 
 def _queries(subset: int | Sequence[int] | Tensor | None, labels: Tensor) -> tuple[Tensor, int]:

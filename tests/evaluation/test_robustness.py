@@ -534,7 +534,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("norm", ["linf", "L1", None, 2])
     def test_norm(self, norm):
-        with pytest.raises(InputError, match=r"norm=.*; expected one of Linf, L2\."):
+        with pytest.raises(InputError, match=r"norm=.*; expected 'Linf' or 'L2'"):
             evaluated(norm=norm)
 
     @pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
