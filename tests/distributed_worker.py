@@ -3,7 +3,6 @@
 Run by torchrun with a folder as its argument; each rank leaves there what it saw. Nothing in here checks anything.
 """
 
-import copy
 import gc
 import sys
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pml_adversarial import AdversarialMiner, Plan, hookimpl
 from pml_adversarial.training import distributed
+from pml_adversarial.training.state import packed, unpacked
 
 WORLD, PER_RANK, SEED = 2, 6, 3
 LABELS = torch.tensor([0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 3, 3])  # each class on both ranks
@@ -333,8 +333,9 @@ def noises():
     rank = dist.get_rank()
     second, state = noise(5, 2)
     _, one_step = noise(5, 1)
-    weaker = copy.deepcopy(one_step)
-    weaker["_extra_state"]["strength"]["share"] = 0.5
+    remembered = unpacked(one_step["_extra_state"])
+    remembered["monitor"]["share"] = 0.5
+    weaker = {**one_step, "_extra_state": packed(remembered)}
     _, held_back = noise(6, 1, None if rank else weaker)
     return {
         "seed 5": noise(5)[0],
@@ -344,8 +345,8 @@ def noises():
         "second step, loaded": noise(6, 1, one_step)[0],
         "second step, loaded by rank 0": noise(6, 1, None if rank else one_step)[0],
         "each its own loss": noise(5, wrap=lambda loss: loss)[0],
-        "state": state["_extra_state"],
-        "share, loaded by rank 0": held_back["_extra_state"]["strength"]["share"],
+        "state": unpacked(state["_extra_state"]),
+        "share, loaded by rank 0": unpacked(held_back["_extra_state"])["monitor"]["share"],
     }
 
 

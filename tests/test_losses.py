@@ -1199,7 +1199,9 @@ class TestWrongArguments:
         embeddings = model(images)
         assert loss_func(embeddings, labels, miner(embeddings, labels)).isfinite()
 
-    @pytest.mark.parametrize("found", [None, "triplet", lambda embeddings, labels: embeddings.sum()], ids=str)
+    @pytest.mark.parametrize(
+        "found", [None, "triplet", lambda embeddings, labels: embeddings.sum()], ids=["none", "a word", "a function"]
+    )
     def test_what_is_no_module(self, found, model):
         with pytest.raises(InputError, match=r"expected a loss of pytorch-metric-learning, .* or a torch.nn.Module"):
             AdversarialLoss(found, model)

@@ -1,8 +1,8 @@
-"""The only door to torchattacks: attacks are built, given their strength, run, and held to their contract.
+"""Builds attacks, runs them, and checks what they return. The only module for training that knows torchattacks.
 
-An attack is a *factory*, called with the objective (a classifier-like module) and returning a callable
-``(inputs, labels) -> inputs``. A torchattacks class fits, with ``functools.partial`` for its options, if it raises
-the loss of a whole batch; the others are refused with their reason.
+An attack is given as a *factory*: it is called with the objective (a module like a classifier) and returns a callable
+``(inputs, labels) -> inputs``. A class of torchattacks is a factory, with ``functools.partial`` for its options, if it
+raises the loss of a whole batch. The other classes are refused, and the error gives the reason.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ logger = logging.getLogger("pml_adversarial")
 
 @runtime_checkable
 class Learns(Protocol):
-    """An attack that is told the gradient at the perturbed inputs which training's backward pass comes to anyway."""
+    """An attack that learns from the gradient at the perturbed inputs, which the backward pass of training computes."""
 
     def learn(self, gradient: Tensor) -> None:
-        """Gradient ``(M, ...)`` of what training lowers, at the inputs that the attack gave last."""
+        """Receives the gradient ``(M, ...)`` of the training loss at the inputs that the attack returned last."""
 
 
 _SCALED = ("eps", "alpha")
 _OUTSIDE = 1e-5
 
 _GATED_BY_SUCCESS = (torchattacks.APGD, torchattacks.CW, torchattacks.Square)
-"""Search with all they have, but hand back only rows that got misclassified, and others as they were."""
+"""Attacks that spend their whole budget, but return a row unchanged unless it was misclassified."""
 
 _NO_BOUNDARY = "it searches for the nearest decision boundary, and a score has none"
 _ROWS_APART = "it takes rows apart or repeats them, and each row's fixed context is known by its position"
 _NO_CLASSES = "it leads toward other classes, and a score has none"
-_NOT_UPWARD = "it does not raise the loss of a label, so it may as well lower the score"
+_NOT_UPWARD = "it does not raise the loss of a label, so the score may rise or fall"
 _NOT_FOR_TRAINING: dict[str, str] = {
     "APGDT": _NO_CLASSES,
     "AutoAttack": _NO_CLASSES,
@@ -60,28 +60,28 @@ _NOT_FOR_TRAINING: dict[str, str] = {
     "TPGD": _NOT_UPWARD,
     "VANILA": _NOT_UPWARD,
     "Jitter": "the noise that it adds to the output outweighs the gradient of two logits",
-    "MultiAttack": "it hands on only rows that a member got misclassified; pass its strongest member",
+    "MultiAttack": "it returns only rows that one of its attacks got misclassified; pass the strongest of them",
     "LGV": "it trains a classifier's weights on a data loader of its own",
 }
 
 
 def budget(factory: AttackFactory) -> dict[str, float]:
-    """The factory's ``eps`` and ``alpha``, as far as it has them as numbers."""
+    """The default values of the factory's ``eps`` and ``alpha``, where it has them and they are numbers."""
     parameters = inspect.signature(factory).parameters
     found = {name: parameters[name].default for name in _SCALED if name in parameters}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def check(factory: AttackFactory) -> None:
-    """Refuses what cannot be a factory, before anything is spent.
+    """Checks a factory before it is used.
 
     Raises:
-        AttackError: it cannot be called, is an attack already, cannot raise a score, has options that do not fit, or a
-            negative budget.
+        AttackError: the factory cannot be called, is an attack already, is a class that cannot raise a score, or has
+            options that do not fit or a negative budget.
     """
     if not callable(factory) or isinstance(factory, TorchAttack):
         raise AttackError(
-            f"attack={factory!r} is no factory; expected something to be called with the objective, such as "
+            f"attack={factory!r} is no factory; expected a callable that takes the objective, such as "
             "partial(torchattacks.PGD, eps=8/255)."
         )
     _check_kind(_class_of(factory))
@@ -96,10 +96,10 @@ def check(factory: AttackFactory) -> None:
 
 
 def check_warmup(factory: AttackFactory) -> None:
-    """Refuses to warm up an attack that has no ``eps`` to start from 0.
+    """Checks that an attack can be warmed up.
 
     Raises:
-        AttackError: the factory takes no ``eps`` with a number as its default.
+        AttackError: the factory has no ``eps`` with a number as its default, which could grow from 0.
     """
     if "eps" not in budget(factory):
         raise AttackError(
@@ -109,12 +109,18 @@ def check_warmup(factory: AttackFactory) -> None:
 
 
 def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -> Attack:
-    """The attack on ``objective``, with eps and alpha scaled by ``strength``.
+    """Makes the attack on an objective.
 
-    It is `unchanged` where eps is 0, and where the score is satisfied from the start.
+    Args:
+        factory: see the module.
+        objective: what is raised.
+        strength: share of the budget, from 0 to 1, by which eps and alpha are multiplied.
+
+    Returns:
+        The attack; `unchanged` where eps is 0, and where all rows are satisfied from the start.
 
     Raises:
-        AttackError: the factory returns something that cannot be called, or cannot raise a score.
+        AttackError: the factory returns something that cannot be called, or an attack that cannot raise a score.
     """
     full = budget(factory)
     if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
@@ -133,18 +139,18 @@ def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -
 
 
 class BestTried:
-    """An attack that gives, for each row that it would hand back as it was, the best of what it tried.
+    """Wraps an attack that returns some rows unchanged: they become the best inputs that the attack tried for them.
 
     Args:
-        attack: ``(inputs, labels) -> inputs``, gated by success.
-        objective: what it asks, see `objective.Objective`.
+        attack: ``(inputs, labels) -> inputs``.
+        objective: what the attack raises, see `objective.Objective`.
     """
 
     def __init__(self, attack: Attack, objective: Any) -> None:
         self.attack, self.objective = attack, objective
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Inputs ``(M, ...)`` -> perturbed inputs ``(M, ...)``."""
+        """Perturbs inputs ``(M, ...)``."""
         self.objective.keep_best(inputs)
         found = self.attack(inputs, labels)
         kept = (found == inputs).flatten(1).all(1)
@@ -152,27 +158,28 @@ class BestTried:
 
 
 def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
-    """The attack of strength 0: it returns its inputs, on purpose."""
+    """The attack of strength 0, which returns its inputs on purpose."""
     return inputs
 
 
 def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
-    """Runs an attack and holds it to its contract.
+    """Runs an attack and checks what it returns.
 
     Args:
         attack: ``(inputs, labels) -> inputs``.
         inputs: ``(M, ...)`` in [0, 1].
         labels: ``(M,)``.
-        objective: what is raised; it may say that the attack may leave all inputs as they were.
+        objective: what is raised. Where all rows are satisfied from the start, the attack is not run. Its score may
+            also allow that the attack leaves all inputs as they were.
 
     Returns:
-        ``(M, ...)`` in [0, 1], detached; ``inputs`` itself where it is right that they were left as they were.
+        ``(M, ...)`` in [0, 1], detached. Where the inputs may stay as they were, the same tensor ``inputs``.
 
     Raises:
-        AttackError: another type or shape came back, complex or sparse tensors, or values that are not finite,
-            outside [0, 1], or all as they were.
+        AttackError: the attack returned another type or shape, a complex or sparse tensor, values that are not finite
+            or outside [0, 1], or all inputs unchanged.
     """
-    if attack is unchanged:
+    if attack is unchanged or (objective is not None and objective.is_satisfied):  # attacks that `build` did not make
         return inputs
     perturbed: Any = attack(inputs.clone(), labels)  # a clone: what it changes in place has to count as changed
     name = type(attack.attack if isinstance(attack, BestTried) else attack).__name__
@@ -181,7 +188,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
     if perturbed.is_complex() or perturbed.layout != inputs.layout:
         raise AttackError(f"{name} returned {perturbed.layout}, {perturbed.dtype}; expected dense real numbers.")
-    perturbed = perturbed.detach().to(inputs)
+    perturbed = (perturbed.detach() if perturbed.requires_grad else perturbed).to(inputs)
     low, high = torch.aminmax(perturbed)
     low, high, changed = torch.stack([low, high, (perturbed != inputs).any().to(low)]).tolist()
     if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
@@ -196,7 +203,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
             f"{inputs.dtype} resolves, or it hands back only rows that got misclassified, and none ever is (use an "
             "attack that maximises a loss, such as PGD)."
         )
-    return perturbed.clamp(0, 1)
+    return perturbed if 0 <= low <= high <= 1 else perturbed.clamp(0, 1)
 
 
 def _class_of(factory: AttackFactory) -> Any:

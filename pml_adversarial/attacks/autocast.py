@@ -1,4 +1,4 @@
-"""The attack alone in lower precision; what is trained on is computed as ever."""
+"""Autocast: the attack runs in lower precision, and training in its own."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _LOWER = (torch.bfloat16, torch.float16)
 class Autocast:
     """An attack factory whose passes run under autocast.
 
-    Only the sign of a gradient moves an input, and distances are taken in single precision all the same. Attacks that
-    step by the size of a gradient are better left alone with float16, in which small ones become 0.
+    l-inf PGD uses only the sign of a gradient, and distances are computed in single precision all the same. In float16
+    small gradients become 0, so do not use it for attacks that depend on the size of a gradient.
 
-    Spares: time and memory where the device computes faster in lower precision; no passes.
+    It saves time and memory where the device computes faster in lower precision. It saves no passes.
 
     Args:
-        factory: the attack, see `attacks`.
+        factory: the attack factory, see `attacks`.
         dtype: torch.bfloat16 or torch.float16.
 
     Raises:
-        AttackError: another type, or the factory cannot be one.
+        AttackError: ``dtype`` is another type, or ``factory`` is no attack factory.
 
     Example:
         >>> from pml_adversarial.attacks import Autocast, budget, preset
@@ -41,10 +41,10 @@ class Autocast:
             raise AttackError(f"dtype={dtype!r}; expected one of {', '.join(map(str, _LOWER))}.")
         adapter.check(factory)
         self.factory, self.dtype = factory, dtype
-        self.__signature__ = signature(factory)  # by which the budget is found, and scaled
+        self.__signature__ = signature(factory)  # the budget is found in it
 
     def __call__(self, objective: Objective, **scaled: float) -> Attack:
-        """The attack on the objective."""
+        """Makes the attack on the objective."""
         attack = adapter.build(partial(self.factory, **scaled), objective)
 
         def lowered(inputs: Tensor, labels: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def check_steps(steps: Any, error: type[AdversarialError] = AttackError) -> int:
     Raises:
         AdversarialError: of the class ``error``; ``steps`` is no whole number from 1 on.
     """
-    return check_whole("steps", steps, error=error)
+    return check_whole("steps", steps, hint=", as the number of attack steps", error=error)
 
 
 def _range(low: float, high: float, above: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import AttackError
-from .ball import uniform_start
+from .ball import uniform_noise
 from .checks import check_number
 from .objective import Objective
 from .pgd import PGD
@@ -45,7 +45,7 @@ class NFGSM(PGD):
 
     def start(self, inputs: Tensor) -> Tensor:
         """The inputs with noise, which may lead out of [0, 1]."""
-        return inputs.add(uniform_start(inputs), alpha=self.spread * self.eps)
+        return uniform_noise(inputs, self.spread * self.eps).add_(inputs)
 
     def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that moves points into [0, 1]."""

@@ -1,8 +1,8 @@
-"""A fixed-context score, dressed as a classifier, so that attacks on classifiers raise it."""
+"""What an attack raises: a score of embeddings, which also looks like a classifier to attacks on classifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,9 +16,11 @@ from .ball import per_image
 Score = Callable[[Tensor], Tensor]
 """Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar.
 
-A score may have two attributes. ``satisfied(values) -> bool``, of ``(M,)`` or ``()`` values: rows that need no further
-perturbation. `pgd.PGD` lets them rest, and a batch of which all rows are satisfied from the start is not attacked.
-``may_be_flat = True``: an attack may leave all rows as they are where the score has no gradient.
+A score may have two attributes:
+
+- ``satisfied``, a function from scores ``(M,)`` to ``(M,)`` bool: rows that need no further perturbation. `pgd.PGD`
+  does not move them. A batch in which all rows are satisfied from the start is not attacked, whatever the attack is.
+- ``may_be_flat``: True if an attack may leave all rows as they are where the score has no gradient.
 """
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -31,73 +33,77 @@ _HIGHEST = 0.69  # just under log 2, the cross-entropy at which label 0 would lo
 
 
 class Objective(nn.Module):
-    """Two logits per row whose cross-entropy with label 0 grows with the row's score.
+    """A score that an attack raises, `score`; as a module it gives two logits per row, for attacks on classifiers.
 
-    Label 0 stays on top whatever the score, so no attack stops early because a row counts as misclassified. The
-    cross-entropy is a bounded function of the score with slowly decaying tails: no score is so large that its
-    gradient vanishes.
+    The cross-entropy of the logits with label 0 grows with the row's score. The logit of label 0 is the larger one at
+    any score, so no attack stops early because it takes a row for misclassified. The cross-entropy is bounded, and
+    approaches its bounds slowly: no score is so large that the gradient vanishes.
 
     Args:
         embed: inputs of the attack ``(M, ...)`` -> embeddings ``(M, D)``.
-        score: what is to be raised; everything else that it needs is held fixed in it.
-        clean: ``(M, D)`` embeddings of the unperturbed rows, from which the score is measured.
-        modules: the modules that ``embed`` runs through: attacks ask for their parameters and mode.
+        score: what is raised, see `Score`.
+        clean: ``(M, D)`` embeddings of the unperturbed rows. The logits depend on the difference from their score.
+        modules: the modules that ``embed`` runs through. Attacks ask for their parameters and mode.
+
+    Attributes:
+        satisfied: scores ``(M,)`` -> ``(M,)`` bool, rows that need no further perturbation; None if the score does not
+            say.
+        has_gradient: ``(M,)`` bool, rows that had a gradient in some pass; None before the first gradient.
+        best_inputs: see `keep_best`.
     """
 
     def __init__(
         self, embed: Callable[[Tensor], Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
         self.clean = self._latest = clean
         self._embed, self._score = embed, score
-        self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+        self.satisfied: Callable[[Tensor], Tensor] | None = getattr(score, "satisfied", None)
+        self.has_gradient: Tensor | None = None
         self.best_inputs: Tensor | None = None
-        self._watched_gradient = False
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """An empty parameter, by which attacks find the device of any model; then the parameters of the modules."""
+        yield nn.Parameter(self.clean.new_empty(0), requires_grad=False)
+        yield from super().parameters(recurse)
+
     @cached_property
     def clean_score(self) -> Tensor:
-        """``(M,)`` the score of the unperturbed rows."""
+        """``(M,)`` the score of the unperturbed rows. It is computed when it is first asked for."""
         with torch.no_grad():
             return self._per_row(self._score(self.clean))
 
-    def satisfied(self, values: Tensor) -> Tensor | None:
-        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
-        ask = getattr(self._score, "satisfied", None)
-        return None if ask is None else ask(values)
-
-    @property
+    @cached_property
     def is_satisfied(self) -> bool:
-        """Whether all rows are satisfied before any attack."""
-        found = self.satisfied(self.clean_score) if hasattr(self._score, "satisfied") else None
-        return found is not None and bool(found.all())
+        """Whether all rows are satisfied without an attack. On an accelerator the host waits for the answer."""
+        return self.satisfied is not None and bool(self.satisfied(self.clean_score).all())
 
     @property
     def may_stay(self) -> bool:
-        """Whether it is right that an attack leaves all rows as they are: the score is flat, and may be."""
+        """Whether an attack may leave all rows as they are: the score has no gradient, and says that this may be."""
         flat = getattr(self._score, "may_be_flat", False)
         return flat and (bool(self.zero_gradient.all()) or not bool(self.clean_score.any()))
 
     @property
     def zero_gradient(self) -> Tensor:
         """``(M,)`` bool: rows whose gradient was zero in every pass that asked for one."""
-        return ~self.has_gradient if self._watched_gradient else torch.zeros_like(self.has_gradient)
+        return self._no_rows() if self.has_gradient is None else ~self.has_gradient
 
     @property
     def labels(self) -> Tensor:
-        """``(M,)`` zeros: the label that every row has and that the attack leads it away from."""
-        return torch.zeros_like(self.has_gradient, dtype=torch.long)
+        """``(M,)`` zeros: the label whose cross-entropy an attack raises."""
+        return torch.zeros(len(self.clean), dtype=torch.long, device=self.clean.device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits ``(M, 2)`` of the perturbed rows.
 
         Raises:
-            AttackError: the attack asks about some of the rows; a row's context is known by its position.
+            AttackError: the attack asks about other rows than all ``M`` of them.
         """
         if len(inputs) != len(self.clean):
             raise AttackError(
@@ -134,7 +140,7 @@ class Objective(nn.Module):
         return self._per_row(self._score(embeddings))[rows]
 
     def keep_best(self, clean_inputs: Tensor) -> None:
-        """From now on, ``best_inputs`` is what raised each row's score most of all that was asked about."""
+        """From now on, ``best_inputs`` holds for each row the inputs with the highest score of all that were passed."""
         self.best_inputs, self._best_score = clean_inputs, self.clean_score
 
     def _keep_better(self, inputs: Tensor, score: Tensor) -> None:
@@ -145,9 +151,13 @@ class Objective(nn.Module):
         self.best_inputs = torch.where(per_image(better, inputs), inputs, self.best_inputs)
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
-        self._watched_gradient = True
-        found = gradient.reshape(len(gradient), -1).any(1)
-        self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
+        found = gradient.any(tuple(range(1, gradient.ndim))) if gradient.ndim > 1 else gradient != 0
+        if rows is not None:
+            found = self._no_rows().index_copy(0, rows, found)
+        self.has_gradient = found if self.has_gradient is None else self.has_gradient.logical_or(found)
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(len(self.clean), dtype=torch.bool, device=self.clean.device)
 
     def _per_row(self, score: Tensor) -> Tensor:
         count = len(self.clean)
@@ -162,9 +172,9 @@ class Objective(nn.Module):
 
 
 class _Logits(torch.autograd.Function):
-    """Scores ``(M,)`` -> logits ``(M, 2)``, with the derivative written out: an attack passes here in every step.
+    """Scores ``(M,)`` -> logits ``(M, 2)``. The derivative is written out, which saves operations in each attack step.
 
-    The cross-entropy, softplus(-lead), is made to be a sigmoid of the score with tails of 1 / |score|.
+    The cross-entropy, softplus(-lead), is a sigmoid of the score, with tails that fall like 1 / |score|.
     """
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttackError
-from .ball import per_image, project, uniform_start
+from .ball import per_image, project, uniform_noise
 from .checks import check_choice, check_eps, check_number, check_steps
 from .objective import Objective
 
@@ -72,13 +72,14 @@ class PGD:
         """The first points ``(M, ...)``."""
         if not self.random_start:
             return inputs
-        return inputs.add(uniform_start(inputs, self.norm), alpha=self.eps).clamp_(0, 1)
+        return uniform_noise(inputs, self.eps, self.norm).add_(inputs).clamp_(0, 1)
 
     def gradient(self, points: Tensor) -> Tensor:
         """The gradient ``(M, ...)`` of the scores; 0 for satisfied rows."""
         score, gradient = ascent(self.objective, points)
-        satisfied = self.objective.satisfied(score)
-        return gradient if satisfied is None else gradient.masked_fill(per_image(satisfied, gradient), 0)
+        if self.objective.satisfied is None:
+            return gradient
+        return gradient.masked_fill(per_image(self.objective.satisfied(score.detach()), gradient), 0)
 
     def step_size(self, step: int) -> float:
         """The length of a step, in pixels of [0, 1]."""
@@ -140,7 +141,7 @@ class MomentumPGD(PGD):
     def gradient(self, points: Tensor) -> Tensor:
         """The gradient of the scores. The points are remembered where they are the best so far."""
         score, gradient = ascent(self.objective, points)
-        self._keep_best(points, score)
+        self._keep_best(points, score.detach())
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def step_size(self, step: int) -> float:
@@ -166,7 +167,7 @@ class MomentumPGD(PGD):
 
 
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores ``(K,)`` of points ``(K, ...)``, detached, and the gradient ``(K, ...)`` of their sum.
+    """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
 
     Args:
         objective: what is raised.
@@ -176,7 +177,7 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
-    return score.detach(), gradient
+    return score, gradient
 
 
 def row_length(vectors: Tensor, mean_absolute: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import per_image, project, uniform_start
+from ..attacks.ball import per_image, project, uniform_noise
 from ..attacks.checks import check_eps, check_number, check_steps
 from ..attacks.objective import Attack, Objective
 from ..attacks.pgd import PGD
@@ -107,7 +107,7 @@ class ATTA:
         self._make_room(int(index.max()) + 1, inputs)
         found = cast(Tensor, self._found)
         known = per_image(self.known[index], inputs)
-        first = torch.where(known, found[index], eps * uniform_start(inputs))
+        first = torch.where(known, found[index], uniform_noise(inputs, eps))
         points = _FromPerturbation(objective, eps, alpha, self.steps, first)(inputs)
         found[index] = points - inputs
         self.known[index] = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import project, uniform_start
+from ..attacks.ball import project, uniform_noise
 from ..attacks.checks import check_eps, check_number
 from ..attacks.objective import Attack
 from ..errors import InputError
@@ -63,7 +63,7 @@ class _Continued:
         """Perturbs inputs ``(M, ...)``; a perturbation of another shape is replaced by a random one."""
         change = self.method._change
         if change is None or change.shape != inputs.shape:
-            change = self.eps * uniform_start(inputs)
+            change = uniform_noise(inputs, self.eps)
         points = project(inputs + change.to(inputs), inputs, self.eps)
         self.method._change = points - inputs
         return points

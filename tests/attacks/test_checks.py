@@ -77,5 +77,5 @@ def test_no_radius_in_l2(eps):
 
 @pytest.mark.parametrize("steps", [*NO_NUMBERS, 0, 2.5])
 def test_no_number_of_steps(steps):
-    with pytest.raises(AttackError, match=r"steps=.*; expected a whole number from 1 on\."):
+    with pytest.raises(AttackError, match=r"steps=.*; expected a whole number from 1 on, as the number"):
         check_steps(steps)

@@ -21,11 +21,11 @@ class TestNFGSM:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", kept)
             loss_func(context, labels)
-        (unit,) = drawn
-        start = images + 1.5 * EPS * unit
+        (noise,) = drawn
+        start = images + noise
         expected = start + 0.03 * signs_by_hand(model, start, context.detach(), labels)
-        assert unit.min() < -0.9
-        assert 0.9 < unit.max() <= 1
+        assert -1.5 * EPS <= noise.min() < -1.4 * EPS
+        assert 1.4 * EPS < noise.max() <= 1.5 * EPS
         assert torch.allclose(watch.adversarial.inputs, expected.clamp(0, 1), atol=1e-6)
         assert loss_func.perturbation_linf > EPS
 
