@@ -12,10 +12,11 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_collate
 
+from .attacks.checks import check_choice, check_whole
 from .errors import InputError
 from .evaluation import Report, RetrievalAttack, evaluate_robustness
 from .evaluation.embedder import Embedder
-from .evaluation.options import check_norm, check_whole, to_radii, to_recall_at
+from .evaluation.options import NORMS, to_radii, to_recall_at
 from .evaluation.results import TARGETS
 from .evaluation.suites import find_suite
 from .training.isolation import isolated
@@ -132,10 +133,10 @@ class AdversarialTester(_Proxy):
         attack_batch_size: int = 128,
     ) -> None:
         _check_kind(tester)
-        check_norm(norm)
+        check_choice("norm", norm, NORMS)
         check_whole("attack_batch_size", attack_batch_size)
         if max_queries is not None:
-            check_whole("max_queries", max_queries)
+            check_whole("max_queries", max_queries, hint=", or None for all")
         members = find_suite(attacks)[1]
         targets = {attack.name: attack.target for attack in members}
         names = _MetricNames(_radii(eps, norm), targets, tuple(to_recall_at(recall_at)))

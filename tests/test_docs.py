@@ -177,6 +177,16 @@ def test_paths_of_commands_are_there():
     assert all((ROOT / path).exists() for path in named - {"docs/_build"}), named
 
 
+def test_every_file_of_the_package_is_on_the_page_of_the_architecture():
+    package = ROOT / "pml_adversarial"
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (At the root|`\w+/`)\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    for folder in [package, *(path for path in package.iterdir() if (path / "__init__.py").exists())]:
+        section = sections["At the root" if folder == package else f"`{folder.name}/`"]
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert set(re.findall(r"`(\w+\.py)`", section)) == files, folder
+
+
 def test_every_page_is_in_a_table_of_contents():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     listed = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")}

@@ -181,7 +181,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
     if perturbed.is_complex() or perturbed.layout != inputs.layout:
         raise AttackError(f"{name} returned {perturbed.layout}, {perturbed.dtype}; expected dense real numbers.")
-    perturbed = perturbed.detach().to(inputs)
+    perturbed = (perturbed.detach() if perturbed.requires_grad else perturbed).to(inputs)
     low, high = torch.aminmax(perturbed)
     low, high, changed = torch.stack([low, high, (perturbed != inputs).any().to(low)]).tolist()
     if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
@@ -196,7 +196,7 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
             f"{inputs.dtype} resolves, or it hands back only rows that got misclassified, and none ever is (use an "
             "attack that maximises a loss, such as PGD)."
         )
-    return perturbed.clamp(0, 1)
+    return perturbed if 0 <= low <= high <= 1 else perturbed.clamp(0, 1)
 
 
 def _class_of(factory: AttackFactory) -> Any:

@@ -121,4 +121,4 @@ def check_steps(steps: Any) -> int:
     Raises:
         AttackError: ``steps`` is no whole number from 1 on.
     """
-    return check_whole("steps", steps, error=AttackError)
+    return check_whole("steps", steps, hint=", as the number of attack steps", error=AttackError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -48,17 +48,21 @@ class Objective(nn.Module):
         self, embed: Callable[[Tensor], Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.device_marker = nn.Parameter(clean.new_empty(0), requires_grad=False)  # attacks look for a device here
         self.watched = nn.ModuleList(modules)
         self._embed, self._score, self._stand = embed, score, clean
         self.clean = clean
-        self.has_gradient = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+        self.satisfied: Callable[[Tensor], Tensor] | None = getattr(score, "satisfied", None)
+        self.has_gradient: Tensor | None = None
         self.best_inputs: Tensor | None = None
-        self._watched_gradient = False
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the modules, after an empty one: attacks look here for the device, and a model may have none."""
+        yield nn.Parameter(self.clean.new_empty(0), requires_grad=False)
+        yield from super().parameters(recurse)
 
     @cached_property
     def clean_score(self) -> Tensor:
@@ -66,16 +70,10 @@ class Objective(nn.Module):
         with torch.no_grad():
             return self._rows(self._score(self.clean), len(self.clean)).float()
 
-    def satisfied(self, values: Tensor) -> Tensor | None:
-        """``(M,)`` bool, rows that these scores ``(M,)`` call satisfied; None: the score does not tell."""
-        ask = getattr(self._score, "satisfied", None)
-        return None if ask is None else ask(values)
-
     @property
     def is_satisfied(self) -> bool:
         """Whether all rows are satisfied before any attack."""
-        found = self.satisfied(self.clean_score) if hasattr(self._score, "satisfied") else None
-        return found is not None and bool(found.all())
+        return self.satisfied is not None and bool(self.satisfied(self.clean_score).all())
 
     @property
     def may_stay(self) -> bool:
@@ -86,12 +84,12 @@ class Objective(nn.Module):
     @property
     def zero_gradient(self) -> Tensor:
         """``(M,)`` bool: rows whose gradient was zero in every pass that asked for one."""
-        return ~self.has_gradient if self._watched_gradient else torch.zeros_like(self.has_gradient)
+        return self._no_rows() if self.has_gradient is None else ~self.has_gradient
 
     @property
     def labels(self) -> Tensor:
         """``(M,)`` zeros: the label that every row has and that the attack leads it away from."""
-        return torch.zeros_like(self.has_gradient, dtype=torch.long)
+        return torch.zeros(len(self.clean), dtype=torch.long, device=self.clean.device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits ``(M, 2)`` of the perturbed rows.
@@ -125,8 +123,8 @@ class Objective(nn.Module):
             inputs.register_hook(partial(self._watch_gradient, rows))
         embeddings = self._embed(inputs)
         if rows is not None:
-            embeddings = self._stand.index_copy(0, rows, embeddings.to(self._stand.dtype))
-        self._stand = embeddings.detach()
+            embeddings = self._stand.detach().index_copy(0, rows, embeddings.to(self._stand.dtype))
+        self._stand = embeddings
         score = self._rows(self._score(embeddings), len(self.clean)).float()
         return score if rows is None else score[rows]
 
@@ -142,9 +140,13 @@ class Objective(nn.Module):
         self.best_inputs = torch.where(per_image(better, inputs), inputs, self.best_inputs)
 
     def _watch_gradient(self, rows: Tensor | None, gradient: Tensor) -> None:
-        self._watched_gradient = True
-        found = gradient.reshape(len(gradient), -1).any(1)
-        self.has_gradient |= found if rows is None else torch.zeros_like(self.has_gradient).index_copy(0, rows, found)
+        found = gradient.any(tuple(range(1, gradient.ndim))) if gradient.ndim > 1 else gradient != 0
+        if rows is not None:
+            found = self._no_rows().index_copy(0, rows, found)
+        self.has_gradient = found if self.has_gradient is None else self.has_gradient.logical_or(found)
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(len(self.clean), dtype=torch.bool, device=self.clean.device)
 
     @staticmethod
     def _rows(score: Tensor, count: int) -> Tensor:
@@ -153,7 +155,7 @@ class Objective(nn.Module):
             raise AttackError(
                 f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
             )
-        return score.expand(count)
+        return score if score.shape == (count,) else score.expand(count)
 
 
 class _Logits(torch.autograd.Function):

@@ -8,6 +8,8 @@ this package is a `PGD` with some parts of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,12 +63,14 @@ class PGD:
             score, gradient = ascent(self.objective, points)
             self.seen(points, score)
             moved = self.project(points.add(self.direction(gradient), alpha=self.step_size(step)), inputs)
-            points = self._without_satisfied(points, moved, score)
+            points = moved if self.objective.satisfied is None else self._without_satisfied(points, moved, score)
         return self.result(points)
 
     def start(self, inputs: Tensor) -> Tensor:
         """The first point ``(M, ...)``."""
-        return self.project(inputs + self.eps * uniform_start(inputs), inputs) if self.random_start else inputs
+        if not self.random_start:
+            return inputs
+        return self.project(torch.empty_like(inputs).uniform_(-self.eps, self.eps).add_(inputs), inputs)
 
     def step_size(self, step: int) -> float:
         """Length of a step."""
@@ -88,8 +92,8 @@ class PGD:
         return points
 
     def _without_satisfied(self, points: Tensor, moved: Tensor, score: Tensor) -> Tensor:
-        satisfied = self.objective.satisfied(score)
-        return moved if satisfied is None else torch.where(per_image(satisfied, points), points, moved)
+        satisfied = cast(Callable[[Tensor], Tensor], self.objective.satisfied)(score.detach())
+        return torch.where(per_image(satisfied, points), points, moved)
 
 
 class MomentumPGD(PGD):
@@ -142,6 +146,7 @@ class MomentumPGD(PGD):
 
     def seen(self, points: Tensor, score: Tensor) -> None:
         """Keeps the points that are the best so far."""
+        score = score.detach()
         higher = score > self._highest
         self._best = torch.where(per_image(higher, points), points, self._best)
         self._highest = torch.maximum(self._highest, score)
@@ -163,7 +168,7 @@ class MomentumPGD(PGD):
 
 
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores ``(K,)`` of points ``(K, ...)``, detached, and the gradient ``(K, ...)`` of their sum.
+    """Scores ``(K,)`` of points ``(K, ...)``, whose graph is gone, and the gradient ``(K, ...)`` of their sum.
 
     Args:
         objective: what is raised.
@@ -173,4 +178,4 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
-    return score.detach(), gradient
+    return score, gradient

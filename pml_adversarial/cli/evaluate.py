@@ -93,7 +93,7 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     settings: dict[str, Any] = {
-        "eps": parse_radii(eps, 1.0 if norm == "Linf" else float("inf")),
+        "eps": parse_radii(eps, norm),
         "norm": norm,
         "attacks": attacks if attacks in SUITES else _attacks(attacks),
         "recall_at": _numbers(recall_at, "--recall-at"),

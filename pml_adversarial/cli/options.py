@@ -13,6 +13,8 @@ from typing import Any
 import click
 import torch
 
+from ..evaluation.options import to_radii
+
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""
 
@@ -79,22 +81,20 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def parse_radii(text: str, largest: float = 1.0) -> tuple[float, ...]:
+def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
     """Radii from numbers or fractions with commas, ascending.
 
     >>> parse_radii("8/255,0.01")
     (0.01, 0.03137254901960784)
     """
     try:
-        found = tuple(sorted({float(Fraction(value.strip())) for value in text.split(",")}))
+        found = [float(Fraction(value.strip())) for value in text.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise click.BadParameter(
             f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
         ) from error
-    if not all(0 < radius <= largest for radius in found):
-        up_to = f" and up to {largest:g}" if largest < float("inf") else ""
-        raise click.BadParameter(f"{text!r}; expected radii above 0{up_to}.", param_hint="--eps")
-    return found
+    radii: tuple[float, ...] = try_option(lambda: to_radii(found, norm), "--eps")
+    return radii
 
 
 def check_device(name: str) -> str:

@@ -13,7 +13,7 @@ from ..attacks.objective import Objective, Score
 from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
 from .embedder import Embed
-from .gallery import Gallery, Ranking, ReplacedItems, Targets, unit_length
+from .gallery import Gallery, Ranking, ReplacedItems, Targets, unit_or_zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class QueryAttack:
         images = projected(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
-        shift = (unit_length(embeddings) - unit_length(batch.clean)).norm(dim=1)
+        shift = (unit_or_zero(embeddings) - unit_or_zero(batch.clean)).norm(dim=1)
         return AttackOutcome(images, batch.gallery.ranking(embeddings, batch.targets, depth), shift)
 
 
@@ -122,7 +122,7 @@ class GalleryAttack:
         with torch.no_grad():
             embeddings = batch.embed(images)
         ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, ReplacedItems(items, embeddings))
-        return AttackOutcome(images, ranking, (unit_length(embeddings) - origin).norm(dim=1))
+        return AttackOutcome(images, ranking, (unit_or_zero(embeddings) - origin).norm(dim=1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch
 from .embedder import batches
-from .gallery import Gallery, Targets, unit_length
+from .gallery import Gallery, Targets, unit_or_zero
 from .results import AttackResult, Check, decode_flags
 from .suites import margin_score
 from .task import RetrievalTask
@@ -399,7 +399,7 @@ def _directed(direction: Tensor, norm: str) -> Tensor:
 def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
     """Unit embeddings ``(Q, D)``. A model that draws random numbers draws the same ones in each call."""
     with random_stream(0, 0):
-        return unit_length(batch.embed(images))
+        return unit_or_zero(batch.embed(images))
 
 
 def _random_point(batch: QueryBatch, eps: float) -> Tensor:
@@ -471,15 +471,17 @@ def _differences(batch: QueryBatch) -> Tensor:
     """``(Q, 2)`` distance of embeddings from those of a second call, and from those of other, reversed batches."""
     back = torch.arange(len(batch)).flip(0)
     with torch.no_grad():
-        first, again = (unit_length(batch.embed(batch.images)) for _ in range(2))
-        halves = torch.cat([unit_length(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)])
+        first, again = (unit_or_zero(batch.embed(batch.images)) for _ in range(2))
+        halves = torch.cat(
+            [unit_or_zero(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)]
+        )
     return torch.stack([(again - first).norm(dim=1), (halves[back] - first).norm(dim=1)], 1)
 
 
 def _decided(batch: QueryBatch, precision: float) -> Tensor:
     """``(Q, 2)`` by how much the right item is nearer in cosine, and how much of that rounding may change."""
     wrong, right = batch.gallery.hardest(batch.clean, batch.targets)
-    vectors = torch.stack([unit_length(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
+    vectors = torch.stack([unit_or_zero(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
 
     def margin(query: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         return (query * (right - wrong)).sum(1)

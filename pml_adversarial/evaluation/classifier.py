@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedder import Embed
-from .gallery import Gallery, Targets, unit_length
+from .gallery import Gallery, Targets, unit_or_zero
 
 _POWER = {"Linf": torch.inf, "L2": 2.0}
 _LOGIT_SPREAD = 10.0
@@ -69,7 +69,7 @@ class RetrievalClassifier(nn.Module):
             images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
         """
         embeddings = self._embed(images.to(self._images.dtype))  # torchattacks gives float32 only
-        similarities = unit_length(embeddings) @ self._gallery.embeddings.T
+        similarities = unit_or_zero(embeddings) @ self._gallery.embeddings.T
         own = self._own(images)
         if own is not None:
             place = torch.zeros_like(similarities, dtype=torch.bool)

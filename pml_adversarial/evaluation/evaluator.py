@@ -16,7 +16,7 @@ from ..training.isolation import random_stream
 from ..training.tuples import rank_in_group
 from . import metrics
 from .attacks import QueryBatch, RetrievalAttack
-from .gallery import unit_length
+from .gallery import unit_or_zero
 from .metrics import PerQuery
 from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase, encode_flags
 from .task import RetrievalTask
@@ -132,7 +132,7 @@ class Evaluator:
 
     def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float:
         """NMI of the queries' embeddings, ``key`` being "clean" or an eps."""
-        return metrics.nmi(unit_length(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+        return metrics.nmi(unit_or_zero(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
 
     def examples(self, batch: BatchResult) -> tuple[Example, ...]:
         """Some queries with the items that they find, as `evaluate_batch` kept them."""

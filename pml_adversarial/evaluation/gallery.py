@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from ..training.numeric import unit_length
 from .embedder import batches
 
 TIE = 1e-6
@@ -104,7 +104,7 @@ class Gallery:
     """
 
     def __init__(self, embeddings: Tensor, labels: Tensor, block: int = 8192) -> None:
-        self.embeddings = unit_length(embeddings.detach())
+        self.embeddings = unit_or_zero(embeddings.detach())
         self.labels = labels
         self.block = block
         self.classes, self.columns, self.class_sizes = labels.unique(return_inverse=True, return_counts=True)
@@ -148,17 +148,17 @@ class Gallery:
         At 0 or above, the query fails; so a tie counts as a failure. It has a gradient. Every query needs a right item.
         """
         wrong, right = self.hardest(queries, targets)
-        return (unit_length(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1) + TIE
+        return (unit_or_zero(queries) * (self.embeddings[wrong] - self.embeddings[right])).sum(1) + TIE
 
     def ranking(self, queries: Tensor, targets: Targets, depth: int, replaced: ReplacedItems | None = None) -> Ranking:
         """The ``depth`` nearest right items and the ``depth`` nearest wrong items of each query."""
         right, wrong = self._heads(queries, targets, depth, replaced)
         return Ranking(right.similarities, wrong.similarities, self.num_right(targets))
 
-    def nearest(self, queries: Tensor, own: Tensor, count: int, replaced: ReplacedItems | None = None) -> Tensor:
+    def nearest(self, queries: Tensor, own: Tensor, count: int) -> Tensor:
         """``(Q, count)`` indices of the nearest items, nearest first."""
         head = _Head.empty(queries, self.embeddings.dtype)
-        for rows, similarities, _ in self._blocks(queries, Targets(own, own), replaced):
+        for rows, similarities, _ in self._blocks(queries, Targets(own, own), None):
             head = head.joined(similarities, rows, count)
         return head.items
 
@@ -176,19 +176,18 @@ class Gallery:
         self, queries: Tensor, targets: Targets, replaced: ReplacedItems | None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each block: its items; similarities ``(Q, block)``, -inf for the query itself; which items are right."""
-        queries = unit_length(queries.detach())
+        queries = unit_or_zero(queries.detach())
         for rows in batches(len(self), self.block):
             similarities = queries @ self.embeddings[rows].T
             if replaced is not None:
-                _put(similarities, rows, replaced.items, (queries * unit_length(replaced.embeddings)).sum(1))
+                _put(similarities, rows, replaced.items, (queries * unit_or_zero(replaced.embeddings)).sum(1))
             _put(similarities, rows, targets.own, torch.full_like(similarities[:, 0], -torch.inf))
             yield rows, similarities, targets.labels.unsqueeze(1) == self.labels[rows]
 
 
-def unit_length(embeddings: Tensor) -> Tensor:
-    """Embeddings scaled to length 1, in single precision at least. One that is not finite becomes 0."""
-    real = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return normalize(torch.where(real.isfinite().all(1, keepdim=True), real, 0.0))
+def unit_or_zero(embeddings: Tensor) -> Tensor:
+    """Embeddings ``(N, D)`` of length 1, in single precision at least. One that is not finite becomes 0."""
+    return unit_length(torch.where(embeddings.isfinite().all(1, keepdim=True), embeddings, 0.0))
 
 
 def _put(similarities: Tensor, rows: slice, items: Tensor, values: Tensor) -> None:

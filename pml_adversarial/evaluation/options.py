@@ -14,26 +14,6 @@ from ..errors import InputError
 NORMS = ("Linf", "L2")
 
 
-def check_norm(norm: str) -> None:
-    """Refuses a norm that attacks do not know.
-
-    Raises:
-        InputError: the norm is unknown.
-    """
-    if norm not in NORMS:
-        raise InputError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
-
-
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuses what is not a whole number from ``least`` on.
-
-    Raises:
-        InputError: the value is something else.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name}={value!r}; expected a whole number from {least} on.")
-
-
 def check_probability(name: str, value: float) -> None:
     """Refuses what is not strictly between 0 and 1.
 

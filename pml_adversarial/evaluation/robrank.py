@@ -59,13 +59,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pairwise_distance
 
+from ..attacks import PGD, Objective
+from ..attacks.checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..training.isolation import isolated, random_stream
+from ..training.numeric import unit_length
 from ..training.pixels import Normalization
 from .embedder import Embed, Embedder, batches, check_finite, embed_all
-from .gallery import unit_length
 from .images import Images, ImageSet
-from .options import check_whole, to_rows
+from .options import to_rows
 from .progress import progress_bar
 
 Version = Literal["published", "corrected"]
@@ -241,7 +243,7 @@ def robrank_scores(
                 found, pixels = {"clean": batch.nearest_is_right(batch.clean)}, gallery[batch.own]
                 for attack, draw in zip(_ATTACKS, draws[rows].unbind(1), strict=True):
                     target = attack.choose(batch, draw)
-                    perturbed = _descend(embed, pixels, attack.loss(batch, target), eps, alpha, steps)
+                    perturbed = _lower(embed, pixels, batch.clean, attack.loss(batch, target), eps, alpha, steps)
                     with torch.no_grad():
                         moved = unit_length(embed(perturbed))
                     found |= {name: measure(batch, target, moved) for name, measure in attack.measures.items()}
@@ -253,15 +255,12 @@ def robrank_scores(
     return RobRankScores(scores, version, eps, alpha, steps, queries, left_out, values["clean"], flags, seed)
 
 
-def _descend(embed: Embed, images: Tensor, loss: Loss, eps: float, alpha: float, steps: int) -> Tensor:
-    """The last of the sign steps that lower each row's loss, from the clean image, within the ball and [0, 1]."""
-    low, high = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
-    point = images
-    for _ in range(steps):
-        point = point.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(unit_length(embed(point))).sum(), point)
-        point = (point.detach() - alpha * gradient.sign()).clamp(low, high)
-    return point
+def _lower(embed: Embed, images: Tensor, clean: Tensor, loss: Loss, eps: float, alpha: float, steps: int) -> Tensor:
+    """Images whose loss was lowered by sign steps from the clean ones, within the ball and [0, 1]."""
+    if not eps:
+        return images
+    objective = Objective(embed, lambda embeddings: -loss(unit_length(embeddings)), clean)
+    return PGD(objective, eps, alpha, steps, random_start=False)(images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,15 +482,11 @@ def _mean(values: Tensor) -> float:
 
 
 def _check(eps: float, alpha: float, steps: int, version: str, batch_size: int) -> None:
-    if not (0 <= eps <= 1 and 0 < alpha <= 1):
-        raise InputError(
-            f"eps={eps}, alpha={alpha}; expected eps from 0 to 1 and alpha above 0 up to 1, in pixels of [0, 1], such "
-            "as 8/255."
-        )
+    check_number("eps", eps, 0, 1, hint=", in pixels of [0, 1], such as 8/255")
+    check_number("alpha", alpha, 0, 1, above=True, hint=", in pixels of [0, 1], such as 3/255")
     check_whole("steps", steps)
     check_whole("batch_size", batch_size)
-    if version not in ("published", "corrected"):
-        raise InputError(f"version={version!r}; expected 'published' or 'corrected'.")
+    check_choice("version", version, ("published", "corrected"))
 
 
 def _queries(subset: int | Sequence[int] | Tensor | None, labels: Tensor) -> tuple[Tensor, int]:

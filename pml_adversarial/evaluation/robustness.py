@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attacks.checks import check_choice, check_whole
 from ..training.isolation import isolated, random_stream
 from ..training.pixels import Normalization, PixelSpace
 from . import metrics
@@ -20,7 +21,7 @@ from .checks import run_checks
 from .embedder import batches, embed_all
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images
-from .options import check_norm, check_whole, to_radii, to_recall_at, to_whole_numbers
+from .options import NORMS, to_radii, to_recall_at, to_whole_numbers
 from .progress import progress_bar
 from .report import Report
 from .results import decode_flags
@@ -79,7 +80,7 @@ def evaluate_robustness(
     Raises:
         InputError: the inputs cannot be evaluated, or the folder ``resume`` belongs to another evaluation.
     """
-    check_norm(norm)
+    check_choice("norm", norm, NORMS)
     check_whole("batch_size", batch_size)
     radii = to_radii(eps, norm)
     suite, members = find_suite(attacks)

@@ -34,16 +34,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.special import ndtr, ndtri
 
+from ..attacks.checks import check_number, check_whole
 from ..errors import InputError
 from ..training.isolation import isolated, random_stream
+from ..training.numeric import unit_length
 from ..training.pixels import Normalization
 from . import binomial
 from .embedder import Embed, Embedder, batches, check_finite, embed_all
 from .images import Images, ImageSet
-from .options import check_probability, check_whole, to_radii
+from .options import check_probability, to_radii
 from .progress import progress_bar
 
 _QUANTILES = ndtr(torch.linspace(-3, 2.5, 15, dtype=torch.float64)).tolist()  # denser at both ends
@@ -261,7 +262,7 @@ def smoothed_embeddings(
         _embed_noisy(embed, images[rows], sigma, samples, batch_size).unflatten(0, (-1, samples)).mean(1)
         for rows in batches(len(images), max(1, batch_size // samples))
     ]
-    return normalize(torch.cat(means))
+    return unit_length(torch.cat(means))
 
 
 class _Pairs:
@@ -294,7 +295,7 @@ class _Pairs:
         spread = self._variance(self.right).unsqueeze(1) + self._variance(wrong)
         spread = spread - 2 * self.right @ self.covariance @ wrong.T
         best = (lead / spread.clamp(min=_ROUNDING**2).sqrt()).argmax(0)
-        return normalize(self.right[best] - wrong)
+        return unit_length(self.right[best] - wrong)
 
     def _variance(self, items: Tensor) -> Tensor:
         return (items @ self.covariance * items).sum(1)
@@ -355,7 +356,7 @@ def _embed_noisy(embed: Embed, images: Tensor, sigma: float, samples: int, batch
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    return normalize(check_finite(embeddings).double())
+    return unit_length(check_finite(embeddings).double())
 
 
 def _has_right_item(queries: ImageSet, items: ImageSet, samples: int, alpha: float) -> Tensor:
@@ -392,8 +393,7 @@ def _check(
     block: int,
 ) -> tuple[float, ...]:
     """The radii, ascending, after all settings were checked."""
-    if not (0 < sigma < math.inf):
-        raise InputError(f"sigma={sigma}; expected a finite number above 0, in pixels of [0, 1], such as 0.25.")
+    check_number("sigma", sigma, above=True, hint=", in pixels of [0, 1], such as 0.25")
     check_probability("alpha", alpha)
     check_whole("samples", samples, 2)
     check_whole("selection_samples", selection_samples, 2)

@@ -15,7 +15,7 @@ from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
-from .gallery import Targets, unit_length
+from .gallery import Targets, unit_or_zero
 
 # Scores of perturbed queries, by batch and number of the restart.
 
@@ -37,15 +37,15 @@ def targeted_score(batch: QueryBatch, restart: int) -> Score:
 
     def score(queries: Tensor) -> Tensor:
         wrong, right = (gallery.hardest(queries, targets)[1] for targets in (wrong_class, batch.targets))
-        return (unit_length(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
+        return (unit_or_zero(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
 
     return score
 
 
 def shift_score(batch: QueryBatch, restart: int) -> Score:
     """How far the embedding is from that of the clean query, whatever the gallery holds."""
-    origin = unit_length(batch.clean)
-    return lambda queries: (unit_length(queries) - origin).square().sum(1)
+    origin = unit_or_zero(batch.clean)
+    return lambda queries: (unit_or_zero(queries) - origin).square().sum(1)
 
 
 def gradient_attack(
@@ -99,14 +99,14 @@ def nearest_right(batch: QueryBatch, restart: int) -> Tensor:
 
 def promotion(batch: QueryBatch) -> Score:
     """How similar the item is to the query."""
-    query = unit_length(batch.clean)
-    return lambda items: (unit_length(items) * query).sum(1)
+    query = unit_or_zero(batch.clean)
+    return lambda items: (unit_or_zero(items) * query).sum(1)
 
 
 def demotion(batch: QueryBatch) -> Score:
     """How dissimilar the item is to the query."""
-    query = unit_length(batch.clean)
-    return lambda items: -(unit_length(items) * query).sum(1)
+    query = unit_or_zero(batch.clean)
+    return lambda items: -(unit_or_zero(items) * query).sum(1)
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from ..attacks import adapter, keywords
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
-from ..training.batch import Adversarial, Batch
+from ..training.batch import Adversarial, Batch, CallSignature
 from ..training.calls import Enqueuing, check_scalar, name_of
 from ..training.isolation import random_stream
 from ..training.loss_support import Copies, LossSupport, support_of
-from ..training.loss_trials import CallSignature, LossTrials, call_signature, with_copies
+from ..training.loss_trials import LossTrials, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 from ..training.options import levels, shown
 from ..training.plan import Plan, clean_loss, plan_rows, replace_rows
 from ..training.records import nobody_perturbed
-from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles
+from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles, take
 from .hookspecs import hookimpl
 
 logger = logging.getLogger("pml_adversarial")
@@ -102,7 +102,7 @@ class FixedContext:
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
         self.copies = self._checked_copies(copies)
-        self._asked: dict[CallSignature, LossSupport] = {}
+        self._supports: dict[CallSignature, LossSupport] = {}
         self._accepted: set[CallSignature] = set()
         self._said: set[str] = set()
 
@@ -132,7 +132,7 @@ class FixedContext:
             if isinstance(wrapped, Enqueuing):
                 rows = rows[rows < batch.num_queries]  # the others join the memory as they are
             self._check_inputs_known(rows, batch)
-            plan = replace_rows(rows, len(batch), None).split(batch.num_queries)
+            plan = replace_rows(rows, batch.num_rows, None).split(batch.num_queries)
         elif (tuples := own_tuples(wrapped, batch)) is None:
             plan = self._plan_without_tuples(batch)
         else:
@@ -184,15 +184,15 @@ class FixedContext:
         if not len(rows):
             return nobody_perturbed(batch.strength)
         change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
-        shift = batch.own(adversarial.embeddings - batch.embeddings[plan.rows], plan.rows).float()
+        shift = batch.own(adversarial.embeddings - take(batch.embeddings, plan.rows), plan.rows).float()
         return {
             "strength": batch.strength,
             "num_perturbed": len(rows),
-            "perturbation_linf": change.abs().max(),
+            "perturbation_linf": torch.linalg.vector_norm(change, torch.inf),
             "perturbation_l2": change.norm(dim=1).mean(),
             "embedding_shift": shift.norm(dim=1).mean(),
-            "share_score_rose": (adversarial.score_after > adversarial.score_before).float().mean(),
-            "share_zero_gradient": adversarial.zero_gradient.float().mean(),
+            "share_score_rose": (adversarial.score_after > adversarial.score_before).mean(dtype=torch.float32),
+            "share_zero_gradient": adversarial.zero_gradient.mean(dtype=torch.float32),
             "attack_seconds": adversarial.seconds,
         }
 
@@ -202,11 +202,11 @@ class FixedContext:
                 f"perturb={self.roles}: without labels and tuples there are no roles, so all rows are perturbed."
             )
         known = consecutive(0, batch.num_attackable, batch.embeddings.device)
-        return replace_rows(known, len(batch), None).split(batch.num_queries)
+        return replace_rows(known, batch.num_rows, None).split(batch.num_queries)
 
     def _plan_of_tuples(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> Plan:
         """The plan with copies for the chosen roles; where the loss does not take it, the one that replaces rows."""
-        replaced = plan_rows(tuples, self.roles, len(batch))
+        replaced = plan_rows(tuples, self.roles, batch.num_rows)
         self._check_inputs_known(replaced.rows, batch)
         given = tuples_to_give(wrapped, batch, tuples, self.tuples_per_anchor is not None)
         replaced = Plan(replaced.rows, replaced.pool_indices, given).split(batch.num_queries)
@@ -214,7 +214,7 @@ class FixedContext:
             return replaced
         name, several = name_of(wrapped), (self.tuples_per_anchor or 1) > 1
         support = self._support_of(wrapped, batch)
-        copies = support.copies_for(self.roles, batch.num_queries < len(batch))
+        copies = support.copies_for(self.roles, batch.num_queries < batch.num_rows)
         logger.debug("%s: copies=%r", name, copies)
         plans = with_copies(batch, tuples, self.roles, self.tuples_per_anchor)
         if copies == "replace":
@@ -244,11 +244,14 @@ class FixedContext:
 
     def _support_of(self, wrapped: nn.Module, batch: Batch) -> LossSupport:
         """What the loss can take: from the table; if that does not know it, from the user; else the loss is asked."""
-        name, known, signature = name_of(wrapped), support_of(wrapped), call_signature(batch)
+        if batch.call_signature not in self._supports:
+            self._supports[batch.call_signature] = self._found_support(wrapped, batch)
+        return self._supports[batch.call_signature]
+
+    def _found_support(self, wrapped: nn.Module, batch: Batch) -> LossSupport:
+        name, known = name_of(wrapped), support_of(wrapped)
         if known is None:
-            if signature not in self._asked:
-                self._asked[signature] = self._ask(name, wrapped, batch)
-            return self._asked[signature]
+            return self._ask(name, wrapped, batch)
         if self.copies is None or self.copies == known.copies:
             return known
         if self.copies != "replace":
@@ -291,7 +294,7 @@ class FixedContext:
 
     def _check_call(self, wrapped: nn.Module, batch: Batch) -> None:
         """What the loss refuses, it refuses before anything is spent; with its own error."""
-        signature = call_signature(batch)
+        signature = batch.call_signature
         if self.for_miner or signature in self._accepted:
             return
         with torch.no_grad(), random_stream(0, 0):  # a resumed run comes here again, and has to draw the same numbers
@@ -306,14 +309,14 @@ class FixedContext:
 
     def _trained_on(self, plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
         """The plan of which training takes the loss: with clean rows beside their copies, where they are kept."""
-        if not (plan.keeps_clean and plan.replaces(len(batch))) or batch.labels is None:
+        if not (plan.keeps_clean and plan.replaces(batch.num_rows)) or batch.labels is None:
             return plan
         if _tells_images_apart(batch) and not isinstance(wrapped, Enqueuing):
             return plan
         support = self._support_of(wrapped, batch)
         if not (support.beside_clean and support.holds(2 * batch.num_queries)):
             return plan
-        return with_own_triplets(plan.beside_clean(len(batch)), wrapped, batch)
+        return with_own_triplets(plan.beside_clean(batch.num_rows), wrapped, batch)
 
     def _checked_copies(self, copies: Copies | None) -> Copies | None:
         if copies is not None and copies not in get_args(Copies):
@@ -331,7 +334,7 @@ class FixedContext:
             logger.warning(message)
 
     def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
-        if batch.num_attackable < len(batch) and len(rows) and int(rows.max()) >= batch.num_attackable:
+        if batch.num_attackable < batch.num_rows and len(rows) and int(rows.max()) >= batch.num_attackable:
             raise PlanError(
                 f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with "
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
@@ -359,4 +362,4 @@ def _check_numbers(tuples_per_anchor: Any, clean_weight: Any) -> None:
 def _tells_images_apart(batch: Batch) -> bool:
     """Whether queries have positives in the reference alone, as two views of images have; a copy would be a third."""
     queries = cast(Tensor, batch.labels)[: batch.num_queries]
-    return batch.num_queries < len(batch) and (batch.shared_labels or len(queries.unique()) == len(queries))
+    return batch.num_queries < batch.num_rows and (batch.shared_labels or len(queries.unique()) == len(queries))

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .tuples import IndicesTuple
+from .tuples import IndicesTuple, take
 
 T = TypeVar("T")
 
 _NOT_MEASURED = torch.empty(0)
+
+
+class CallSignature(NamedTuple):
+    """How a loss is called; what it can take may differ from one way to another.
+
+    Attributes:
+        members: 3 for triplets, 4 for pairs, None without tuples.
+        has_reference: whether there are reference embeddings.
+        shared_labels: whether queries and reference have one tensor of labels.
+        without_labels: whether there are no labels.
+    """
+
+    members: int | None
+    has_reference: bool
+    shared_labels: bool
+    without_labels: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +53,8 @@ class Batch:
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
             reference for another view of query i, and puts the two in no tuple together.
         columns: which columns of the model's output the embeddings are; None: all.
+        num_rows: ``N``.
+        call_signature: how the loss is called.
     """
 
     inputs: Tensor
@@ -48,9 +66,19 @@ class Batch:
     strength: float = 1.0
     shared_labels: bool = False
     columns: slice | None = None
+    num_rows: int = field(init=False)
+    call_signature: CallSignature = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.embeddings)
+        members = None if self.indices_tuple is None else len(self.indices_tuple)
+        has_reference = self.num_queries < num_rows
+        object.__setattr__(self, "num_rows", num_rows)
+        signature = CallSignature(members, has_reference, self.shared_labels, self.labels is None)
+        object.__setattr__(self, "call_signature", signature)
 
     def __len__(self) -> int:
-        return len(self.embeddings)
+        return self.num_rows
 
     @property
     def num_processes(self) -> int:
@@ -79,7 +107,7 @@ class Batch:
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         """``(K, ...)`` the inputs of rows that are this process's own."""
-        return self.inputs[self.places_of(rows)]
+        return take(self.inputs, self.places_of(rows))
 
     def decide(self, work: Callable[[], T]) -> T:
         """The result of ``work``. In a joint batch, the first process does the work for all of them."""

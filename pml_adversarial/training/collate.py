@@ -149,7 +149,7 @@ def _joined(local: Batch) -> JointBatch:
     embeddings = distributed.gather_parts(local.embeddings, sizes)
     labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)
     tuples = distributed.decide(lambda: _on("cpu", local.indices_tuple))
-    own = {field.name: getattr(local, field.name) for field in fields(local)}
+    own = {field.name: getattr(local, field.name) for field in fields(local) if field.init}
     return replace(
         JointBatch(**own, world_size=world_size, rank=distributed.rank()),
         embeddings=embeddings,

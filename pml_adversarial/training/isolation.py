@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -32,7 +32,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
-    tensors = [(p, p.requires_grad, p.grad, p.data) for p in parameters]
+    tensors = [(p, p.requires_grad, p.grad, _Storage.of(p)) for p in parameters]
     queues = ExitStack()
     try:
         for module, _, buffers in states:
@@ -49,11 +49,29 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for parameter, requires_grad, gradient, data in tensors:
-            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
+        for parameter, requires_grad, gradient, storage in tensors:
+            storage.give_back(parameter)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+class _Storage(NamedTuple):
+    """What a parameter is bound to. Other than asking for ``.data``, this costs no operation on the device."""
+
+    data_ptr: int
+    storage: torch.UntypedStorage
+    layout: tuple[Any, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Storage:
+        layout = parameter.storage_offset(), parameter.size(), parameter.stride()
+        return cls(parameter.data_ptr(), parameter.untyped_storage(), layout, parameter.dtype)
+
+    def give_back(self, parameter: Tensor) -> None:
+        if parameter.dtype != self.dtype or parameter.data_ptr() != self.data_ptr:
+            found = torch.empty(0, dtype=self.dtype, device=self.storage.device)
+            parameter.data = found.set_(self.storage, *self.layout)
 
 
 def _enqueues_as_pml(module: nn.Module) -> bool:
@@ -110,11 +128,14 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
-    """Within it, all global generators draw from a stream of their own; after it they are as found.
+    """Lets all global random number generators draw from a stream of its own; on exit it restores them.
 
     The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
     numbers of an unbroken run. The generators are those of torch (CPU and accelerator), numpy and ``random``, since
     attacks draw from all three.
+
+    Yields:
+        A function that starts the stream again.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002

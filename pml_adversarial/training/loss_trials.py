@@ -26,15 +26,6 @@ from .tuples import IndicesTuple, keep_tuples, shift_partners
 _UNEQUAL, _TWO, _BLOCKS = [0, 1, 0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
 """Classes of small trial batches: of unequal sizes; for losses that know two classes; for those that want blocks."""
 
-CallSignature = tuple[int | None, bool, bool, bool]
-"""How a loss is called: members of its tuples, with a reference, with shared labels, without labels."""
-
-
-def call_signature(batch: Batch) -> CallSignature:
-    """How the loss of the batch is called; its answers may differ from one way to another."""
-    members = None if batch.indices_tuple is None else len(batch.indices_tuple)
-    return members, batch.num_queries < len(batch), batch.shared_labels, batch.labels is None
-
 
 class LossTrials:
     """The experiments with one loss, called in one way.
@@ -74,7 +65,9 @@ class LossTrials:
             return None
         if own_tuples(self._loss, self.batch) is None:
             return "replace"
-        names: list[Copies] = ["append", "reference"] if self.batch.num_queries == len(self.batch) else ["reference"]
+        names: list[Copies] = (
+            ["append", "reference"] if self.batch.num_queries == self.batch.num_rows else ["reference"]
+        )
         asked = roles, tuples_per_anchor
         return next((name for name in names if self.keeps_value(name, *asked) and self.counts(name, *asked)), "replace")
 
@@ -88,7 +81,7 @@ class LossTrials:
         expected = self._value(trial, untouched(trial, given))
         if plan is None or expected is None:
             return False
-        attended = plan.with_bystander(len(trial))
+        attended = plan.with_bystander(trial.num_rows)
         found = (
             self._value(trial, plan),
             self._value(trial, attended, torch.cat([trial.embeddings[plan.rows], self._elsewhere(1)])),
@@ -129,7 +122,7 @@ class LossTrials:
             return False
         with random_stream(0, 0):
             trial = self.batch
-            moved, number = torch.randn_like(trial.embeddings), torch.arange(len(trial))
+            moved, number = torch.randn_like(trial.embeddings), torch.arange(trial.num_rows)
         near = torch.ones_like(moved) + trial.embeddings  # rows near each other, so that no margin leaves a pair out
 
         def value(part: Tensor) -> Tensor:
@@ -139,7 +132,7 @@ class LossTrials:
 
         before = value(number < 0)
         together = value(number >= 0) - before
-        parts = (number >> bit & 1 == 1 for bit in range((len(trial) - 1).bit_length()))
+        parts = (number >> bit & 1 == 1 for bit in range((trial.num_rows - 1).bit_length()))
         sums = (value(part) - before + value(~part) - before for part in parts)
         return bool(together != 0) and all(torch.isclose(found, together, rtol=1e-9, atol=0) for found in sums)
 
@@ -154,11 +147,11 @@ class LossTrials:
             return False
         with random_stream(0, 0):
             once, again = torch.randn_like(trial.embeddings), torch.randn_like(trial.embeddings)
-            order = torch.randperm(2 * len(trial))
+            order = torch.randperm(2 * trial.num_rows)
         same = trial.labels[:, None] == trial.labels
-        in_company = (same.sum(1) > len(trial) // trial.num_queries)[:, None]
-        plan = replace_rows(torch.arange(len(trial)), len(trial), trial.indices_tuple).split(trial.num_queries)
-        plan = plan.beside_clean(len(trial))
+        in_company = (same.sum(1) > trial.num_rows // trial.num_queries)[:, None]
+        plan = replace_rows(torch.arange(trial.num_rows), trial.num_rows, trial.indices_tuple).split(trial.num_queries)
+        plan = plan.beside_clean(trial.num_rows)
         found = [self._value(trial, plan, copies) for copies in (once, torch.where(in_company, again, once))]
         if found[0] is None or found[1] is None or torch.equal(found[0], found[1]):
             return False
@@ -170,7 +163,7 @@ class LossTrials:
 
     def _has_gradient_at_equals(self, trial: Batch, plan: Plan) -> bool:
         axes = torch.eye(trial.embeddings.shape[1], dtype=torch.float64)  # whose product with themselves is exactly 1
-        rows = axes[torch.arange(len(trial)) % len(axes)]
+        rows = axes[torch.arange(trial.num_rows) % len(axes)]
         copies = rows.clone().requires_grad_()
         value = self._value(replace(trial, embeddings=rows), plan, copies)
         if value is None or not value.isfinite() or not value.requires_grad:
@@ -194,8 +187,8 @@ def with_copies(
     batch: Batch, tuples: IndicesTuple, roles: tuple[str, ...], tuples_per_anchor: int | None
 ) -> dict[Copies, Plan]:
     """The plans in which copies stand beside their rows; "reference" is missing where an anchor has several copies."""
-    appended = (plan_tuples if tuples_per_anchor else plan_roles)(tuples, roles, len(batch))
-    by_reference = appended.by_reference(len(batch), batch.num_queries)
+    appended = (plan_tuples if tuples_per_anchor else plan_roles)(tuples, roles, batch.num_rows)
+    by_reference = appended.by_reference(batch.num_rows, batch.num_queries)
     return {"append": appended} if by_reference is None else {"append": appended, "reference": by_reference}
 
 
@@ -211,7 +204,7 @@ def _like(batch: Batch) -> Batch:
 def _trial_batch(batch: Batch, classes: list[int]) -> Batch:
     """A small batch that is called as the real one: with labels, tuples and reference if that has them."""
     labels = _three_labels(batch)[torch.tensor(classes)]
-    reference = labels if batch.num_queries < len(batch) else None
+    reference = labels if batch.num_queries < batch.num_rows else None
     tuples = None
     if batch.indices_tuple is not None:
         given = lmu.get_all_pairs_indices(labels, None if reference is None else reference.clone())

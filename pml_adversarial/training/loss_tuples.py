@@ -57,7 +57,7 @@ def own_partners(wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | No
         return None
     same = batch.labels[:, None] == batch.labels
     different = ~same
-    if batch.num_queries == len(batch):
+    if batch.num_queries == batch.num_rows:
         same.fill_diagonal_(False)
     else:
         met = _query_meets_reference(batch)
@@ -65,7 +65,7 @@ def own_partners(wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | No
     if triplets_per_anchor(wrapped) is not None:  # an anchor that lacks a positive or a negative is in no triplet
         complete = same.any(1, keepdim=True) & different.any(1, keepdim=True)
         same, different = same & complete, different & complete
-    elif batch.num_queries == len(batch):
+    elif batch.num_queries == batch.num_rows:
         return same, different  # these are symmetric already
     return same | same.T, different | different.T
 
@@ -73,12 +73,12 @@ def own_partners(wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | No
 def rows_in_own_tuples(wrapped: nn.Module, batch: Batch) -> Tensor | None:
     """``(M,)`` the rows that some tuple of `own_tuples` names; None where `own_partners` is None."""
     if triplets_per_anchor(wrapped) is None and _takes_all(wrapped, batch) and _all_rows_meet(batch):
-        return consecutive(0, len(batch), batch.embeddings.device)
+        return consecutive(0, batch.num_rows, batch.embeddings.device)
     masks = own_partners(wrapped, batch)
     if masks is None:
         return None
     rows = (masks[0] | masks[1]).any(1).nonzero().flatten()
-    return rows if len(rows) < len(batch) else consecutive(0, len(batch), rows.device)
+    return rows if len(rows) < batch.num_rows else consecutive(0, batch.num_rows, rows.device)
 
 
 def with_own_triplets(plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
@@ -89,7 +89,7 @@ def with_own_triplets(plan: Plan, wrapped: nn.Module, batch: Batch) -> Plan:
     left_to_the_loss = plan.indices_tuple is None and plan.ref_pool_indices is None
     if batch.labels is None or not left_to_the_loss or triplets_per_anchor(wrapped) != "all":
         return plan
-    return replace(plan, indices_tuple=all_triplets(batch.labels[plan.pool_rows(len(batch))[plan.pool_indices]]))
+    return replace(plan, indices_tuple=all_triplets(batch.labels[plan.pool_rows(batch.num_rows)[plan.pool_indices]]))
 
 
 def tuples_to_give(wrapped: nn.Module, batch: Batch, tuples: IndicesTuple, chosen: bool) -> IndicesTuple | None:
@@ -118,7 +118,7 @@ def _takes_all(wrapped: nn.Module, batch: Batch) -> bool:
 
 def _all_rows_meet(batch: Batch) -> bool:
     """Whether each row is in some pair, whatever the labels: it needs one other row to be compared with."""
-    references = len(batch) - batch.num_queries
+    references = batch.num_rows - batch.num_queries
     if not references:
         return batch.num_queries > 1
     return batch.num_queries > (1 if batch.shared_labels else 0)
@@ -126,6 +126,6 @@ def _all_rows_meet(batch: Batch) -> bool:
 
 def _query_meets_reference(batch: Batch) -> Tensor:
     """``(N, N)`` bool: the row is a query, the column one of the reference, and not another view of the same image."""
-    number = torch.arange(len(batch), device=batch.embeddings.device)
+    number = torch.arange(batch.num_rows, device=batch.embeddings.device)
     met = (number[:, None] < batch.num_queries) & (number >= batch.num_queries)
     return met & (number[:, None] + batch.num_queries != number) if batch.shared_labels else met

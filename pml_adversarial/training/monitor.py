@@ -123,7 +123,7 @@ def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -
         copies: ``(M, D)``.
     """
     distance, clean = distance_of(wrapped), at_least_float(batch.embeddings.detach())
-    labels, rows = cast(Tensor, batch.labels), torch.arange(len(batch), device=clean.device)
+    labels, rows = cast(Tensor, batch.labels), torch.arange(batch.num_rows, device=clean.device)
     found = [
         _recall(distance, queries, clean, labels[of], labels, of)
         for queries, of in ((clean, rows), (copies.detach().to(clean.dtype), plan.rows))

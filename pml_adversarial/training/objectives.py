@@ -37,6 +37,7 @@ class ViolationScore:
 
     def __init__(self, distance: BaseDistance, context: Tensor, same: Tensor, different: Tensor) -> None:
         self.distance, self.context = distance, at_least_float(context)
+        self._normalized = self._normalized_context()
         # The furthest positive is the least similar one.
         self._of_highest, self._of_lowest = (different, same) if distance.is_inverted else (same, different)
         self._below = self._no_partner(self._of_highest, -torch.inf)
@@ -45,13 +46,29 @@ class ViolationScore:
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Scores of the copies, ``(M, D) -> (M,)``; a kind of partner that a copy lacks counts 0."""
         with exactly(embeddings):
-            distances: Tensor = self.distance(embeddings.to(self.context.dtype), self.context)
+            distances = self._distances(embeddings.to(self.context.dtype))
         highest = torch.where(self._of_highest, distances, self._below).amax(1)
         return highest - torch.where(self._of_lowest, distances, self._above).amin(1)
 
+    def _distances(self, embeddings: Tensor) -> Tensor:
+        """``(M, N)`` distances from copies to the context, which PML's classes would normalise in each call."""
+        if self._normalized is None:
+            found: Tensor = self.distance(embeddings, self.context)
+            return found
+        found = self.distance.compute_mat(self.distance.maybe_normalize(embeddings), self._normalized)
+        return found if self.distance.power == 1 else found**self.distance.power
+
+    def _normalized_context(self) -> Tensor | None:
+        """The context at unit length; None where the class of the distance computes in its own way."""
+        if type(self.distance).forward is not BaseDistance.forward:
+            return None
+        with exactly(self.context):
+            normalized: Tensor = self.distance.maybe_normalize(self.context)
+        return normalized
+
     def _no_partner(self, partners: Tensor, ignored: float) -> Tensor:
         """``(M, 1)`` what stands for rows that are no partners: a value that is never chosen, or 0 if all are none."""
-        return torch.zeros_like(self.context[:1, :1]).masked_fill(partners.any(1, keepdim=True), ignored)
+        return self.context.new_zeros(len(partners), 1).masked_fill_(partners.any(1, keepdim=True), ignored)
 
 
 class OwnLoss:
@@ -65,7 +82,7 @@ class OwnLoss:
 
     def __init__(self, loss: nn.Module, batch: Batch, plan: Plan) -> None:
         self.loss, self.batch, self.plan = loss, replace(batch, embeddings=at_least_float(batch.context)), plan
-        self._position = _position_of_copies(plan, len(batch))
+        self._position = _position_of_copies(plan, batch.num_rows)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """The score of copies ``(M, D)``: ``(M,)`` what each adds to the loss; ``()`` if the loss does not tell."""
@@ -89,10 +106,10 @@ def _position_of_copies(plan: Plan, num_rows: int) -> Tensor:
 
 def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Two bool masks ``(M, N)``: the positive partners of each copy, and the negative ones."""
-    left_to_the_loss = plan.indices_tuple is None and plan.replaces(len(batch))
+    left_to_the_loss = plan.indices_tuple is None and plan.replaces(batch.num_rows)
     masks = own_partners(wrapped, batch) if left_to_the_loss else None
     if masks is None:
-        return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), len(batch))
+        return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), batch.num_rows)
     positive, negative = masks
     return take(positive, plan.rows), take(negative, plan.rows)
 

@@ -56,7 +56,7 @@ class PixelSpace:
         pixels = (
             inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
         )
-        low, high = torch.stack(torch.aminmax(pixels.detach())).tolist() if pixels.numel() else (0.0, 0.0)
+        low, high = torch.stack(torch.aminmax(_detached(pixels))).tolist() if pixels.numel() else (0.0, 0.0)
         tolerance = max(_TOLERANCE, 4 * torch.finfo(pixels.dtype).eps)
         if not -tolerance <= low <= high <= 1 + tolerance:
             raise InputError(self._explain(pixels, low, high))
@@ -107,3 +107,7 @@ class PixelSpace:
                 f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above "
                 "0. Pass the two values that you gave to torchvision.transforms.Normalize."
             )
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values

@@ -63,7 +63,7 @@ def clean_loss(wrapped: Callable[..., Tensor], batch: Batch) -> Tensor:
 def untouched(batch: Batch, tuples: IndicesTuple | None) -> Plan:
     """The plan that perturbs no row."""
     none = torch.empty(0, dtype=torch.long, device=batch.embeddings.device)
-    return Plan(none, consecutive(0, len(batch), none.device), tuples).split(batch.num_queries)
+    return Plan(none, consecutive(0, batch.num_rows, none.device), tuples).split(batch.num_queries)
 
 
 SharesCopy = Callable[[str, Tensor], Tensor]

@@ -115,9 +115,7 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     wrong = [name for name, value in values.items() if not _recordable(name, value)]
     if wrong:
         raise PluginError(f"A plugin records {wrong}; expected names with numbers or tensors of one element.")
-    tensors = {name: value.detach().double().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
-    if tensors:
-        values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+    values.update(_numbers({name: value for name, value in values.items() if isinstance(value, Tensor)}))
     taken = [name for name in values if _is_taken(module, name)]
     if taken:
         raise PluginError(
@@ -138,6 +136,16 @@ def clear(module: ModuleWithRecords, strength: float) -> None:
     known = nobody_perturbed(strength)
     for name in module._record_these:
         setattr(module, name, known.get(name, math.nan))
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tensors of one element as Python numbers. All of one type are read in one transfer."""
+    found: dict[str, float] = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        of_type = {name: t.detach() if t.requires_grad else t for name, t in tensors.items() if t.dtype == dtype}
+        scalars = [t if t.ndim == 0 else t.reshape(()) for t in of_type.values()]
+        found.update(zip(of_type, map(float, torch.stack(scalars).tolist()), strict=True))
+    return found
 
 
 def _recordable(name: Any, value: Any) -> bool:

@@ -29,7 +29,7 @@ from .pixels import PixelSpace
 from .plan import Plan, clean_loss
 from .replay import InputCapture
 from .schedule import EpsSchedule
-from .tuples import IndicesTuple
+from .tuples import IndicesTuple, take
 
 
 class Questions(Protocol):
@@ -216,7 +216,7 @@ class AdversarialStep:
             return Perturbed(None, torch.zeros_like(rows, dtype=torch.bool))
         start = time.perf_counter()
         score = self.hooks.score(wrapped, batch, plan)
-        clean = batch.context[plan.rows]
+        clean = take(batch.context, plan.rows)
         of_own: Score = score
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
@@ -224,7 +224,7 @@ class AdversarialStep:
         objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
         attack = self.hooks.attack(objective, batch, plan)
         if attack is adapter.unchanged:
-            return Perturbed(None, torch.zeros_like(objective.has_gradient), score=score)
+            return Perturbed(None, objective.zero_gradient, score=score)
         clean_inputs = batch.inputs_of(rows)
         inputs = adapter.run(attack, clean_inputs, objective.labels, objective)
         if inputs is clean_inputs:
@@ -282,16 +282,16 @@ class AdversarialStep:
             if score is None:
                 score = self.hooks.score(wrapped, batch, plan)
                 restart()
-            before = batch.own(score(batch.context[plan.rows]).expand(len(plan)), plan.rows)
+            before = batch.own(_per_row(score(take(batch.context, plan.rows)), plan), plan.rows)
             restart()
-            after = batch.own(score(adversarial.embeddings.detach()).expand(len(plan)), plan.rows)
+            after = batch.own(_per_row(score(adversarial.embeddings), plan), plan.rows)
             adversarial = replace(adversarial, score_before=before, score_after=after)
             if not trains:
                 return adversarial
             unperturbed = replace(
                 adversarial,
                 inputs=batch.inputs_of(batch.own(plan.rows, plan.rows)),
-                embeddings=batch.embeddings[plan.rows],
+                embeddings=take(batch.embeddings, plan.rows),
                 score_after=before,
             )
             return replace(adversarial, loss_before=self.hooks.training_loss(wrapped, batch, plan, unperturbed))
@@ -301,7 +301,7 @@ class AdversarialStep:
 
     def _monitor(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
         """Tells the monitor how well the batch is retrieved."""
-        if batch.labels is None or not len(batch):
+        if batch.labels is None or not batch.num_rows:
             return
         copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
         with torch.no_grad():
@@ -309,6 +309,10 @@ class AdversarialStep:
         at_full_strength = batch.strength == 1.0 and attacked == attacked
         if recall == recall:
             self.monitor.measure(self.step, recall, attacked if at_full_strength else None)
+
+
+def _per_row(score: Tensor, plan: Plan) -> Tensor:
+    return score if score.ndim else score.expand(len(plan.rows))
 
 
 class _ScoreOfSome:

@@ -20,7 +20,7 @@ class TestFriendlyPGD:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", lambda t, *a: (starts.append(uniform(t, *a).clone()), t)[1])
             loss_func(context := model(images), labels)
-        points = (images + EPS * starts[0]).clamp(0, 1)
+        points = (images + starts[0]).clamp(0, 1)
         for _ in range(3):
             points = points + 0.02 * signs_by_hand(model, points, context.detach(), labels)
             points = (images + (points - images).clamp(-EPS, EPS)).clamp(0, 1)
@@ -29,7 +29,7 @@ class TestFriendlyPGD:
     @pytest.mark.parametrize("steps", [0, 1.5, None])
     def test_other_numbers_of_steps_are_refused(self, model, images, labels, steps):
         loss_func, _ = wrapped(model, attack=partial(FriendlyPGD, eps=EPS, steps=steps))
-        with pytest.raises(AttackError, match="expected a whole number of attack steps"):
+        with pytest.raises(AttackError, match="expected a whole number from 1 on, as the number of attack steps"):
             loss_func(model(images), labels)
 
     def test_rows_at_rest_are_where_they_stopped_and_pass_no_more(self, model, images, labels):

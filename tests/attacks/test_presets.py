@@ -10,7 +10,7 @@ from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError
 from pml_adversarial.attacks.adapter import budget
 from pml_adversarial.attacks.pgd import PGD
 from pml_adversarial.attacks.presets import PRESET, SEED_PAPER, preset
-from pml_adversarial.cli import demo
+from pml_adversarial.cli import experiment
 from pml_adversarial.training.schedule import DEFAULT_WARMUP
 from pml_adversarial.training.tuples import ROLES
 
@@ -125,7 +125,7 @@ def test_steps_that_are_no_number_are_refused(steps):
 
 
 def test_the_run_on_digits_keeps_the_settings_of_its_figures(model, images, labels):
-    loss_func = demo._adversarial(demo.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
+    loss_func = experiment._adversarial(experiment.Settings(warmup=0), PRESET, 0, ContrastiveLoss(), model, steps=10)
     value = loss_func(model(images), labels)
     assert value.item() == pytest.approx(loss_func.loss_after, rel=1e-5)  # perturbed rows in place of the clean ones
     assert not loss_func.adversary.monitor.guarded

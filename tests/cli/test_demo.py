@@ -97,7 +97,7 @@ class TestRefusals:
             (["--miner", "Miner"], "no miner named"),
             (["--perturb", "anchors"], "expected one or several of"),
             (["--eps", "a"], "expected numbers"),
-            (["--eps", "2"], "above 0 and up to 1"),
+            (["--eps", "2"], "expected 1 at most in Linf"),
             (["--device", "gpu"], "--device"),
             (["--train-classes", "1"], "at least two"),
             (["--train-classes", "1,x"], "expected digits with commas"),

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.embedder import batches, embed_all
-from pml_adversarial.evaluation.gallery import Gallery, ReplacedItems, Targets, unit_length
+from pml_adversarial.evaluation.gallery import Gallery, ReplacedItems, Targets, unit_or_zero
 from pml_adversarial.evaluation.metrics import collapse, nmi, per_query
 
 RECALL_AT = (1, 2, 3, 8)
@@ -179,15 +179,12 @@ class TestChangedItems:
         items = torch.arange(12).roll(5)
         items[3] = 3  # the query's own item: left out as before
         found = measured(gallery, embeddings, gallery.leave_one_out(), ReplacedItems(items, moved))
-        nearest = gallery.nearest(embeddings, torch.arange(12), 1, ReplacedItems(items, moved))
         clean = measured(gallery, embeddings, gallery.leave_one_out())
         for i in range(12):
             changed = embeddings.clone()
             changed[items[i]] = moved[i]
             wanted = by_loops.measures(embeddings[i], labels[i], i, changed, labels, RECALL_AT)
             assert {name: found[name][i].item() for name in found} == pytest.approx(wanted)
-            near = by_loops.similarities(embeddings[i], i, changed)
-            assert int(nearest[i, 0]) == max(near, key=near.get)
         assert any(not torch.equal(found[name], clean[name]) for name in found)
         assert all(found[name][3] == clean[name][3] for name in found)
 
@@ -206,7 +203,7 @@ class TestPrecision:
         torch.testing.assert_close(double.embeddings, normalize(embeddings.double()), rtol=0, atol=1e-15)
 
     def test_unit_is_in_half_no_shorter_than_one(self):
-        assert unit_length(torch.full((1, 300), 60000.0, dtype=torch.float16)).norm().item() == pytest.approx(1)
+        assert unit_or_zero(torch.full((1, 300), 60000.0, dtype=torch.float16)).norm().item() == pytest.approx(1)
 
 
 class TestCollapse:

@@ -18,7 +18,7 @@ from pml_adversarial.errors import PlanError
 from pml_adversarial.plugins.fixed_context import FixedContext
 from pml_adversarial.training.batch import Batch
 from pml_adversarial.training.loss_support import SUPPORT, support_of
-from pml_adversarial.training.loss_trials import LossTrials, call_signature
+from pml_adversarial.training.loss_trials import LossTrials
 from pml_adversarial.training.tuples import ROLES
 
 LABELS = torch.arange(8) // 2
@@ -438,4 +438,4 @@ def test_signatures_differ():
     pair = (torch.tensor([0]),) * 4
     batches = [batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)]
     batches.append(replace(batches[-1], shared_labels=True))
-    assert len({call_signature(batch) for batch in batches}) == 6
+    assert len({batch.call_signature for batch in batches}) == 6
