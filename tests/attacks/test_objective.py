@@ -118,6 +118,23 @@ class TestRows:
             objective_of_score(torch.zeros(4, 1))(torch.zeros(3, 1))
 
 
+class TestSomeRows:
+    """``score(inputs, rows)``: the other rows keep the embeddings that they had."""
+
+    def test_the_others_keep_the_embeddings_of_the_last_call(self):
+        objective = objective_of_score(torch.zeros(3, 1), lambda embeddings: embeddings.sum() + embeddings.flatten())
+        assert objective.score(torch.tensor([[1.0], [10.0]]), torch.tensor([2, 0])).tolist() == [12, 21]
+        assert objective.score(torch.tensor([[100.0]]), torch.tensor([1])).tolist() == [211]
+        assert objective.score(torch.tensor([[5.0]]), torch.tensor([2])).tolist() == [120]
+
+    def test_gradient_reaches_these_rows_alone(self):
+        objective = objective_of_score(torch.ones(3, 1))
+        inputs = torch.tensor([[4.0]], requires_grad=True)
+        objective.score(inputs, torch.tensor([1])).square().sum().backward()
+        assert inputs.grad.tolist() == [[8]]
+        assert objective.zero_gradient.tolist() == [True, False, True]
+
+
 def ask_for_gradient(objective, inputs):
     inputs = inputs.clone().requires_grad_()
     cross_entropy(objective(inputs), objective.labels).backward()
