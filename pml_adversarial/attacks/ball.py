@@ -25,15 +25,6 @@ def project(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Te
     return (clean + difference * (eps / length.clamp(min=eps))).clamp(0, 1)
 
 
-def uniform_noise(like: Tensor, eps: float = 1.0, norm: str = "Linf") -> Tensor:
-    """A random point of the ball of radius eps around 0 for each row, in the shape and type of ``like``."""
-    if norm == "Linf":
-        return torch.empty_like(like).uniform_(-eps, eps)
-    direction = torch.randn_like(like)
-    radius = torch.rand(len(like), device=like.device, dtype=like.dtype) ** (1 / like[0].numel())
-    return direction * per_image(eps * radius / direction.flatten(1).norm(dim=1), direction)
-
-
 def per_image(values: Tensor, images: Tensor) -> Tensor:
     """Values ``(M,)`` in the shape ``(M, 1, ...)``, so that each meets its image of ``(M, ...)``."""
     return values.reshape(-1, *[1] * (images.ndim - 1))

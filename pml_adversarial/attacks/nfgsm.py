@@ -7,10 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import AttackError
-from .ball import uniform_noise
 from .checks import check_number
 from .objective import Objective
-from .pgd import PGD
+from .pgd import PGD, uniform_noise
 
 
 class NFGSM(PGD):

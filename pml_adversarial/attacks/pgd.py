@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttackError
-from .ball import per_image, project, uniform_noise
+from .ball import per_image, project
 from .checks import check_choice, check_eps, check_number, check_steps
 from .objective import Objective
 
@@ -178,6 +178,15 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
     return score, gradient
+
+
+def uniform_noise(like: Tensor, eps: float = 1.0, norm: str = "Linf") -> Tensor:
+    """A random point of the ball of radius eps around 0 for each row, in the shape and type of ``like``."""
+    if norm == "Linf":
+        return torch.empty_like(like).uniform_(-eps, eps)
+    direction = torch.randn_like(like)
+    radius = torch.rand(len(like), device=like.device, dtype=like.dtype) ** (1 / like[0].numel())
+    return direction * per_image(eps * radius / direction.flatten(1).norm(dim=1), direction)
 
 
 def row_length(vectors: Tensor, mean_absolute: bool = False) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import per_image, project, uniform_noise
+from ..attacks.ball import per_image, project
 from ..attacks.checks import check_eps, check_number, check_steps
 from ..attacks.objective import Attack, Objective
-from ..attacks.pgd import PGD
+from ..attacks.pgd import PGD, uniform_noise
 from ..errors import InputError, PluginError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch

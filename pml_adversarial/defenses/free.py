@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..attacks.adapter import unchanged
-from ..attacks.ball import project, uniform_noise
+from ..attacks.ball import project
 from ..attacks.checks import check_eps, check_number
 from ..attacks.objective import Attack
+from ..attacks.pgd import uniform_noise
 from ..errors import InputError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch

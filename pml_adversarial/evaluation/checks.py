@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image, project, uniform_noise
-from ..attacks.pgd import MomentumPGD
+from ..attacks.ball import per_image, project
+from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch

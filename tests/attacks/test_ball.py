@@ -6,7 +6,7 @@ import pytest
 import torch
 from query_batches import RADIUS, both_norms, length
 
-from pml_adversarial.attacks.ball import per_image, project, uniform_noise
+from pml_adversarial.attacks.ball import per_image, project
 
 
 class TestProject:
@@ -34,27 +34,6 @@ class TestProject:
         clean = torch.full((1, 1, 1, 3), 0.5)
         held = project(torch.tensor([[[[bad, 0.51, 0.5]]]]), clean, 0.1, norm)
         torch.testing.assert_close(held, torch.tensor([[[[0.5, 0.51, 0.5]]]]))
-
-
-class TestUniformNoise:
-    @both_norms
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_is_in_the_unit_ball(self, norm, dtype):
-        points = uniform_noise(torch.zeros(400, 1, 2, 2, dtype=dtype), norm=norm)
-        assert points.dtype == dtype
-        assert points.shape == (400, 1, 2, 2)
-        assert 0.9 < length(points, norm).max() <= 1 + 1e-6
-
-    @both_norms
-    def test_reaches_eps_and_no_further(self, norm):
-        found = length(uniform_noise(torch.zeros(400, 1, 2, 2), 0.3, norm), norm)
-        assert 0.27 < found.max() <= 0.3 + 1e-6
-
-    @both_norms
-    def test_fills_it_evenly(self, norm):
-        found = length(uniform_noise(torch.zeros(20_000, 3), norm=norm), norm)
-        for radius in (0.5, 0.8):  # the share of a ball that a smaller one holds, by its volume
-            assert (found <= radius).float().mean() == pytest.approx(radius**3, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 1, 2, 2)])

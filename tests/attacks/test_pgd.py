@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pml_adversarial import AttackError
 from pml_adversarial.attacks import NFGSM, PGD, FriendlyPGD, MomentumPGD, Objective
 from pml_adversarial.attacks.adapter import build, run, unchanged
+from pml_adversarial.attacks.pgd import uniform_noise
 
 ROWS = 8
 
@@ -127,6 +128,27 @@ class TestPGD:
     def test_options(self, options, message, model, images):
         with pytest.raises(AttackError, match=message):
             PGD(objective_of(model, images), **options)
+
+
+class TestUniformNoise:
+    @both_norms
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_in_the_unit_ball(self, norm, dtype):
+        points = uniform_noise(torch.zeros(400, 1, 2, 2, dtype=dtype), norm=norm)
+        assert points.dtype == dtype
+        assert points.shape == (400, 1, 2, 2)
+        assert 0.9 < length(points, norm).max() <= 1 + 1e-6
+
+    @both_norms
+    def test_reaches_eps_and_no_further(self, norm):
+        found = length(uniform_noise(torch.zeros(400, 1, 2, 2), 0.3, norm), norm)
+        assert 0.27 < found.max() <= 0.3 + 1e-6
+
+    @both_norms
+    def test_fills_it_evenly(self, norm):
+        found = length(uniform_noise(torch.zeros(20_000, 3), norm=norm), norm)
+        for radius in (0.5, 0.8):  # the share of a ball that a smaller one holds, by its volume
+            assert (found <= radius).float().mean() == pytest.approx(radius**3, abs=0.02)
 
 
 class Hinge:
