@@ -127,7 +127,7 @@ def test_few_modules_are_entered_and_seldom_changed():
     embeddings = case.model(case.images)
     found = modules_in_order(lambda: case.loss_func(embeddings, case.labels))
     assert len(set(found)) <= 24
-    assert sum(one != other for one, other in pairwise(found)) <= 132
+    assert sum(one != other for one, other in pairwise(found)) <= 134
 
 
 @pytest.mark.parametrize("steps", [3, 5])
