@@ -112,6 +112,7 @@ class Hooks:
     def _first(self, question: str, expected: type[T], **arguments: Any) -> T:
         if question in self._unchecked:
             self._check_that_all_count(question, arguments)
+            self._unchecked.discard(question)  # not where it was refused: then the next step is refused too
         return self._checked(question, self._hook(question)(**arguments), expected)
 
     def _checked(self, question: str, answer: Any, expected: type[T]) -> T:
@@ -138,7 +139,6 @@ class Hooks:
         Raises:
             PluginError: there is such a plugin, or such an option.
         """
-        self._unchecked.discard(question)
         answering = self._answering(question)
         first = next((plugin for plugin in answering if self._has_opinion(plugin, question, arguments)), None)
         if first is None:

@@ -146,7 +146,8 @@ class AdversarialStep:
             value, answers = clean_loss(wrapped, batch), []
         else:
             value = self.hooks.training_loss(wrapped, batch, plan, adversarial)
-            answers = [*self.record(batch, plan, adversarial), self._change(adversarial, value)]
+            change = {"loss_before": adversarial.loss_before, "loss_after": value}
+            answers = [*self.record(batch, plan, adversarial), change]
         if self.step % monitor.EVERY == 0:
             self._monitor(wrapped, batch, plan, adversarial)
         self.step += 1  # here, so that a step that failed is taken again
@@ -295,9 +296,6 @@ class AdversarialStep:
                 score_after=before,
             )
             return replace(adversarial, loss_before=self.hooks.training_loss(wrapped, batch, plan, unperturbed))
-
-    def _change(self, adversarial: Adversarial, value: Tensor) -> dict[str, Any]:
-        return {"loss_before": adversarial.loss_before, "loss_after": value}
 
     def _monitor(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
         """Tells the monitor how well the batch is retrieved."""

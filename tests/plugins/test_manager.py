@@ -234,6 +234,12 @@ class TestOrder:
         with pytest.raises(PluginError, match=r"Other would never be asked: Answers, which is named before it"):
             step(model, images, labels, Answers(), Silent(), Other())
 
+    def test_what_was_refused_is_refused_again(self, model, images, labels):
+        loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=["hm"], perturb="anchor")
+        for _ in range(2):
+            with pytest.raises(PluginError, match="so perturb would change nothing"):
+                loss_func(model(images), labels)
+
     def test_one_without_an_opinion_leaves_it_to_the_next(self, model, images, labels):
         class None_:
             @hookimpl
