@@ -27,9 +27,9 @@ from ..training.loss_trials import LossTrials, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 from ..training.options import levels, shown
-from ..training.plan import Plan, clean_loss, plan_rows, replace_rows
+from ..training.plan import Plan, clean_loss, consecutive, plan_rows, replace_rows
 from ..training.records import nobody_perturbed
-from ..training.tuples import ROLES, IndicesTuple, Role, consecutive, keep_tuples, parse_roles, take
+from ..training.tuples import ROLES, IndicesTuple, Role, keep_tuples, parse_roles
 from .hookspecs import hookimpl
 
 logger = logging.getLogger("pml_adversarial")
@@ -183,8 +183,8 @@ class FixedContext:
         rows = batch.own(plan.rows, plan.rows)
         if not len(rows):
             return nobody_perturbed(batch.strength)
-        change = (adversarial.inputs - batch.inputs_of(rows)).reshape(len(rows), -1).float()
-        shift = batch.own(adversarial.embeddings - take(batch.embeddings, plan.rows), plan.rows).float()
+        change = (adversarial.inputs - adversarial.clean_inputs).reshape(len(rows), -1).float()
+        shift = batch.own(adversarial.embeddings - plan.rows_of(batch.embeddings), plan.rows).float()
         return {
             "strength": batch.strength,
             "num_perturbed": len(rows),

@@ -1,7 +1,7 @@
 """The questions a plugin may answer, in the order a batch meets them.
 
-A plugin takes only the arguments it needs, by name. None means "no opinion"; the package's own answers
-(`defaults`) come last. The specifications live in a class so that wrappers can be copied and pickled.
+A plugin takes only the arguments that it needs, by name. None means "no opinion". The package's own plugin,
+`fixed_context.FixedContext`, is asked last.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .tuples import IndicesTuple, take
+from .tuples import IndicesTuple
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class Batch:
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         """``(K, ...)`` the inputs of rows that are this process's own."""
-        return take(self.inputs, self.places_of(rows))
+        return self.inputs[self.places_of(rows)]
 
     def decide(self, work: Callable[[], T]) -> T:
         """The result of ``work``. In a joint batch, the first process does the work for all of them."""
@@ -135,6 +135,7 @@ class Adversarial:
 
     Attributes:
         inputs: ``(K, ...)`` in [0, 1].
+        clean_inputs: ``(K, ...)`` the inputs of the same rows before the attack.
         embeddings: ``(M, D)`` of the model in its own mode. Own copies carry gradient.
         zero_gradient: ``(K,)`` bool, rows whose gradient with respect to the input was zero in every attack step.
         seconds: wall-clock seconds that the attack took.
@@ -144,6 +145,7 @@ class Adversarial:
     """
 
     inputs: Tensor
+    clean_inputs: Tensor
     embeddings: Tensor
     zero_gradient: Tensor
     seconds: float

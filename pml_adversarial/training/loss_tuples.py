@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from .batch import Batch
-from .plan import Plan
-from .tuples import IndicesTuple, all_triplets, consecutive, shift_partners
+from .plan import Plan, consecutive
+from .tuples import IndicesTuple, all_triplets, shift_partners
 
 
 def own_tuples(wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:

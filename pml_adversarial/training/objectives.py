@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .batch import Batch
 from .loss_tuples import own_partners, own_tuples
 from .numeric import at_least_float
-from .plan import Plan
-from .tuples import IndicesTuple, as_slice, consecutive, shift_partners, take
+from .plan import Plan, as_slice, consecutive, take
+from .tuples import IndicesTuple, shift_partners
 
 
 class ViolationScore:
@@ -111,7 +111,7 @@ def partners_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, T
     if masks is None:
         return plan.partners(cast(IndicesTuple, tuples_of(plan, wrapped, batch)), batch.num_rows)
     positive, negative = masks
-    return take(positive, plan.rows), take(negative, plan.rows)
+    return plan.rows_of(positive), plan.rows_of(negative)
 
 
 def tuples_of(plan: Plan, wrapped: nn.Module, batch: Batch) -> IndicesTuple | None:

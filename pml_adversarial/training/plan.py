@@ -18,9 +18,33 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from .batch import Batch
-from .tuples import MEMBERS, IndicesTuple, as_slice, consecutive, played, rank_in_group, shift_partners, take
+from .tuples import MEMBERS, IndicesTuple, played, rank_in_group, shift_partners
 
 _OF_PML = ("embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
+
+
+def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
+    """``start, start + 1, ..., stop - 1`` as a tensor that `as_slice` recognises."""
+    numbers = torch.arange(start, stop, device=device)
+    numbers.consecutive_from = start  # type: ignore[attr-defined]
+    return numbers
+
+
+def as_slice(rows: Tensor) -> slice | None:
+    """The same rows as a slice, if `consecutive` made them; else None.
+
+    The tensor itself carries the mark, so that nobody has to look at its values and wait for the device.
+    """
+    start = getattr(rows, "consecutive_from", None)
+    return None if start is None else slice(start, start + len(rows))
+
+
+def take(values: Tensor, rows: Tensor) -> Tensor:
+    """``values[rows]``, without an operation where these are all of the values, in order."""
+    part = as_slice(rows)
+    if part is None:
+        return values[rows]
+    return values if part == slice(0, len(values)) else values[part]
 
 
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,6 +129,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def rows_of(self, values: Tensor) -> Tensor:
+        """``(M, ...)`` the values of the perturbed rows, out of values ``(N, ...)`` of all rows of the batch."""
+        return take(values, self.rows)
+
     def replaces(self, num_rows: int) -> bool:
         """Whether the loss sees as many rows as the batch has: copies stand in place of their rows."""
         return len(self.pool_indices) + (0 if self.ref_pool_indices is None else len(self.ref_pool_indices)) == num_rows
@@ -121,10 +149,10 @@ class Plan:
             What the loss returns.
         """
         pool = self._pool(batch, adversarial)
-        queries, labels = _rows_of(pool, self.pool_indices)
+        queries, labels = _seen(pool, self.pool_indices)
         if self.ref_pool_indices is None:
             return call(loss, queries, labels, self.indices_tuple)
-        reference, ref_labels = _rows_of(pool, self.ref_pool_indices)
+        reference, ref_labels = _seen(pool, self.ref_pool_indices)
         if batch.shared_labels and len(reference) == len(queries):
             ref_labels = labels  # PML looks whether both are one tensor
         return call(loss, queries, labels, self.indices_tuple, reference, ref_labels)
@@ -132,7 +160,7 @@ class Plan:
     def _pool(self, batch: Batch, adversarial: Tensor) -> Pool:
         """The clean rows and the copies; without the clean rows where the loss sees copies alone."""
         clean, labels = batch.embeddings, batch.labels
-        labels_of_copies = None if labels is None else take(labels, self.rows)
+        labels_of_copies = None if labels is None else self.rows_of(labels)
         if self.ref_pool_indices is None and as_slice(self.pool_indices) == slice(len(clean), len(clean) + len(self)):
             return Pool(len(clean), adversarial, labels_of_copies)
         if not len(self):
@@ -342,7 +370,7 @@ def _repoint(indices_tuple: IndicesTuple, roles: Iterable[str], num_rows: int, s
     return Plan(torch.cat(rows), consecutive(0, total, members[0].device), tuple(members))
 
 
-def _rows_of(pool: Pool, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+def _seen(pool: Pool, indices: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings and labels at these places of the pool."""
     if pool.start:  # then the pool holds the copies alone, and the loss sees all of them in order
         return pool.embeddings, pool.labels

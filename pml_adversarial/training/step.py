@@ -26,10 +26,10 @@ from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .monitor import CollapseMonitor, batch_recall
 from .pixels import PixelSpace
-from .plan import Plan, clean_loss
+from .plan import Plan, clean_loss, take
 from .replay import InputCapture
 from .schedule import EpsSchedule
-from .tuples import IndicesTuple, take
+from .tuples import IndicesTuple
 
 
 class Questions(Protocol):
@@ -61,13 +61,15 @@ class Perturbed(NamedTuple):
     """What an attack found for the copies of this process.
 
     Attributes:
-        inputs: ``(K, ...)``; None where the attack left all of them as they were, on purpose.
+        clean_inputs: ``(K, ...)`` before the attack.
+        inputs: ``(K, ...)``; the same tensor as ``clean_inputs`` where the attack left them as they were, on purpose.
         zero_gradient: ``(K,)`` bool, rows whose gradient was zero in every attack step.
         seconds: that the attack took.
         score: what was raised; None where this process has no copies.
     """
 
-    inputs: Tensor | None
+    clean_inputs: Tensor
+    inputs: Tensor
     zero_gradient: Tensor
     seconds: float = 0.0
     score: Score | None = None
@@ -213,26 +215,23 @@ class AdversarialStep:
     def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Perturbed:
         """Perturbs this process's own copies."""
         rows = batch.own(plan.rows, plan.rows)
+        inputs = take(batch.inputs, batch.places_of(rows))  # no copy of them where all rows are perturbed
         if not len(rows):
-            return Perturbed(None, torch.zeros_like(rows, dtype=torch.bool))
+            return Perturbed(inputs, inputs, torch.zeros_like(rows, dtype=torch.bool))
         start = time.perf_counter()
         score = self.hooks.score(wrapped, batch, plan)
-        clean = take(batch.context, plan.rows)
+        clean = plan.rows_of(batch.context)
         of_own: Score = score
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
             of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
         objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
         attack = self.hooks.attack(objective, batch, plan)
-        if attack is adapter.unchanged:
-            return Perturbed(None, objective.zero_gradient, score=score)
-        clean_inputs = batch.inputs_of(rows)
-        inputs = adapter.run(attack, clean_inputs, objective.labels, objective)
-        if inputs is clean_inputs:
-            return Perturbed(None, objective.zero_gradient, time.perf_counter() - start, score)
-        if isinstance(attack, adapter.Learns):
-            inputs.requires_grad_().register_hook(attack.learn)
-        return Perturbed(inputs, objective.zero_gradient, time.perf_counter() - start, score)
+        found = adapter.run(attack, inputs, objective.labels, objective)
+        if isinstance(attack, adapter.Learns) and found is not inputs:
+            found.requires_grad_().register_hook(attack.learn)
+        seconds = 0.0 if attack is adapter.unchanged else time.perf_counter() - start
+        return Perturbed(inputs, found, objective.zero_gradient, seconds, score)
 
     def _embedder(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         """A function that embeds pixels ``(K, ...)`` as those of the batch were embedded, ``(K, D)``."""
@@ -249,16 +248,14 @@ class AdversarialStep:
 
     def _embed_again(self, batch: Batch, plan: Plan, perturbed: Perturbed) -> Adversarial:
         """The perturbed copies, embedded with gradient by the model in its own mode."""
-        own = batch.own(plan.rows, plan.rows)
-        inputs = perturbed.inputs
-        if inputs is None:  # a copy that was left as it was is its row: no pass is spent, and dropout draws nothing
-            inputs, embeddings = batch.inputs_of(own), batch.embeddings[own]
+        if perturbed.inputs is perturbed.clean_inputs:  # copies are their rows: no pass is spent, dropout draws nothing
+            embeddings = batch.embeddings[batch.own(plan.rows, plan.rows)]
         else:
-            embeddings = self._embed_in_own_mode(batch, inputs)
+            embeddings = self._embed_in_own_mode(batch, perturbed.inputs)
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only where its own output goes backward
         copies = batch.gather_copies(embeddings, plan.rows)
-        return Adversarial(inputs, copies, perturbed.zero_gradient, perturbed.seconds)
+        return Adversarial(perturbed.inputs, perturbed.clean_inputs, copies, perturbed.zero_gradient, perturbed.seconds)
 
     def _embed_in_own_mode(self, batch: Batch, inputs: Tensor) -> Tensor:
         try:
@@ -283,7 +280,7 @@ class AdversarialStep:
             if score is None:
                 score = self.hooks.score(wrapped, batch, plan)
                 restart()
-            before = batch.own(_per_row(score(take(batch.context, plan.rows)), plan), plan.rows)
+            before = batch.own(_per_row(score(plan.rows_of(batch.context)), plan), plan.rows)
             restart()
             after = batch.own(_per_row(score(adversarial.embeddings), plan), plan.rows)
             adversarial = replace(adversarial, score_before=before, score_after=after)
@@ -291,8 +288,8 @@ class AdversarialStep:
                 return adversarial
             unperturbed = replace(
                 adversarial,
-                inputs=batch.inputs_of(batch.own(plan.rows, plan.rows)),
-                embeddings=take(batch.embeddings, plan.rows),
+                inputs=adversarial.clean_inputs,
+                embeddings=plan.rows_of(batch.embeddings),
                 score_after=before,
             )
             return replace(adversarial, loss_before=self.hooks.training_loss(wrapped, batch, plan, unperturbed))

@@ -24,30 +24,6 @@ ROLES: tuple[Role, ...] = ("anchor", "positive", "negative")
 MEMBERS = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
 
 
-def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
-    """``start, start + 1, ..., stop - 1`` as a tensor that `as_slice` recognises."""
-    numbers = torch.arange(start, stop, device=device)
-    numbers.consecutive_from = start  # type: ignore[attr-defined]
-    return numbers
-
-
-def as_slice(rows: Tensor) -> slice | None:
-    """The same rows as a slice, if `consecutive` made them; else None.
-
-    The tensor itself carries the mark, so that nobody has to look at its values and wait for the device.
-    """
-    start = getattr(rows, "consecutive_from", None)
-    return None if start is None else slice(start, start + len(rows))
-
-
-def take(values: Tensor, rows: Tensor) -> Tensor:
-    """``values[rows]``, without an operation where these are all of the values, in order."""
-    part = as_slice(rows)
-    if part is None:
-        return values[rows]
-    return values if part == slice(0, len(values)) else values[part]
-
-
 def all_triplets(labels: Tensor) -> IndicesTuple:
     """All triplets of the labels ``(N,)``, in PML's order.
 

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_adversarial.training.batch import Batch
 from pml_adversarial.training.objectives import OwnLoss, ViolationScore, unreduced
-from pml_adversarial.training.plan import replace_rows
-from pml_adversarial.training.tuples import consecutive
+from pml_adversarial.training.plan import consecutive, replace_rows
 
 LABELS = torch.arange(8) // 2
 

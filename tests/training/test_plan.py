@@ -6,12 +6,17 @@ import torch
 from some_tuples import KINDS, N, random_tuples
 
 from pml_adversarial import Batch, Plan, PlanError
-from pml_adversarial.training.plan import call, plan_roles, plan_rows, plan_tuples, replace_rows, untouched
-from pml_adversarial.training.tuples import (
-    ROLES,
+from pml_adversarial.training.plan import (
     as_slice,
+    call,
     consecutive,
+    plan_roles,
+    plan_rows,
+    plan_tuples,
+    replace_rows,
+    untouched,
 )
+from pml_adversarial.training.tuples import ROLES
 
 SOME_ROLES = [("anchor",), ("positive",), ("negative",), ("positive", "negative"), ("anchor", "negative"), ROLES]
 NAMES = {3: ("anchor", "positive", "negative"), 4: ("anchor", "positive", "anchor", "negative")}
