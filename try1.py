@@ -19,7 +19,7 @@ def steps_of(refs):
 from contextlib import contextmanager
 def apply(step,args,kwargs):
     with ExitStack() as st:
-        now=dict(tracing._autocast_state()); then=dict(step.autocast)
+        now=dict(tracing.autocast_state()); then=dict(step.autocast)
         for kind in {*now,*then}:
             if now.get(kind)!=then.get(kind):
                 st.enter_context(torch.autocast(kind,enabled=kind in then,dtype=then.get(kind)))
@@ -38,7 +38,22 @@ def run(refs,call=apply):
         for s in steps_of(refs):
             memo[s]=call(s,mapped(s.args,res),mapped(s.kwargs,res))
     return [memo[r.step][r.place] for r in refs]
+from pml_adversarial.training.replay2 import Replay
+from pml_adversarial.training.pixels import PixelSpace
 def check(name,make):
+    w.wants_random_state=True
+    out=make()
+    outs=list(out) if isinstance(out,(tuple,list)) else [out]
+    try: r=Replay(outs,PixelSpace())
+    except Exception as e: print(f"{name:20s}",type(e).__name__,e); return
+    given=torch.cat(r._given)
+    rows=(r.rows.source>=0).nonzero().flatten()
+    e=r.embed(r.inputs)
+    some=torch.cat([rows.flip(0)[:5],rows[:3],rows[:3]])
+    pos={int(k):i for i,k in enumerate(rows)}
+    e2=r.embed(r.inputs[[pos[int(k)] for k in some]],some)
+    print(f"{name:20s} difference {r.difference():.1e} all {float((e-given[rows]).abs().max()):.1e} some {float((e2-given[some]).abs().max()):.1e} apart {r.rows.apart} in order {r.rows.in_order} modules {len(r.modules)}")
+def check_old(name,make):
     out=make()
     outs=list(out) if isinstance(out,(tuple,list)) else [out]
     if not all(type(o) is Traced for o in outs): print(name,"NOT TRACED"); return

@@ -54,10 +54,12 @@ class Step:
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_place: bool = False) -> None:
         self.function, self.number, self.in_place = function, next(_number), in_place
         self.args, self.kwargs = mapped(args, _argument), mapped(dict(kwargs), _argument)
-        self.autocast = _autocast_state()
+        self.autocast = autocast_state()
         self.outputs: tuple[Tensor, ...] = ()
         self.modes: tuple[bool, ...] = ()
         self.random_state: Any = None
+        self.swapped: dict[str, Tensor] = {}
+        self.changed: list[Tensor] = []
 
     @property
     def is_module(self) -> bool:
@@ -178,7 +180,7 @@ def _works_in_place(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
 
 
-def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     return tuple(
         (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
     )
