@@ -100,14 +100,14 @@ class LossTrials:
     def is_row_separable(self) -> bool:
         """Whether the loss is a sum of what each row contributes alone.
 
-        Then what two parts of a batch change, each alone, adds up to what both change together. The trial batch is
-        parted by each bit of the row number, so that any two rows are once in different parts.
+        Then what two parts of a batch change, each alone, adds up to what both change together. Each bit of the row
+        number parts the trial batch once, so that any two rows are once in different parts.
         """
         if self.batch is None:
             return False
+        trial, number = self.batch, torch.arange(self.batch.num_rows)
         with random_stream(0, 0):
-            trial = self.batch
-            moved, number = torch.randn_like(trial.embeddings), torch.arange(trial.num_rows)
+            moved = torch.randn_like(trial.embeddings)
         near = torch.ones_like(moved) + trial.embeddings  # rows near each other, so that no margin leaves a pair out
 
         def value(part: Tensor) -> Tensor:
@@ -136,16 +136,13 @@ class LossTrials:
         in_company = (same.sum(1) > trial.num_rows // trial.num_queries)[:, None]
         plan = replace_rows(torch.arange(trial.num_rows), trial.num_rows, trial.indices_tuple).split(trial.num_queries)
         plan = plan.beside_clean(trial.num_rows)
-        found = [self._value(trial, plan, copies) for copies in (once, torch.where(in_company, again, once))]
-        if not _differ(*found):
+        value = self._value(trial, plan, once)
+        if not _differ(value, self._value(trial, plan, torch.where(in_company, again, once))):
             return False
         if plan.indices_tuple is None and plan.ref_pool_indices is None:
             shuffled = self._value(trial, replace(plan, pool_indices=plan.pool_indices[order]), once)
-            if not torch.allclose(shuffled, found[0], rtol=1e-9, atol=0):
+            if not torch.allclose(shuffled, value, rtol=1e-9, atol=0):
                 return False
-        return self._has_gradient_at_equals(trial, plan)
-
-    def _has_gradient_at_equals(self, trial: Batch, plan: Plan) -> bool:
         axes = torch.eye(trial.embeddings.shape[1], dtype=torch.float64)  # whose product with themselves is exactly 1
         rows = axes[torch.arange(trial.num_rows) % len(axes)]
         copies = rows.clone().requires_grad_()

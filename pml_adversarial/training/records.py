@@ -105,16 +105,12 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
     Raises:
         PluginError: a name is not a string, or is taken, or a value is not one number.
     """
-    values: dict[str, Any] = {}
-    for answer in answers:
-        for name, value in answer.items():
-            values.setdefault(name, value)
-    wrong = [name for name, value in values.items() if not _recordable(name, value)]
-    if wrong:
+    values = {name: value for answer in reversed([*answers]) for name, value in answer.items()}
+    if wrong := [name for name, value in values.items() if not _recordable(name, value)]:
         raise PluginError(f"A plugin records {wrong}; expected names with numbers or tensors of one element.")
     values.update(_numbers({name: value for name, value in values.items() if isinstance(value, Tensor)}))
-    taken = [name for name in values if _is_taken(module, name)]
-    if taken:
+    new = [name for name in values if name not in getattr(module, "_record_these", ())]
+    if taken := [name for name in new if name in dir(module)]:  # the names of a module that it wraps are free
         raise PluginError(
             f"A plugin records {taken}, which are attributes of {type(module).__name__} already; expected other names."
         )
@@ -147,10 +143,3 @@ def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 def _recordable(name: Any, value: Any) -> bool:
     one_number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     return isinstance(name, str) and (one_number or isinstance(value, int | float))
-
-
-def _is_taken(module: ModuleWithRecords, name: str) -> bool:
-    """Whether the module itself has an attribute of that name; those of the module that it wraps do not count."""
-    if name in getattr(module, "_record_these", ()):
-        return False
-    return any(name in names for names in (vars(module), dir(type(module)), module._modules))

@@ -68,9 +68,9 @@ class Wrapper(StandIn):
         found = unpacked(state)
         if found is None:
             logger.warning(
-                "The saved step, seed and state of plugins of %s cannot be read, and stay what they are. A tool that "
-                "averages or casts all tensors may have changed them. Weights and buffers are loaded.",
-                type(self).__name__,
+                f"The saved step, seed and state of plugins of {type(self).__name__} cannot be read, and stay what "
+                "they are. A tool that averages or casts all tensors may have changed them. Weights and buffers are "
+                "loaded."
             )
             return
         self.adversary.load_state_dict(found)
