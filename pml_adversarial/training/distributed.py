@@ -1,7 +1,7 @@
 """Several processes share a batch: rows are gathered in rank order, and decisions and errors are the same on all ranks.
 
-Everything here uses the default process group of ``torch.distributed``. No gradient is communicated here: the rows of
-this rank carry gradient, the rows of other ranks do not, and `DistributedDataParallel` averages the gradients.
+The process group is the default one of ``torch.distributed``. Of gathered rows only those of this rank carry gradient;
+`DistributedDataParallel` averages the gradients.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def seed_of_rank(seed: int) -> int:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """``(sum of counts, ...)`` the rows of all ranks in rank order; those of this rank carry gradient.
+    """``(sum of counts, ...)`` the rows of all ranks in rank order.
 
     Args:
         rows: ``(K, ...)``, on all ranks with the same type and the same dimensions after the first.

@@ -77,9 +77,9 @@ class LossTrials:
     def counts(self, copies: Copies, roles: tuple[str, ...], tuples_per_anchor: int | None) -> bool:
         """Whether the loss has another value once the copies move."""
         trial, _, plan = self._planned(copies, roles, tuples_per_anchor)
-        return plan is not None and _differ(
-            self._value(trial, plan), self._value(trial, plan, self._elsewhere(len(plan)))
-        )
+        if plan is None:
+            return False
+        return _differ(self._value(trial, plan), self._value(trial, plan, self._elsewhere(len(plan))))
 
     def _planned(
         self, copies: Copies, roles: tuple[str, ...], tuples_per_anchor: int | None

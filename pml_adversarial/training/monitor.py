@@ -102,20 +102,15 @@ def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -
     """
     distance, clean = distance_of(wrapped), at_least_float(batch.embeddings.detach())
     labels, rows = cast(Tensor, batch.labels), torch.arange(batch.num_rows, device=clean.device)
-    found = [
-        _recall(distance, queries, clean, labels[of], labels, of)
-        for queries, of in ((clean, rows), (copies.detach().to(clean.dtype), plan.rows))
-    ]
-    return torch.stack(found)
+    asked = (clean, rows), (copies.detach().to(clean.dtype), plan.rows)
+    return torch.stack([_recall(distance, queries, of, clean, labels) for queries, of in asked])
 
 
-def _recall(
-    distance: nn.Module, queries: Tensor, clean: Tensor, labels: Tensor, all_labels: Tensor, of: Tensor
-) -> Tensor:
+def _recall(distance: nn.Module, queries: Tensor, of: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
     near = distance(queries, clean)
     near = near if distance.is_inverted else -near
     itself = torch.zeros_like(near, dtype=torch.bool).scatter(1, of[:, None], True)
-    same = labels[:, None] == all_labels
+    same = labels[of][:, None] == labels
     right = near.masked_fill(~same | itself, -torch.inf).amax(1)
     wrong = near.masked_fill(same, -torch.inf).amax(1)
     return (right > wrong)[(same & ~itself).any(1)].float().mean()
