@@ -32,11 +32,11 @@ class LossTrials:
     Attributes:
         batch: the trial batch on which the loss has a value: a small one, or else one with the labels and the tuples of
             the real one; None if there is none.
-        error: what the loss raised last; None if it raised nothing.
+        error: what the loss raised last, or "NaN"; None if it had a value each time.
     """
 
     def __init__(self, wrapped: nn.Module, batch: Batch) -> None:
-        self.error: Exception | None = None
+        self.error: Exception | str | None = None
         self._loss = copy.deepcopy(wrapped).cpu().double()
         with random_stream(0, 0):
             trials = *(_trial_batch(batch, classes) for classes in (_UNEQUAL, _TWO, _BLOCKS)), _like(batch)
@@ -158,10 +158,13 @@ class LossTrials:
         copies = trial.embeddings[plan.rows] if copies is None else copies
         try:
             with random_stream(0, 0), torch.set_grad_enabled(copies.requires_grad):
-                return torch.as_tensor(plan.evaluate(loss, trial, copies), dtype=torch.float64)
+                value = torch.as_tensor(plan.evaluate(loss, trial, copies), dtype=torch.float64)
         except Exception as error:  # a loss may raise anything at arguments that it does not take
             self.error = error
             return torch.tensor(torch.nan, dtype=torch.float64)
+        if value.isnan():
+            self.error = "NaN"
+        return value
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
