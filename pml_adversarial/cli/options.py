@@ -42,7 +42,7 @@ def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
-def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
+def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) -> partial[Any]:
     """The class that ``text`` names, with its options, ready to be called.
 
     Args:
@@ -64,15 +64,12 @@ def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) ->
     if name not in classes:
         hint = did_you_mean(name, classes)
         raise click.BadParameter(f"no {kind} named {name!r}.{hint} There are: {', '.join(sorted(classes))}.")
-    taken = {key: value for key, value in filled.items() if key in inspect.signature(classes[name]).parameters}
-    made = partial(classes[name], **{**taken, **options})
-    unknown = set(options) - set(inspect.signature(classes[name].__init__).parameters)
-    accepts_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(classes[name].__init__).parameters.values())
-    if unknown and not accepts_more:
-        raise click.BadParameter(
-            f"{name} takes no {', '.join(sorted(unknown))}; it is {inspect.signature(classes[name])}."
-        )
-    return made
+    signature = inspect.signature(classes[name])
+    unknown = set(options) - set(signature.parameters)
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        raise click.BadParameter(f"{name} takes no {', '.join(sorted(unknown))}; it is {signature}.")
+    taken = {key: value for key, value in filled.items() if key in signature.parameters}
+    return partial(classes[name], **{**taken, **options})
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
