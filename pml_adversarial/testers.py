@@ -467,8 +467,7 @@ def _check_lengths(tester: Any, embeddings: Tensor) -> None:
 def _radii(eps: float | Iterable[float], norm: str) -> tuple[float, ...]:
     """Different radii, the first that was given ahead."""
     given = tuple(eps) if isinstance(eps, Iterable) else (eps,)
-    radii = to_radii(given, norm)
-    return (float(given[0]), *(radius for radius in radii if radius != float(given[0])))
+    return tuple(sorted(to_radii(given, norm), key=lambda radius: radius != float(given[0])))
 
 
 def _mean(groups: Sequence[Mapping[str, float]], split: _SplitQueries) -> dict[str, float]:

@@ -79,15 +79,9 @@ def run(
     data: OpenSetSplit | None = None,
     progress: bool = True,
 ) -> list[TrainedModel]:
-    """Trains and attacks both models for every seed.
+    """Trains and attacks both models for every seed, by default on the digits.
 
-    Args:
-        settings: see `Settings`.
-        make_loss: called once per model, since losses may have parameters.
-        make_miner: makes the miner of a model, or returns None.
-        attack: factory of the training attack.
-        data: images to train on and unseen classes to test on; None: the digits.
-        progress: whether to show progress bars.
+    Losses and miners are made anew for each model, since they may have parameters. A miner may be None.
     """
     data = digits() if data is None else data
     data = OpenSetSplit(*(tensor.to(settings.device) for tensor in vars(data).values()))
@@ -161,10 +155,7 @@ def train(
 def summary(settings: Settings, measured: list[TrainedModel], described: Mapping[str, Any]) -> dict[str, Any]:
     """All results, and all that is needed to repeat the experiment, in types that JSON knows.
 
-    Args:
-        settings: of the run.
-        measured: its results.
-        described: further settings, such as the names of loss and attack.
+    ``described`` holds further settings, such as the names of loss and attack.
     """
     return {
         "schema": 1,

@@ -125,11 +125,7 @@ def images_from(
 def same_classes(
     queries: LabelledImages, gallery: LabelledImages | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Queries and gallery, with labels that stand for the same classes in both.
-
-    Args:
-        queries: images that search.
-        gallery: images that are searched. None: the queries; then no query finds itself.
+    """Queries and gallery, with labels that stand for the same classes in both. No gallery: the queries are one.
 
     Raises:
         InputError: no query has both a right and a wrong item to find.
@@ -212,8 +208,8 @@ def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> L
             f"{path} has class folders without an image: {_some(empty)}. Expected files that end in "
             f"{', '.join(sorted(_SUFFIXES))}; remove folders that are no classes."
         )
-    files = [(file, name) for name, files in found.items() for file in files]
-    return LabelledImages(_Files([file for file, _ in files], size, grayscale), [name for _, name in files])
+    names = [name for name, files in found.items() for _ in files]
+    return LabelledImages(_Files([file for files in found.values() for file in files], size, grayscale), names)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

@@ -20,11 +20,7 @@ CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_con
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
-
-    Raises:
-        click.BadParameter: the text has another form.
-    """
+    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words."""
     name, _, options = text.partition(":")
     try:
         call = ast.parse(f"f({options})", mode="eval").body
@@ -51,16 +47,10 @@ def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) ->
         text: see `parse_call`.
         kind: what the class is, for messages.
         filled: options that are used if the class takes them and ``text`` does not set them.
-
-    Raises:
-        click.BadParameter: there is no such class, or it takes no such option.
     """
     name, options = parse_call(text)
-    classes = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, base) and not key.startswith(("Base", "Generic"))
-    }
+    known = inspect.getmembers(module, lambda value: isinstance(value, type) and issubclass(value, base))
+    classes = {key: value for key, value in known if not key.startswith(("Base", "Generic"))}
     if name not in classes:
         hint = did_you_mean(name, classes)
         raise click.BadParameter(f"no {kind} named {name!r}.{hint} There are: {', '.join(sorted(classes))}.")
@@ -90,26 +80,17 @@ def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
         raise click.BadParameter(
             f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
         ) from error
-    radii: tuple[float, ...] = try_option(lambda: to_radii(found, norm), "--eps")
-    return radii
+    return try_option(lambda: to_radii(found, norm), "--eps")
 
 
 def check_device(name: str) -> str:
-    """The same name.
-
-    Raises:
-        click.BadParameter: the device cannot be used.
-    """
+    """The same name, if the device can be used."""
     try_option(lambda: torch.zeros(1, device=name).item(), "--device")
     return name
 
 
 def try_option(make: Callable[[], Any], option: str) -> Any:
-    """What ``make()`` returns.
-
-    Raises:
-        click.BadParameter: ``make`` raised an exception; its first line is shown as an error of the option.
-    """
+    """What ``make()`` returns; of an exception, the first line is shown as an error of the option."""
     try:
         return make()
     except Exception as error:
