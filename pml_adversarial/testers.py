@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -221,7 +221,7 @@ class AdversarialTester(_Proxy):
         reports: dict[str, Report] = {}
         added = []
         for split, accuracies in self.tester.all_accuracies.items():
-            queries = _SplitQueries.of(self.tester, split)
+            queries = _SplitQueries(self.tester, split)
             found: dict[str, Any] = {}
             for level in queries.levels:
                 means = dict.fromkeys(self.metrics, torch.nan)
@@ -330,41 +330,23 @@ class _MetricNames:
         return re.sub(r"\W", "_", f"{part}_{measure}{suffix}", flags=re.ASCII)
 
 
-class _SplitQueries(NamedTuple):
-    """The queries of a split, and the gallery that the tester searches for them."""
+class _SplitQueries:
+    """The queries of a split that a tester has just tested, and the gallery that it searches for them."""
 
-    name: str  # of the split
-    references: list[str]  # names of the splits that form the gallery
-    labels: Tensor  # (Q, L) of the queries
-    item_embeddings: Tensor  # (G, D)
-    item_labels: Tensor  # (G, L)
-    includes_queries: bool  # whether the first items of the gallery are the queries
-    levels: list[int]  # label levels that are tested
-    by_parent: bool  # whether queries are tested separately for each label of the next level
-    item_stream: int  # number of the stream, of those that the data sets give, that holds the items' images
-
-    @classmethod
-    def of(cls, tester: Any, split: str) -> _SplitQueries:
-        """What the tester has just tested."""
+    def __init__(self, tester: Any, split: str) -> None:
         from pytorch_metric_learning.testers import GlobalTwoStreamEmbeddingSpaceTester, WithSameParentLabelTester
 
-        references = tester.reference_split_names[split]
-        _, labels, embeddings, item_labels = tester.set_reference_and_query(
-            tester.embeddings_and_labels, split, references
+        self.name, self.references = split, tester.reference_split_names[split]
+        _, labels, self.item_embeddings, item_labels = tester.set_reference_and_query(
+            tester.embeddings_and_labels, split, self.references
         )
-        by_parent = isinstance(tester, WithSameParentLabelTester)
+        self.labels = _whole(labels, split)  # (Q, L)
+        self.item_labels = _whole(item_labels, " and ".join(self.references))  # (G, L)
+        self.includes_queries = tester.ref_includes_query(split, self.references)  # as the first items
+        self.by_parent = isinstance(tester, WithSameParentLabelTester)  # tests each label of the next level separately
+        self.item_stream = int(isinstance(tester, GlobalTwoStreamEmbeddingSpaceTester))  # which has the items' images
         levels = tester.label_levels_to_evaluate(labels)
-        return cls(
-            split,
-            references,
-            _whole(labels, split),
-            embeddings,
-            _whole(item_labels, " and ".join(references)),
-            tester.ref_includes_query(split, references),
-            [level for level in levels if not by_parent or level + 1 < labels.shape[1]],
-            by_parent,
-            int(isinstance(tester, GlobalTwoStreamEmbeddingSpaceTester)),
-        )
+        self.levels = [level for level in levels if not self.by_parent or level + 1 < labels.shape[1]]
 
     def groups(self, level: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, rows of queries and rows of items of each group that is tested separately."""

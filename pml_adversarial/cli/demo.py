@@ -25,7 +25,7 @@ from ..training.tuples import ROLES, parse_roles
 from . import figures
 from .experiment import MODELS, Settings, TrainedModel, run, summary
 from .images import OpenSetSplit, digits
-from .options import CONTEXT, check_device, parse_class, parse_radii, try_option
+from .options import CONTEXT, FOLDER, check_device, parse_class, parse_radii, try_option
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
@@ -53,9 +53,7 @@ from .options import CONTEXT, check_device, parse_class, parse_radii, try_option
 @click.option("--seed", default=0, type=int, help="The first seed.")
 @click.option("--seeds", default=1, type=click.IntRange(1), help="How many seeds; the table shows their mean.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--output", default="pml_adversarial_run", type=click.Path(file_okay=False, path_type=Path), help="Folder."
-)
+@click.option("--output", default="pml_adversarial_run", type=FOLDER, help="Folder.")
 @click.option(
     "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
 )

@@ -20,11 +20,10 @@ from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .images import images_from, same_classes
 from .models import check_model, load_model
-from .options import CONTEXT, check_device, did_you_mean, parse_call, parse_radii, try_option
+from .options import CONTEXT, FOLDER, check_device, did_you_mean, parse_call, parse_radii, try_option
 
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's models
 _PATH = click.Path(path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
 _EXAMPLES = """\b
 Examples:
   pml-adversarial evaluate --model model.pt2 --queries test.npz --eps 0.05,0.1
@@ -55,8 +54,8 @@ Examples:
 @click.option("--seed", default=0, type=int, help="Of all that is random.")
 @click.option("--batch-size", default=128, type=click.IntRange(1), help="Queries that are attacked together.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--output", default="pml_adversarial_evaluation", type=_FOLDER, help="Folder for the reports.")
-@click.option("--resume", type=_FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
+@click.option("--output", default="pml_adversarial_evaluation", type=FOLDER, help="Folder for the reports.")
+@click.option("--resume", type=FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch decides]")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def evaluate(

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,8 @@ from ..evaluation.options import to_radii
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
