@@ -14,11 +14,8 @@ class FriendlyPGD(PGD):
     """l-inf PGD in which a row stops once its score is above ``enough``.
 
     As in friendly adversarial training (Zhang et al., arXiv 2002.11242): what is wrong already need not be made worse.
-    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. A row that has
-    stopped is not passed through the model any more.
-
-    It saves the passes of these rows. On an accelerator the host waits for the device in each step, since it has to
-    know how many rows go on.
+    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. It saves the
+    passes of rows that have stopped. On an accelerator the host waits in each step for how many rows go on.
 
     Args:
         objective: what is raised.
