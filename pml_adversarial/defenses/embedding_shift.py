@@ -19,17 +19,14 @@ def perturb_all_rows(batch: Batch) -> Plan:
 
 
 def embedding_shift(left: Tensor, right: Tensor) -> Tensor:
-    """``(M,)`` Euclidean distances in [0, 2] between embeddings ``(M, D)`` at unit length.
-
-    Where a distance is 0, its gradient is 0 as well.
-    """
+    """``(M,)`` Euclidean distances in [0, 2] of embeddings ``(M, D)`` at unit length; where 0, so is the gradient."""
     return torch.linalg.vector_norm(unit_length(left) - unit_length(right), dim=1)
 
 
 def displaced(embeddings: Tensor) -> Tensor:
     """``(M, D)`` embeddings at unit length, each moved by 0.0001 in a random direction of torch's global generator.
 
-    The distance of a copy from its row has no gradient at the row itself, so an attack that starts at the clean inputs
-    would stay there. Measured from a point close to the row, the distance has a gradient.
+    The distance of a copy from its row has no gradient at the row itself. Measured from a point close to the row it has
+    one, so an attack needs no random start.
     """
     return unit_length(embeddings) + _DISPLACEMENT * unit_length(torch.randn_like(embeddings))

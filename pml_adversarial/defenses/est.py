@@ -15,11 +15,9 @@ class EST:
     """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
     Each row x becomes ``x' = argmax d(f(x'), f(x))`` within the budget. d is the Euclidean distance between embeddings
-    at unit length. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any
-    loss can be trained, since the perturbation of a row depends on no other row.
-
-    At the clean row the distance has no gradient. So it is measured from a point 0.0001 away from the clean embedding,
-    in a random direction, as the first step of the authors' code does. An attack then needs no random start.
+    at unit length, measured from the clean row as it is `embedding_shift.displaced`, like the first step of the
+    authors' code. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any loss
+    can be trained.
 
     Tuples that the caller passes were mined on clean embeddings, while the authors mine on perturbed ones:
     ``AdversarialMiner(miner, model, plugins=["est"])`` does so. Reference rows with unknown inputs stay clean.

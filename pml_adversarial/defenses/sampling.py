@@ -1,8 +1,8 @@
-"""Draws triplets from a batch, for methods on triplets where the caller passed no tuples.
+"""Where `HM`, `ACT` and `TRIDE` have triplets from: the caller's, all that the caller's pairs form, or drawn ones.
 
-The strategies are those of the code of arXiv 2106.03614 and 2203.01439. There, a batch holds two images of each class,
-and the first is the anchor. Here, any batch with labels will do. Where no row meets the condition of a strategy, all
-rows of the right label are candidates. Random numbers come from torch's global generator.
+One triplet is drawn for each row that has a positive and a negative; with reference rows, these are among the
+reference. The published batches hold two images of each class, and the first is the anchor, which gives half as many
+triplets. ``anchors_per_class=1`` gives as many; it draws the anchor. Random numbers come from torch's global generator.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ def sample_triplets(
 ) -> IndicesTuple:
     """Draws one triplet for each query row that has a positive and a negative.
 
+    The strategies are those of the code of arXiv 2106.03614 and 2203.01439. Where no row meets the condition of a
+    strategy, all rows of the right label are candidates.
+
     Args:
         strategy: "random": any positive and any negative. "semihard": a negative that is further than the positive, by
             less than the margin. "softhard": a positive further than the nearest negative, and a negative nearer than
@@ -47,22 +50,15 @@ def sample_triplets(
         anchors = anchors[torch.randperm(len(anchors), device=anchors.device)]
         rank = rank_in_group(_labels(batch)[anchors])
         anchors = anchors[rank < anchors_per_class].sort().values
-    positives = draw_positives(strategy, positive[anchors], negative[anchors], distances[anchors])
-    return (
-        anchors,
-        positives,
-        draw_negatives(strategy, positive[anchors], negative[anchors], distances[anchors], positives, margin),
-    )
+    candidates = positive[anchors], negative[anchors], distances[anchors]
+    positives = draw_positives(strategy, *candidates)
+    return anchors, positives, draw_negatives(strategy, *candidates, positives, margin)
 
 
 def triplets_for(
     wrapped: nn.Module, batch: Batch, strategy: str, margin: float = 0.2, anchors_per_class: int | None = None
 ) -> IndicesTuple:
-    """The caller's triplets, or those that the caller's pairs form; `sample_triplets` draws them where there are none.
-
-    Raises:
-        PlanError: there are neither tuples nor labels.
-    """
+    """The caller's triplets, or those that the caller's pairs form; without tuples, those of `sample_triplets`."""
     if batch.indices_tuple is None:
         return sample_triplets(strategy, batch, margin, anchors_per_class)
     return own_triplets(wrapped, batch)
@@ -73,9 +69,6 @@ def harder_triplets(strategy: str, batch: Batch, triplets: IndicesTuple, margin:
 
     "semihard" keeps the positive; "softhard" draws another. The members of the triplet itself are among the candidates,
     also where the labels contradict it.
-
-    Raises:
-        PlanError: there are no labels.
     """
     anchors, positives, negatives = triplets
     positive, negative, distances = (of_row[anchors] for of_row in _candidates(batch))
@@ -87,11 +80,7 @@ def harder_triplets(strategy: str, batch: Batch, triplets: IndicesTuple, margin:
 
 
 def check_sampling(source: Any, anchors_per_class: Any) -> None:
-    """Checks the options of a method that draws triplets.
-
-    Raises:
-        InputError: ``source`` is no strategy, or ``anchors_per_class`` no number of anchors.
-    """
+    """Checks the options of a method that draws triplets."""
     check_choice("source", source, STRATEGIES)
     if anchors_per_class is not None:
         check_whole("anchors_per_class", anchors_per_class, hint=", or None for every row")
@@ -125,14 +114,8 @@ def draw_negatives(
 ) -> Tensor:
     """One negative for each anchor, ``(T,)``.
 
-    Args:
-        strategy: "softhard" prefers negatives that are nearer than the furthest positive; "semihard" those that are
-            further than the anchor's positive, by less than the margin; "random" takes any.
-        positive: ``(T, N)`` bool, the positives of each anchor.
-        negative: ``(T, N)`` bool, its negatives.
-        distances: ``(T, N)`` from the anchor to all rows.
-        positives: ``(T,)`` the positive that was drawn for it.
-        margin: of "semihard".
+    "softhard" prefers negatives that are nearer than the furthest positive; "semihard" those that are further than the
+    anchor's positive, one of ``(T,)`` positives, by less than the margin. The rest is as in `draw_positives`.
     """
     if strategy == "softhard":
         furthest = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
@@ -150,10 +133,7 @@ def draw_columns(mask: Tensor) -> Tensor:
 
 def _labels(batch: Batch) -> Tensor:
     if batch.labels is None:
-        raise PlanError(
-            "There are no labels to draw triplets by. Call loss_func(embeddings, labels), or pass the triplets of a "
-            "miner."
-        )
+        raise PlanError("There are no labels to draw triplets by; expected loss_func(embeddings, labels), or triplets.")
     return batch.labels
 
 

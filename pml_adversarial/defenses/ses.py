@@ -21,9 +21,6 @@ class SES(EST):
     clean batch, and the mean distance, with gradient through both embeddings. The authors' code has the weight 1. Any
     loss can be trained, and processes may share a batch.
 
-    Args:
-        weight: of the mean distance, from 0 on.
-
     Raises:
         InputError: the weight is no finite number from 0 on.
     """

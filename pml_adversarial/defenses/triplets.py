@@ -1,4 +1,9 @@
-"""What the methods on triplets share: a plan with copies of members, their embeddings, distances and hardness."""
+"""What the methods on triplets share: a plan with copies of members, their embeddings, distances and hardness.
+
+A loss that looks at rows beyond its triplets sees all copies, also several of one row. With reference rows, the loss is
+taken on the members without a reference. Where processes share a batch, each perturbs its own copies while those of the
+others stay clean.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,7 @@ from ..training.tuples import IndicesTuple
 
 
 def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) -> Plan:
-    """A plan in which each triplet has its own copies of these roles. The loss sees only rows that stand in triplets.
-
-    Raises:
-        PlanError: the inputs of a member that is to be perturbed are not known.
-    """
+    """A plan in which each triplet has its own copies of these roles. The loss sees only rows that triplets name."""
     plan = plan_tuples(triplets, roles, len(batch)).only_named()
     if batch.num_attackable < len(batch) and len(plan) and int(plan.rows.max()) >= batch.num_attackable:
         raise PlanError(
@@ -44,11 +45,7 @@ def hardness(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
 
 
 def three_members(plan: Plan, clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The embeddings ``(T, D)`` of anchors, positives and negatives, see `Plan.members`.
-
-    Raises:
-        PlanError: the plan is of pairs, or leaves the tuples to the loss.
-    """
+    """The embeddings ``(T, D)`` of anchors, positives and negatives, see `Plan.members`; refuses a plan of pairs."""
     members = plan.members(clean, adversarial)
     if len(members) != 3:
         raise PlanError(
@@ -59,13 +56,7 @@ def three_members(plan: Plan, clean: Tensor, adversarial: Tensor) -> tuple[Tenso
 
 
 def per_copy(plan: Plan, values: Tensor, num_rows: int) -> Tensor:
-    """For each copy, the sum ``(M,)`` of the values of the triplets in which it stands.
-
-    Args:
-        plan: a plan with triplets.
-        values: ``(T,)``, one per triplet.
-        num_rows: number of rows of the batch, ``N``.
-    """
+    """For each copy, the sum ``(M,)`` of the values ``(T,)`` of the triplets in which it stands."""
     found = values.new_zeros(len(plan) + 1)  # the last element collects the rows that are no copies
     for member in plan.indices_tuple or ():
         address = plan.pool_indices[member]
