@@ -20,24 +20,18 @@ def attack_of(attack: AttackFactory | None = None, eps: float | None = None, ste
 
     Raises:
         AttackError: a value cannot be used, or the factory does not take it, or sets it itself.
-
-    Example:
-        >>> adapter.budget(attack_of(eps=0.3, steps=5))
-        {'eps': 0.3, 'alpha': 0.15}
     """
-    wanted = {name: value for name, value in (("eps", eps), ("steps", steps)) if value is not None}
-    if attack is None:
-        return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET  # type: ignore[arg-type]
-    adapter.check(attack)
-    if not wanted:
-        return attack
+    wanted: dict[str, Any] = {}
     if eps is not None:
-        check_eps(eps)
+        wanted["eps"] = check_eps(eps)
     if steps is not None:
-        check_steps(steps)
-    for name in wanted:
-        _check_is_free(attack, name, wanted[name])
-    return partial(attack, **wanted)
+        wanted["steps"] = check_steps(steps)
+    if attack is None:
+        return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET
+    adapter.check(attack)
+    for name, value in wanted.items():
+        _check_is_free(attack, name, value)
+    return partial(attack, **wanted) if wanted else attack
 
 
 def seed_paper_attack(eps: float | None = None, steps: int | None = None) -> AttackFactory:

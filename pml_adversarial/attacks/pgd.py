@@ -161,6 +161,88 @@ class MomentumPGD(PGD):
         self._highest = torch.where(higher, score, self._highest)
 
 
+class NFGSM(PGD):
+    """N-FGSM (de Jorge et al., arXiv 2202.01181): uniform noise of ``spread * eps``, then one sign step of ``alpha``.
+
+    It saves all attack steps but one. A model that is trained against one step within the ball may withstand this step
+    and nothing else (catastrophic overfitting). So the ball does not bound this attack: a pixel moves by up to
+    ``spread * eps + alpha``, within [0, 1].
+
+    Args:
+        objective: what is raised.
+        eps: the radius that training is for, in pixels of [0, 1].
+        alpha: length of the step, in pixels of [0, 1]; None: eps.
+        spread: the noise reaches so many eps in either direction; 2 in the paper.
+
+    Raises:
+        AttackError: an option cannot be used.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch import nn
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> from pml_adversarial import AdversarialLoss
+        >>> loss_func = AdversarialLoss(ContrastiveLoss(), nn.Flatten(), attack=partial(NFGSM, eps=8 / 255))
+    """
+
+    def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):
+        super().__init__(objective, eps, eps if alpha is None else alpha, steps=1)
+        self.spread = check_number("spread", spread, error=AttackError)
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """The inputs with noise, which may lead out of [0, 1]."""
+        return uniform_noise(inputs, self.spread * self.eps).add_(inputs)
+
+    def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that moves points into [0, 1]."""
+        return lambda points: points.clamp(0, 1)
+
+
+class FriendlyPGD(PGD):
+    """l-inf PGD in which a row stops once its score is above ``enough``.
+
+    As in friendly adversarial training (Zhang et al., arXiv 2002.11242): what is wrong already need not be made worse.
+    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. It saves the
+    passes of rows that have stopped. On an accelerator the host waits in each step for how many rows go on.
+
+    Args:
+        objective: what is raised.
+        eps: radius, in pixels of [0, 1].
+        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
+        steps: the largest number of steps that a row takes.
+        enough: the score above which a row stops.
+
+    Raises:
+        AttackError: an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        eps: float = 8 / 255,
+        alpha: float | None = None,
+        steps: int = 3,
+        enough: float = 0.0,
+    ) -> None:
+        super().__init__(objective, eps, alpha, steps)
+        self.enough = enough
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """A random point of the ball; no row has stopped yet."""
+        self._rows = torch.arange(len(inputs), device=inputs.device)
+        return super().start(inputs)
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """The gradient of the rows that go on; 0 for those that have stopped."""
+        full, rows = torch.zeros_like(points), self._rows
+        if not len(rows):
+            return full
+        score, gradient = ascent(self.objective, points[rows], rows)
+        goes_on = score <= self.enough
+        self._rows = rows[goes_on]
+        return full.index_copy(0, rows, gradient.masked_fill(per_image(~goes_on, gradient), 0))
+
+
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
 

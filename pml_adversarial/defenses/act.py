@@ -8,8 +8,7 @@ from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.plan import Plan
-from .sampling import check_sampling, triplets_for
-from .triplets import distance, per_copy, perturb_members, three_members
+from .triplets import check_sampling, distance, per_copy, perturb_members, three_members, triplets_for
 
 
 class ACT:
@@ -19,10 +18,10 @@ class ACT:
     Euclidean distance at unit length: it collapses them. The wrapped loss is taken on the triplets ``(a, p', n')``
     alone, with clean anchors. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
 
-    See `sampling` for where the triplets come from, and `triplets` for references, processes and other losses.
+    See `triplets` for where they come from, and for references, processes and other losses.
 
     Args:
-        source: how triplets are drawn: "random", "semihard" or "softhard", see `sampling.sample_triplets`.
+        source: how triplets are drawn: "random", "semihard" or "softhard", see `triplets.sample_triplets`.
         anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.
 
     Raises:

@@ -103,17 +103,14 @@ class RAMD(AMD):
         return plan
 
 
-class _Loss:
-    """A score: the wrapped loss of all copies. It has no gradient where all tuples are satisfied."""
+class _Loss(OwnLoss):
+    """The wrapped loss of all copies. It has no gradient where all tuples are satisfied."""
 
     may_be_flat = True
 
-    def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.wrapped, self.own_loss = wrapped, OwnLoss(wrapped, batch, plan)
-
     def __call__(self, embeddings: Tensor) -> Tensor:
-        with preserved(self.wrapped):  # a loss with a memory would remember each step of the attack
-            return self.own_loss(embeddings)
+        with preserved(self.loss):  # a loss with a memory would remember each step of the attack
+            return super().__call__(embeddings)
 
 
 def _hardness(wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
-from ..training.plan import Plan
-from .embedding_shift import displaced, embedding_shift, perturb_all_rows
+from ..training.numeric import unit_length
+from ..training.plan import Plan, replace_rows
+
+_DISPLACEMENT = 1e-4
 
 
 class EST:
     """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
     Each row x becomes ``x' = argmax d(f(x'), f(x))`` within the budget. d is the Euclidean distance between embeddings
-    at unit length, measured from the clean row as it is `embedding_shift.displaced`, like the first step of the
+    at unit length, measured from the clean row as it is `displaced`, like the first step of the
     authors' code. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any loss
     can be trained.
 
@@ -33,3 +38,23 @@ class EST:
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """The distance between a copy and its own clean embedding."""
         return partial(embedding_shift, right=displaced(batch.context[plan.rows]))
+
+
+def perturb_all_rows(batch: Batch) -> Plan:
+    """A plan in which each row with known inputs is replaced by its copy, in all tuples; the tuples stay as given."""
+    rows = torch.arange(batch.num_attackable, device=batch.embeddings.device)
+    return replace_rows(rows, len(batch), batch.indices_tuple).split(batch.num_queries)
+
+
+def embedding_shift(left: Tensor, right: Tensor) -> Tensor:
+    """``(M,)`` Euclidean distances in [0, 2] of embeddings ``(M, D)`` at unit length; where 0, so is the gradient."""
+    return torch.linalg.vector_norm(unit_length(left) - unit_length(right), dim=1)
+
+
+def displaced(embeddings: Tensor) -> Tensor:
+    """``(M, D)`` embeddings at unit length, each moved by 0.0001 in a random direction of torch's global generator.
+
+    The distance of a copy from its row has no gradient at the row itself. Measured from a point close to the row it has
+    one, so an attack needs no random start.
+    """
+    return unit_length(embeddings) + _DISPLACEMENT * unit_length(torch.randn_like(embeddings))

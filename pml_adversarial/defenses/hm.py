@@ -15,8 +15,7 @@ from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.plan import Plan
 from ..training.tuples import ROLES
-from .sampling import check_sampling, harder_triplets, triplets_for
-from .triplets import hardness, per_copy, perturb_members, three_members
+from .triplets import check_sampling, harder_triplets, hardness, per_copy, perturb_members, three_members, triplets_for
 
 
 class HM:
@@ -29,16 +28,16 @@ class HM:
     is perturbed, and the step trains on the clean triplets. The published loss is ``TripletMarginLoss(0.2,
     reducer=MeanReducer())``, together with `ICS`.
 
-    See `sampling` for where the triplets come from, and `triplets` for references, processes and other losses. Where no
+    See `triplets` for where they come from, and for references, processes and other losses. Where no
     positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn. The published
     attack stops where the objective changes by less than 1e-7; here it takes all its steps.
 
     Args:
-        source: how triplets are drawn: "softhard", "semihard" or "random", see `sampling.sample_triplets`.
+        source: how triplets are drawn: "softhard", "semihard" or "random", see `triplets.sample_triplets`.
         destination: "lga": the linear gradual adversary, ``H_D = -margin * min(L, cap) / cap``, one number for all
             triplets. L is the mean ``[H' + margin]+`` of the perturbed triplets of the last step, whichever loss is
             wrapped; in the first step it is the cap. "semihard" or "softhard": the hardness of a clean triplet with the
-            same anchor, drawn as `sampling.harder_triplets` does.
+            same anchor, drawn as `triplets.harder_triplets` does.
         margin: gamma of the paper, which is used in "lga", in L, and by the strategy "semihard".
         cap: u of the paper; "lga" asks for ``-margin`` while L is above it; None: the margin.
         anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.

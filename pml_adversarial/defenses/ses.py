@@ -10,8 +10,7 @@ from ..attacks.checks import check_number
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.plan import Plan, clean_loss
-from .embedding_shift import embedding_shift
-from .est import EST
+from .est import EST, embedding_shift
 
 
 class SES(EST):

@@ -16,7 +16,7 @@ from ..training.batch import Adversarial, Batch
 from ..training.numeric import unit_length
 from ..training.objectives import exactly
 from ..training.plan import Plan, clean_loss
-from .embedding_shift import displaced, embedding_shift, perturb_all_rows
+from .est import displaced, embedding_shift, perturb_all_rows
 
 
 class TRADES:
@@ -35,7 +35,7 @@ class TRADES:
     brings other rows nearest costs most. ``divergence="distance"`` penalises ``d(f(x'), f(x))^2`` instead.
 
     The paper starts its attack from a little noise; here the divergence is measured from a row that is
-    `embedding_shift.displaced`. Any loss can be trained, and processes may share a batch.
+    `est.displaced`. Any loss can be trained, and processes may share a batch.
 
     Args:
         weight: of the mean divergence, ``1 / lambda``, from 0 on. The paper has 1 and 6 beside a cross-entropy.

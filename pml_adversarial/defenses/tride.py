@@ -14,8 +14,7 @@ from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.numeric import at_least_float
 from ..training.plan import Plan
-from .sampling import check_sampling, triplets_for
-from .triplets import distance, perturb_members, three_members
+from .triplets import check_sampling, distance, perturb_members, three_members, triplets_for
 
 _ROLES = {"candidates": ("positive", "negative"), "anchor": ("anchor",)}
 
@@ -47,7 +46,7 @@ class TRIDE:
     * alpha * e/E)``, and this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps``
     of its own. Without ``warmup``, attack and margin have their final values.
 
-    See `sampling` for where the triplets come from, and `triplets` for references, processes and other losses. They are
+    See `triplets` for where they come from, and for references, processes and other losses. They are
     drawn as "semihard" ones. `AdversarialMiner` refuses the method.
 
     Args:

@@ -13,8 +13,8 @@ from seed_paper import seed_paper_loss
 from torch import nn
 
 from pml_adversarial import AdversarialMiner, Batch, InputError, Plan, PlanError, hookimpl
-from pml_adversarial.defenses.sampling import sample_triplets
 from pml_adversarial.defenses.tride import TRIDE, weighted_mean
+from pml_adversarial.defenses.triplets import sample_triplets
 
 PGD = partial(torchattacks.PGD, eps=7.7 / 255, alpha=0.3 / 255, steps=16, random_start=False)  # 16 alpha < eps
 TRIPLET = partial(losses.TripletMarginLoss, margin=0.2, reducer=MeanReducer())
@@ -393,7 +393,7 @@ def test_strength_0_perturbs_nobody_and_the_last_step_almost_all(network, images
 def test_the_mining_margin_shrinks(strength, margin, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "pml_adversarial.defenses.sampling.sample_triplets",
+        "pml_adversarial.defenses.triplets.sample_triplets",
         lambda kind, batch, margin, anchors: seen.append(margin) or sample_triplets(kind, batch, margin, anchors),
     )
     batch = batch_of(torch.randn(8, 5), torch.arange(8) // 2, strength=strength)
