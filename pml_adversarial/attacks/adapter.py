@@ -86,15 +86,10 @@ def check_warmup(factory: AttackFactory) -> None:
 
 
 def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -> Attack:
-    """Makes the attack on an objective; `unchanged` where eps is 0, and where all rows are satisfied from the start.
+    """Makes the attack on an objective, with eps and alpha multiplied by the strength, from 0 to 1.
 
-    Args:
-        factory: see the module.
-        objective: what is raised.
-        strength: share of the budget, from 0 to 1, by which eps and alpha are multiplied.
-
-    Raises:
-        AttackError: the factory returns something that cannot be called, or an attack that cannot raise a score.
+    It is `unchanged` where eps is 0, and where all rows are satisfied from the start. What the factory returns is
+    refused if it cannot be called or cannot raise a score.
     """
     full = budget(factory)
     if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
@@ -118,16 +113,9 @@ def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
-    """Runs an attack and checks what it returns.
+    """Runs an attack on inputs ``(M, ...)`` in [0, 1], and returns what it found, in [0, 1] and detached.
 
-    Args:
-        attack: ``(inputs, labels) -> inputs``.
-        inputs: ``(M, ...)`` in [0, 1].
-        labels: ``(M,)``.
-        objective: what is raised; it knows whether the inputs may stay as they are.
-
-    Returns:
-        ``(M, ...)`` in [0, 1], detached. Where the inputs may stay as they were, the same tensor ``inputs``.
+    Where the objective lets the inputs stay as they are, the same tensor ``inputs`` is returned.
 
     Raises:
         AttackError: the attack returned no dense real tensor of the same shape, finite and in [0, 1], or the inputs

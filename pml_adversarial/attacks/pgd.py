@@ -176,13 +176,6 @@ class NFGSM(PGD):
 
     Raises:
         AttackError: an option cannot be used.
-
-    Example:
-        >>> from functools import partial
-        >>> from torch import nn
-        >>> from pytorch_metric_learning.losses import ContrastiveLoss
-        >>> from pml_adversarial import AdversarialLoss
-        >>> loss_func = AdversarialLoss(ContrastiveLoss(), nn.Flatten(), attack=partial(NFGSM, eps=8 / 255))
     """
 
     def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):
@@ -206,9 +199,7 @@ class FriendlyPGD(PGD):
     passes of rows that have stopped. On an accelerator the host waits in each step for how many rows go on.
 
     Args:
-        objective: what is raised.
-        eps: radius, in pixels of [0, 1].
-        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
+        objective, eps, alpha: as in `PGD`.
         steps: the largest number of steps that a row takes.
         enough: the score above which a row stops.
 

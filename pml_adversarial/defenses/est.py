@@ -13,16 +13,13 @@ from ..training.batch import Batch
 from ..training.numeric import unit_length
 from ..training.plan import Plan, replace_rows
 
-_DISPLACEMENT = 1e-4
-
 
 class EST:
     """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
     Each row x becomes ``x' = argmax d(f(x'), f(x))`` within the budget. d is the Euclidean distance between embeddings
-    at unit length, measured from the clean row as it is `displaced`, like the first step of the
-    authors' code. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any loss
-    can be trained.
+    at unit length, measured from the `displaced` clean row, like the first step of the authors' code. The wrapped loss
+    is taken on the perturbed rows alone. The paper trains a triplet loss; here any loss can be trained.
 
     Tuples that the caller passes were mined on clean embeddings, while the authors mine on perturbed ones:
     ``AdversarialMiner(miner, model, plugins=["est"])`` does so. Reference rows with unknown inputs stay clean.
@@ -57,4 +54,4 @@ def displaced(embeddings: Tensor) -> Tensor:
     The distance of a copy from its row has no gradient at the row itself. Measured from a point close to the row it has
     one, so an attack needs no random start.
     """
-    return unit_length(embeddings) + _DISPLACEMENT * unit_length(torch.randn_like(embeddings))
+    return unit_length(embeddings) + 1e-4 * unit_length(torch.randn_like(embeddings))

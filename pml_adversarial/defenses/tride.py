@@ -46,8 +46,8 @@ class TRIDE:
     * alpha * e/E)``, and this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps``
     of its own. Without ``warmup``, attack and margin have their final values.
 
-    See `triplets` for where they come from, and for references, processes and other losses. They are
-    drawn as "semihard" ones. `AdversarialMiner` refuses the method.
+    Triplets are drawn as "semihard" ones. See `triplets` for where else they come from, and for references, processes
+    and other losses. `AdversarialMiner` refuses the method.
 
     Args:
         sharpness: lambda of the weighted means; 0 gives plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.

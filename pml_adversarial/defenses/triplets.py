@@ -102,14 +102,10 @@ def unit_distances(queries: Tensor, rows: Tensor) -> Tensor:
 def draw_positives(
     strategy: str, positive: Tensor, negative: Tensor, distances: Tensor, otherwise: Tensor | None = None
 ) -> Tensor:
-    """One positive for each anchor, ``(T,)``.
+    """One positive for each anchor, ``(T,)``; "softhard" prefers one that is further than the nearest negative.
 
-    Args:
-        strategy: "softhard" prefers positives that are further than the nearest negative; the others take any.
-        positive: ``(T, N)`` bool, the positives of each anchor.
-        negative: ``(T, N)`` bool, its negatives.
-        distances: ``(T, N)`` from the anchor to all rows.
-        otherwise: ``(T, N)`` bool, the candidates of an anchor that has no preferred positive; None: all positives.
+    ``positive`` and ``negative`` are masks ``(T, N)`` of the rows that may be drawn, ``distances`` ``(T, N)`` those of
+    all rows from the anchor. An anchor without a preferred positive gets one of ``otherwise``, or any.
     """
     if strategy == "softhard":
         nearest = distances.masked_fill(~negative, torch.inf).amin(1, keepdim=True)
