@@ -19,8 +19,7 @@ from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError, attacks
 from pml_adversarial.attacks.autocast import Autocast
-from pml_adversarial.attacks.friendly import FriendlyPGD
-from pml_adversarial.attacks.nfgsm import NFGSM
+from pml_adversarial.attacks.pgd import NFGSM, FriendlyPGD
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.defenses.free import FreeAT
 from pml_adversarial.defenses.hard_rows import HardRows

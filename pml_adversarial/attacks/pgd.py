@@ -1,8 +1,7 @@
 """Projected gradient ascent (PGD): a score is raised by gradient steps within a ball around clean images.
 
-`PGD` is the attack of Madry et al. (arXiv 1706.06083). Its parts are methods: where it starts, what gradient it
-follows, how long and in which direction a step is, where a point is projected to, and which point is returned. Every
-other attack of this package that follows gradients is a `PGD` with some parts of its own.
+The parts of `PGD` are methods. Every other attack of this package that follows gradients is a `PGD` with some parts of
+its own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .objective import Objective
 
 
 class PGD:
-    """PGD with steps of a constant length; the last point is returned.
+    """PGD with steps of a constant length (Madry et al., arXiv 1706.06083); the last point is returned.
 
     A row that the score calls satisfied does not move, see `objective.Score`.
 
@@ -30,7 +29,7 @@ class PGD:
         eps: radius of the ball, in pixels of [0, 1].
         alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
         steps: number of steps.
-        random_start: whether it starts at a random point of the ball, or at the clean inputs.
+        random_start: whether it starts at a random point of the ball instead of the clean inputs.
         norm: "Linf", with steps along the gradient's sign, or "L2", with steps along the gradient.
 
     Raises:
@@ -105,16 +104,12 @@ class MomentumPGD(PGD):
     """PGD with momentum and with steps that fall from eps to 0 along a cosine; it returns the best point of each row.
 
     The momentum is that of MI-FGSM (Dong et al., arXiv 1710.06081), and the best point of a row's path is what APGD
-    returns (Croce and Hein, arXiv 2003.01690). It breaks more queries than torchattacks' PGD with as many gradients,
-    and its settings hardly matter. A gradient that is not finite counts as 0.
+    returns (Croce and Hein, arXiv 2003.01690). One more forward pass is spent on the last point. A gradient that is not
+    finite counts as 0.
 
     Args:
-        objective: what is raised.
-        eps: radius of the ball, in pixels of [0, 1].
-        steps: number of steps; one more forward pass is spent on the last point.
-        norm: "Linf" or "L2".
+        objective, eps, steps, norm, random_start: as in `PGD`.
         momentum: share of the past direction that is kept.
-        random_start: whether it starts at a random point of the ball, or at the clean inputs.
 
     Raises:
         AttackError: an option cannot be used.
@@ -166,13 +161,83 @@ class MomentumPGD(PGD):
         self._highest = torch.where(higher, score, self._highest)
 
 
-def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
+class NFGSM(PGD):
+    """N-FGSM (de Jorge et al., arXiv 2202.01181): uniform noise of ``spread * eps``, then one sign step of ``alpha``.
+
+    It saves all attack steps but one. A model that is trained against one step within the ball may withstand this step
+    and nothing else (catastrophic overfitting). So the ball does not bound this attack: a pixel moves by up to
+    ``spread * eps + alpha``, within [0, 1].
 
     Args:
         objective: what is raised.
-        points: perturbed inputs.
-        rows: ``(K,)`` the rows that the points belong to; None: all rows in their order.
+        eps: the radius that training is for, in pixels of [0, 1].
+        alpha: length of the step, in pixels of [0, 1]; None: eps.
+        spread: the noise reaches so many eps in either direction; 2 in the paper.
+
+    Raises:
+        AttackError: an option cannot be used.
+    """
+
+    def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):
+        super().__init__(objective, eps, eps if alpha is None else alpha, steps=1)
+        self.spread = check_number("spread", spread, error=AttackError)
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """The inputs with noise, which may lead out of [0, 1]."""
+        return uniform_noise(inputs, self.spread * self.eps).add_(inputs)
+
+    def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that moves points into [0, 1]."""
+        return lambda points: points.clamp(0, 1)
+
+
+class FriendlyPGD(PGD):
+    """l-inf PGD in which a row stops once its score is above ``enough``.
+
+    As in friendly adversarial training (Zhang et al., arXiv 2002.11242): what is wrong already need not be made worse.
+    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. It saves the
+    passes of rows that have stopped. On an accelerator the host waits in each step for how many rows go on.
+
+    Args:
+        objective, eps, alpha: as in `PGD`.
+        steps: the largest number of steps that a row takes.
+        enough: the score above which a row stops.
+
+    Raises:
+        AttackError: an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        eps: float = 8 / 255,
+        alpha: float | None = None,
+        steps: int = 3,
+        enough: float = 0.0,
+    ) -> None:
+        super().__init__(objective, eps, alpha, steps)
+        self.enough = enough
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """A random point of the ball; no row has stopped yet."""
+        self._rows = torch.arange(len(inputs), device=inputs.device)
+        return super().start(inputs)
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """The gradient of the rows that go on; 0 for those that have stopped."""
+        full, rows = torch.zeros_like(points), self._rows
+        if not len(rows):
+            return full
+        score, gradient = ascent(self.objective, points[rows], rows)
+        goes_on = score <= self.enough
+        self._rows = rows[goes_on]
+        return full.index_copy(0, rows, gradient.masked_fill(per_image(~goes_on, gradient), 0))
+
+
+def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
+
+    ``rows`` are those of `Objective.score`.
     """
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)
