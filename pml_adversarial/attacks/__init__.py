@@ -5,8 +5,10 @@
 
 from .adapter import budget, unchanged
 from .autocast import Autocast
+from .friendly import FriendlyPGD
+from .nfgsm import NFGSM
 from .objective import Attack, AttackFactory, Objective, Score
-from .pgd import NFGSM, PGD, FriendlyPGD, MomentumPGD
+from .pgd import PGD, MomentumPGD
 from .presets import PRESET, SEED_PAPER, preset
 
 __all__ = [
