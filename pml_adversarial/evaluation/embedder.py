@@ -18,10 +18,6 @@ Embed = Callable[[Tensor], Tensor]
 class Embedder:
     """A model that takes pixels, checks its embeddings, and counts its work.
 
-    Args:
-        model: inputs -> embeddings ``(N, D)``.
-        normalization: ``(mean, std)`` if the model takes normalised inputs.
-
     Attributes:
         device: of the model.
         forward_passes: how many images were embedded so far.
@@ -54,10 +50,7 @@ class Embedder:
         return embeddings
 
     def check_gradient(self, pixels: Tensor) -> None:
-        """Refuses a model whose embeddings have no gradient with respect to its inputs.
-
-        Args:
-            pixels: ``(n, C, H, W)`` in [0, 1], of one or more images.
+        """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient.
 
         Raises:
             InputError: there is no gradient.

@@ -184,17 +184,8 @@ class Results:
         return tuple(check for check in self.checks if check.passed is False)
 
 
-def encode_flags(flags: Tensor) -> str:
-    """``(Q,)`` bool as one character per query, "1" for True.
-
-    >>> encode_flags(torch.tensor([True, False]))
-    '10'
-    """
-    return "".join("1" if flag else "0" for flag in flags.tolist())
-
-
 def decode_flags(flags: str) -> Tensor:
-    """``(Q,)`` bool of what `encode_flags` wrote.
+    """``(Q,)`` bool of one character per query, "1" for True.
 
     >>> decode_flags("10")
     tensor([ True, False])

@@ -17,25 +17,16 @@ from .options import to_rows, to_whole_numbers
 
 
 class RetrievalTask:
-    """A model, queries and the gallery that they search.
-
-    Args:
-        model: images -> embeddings, in eval mode and frozen.
-        queries: see `images.Images`.
-        gallery: what is searched. None: the queries; then no query finds itself.
-        norm: of the perturbations, "Linf" or "L2".
-        normalization: ``(mean, std)`` if the model takes normalised inputs.
-        own: ``(Q,)`` index of the item that is the query itself, if it is in the gallery that is given, else -1. None:
-            no query is in it.
+    """A model, queries and the gallery that they search, from the arguments of `evaluate_robustness`.
 
     Attributes:
         embed: the model as a function of pixels.
         queries: images and labels of the queries.
         items: images and labels of the gallery.
         gallery: embeddings of the gallery, after `set_gallery`.
-        own: ``(Q,)`` as above.
+        own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
         leave_one_out: whether any query is in the gallery.
-        norm: as above.
+        norm: of the perturbations, "Linf" or "L2".
 
     Raises:
         InputError: ``own`` does not fit queries and gallery.
@@ -70,10 +61,7 @@ class RetrievalTask:
             )
         self.gallery = Gallery(check_finite(embeddings), self.items.labels)
         if len(self.gallery.classes) < 2:
-            raise InputError(
-                "All items of the gallery have one label; expected at least two labels, since otherwise no item is "
-                "wrong."
-            )
+            raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
 
     def check_embeddings(self, embeddings: Tensor) -> Tensor:
         """Embeddings of the gallery ``(G, D)`` that the user gives, on the model's device.
@@ -95,10 +83,7 @@ class RetrievalTask:
         return Targets(self.queries.labels[rows], self.own[rows])
 
     def rows_with_right_item(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
-        """Indices of the queries of a subset that have a right item in the gallery, and how many have none.
-
-        Args:
-            subset: indices of queries; None: all.
+        """Indices of the queries of a subset (None: all) that have a right item, and how many have none.
 
         Raises:
             InputError: indices do not exist or repeat, or no query has a right item.
@@ -118,21 +103,12 @@ class RetrievalTask:
         Raises:
             InputError: the model does not give finite embeddings for them.
         """
-        images = self.queries[rows]
-        targets = self.targets(rows)
+        images, targets = self.queries[rows], self.targets(rows)
         with torch.no_grad():
             in_gallery = bool((targets.own >= 0).all())
             clean = self.gallery.embeddings[targets.own] if in_gallery else self.embed(images)
-        return QueryBatch(
-            embed=self.embed,
-            modules=(self.embed.model,),
-            gallery=self.gallery,
-            pixels_of=self.items.__getitem__,
-            images=images,
-            clean=check_finite(clean),
-            targets=targets,
-            norm=self.norm,
-        )
+        model, pixels_of = (self.embed.model,), self.items.__getitem__
+        return QueryBatch(self.embed, model, self.gallery, pixels_of, images, check_finite(clean), targets, self.norm)
 
     def _own(self, own: Sequence[int] | Tensor | None, is_gallery: bool) -> Tensor:
         device, count = self.embed.device, len(self.queries)
