@@ -56,15 +56,10 @@ def run_checks(
     seed: int,
     batch_size: int,
 ) -> tuple[Check, ...]:
-    """Makes all checks. They cost about 260 gradients for each query of the sample.
+    """Makes all checks on the queries ``rows`` ``(Q,)`` of a task whose model is in eval mode and frozen.
 
-    Args:
-        task: what was evaluated, with the model in eval mode and frozen.
-        rows: ``(Q,)`` indices of the queries.
-        clean_flags: ``(Q,)`` bool, whether the nearest item is right without attack.
-        results: of all attacks on these queries.
-        seed: of all random choices.
-        batch_size: queries that are attacked together.
+    ``clean_flags`` ``(Q,)`` says whether their nearest items are right without attack, ``results`` what all attacks on
+    them gave. The checks cost about 260 gradients for each query of the sample.
     """
     if not results:
         return ()
@@ -208,8 +203,7 @@ def falls_to_chance(sample: QuerySample) -> Verdict:
     """Unbounded attacks succeed on every query (Carlini et al.); here, attacks that can make all queries equal."""
     eps = max(sample.eps, sample.large)
     robust = int((~sample.broken(eps, STEPS, "large")).sum())
-    others = len(sample.task.gallery) - sample.task.leave_one_out
-    chance = sample.measure(lambda part: part.gallery.num_right(part.targets) / others, "chance").mean().item()
+    chance = sample.measure(lambda batch: batch.gallery.chance(batch.targets), "chance").mean().item()
     passed = plausible(robust, len(sample), min(max(chance, FEW), 1 - MOST))
     message = f"{robust} of {len(sample)} are robust at eps {eps:.4g}; chance is {chance * len(sample):.1f}"
     return Verdict(passed, message)

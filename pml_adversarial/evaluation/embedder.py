@@ -69,11 +69,7 @@ def embed_all(
 ) -> Tensor:
     """Embeddings ``(N, D)`` of all images, without gradient.
 
-    Args:
-        embed: gives the embeddings.
-        images: pixels ``(N, C, H, W)``, or images that are read when they are needed.
-        batch_size: images that are embedded together.
-        advance: called with the number of images after each batch.
+    ``advance`` is called with the number of images after each batch.
     """
     parts = []
     with torch.no_grad():

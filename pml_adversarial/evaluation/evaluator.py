@@ -46,12 +46,9 @@ class Evaluator:
         return len(self.radii) * sum(attack.restarts for attack in self.attacks)
 
     def evaluate_batch(self, rows: Tensor, examples: bool, advance: Callable[[], object]) -> BatchResult:
-        """Runs all attacks on some queries.
+        """Runs all attacks on the queries ``rows`` ``(n,)``, and keeps some of them as examples if asked to.
 
-        Args:
-            rows: ``(n,)`` indices of the queries.
-            examples: whether to keep some of them as examples.
-            advance: called after each run of an attack.
+        ``advance`` is called after each run of an attack.
         """
         batch, first_row = self.task.batch(rows), int(rows[0])
         depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
@@ -161,13 +158,21 @@ class Evaluator:
                 for attack in attacks:
                     measures = joined([batch[_key(attack, eps)] for batch in batches], "measures")
                     lowest = {name: torch.minimum(values, measures[name]) for name, values in lowest.items()}
-                nmi = self.nmi_of(batches, str(eps), labels) if self.nmi and target == "query" else None
+                nmi = self.nmi_of(batches, str(eps), labels) if target == "query" else None
                 found.append(WorstCase(target, eps, means(lowest), robust_flags(lowest), nmi))
         return tuple(found)
 
-    def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float:
-        """NMI of the queries' embeddings, ``key`` being "clean" or an eps."""
+    def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float | None:
+        """NMI of the queries' embeddings, ``key`` being "clean" or an eps; None if it was not asked for."""
+        if not self.nmi:
+            return None
         return metrics.nmi(unit_or_zero(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+
+    def attacked(self, batches: Sequence[BatchResult]) -> dict[float, Tensor] | None:
+        """Eps -> ``(Q, C, H, W)`` perturbed queries; None if they were not kept."""
+        if not self.keep_attacked:
+            return None
+        return {eps: torch.cat([batch["attacked"][str(eps)] for batch in batches]) for eps in self.radii}
 
     def examples(self, batch: BatchResult) -> tuple[Example, ...]:
         """Some queries with the items that they find, as `evaluate_batch` kept them."""

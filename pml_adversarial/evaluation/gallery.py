@@ -118,6 +118,10 @@ class Gallery:
         own = targets.own.clamp(min=0)
         return size - ((targets.own >= 0) & (self.labels[own] == targets.labels)).to(size)
 
+    def chance(self, targets: Targets) -> Tensor:
+        """``(Q,)`` R@1 of a random ranking."""
+        return self.num_right(targets) / (len(self) - (targets.own >= 0).double())
+
     def hardest(self, queries: Tensor, targets: Targets, nth: int = 0) -> tuple[Tensor, Tensor]:
         """Indices ``(Q,)`` of the nearest wrong items of queries ``(Q, D)``, and of their nearest right items.
 

@@ -17,15 +17,9 @@ Images = tuple[Tensor, Tensor] | Dataset[Any]
 
 
 class ImageSet:
-    """Labelled images. ``images[rows]`` reads some of them as pixels ``(n, C, H, W)``.
+    """Labelled images on a device. ``images[rows]`` reads some of them as pixels ``(n, C, H, W)``.
 
-    Args:
-        images: see `Images`.
-        device: where pixels and labels are wanted.
-        role: what the images are, for messages.
-
-    Attributes:
-        labels: ``(N,)``.
+    ``labels`` are ``(N,)``. Messages name the images by their ``role``.
 
     Raises:
         InputError: there are no images, the labels do not fit them, or something else was given.
@@ -76,13 +70,13 @@ class ImageSet:
         def get(rows: Tensor) -> Tensor:
             images = [dataset[row][0] for row in rows.tolist()]
             if not all(isinstance(image, Tensor) and image.shape == images[0].shape for image in images):
-                found = ", ".join(sorted({_kind(image) for image in images}))
+                kinds = {f"a tensor {tuple(i.shape)}" if isinstance(i, Tensor) else type(i).__name__ for i in images}
+                found = ", ".join(sorted(kinds))
                 raise InputError(f"found {found}; expected tensors (C, H, W) of one size. Add ToTensor and a resize.")
             return torch.stack(images)
 
-        known = next(
-            (labels for name in ("targets", "labels") if (labels := getattr(dataset, name, None)) is not None), None
-        )
+        known = getattr(dataset, "targets", None)
+        known = getattr(dataset, "labels", None) if known is None else known
         if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
             known = [dataset[row][1] for row in range(len(dataset))]  # reads every image once
         try:
@@ -98,7 +92,3 @@ class ImageSet:
                 f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
                 "one whole number per image."
             )
-
-
-def _kind(image: Any) -> str:
-    return f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

@@ -25,13 +25,7 @@ def check_probability(name: str, value: float) -> None:
 
 
 def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
-    """Different radii, ascending.
-
-    Args:
-        eps: one radius, or several, in pixels of [0, 1].
-        norm: "Linf" or "L2"; in Linf, no radius is above 1.
-        zero: whether 0 is a radius.
-        name: of the option, for messages.
+    """Different radii in pixels of [0, 1], ascending; in Linf none is above 1, and 0 is one only with ``zero``.
 
     Raises:
         InputError: there is none, or one of them is not a radius.

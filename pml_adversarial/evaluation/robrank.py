@@ -88,11 +88,8 @@ _SCALES: dict[str, tuple[float, float, Callable[[float], float]]] = {  # lowest 
     "GTM": _RECALL,
     "GTT": _RECALL,
 }
-SCORES = tuple(_SCALES)
-"""Names of the ten scores."""
-
-SHARES = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)
-"""Names of the scores that are a share of queries."""
+SCORES = tuple(_SCALES)  #: Names of the ten scores.
+SHARES = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)  #: Those that are a share of queries.
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
@@ -280,10 +277,6 @@ class _QueryBatch:
         return torch.ones_like(self.same).scatter(1, left_out, not self.corrected)
 
 
-Gaps = Callable[[_QueryBatch, Tensor], Loss]
-"""Queries, and an item for each -> ``(B, G)`` how much nearer each item x is to the query than the item for it."""
-
-
 def _candidate_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
     """d(Q, c') - d(x, Q): the query Q stays, and the item c' is perturbed."""
     query = batch.gallery[target]
@@ -303,9 +296,12 @@ def _query_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
 
 @dataclass(frozen=True)
 class _RankAttack:
-    """Moves an item up in a list (sign 1) or down (sign -1)."""
+    """Moves an item up in a list (sign 1) or down (sign -1).
 
-    gaps: Gaps
+    ``gaps`` gives, for queries and an item for each, ``(B, G)`` how much nearer each item x is than the item for it.
+    """
+
+    gaps: Callable[[_QueryBatch, Tensor], Loss]
     sign: int
 
     def loss(self, batch: _QueryBatch, target: Tensor) -> Loss:

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attacks.checks import check_choice, check_whole
@@ -119,17 +118,17 @@ def evaluate_robustness(
             num_classes=len(task.gallery.classes),
             left_out=left_out,
             clean=means(clean),
-            chance=_chance(task, rows),
+            chance=task.gallery.chance(task.targets(rows)).mean().item(),
             attacks=results,
             worst=evaluator.worst_cases(found, labels),
             collapse=metrics.collapse(task.gallery),
-            nmi=evaluator.nmi_of(found, "clean", labels) if nmi else None,
+            nmi=evaluator.nmi_of(found, "clean", labels),
             checks=run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else (),
             settings={**settings, "device": str(task.embed.device)},
             versions=_versions(),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
-            attacked=_attacked(found, radii) if keep_attacked else None,
+            attacked=evaluator.attacked(found),
         )
 
 
@@ -158,16 +157,6 @@ def _evaluate(
             )
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
-
-
-def _attacked(found: Sequence[BatchResult], radii: Sequence[float]) -> dict[float, Tensor]:
-    return {eps: torch.cat([batch["attacked"][str(eps)] for batch in found]) for eps in radii}
-
-
-def _chance(task: RetrievalTask, rows: Tensor) -> float:
-    targets = task.targets(rows)
-    others = len(task.gallery) - (targets.own >= 0).double()
-    return (task.gallery.num_right(targets) / others).mean().item()
 
 
 def _versions() -> dict[str, str]:

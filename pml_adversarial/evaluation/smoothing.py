@@ -239,14 +239,9 @@ def certify(
 def smoothed_embeddings(
     embed: Embed, images: Tensor | ImageSet, sigma: float, samples: int, batch_size: int = 1024
 ) -> Tensor:
-    """``(N, D)`` unit vectors: normalised means of the normalised embeddings of noisy copies, in double precision.
+    """``(N, D)`` unit vectors in double precision: normalised means of the normalised embeddings of noisy copies.
 
-    Args:
-        embed: pixels -> embeddings.
-        images: ``(N, C, H, W)`` pixels in [0, 1].
-        sigma: standard deviation of the noise, which the global generator draws.
-        samples: noisy copies per image; 0: clean embeddings.
-        batch_size: copies that are embedded together.
+    The global generator draws the noise. With 0 ``samples`` per image, clean embeddings are taken.
     """
     if not samples:
         return embed_all(lambda pixels: _unit(embed(pixels)), images, batch_size)
