@@ -17,12 +17,9 @@ Images = tuple[Tensor, Tensor] | Dataset[Any]
 
 
 class ImageSet:
-    """Labelled images on a device. ``images[rows]`` reads some of them as pixels ``(n, C, H, W)``.
+    """Labelled images on a device, one or more. ``images[rows]`` reads some of them as pixels ``(n, C, H, W)``.
 
-    ``labels`` are ``(N,)``. Messages name the images by their ``role``.
-
-    Raises:
-        InputError: there are no images, the labels do not fit them, or something else was given.
+    ``labels`` are ``(N,)`` whole numbers. Messages name the images by their ``role``.
     """
 
     def __init__(self, images: Images, device: torch.device, role: str) -> None:
@@ -43,11 +40,7 @@ class ImageSet:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Tensor:
-        """Pixels ``(n, C, H, W)`` of some images.
-
-        Raises:
-            InputError: they are no pixels in [0, 1].
-        """
+        """Pixels ``(n, C, H, W)`` of some images; refuses what is not in [0, 1]."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")
         try:
             return PixelSpace().to_pixels(self._get(index).detach().to(self.device))

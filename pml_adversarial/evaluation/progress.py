@@ -10,11 +10,7 @@ from ..errors import InputError
 
 
 def progress_bar(shown: bool, total: int, desc: str) -> Any:
-    """A progress bar of tqdm, or an object that takes the same calls and shows nothing.
-
-    Raises:
-        InputError: a bar is wanted and tqdm is not installed.
-    """
+    """A progress bar of tqdm, or an object that takes the same calls and shows nothing."""
     if not shown:
         return nullcontext(SimpleNamespace(n=0, update=lambda steps=1: None))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from . import metrics
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
-from .embedder import batches, embed_all
+from .embedder import embed_all
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images
 from .options import NORMS, to_radii, to_recall_at, to_whole_numbers
@@ -145,16 +146,11 @@ def _evaluate(
     evaluator: Evaluator, rows: Tensor, checkpoint: Checkpoint, batch_size: int, title: str | None
 ) -> list[BatchResult]:
     """The results of all batches; with a title, a progress bar is shown."""
-    parts = [rows[part] for part in batches(len(rows), batch_size)]
-    found = []
+    parts, found = rows.split(batch_size), []
     with progress_bar(title is not None, len(parts) * evaluator.steps_per_batch, title or "") as bar:
         for number, part in enumerate(parts):
-            found.append(
-                checkpoint.load_or_make(
-                    f"batch_{number:05d}",
-                    lambda: evaluator.evaluate_batch(part, number == 0, bar.update),  # noqa: B023 - it is called here
-                )
-            )
+            make = partial(evaluator.evaluate_batch, part, number == 0, bar.update)
+            found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
 

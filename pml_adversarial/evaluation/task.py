@@ -50,11 +50,7 @@ class RetrievalTask:
         self.gallery: Gallery
 
     def set_gallery(self, embeddings: Tensor) -> None:
-        """Uses embeddings ``(G, D)`` of all items as the gallery.
-
-        Raises:
-            InputError: the gallery has one class only, or embeddings are not finite or not one per item.
-        """
+        """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""
         if len(embeddings) != len(self.items):
             raise InputError(
                 f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one each."
@@ -64,11 +60,7 @@ class RetrievalTask:
             raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
 
     def check_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of the gallery ``(G, D)`` that the user gives, on the model's device.
-
-        Raises:
-            InputError: their dimension is not that of the model's embeddings.
-        """
+        """Embeddings ``(G, D)`` that the user gives, on the model's device; D has to be that of the model."""
         with torch.no_grad():
             dimension = self.embed(self.queries[:1]).shape[1]
         if embeddings.ndim != 2 or embeddings.shape[1] != dimension:
@@ -79,15 +71,11 @@ class RetrievalTask:
         return embeddings.to(self.embed.device)
 
     def targets(self, rows: Tensor) -> Targets:
-        """What some queries should find."""
+        """What the queries ``rows`` should find."""
         return Targets(self.queries.labels[rows], self.own[rows])
 
     def rows_with_right_item(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
-        """Indices of the queries of a subset (None: all) that have a right item, and how many have none.
-
-        Raises:
-            InputError: indices do not exist or repeat, or no query has a right item.
-        """
+        """Indices of the queries of a subset (None: all) that have a right item, one at least; how many have none."""
         rows = to_rows(subset, len(self.queries)).to(self.embed.device)
         has_right = self.gallery.num_right(self.targets(rows)) > 0
         if not has_right.any():
@@ -98,11 +86,7 @@ class RetrievalTask:
         return rows[has_right], int((~has_right).sum())
 
     def batch(self, rows: Tensor) -> QueryBatch:
-        """Some queries with the gallery that they search, ready to be attacked.
-
-        Raises:
-            InputError: the model does not give finite embeddings for them.
-        """
+        """The queries ``rows`` with the gallery that they search, ready to be attacked."""
         images, targets = self.queries[rows], self.targets(rows)
         with torch.no_grad():
             in_gallery = bool((targets.own >= 0).all())
