@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from torch import Tensor
 from ..errors import InputError
 from .images import ImageSet
 from .task import RetrievalTask
-
-T = TypeVar("T")
 
 _COMPARED_IMAGES = 32  # of each set
 
@@ -65,7 +63,7 @@ class Checkpoint:
                 "Use another folder, or delete this one."
             )
 
-    def load_or_make(self, name: str, make: Callable[[], T]) -> T:
+    def load_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """The part with this name: loaded if the folder holds it, else made and kept."""
         if self.path is None:
             return make()

@@ -289,9 +289,8 @@ def is_not_collapsed(sample: QuerySample) -> Verdict:
     undecided = int((found[:, 0] <= found[:, 1]).sum())
     median = found[:, 0].median().item()
     passed = plausible(undecided, len(sample), 1 - MOST)
-    return Verdict(
-        passed, f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
-    )
+    message = f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
+    return Verdict(passed, message)
 
 
 def moves_embeddings(sample: QuerySample) -> Verdict:

@@ -94,14 +94,11 @@ class Certificate:
         return self._share(self.radius > radius)
 
     def recall_at_1_lower_bound(self, radius: float = 0.0, beta: float = 0.001) -> float:
-        """A lower bound of the smoothed model's R@1 that holds, at all radii at once, with probability ``1 - beta``.
+        """A lower bound of the smoothed model's R@1 under perturbations whose l2 norm is at most ``radius``.
 
-        The noise of each query is independent, so the number of radii that are too large is at most binomial. Its upper
-        ``beta`` quantile is subtracted.
-
-        Args:
-            radius: l2 norm of the perturbations.
-            beta: probability over the noise of all queries that the bound is false.
+        It holds at all radii at once, with probability ``1 - beta`` over the noise of all queries. Their noise is
+        independent, so the number of radii that are too large is at most binomial. Its upper ``beta`` quantile is
+        subtracted.
 
         Raises:
             InputError: beta is not between 0 and 1.
@@ -263,20 +260,20 @@ def _smallest_radii(
     def variance(items: Tensor) -> Tensor:
         return (items @ covariance * items).sum(1)
 
-    found = []
-    for items in wrong.split(block):
+    def smallest(wrong: Tensor) -> Tensor:
         # p(n) is the right item whose lead over the wrong one has the largest mean, in units of its standard deviation
-        lead = (right @ mean).unsqueeze(1) - items @ mean
-        spread = variance(right).unsqueeze(1) + variance(items) - 2 * right @ covariance @ items.T
+        lead = (right @ mean).unsqueeze(1) - wrong @ mean
+        spread = variance(right).unsqueeze(1) + variance(wrong) - 2 * right @ covariance @ wrong.T
         best = (lead / spread.clamp(min=_ROUNDING**2).sqrt()).argmax(0)
-        normals = unit_length(right[best] - items)
+        normals = unit_length(right[best] - wrong)
         values, thresholds = sample @ normals.T, choose_thresholds(chosen_on @ normals.T)
         hits = torch.stack([(values >= threshold).sum(0) for threshold in thresholds])
         shares = binomial.rate_lower_bounds(hits, len(values), risk / _THRESHOLDS)
-        mean_of_values = mean_bound(values, risk)
-        radius = torch.maximum(radius_of_mean(mean_of_values), radius_of_shares(thresholds, shares))
-        found.append(torch.stack([radius.amin(), radius_lipschitz(mean_of_values).amin()]))
-    return torch.stack(found).amin(0)
+        bound = mean_bound(values, risk)
+        radius = torch.maximum(radius_of_mean(bound), radius_of_shares(thresholds, shares))
+        return torch.stack([radius.amin(), radius_lipschitz(bound).amin()])
+
+    return torch.stack([smallest(part) for part in wrong.split(block)]).amin(0)
 
 
 def mean_bound(values: Tensor, risk: float) -> Tensor:
@@ -310,9 +307,8 @@ def radius_lipschitz(mean: Tensor) -> Tensor:
 def radius_of_shares(thresholds: Tensor, shares: Tensor) -> Tensor:
     """Radii ``(N,)``, in units of sigma, within which the mean of values in [-1, 1] stays above 0.
 
-    Args:
-        thresholds: ``(k, N)``, ascending, in [-1, 1].
-        shares: ``(k, N)``, lower bounds of the probability that a value reaches its threshold.
+    ``shares`` ``(k, N)`` are lower bounds of the probability that a value reaches its threshold, one of ``thresholds``
+    ``(k, N)``, which ascend in [-1, 1].
     """
     steps = thresholds.diff(dim=0, prepend=torch.full_like(thresholds[:1], -1))
     scores = ndtri(shares)

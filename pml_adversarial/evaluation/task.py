@@ -20,16 +20,10 @@ class RetrievalTask:
     """A model, queries and the gallery that they search, from the arguments of `evaluate_robustness`.
 
     Attributes:
-        embed: the model as a function of pixels.
-        queries: images and labels of the queries.
         items: images and labels of the gallery.
         gallery: embeddings of the gallery, after `set_gallery`.
         own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
         leave_one_out: whether any query is in the gallery.
-        norm: of the perturbations, "Linf" or "L2".
-
-    Raises:
-        InputError: ``own`` does not fit queries and gallery.
     """
 
     def __init__(
