@@ -73,9 +73,8 @@ class RetrievalClassifier(nn.Module):
         if bool((self._targets.own >= 0).any()):
             with torch.no_grad():
                 own = self._targets.own[_distances(images, self._clean, self._power).argmin(1)]
-            place = torch.zeros_like(similarities, dtype=torch.bool)
-            place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
-            similarities = similarities.masked_fill(place, -1.0)  # no similarity is lower
+            items = torch.arange(len(self._gallery), device=own.device)
+            similarities = similarities.masked_fill(items == own.unsqueeze(1), -1.0)  # no similarity is lower
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")

@@ -25,14 +25,19 @@ class ImageSet:
     def __init__(self, images: Images, device: torch.device, role: str) -> None:
         self.device, self.role = device, role
         if isinstance(images, tuple | list):
-            self._get, labels = self._from_tensors(images)
+            self._get, labels, count = self._from_tensors(images)
         elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, Tensor):
-            self._get, labels = self._from_dataset(images)
+            self._get, labels, count = self._from_dataset(images)
         else:
             raise InputError(
                 f"{role} is {type(images).__name__}; expected (images, labels) or a data set of (image, label) pairs."
             )
-        if not len(labels):
+        if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
+            raise InputError(
+                f"{role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected one "
+                "whole number per image."
+            )
+        if not count:
             raise InputError(f"{role} holds no images.")
         self.labels = labels.to(device).long()
 
@@ -48,15 +53,14 @@ class ImageSet:
             shown = f"{index[0]} to {index[-1]}" if len(index) else "none"
             raise InputError(f"{self.role}, images {shown}: {error}") from error
 
-    def _from_tensors(self, images: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _from_tensors(self, images: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
         if len(images) != 2 or not all(isinstance(part, Tensor) for part in images):
             found = ", ".join(type(part).__name__ for part in images)
             raise InputError(f"{self.role} is ({found}); expected two tensors, (images, labels).")
         pixels, labels = images
-        self._check_labels(labels, len(pixels))
-        return lambda rows: pixels[rows.to(pixels.device)], labels
+        return lambda rows: pixels[rows.to(pixels.device)], labels, len(pixels)
 
-    def _from_dataset(self, dataset: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _from_dataset(self, dataset: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
         if isinstance(dataset, TensorDataset):
             return self._from_tensors(dataset.tensors)
 
@@ -76,12 +80,4 @@ class ImageSet:
             labels = torch.as_tensor(known)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.role} has labels such as {known[0]!r}; expected whole numbers.") from error
-        self._check_labels(labels, len(dataset))
-        return get, labels
-
-    def _check_labels(self, labels: Tensor, count: int) -> None:
-        if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
-            raise InputError(
-                f"{self.role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected "
-                "one whole number per image."
-            )
+        return get, labels, len(dataset)

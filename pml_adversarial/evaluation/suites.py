@@ -156,10 +156,7 @@ SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
 
 
 def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tuple[RetrievalAttack, ...]]:
-    """A suite's name in reports, and its attacks.
-
-    Args:
-        attacks: name of a suite, or a list of attacks and names of attacks.
+    """Name in reports and attacks of a suite, from its name or from a list of attacks and names of attacks.
 
     Raises:
         InputError: a name is unknown, there is no attack, two have one name, or something else is in the list.
