@@ -138,9 +138,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
 def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
     """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
 
-    Args:
-        steps: gradient steps of each run.
-        restarts: runs from different random starts.
+    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
     """
     return (
         QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
