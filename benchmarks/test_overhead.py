@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.bare import small_cnn
 from benchmarks.measure import DEVICE
-from benchmarks.test_step import resnet, small_cnn
+from benchmarks.test_step import resnet
 from pml_adversarial import hookimpl
 from pml_adversarial.plugins.manager import make_manager
 from pml_adversarial.training.isolation import isolated, random_stream

@@ -26,9 +26,10 @@ import torch
 import torchattacks
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.bare import UnitNorm, attack_by_hand, small_cnn
 from benchmarks.measure import DEVICE, compared, paired, seconds
 from pml_adversarial import AdversarialLoss
 from pml_adversarial.attacks.objective import AttackFactory
@@ -37,29 +38,6 @@ EPS, ALPHA = 8 / 255, 2 / 255
 SIDES = ("library", "bare", "bare_through_clean", "torchattacks_classifier")
 
 Step = Callable[[], Tensor]
-
-
-class UnitNorm(nn.Module):
-    """Embeddings on the unit sphere."""
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Scales rows to length 1."""
-        return normalize(embeddings)
-
-
-def small_cnn() -> nn.Module:
-    """Two convolutions for 28x28 images of one channel."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 128),
-        UnitNorm(),
-    )
 
 
 def resnet(name: str) -> nn.Module:
@@ -151,22 +129,9 @@ class Bench:
         return loss.detach()
 
     def _attack_by_hand(self, context: Tensor) -> Tensor:
-        same = self.labels.unsqueeze(1) == self.labels
-        wrong_or_itself = ~same | torch.eye(len(same), dtype=torch.bool, device=DEVICE)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        perturbed = (self.images + torch.empty_like(self.images).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(self.case.steps):
-            perturbed.requires_grad_(True)
-            distances = torch.cdist(self.model(perturbed), context)
-            furthest = distances.masked_fill(wrong_or_itself, -torch.inf).amax(1)
-            nearest = distances.masked_fill(same, torch.inf).amin(1)
-            (gradient,) = torch.autograd.grad((furthest - nearest).sum(), perturbed)
-            moved = perturbed.detach() + ALPHA * gradient.sign()
-            perturbed = (self.images + (moved - self.images).clamp(-EPS, EPS)).clamp(0, 1)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
-        return perturbed
+        return attack_by_hand(
+            self.model, self.images, self.labels, context, eps=EPS, alpha=ALPHA, steps=self.case.steps
+        )
 
 
 @every_case

@@ -45,16 +45,10 @@ class AdversarialMiner(Wrapper, BaseMiner):
 
     Args:
         miner: a tuple miner of PML, available as ``.miner``.
-        model: as in `AdversarialLoss`.
-        eps: as in `AdversarialLoss`.
-        steps: as in `AdversarialLoss`.
-        attack: as in `AdversarialLoss`.
         perturb: rows that play one of these roles in a mined tuple are perturbed in all of their tuples; default "all".
-        plugins: as in `AdversarialLoss`. ``training_loss`` is not asked.
+        plugins: as in `AdversarialLoss`, but ``training_loss`` is not asked.
         warmup: as in `AdversarialLoss`; default 0, as nothing is trained here.
-        total_steps: as in `AdversarialLoss`.
-        normalization: as in `AdversarialLoss`.
-        seed: as in `AdversarialLoss`.
+        model, eps, steps, attack, total_steps, normalization, seed: as in `AdversarialLoss`.
 
     Raises:
         AdversarialError: see `errors`.
@@ -90,7 +84,11 @@ class AdversarialMiner(Wrapper, BaseMiner):
     ) -> None:
         super().__init__()
         options.check_miner(miner, model)
-        _check_not_adversarial(miner)
+        if isinstance(miner, AdversarialMiner):
+            raise InputError(
+                "miner is an AdversarialMiner already; expected a miner to be made adversarial. Perturb several roles "
+                "with perturb=(...), or add methods with plugins=[...]."
+            )
         own = FixedContext(eps=eps, steps=steps, attack=attack, perturb=perturb, for_miner=True)
         warmup = options.warmup_steps(warmup, total_steps, default=0)
         if warmup:
@@ -151,14 +149,6 @@ class AdversarialMiner(Wrapper, BaseMiner):
             lambda queries, labels, _, *reference: self._of_the_batch(queries, labels, *reference), batch, copies
         )
         return mined
-
-
-def _check_not_adversarial(miner: Any) -> None:
-    if isinstance(miner, AdversarialMiner):
-        raise InputError(
-            "miner is an AdversarialMiner already; expected a miner to be made adversarial. Perturb several roles with "
-            "perturb=(...), or add methods with plugins=[...]."
-        )
 
 
 def _check_asked(hooks: Hooks) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -84,14 +86,10 @@ class AdversarialTester(_Proxy):
     Args:
         tester: a tester of pytorch-metric-learning that compares normalised embeddings, without PCA.
         eps: one or more radii, in pixels of [0, 1]. The first gives the metrics without suffix.
-        attacks: "quick", "standard" or a list, see `evaluate_robustness`.
-        norm: of the perturbations, "Linf" or "L2".
-        recall_at: the k of R@k; 1 is always among them.
+        attacks, norm, recall_at, checks, seed: as in `evaluate_robustness`.
         normalization: ``(mean, std)`` with which the data sets normalise images. None: images are pixels in [0, 1].
         splits: names of the splits whose queries are attacked; None: all splits that are tested.
         max_queries: how many queries of each split are attacked, the same ones in each test; None: all.
-        checks: whether to look for signs that the measured robustness is too high, see `evaluate_robustness`.
-        seed: of all random choices.
         attack_batch_size: queries that are attacked together; ``batch_size`` is the wrapped tester's.
 
     Attributes:
@@ -135,6 +133,8 @@ class AdversarialTester(_Proxy):
         _check_kind(tester)
         check_choice("norm", norm, NORMS)
         check_whole("attack_batch_size", attack_batch_size)
+        if isinstance(splits, str):
+            raise InputError(f"splits={splits!r}; expected names, such as ({splits!r},).")
         if max_queries is not None:
             check_whole("max_queries", max_queries, hint=", or None for all")
         members = find_suite(attacks)[1]
@@ -146,7 +146,7 @@ class AdversarialTester(_Proxy):
             metrics=names.all(),
             _names=names,
             _needs_gradient=not all(attack.black_box for attack in members),
-            _splits=_names_of(splits),
+            _splits=None if splits is None else frozenset(splits),
             _max_queries=max_queries,
             _space=PixelSpace(normalization),
             _options={
@@ -202,7 +202,7 @@ class AdversarialTester(_Proxy):
         model = _Embedding(tester, trunk_model, nn.Identity() if embedder_model is None else embedder_model)
 
         def attack_first(_: Any) -> None:
-            self._attack(model, _Reader(tester, self._space, dataset_dict, collate_fn))
+            self._attack(model, partial(_Images, tester, self._space, dataset_dict, collate_fn))
             if users_hook:
                 users_hook(self)
             else:
@@ -216,17 +216,17 @@ class AdversarialTester(_Proxy):
                 tester.end_of_testing_hook = users_hook
             vars(tester).pop("embeddings_and_labels", None)  # PML keeps them if a hook fails
 
-    def _attack(self, model: _Embedding, reader: _Reader) -> None:
+    def _attack(self, model: _Embedding, read: Callable[..., _Images]) -> None:
         """Adds the metrics to ``all_accuracies``; if anything fails, nothing is added."""
         reports: dict[str, Report] = {}
         added = []
         for split, accuracies in self.tester.all_accuracies.items():
-            queries = _SplitQueries.of(self.tester, split)
+            queries = _SplitQueries(self.tester, split)
             found: dict[str, Any] = {}
             for level in queries.levels:
                 means = dict.fromkeys(self.metrics, torch.nan)
                 if self._splits is None or split in self._splits:
-                    means = _mean(list(self._groups(model, reader, queries, level, reports)), queries)
+                    means = _mean(list(self._groups(model, read, queries, level, reports)), queries)
                 for name, value in means.items():
                     found[self.tester.accuracies_keyname(name, label_hierarchy_level=level)] = value
             if len(queries.levels) > 1:
@@ -237,11 +237,17 @@ class AdversarialTester(_Proxy):
         self.reports = reports
 
     def _groups(
-        self, model: _Embedding, reader: _Reader, split: _SplitQueries, level: int, reports: dict[str, Report]
+        self,
+        model: _Embedding,
+        read: Callable[..., _Images],
+        split: _SplitQueries,
+        level: int,
+        reports: dict[str, Report],
     ) -> Iterator[dict[str, float]]:
         """The metrics of each group of queries that is tested separately."""
         _check_lengths(self.tester, split.item_embeddings)
-        attacked = self._drawn(len(split.labels))
+        generator = torch.Generator().manual_seed(self._options["seed"])
+        attacked = torch.randperm(len(split.labels), generator=generator)[: self._max_queries]
         for name, queries, items in split.groups(level):
             chosen = torch.isin(queries, attacked)
             labels, item_labels = split.labels[queries, level], split.item_labels[items, level]
@@ -250,13 +256,15 @@ class AdversarialTester(_Proxy):
             if split.by_parent and len(item_labels.unique()) == 1:
                 yield dict.fromkeys(self.metrics, 1.0)  # no item is wrong; PML counts 1 too
                 continue
-            images = reader.images([split.name], queries, labels)
-            self._check_gradient(model, images)
+            images = read([split.name], queries, labels)
+            if self._needs_gradient:
+                with isolated(model):
+                    Embedder(model, self._space.normalization).check_gradient(images[0][0].unsqueeze(0))
             leave_one_out = split.includes_queries and len(queries) == len(items)
             report = evaluate_robustness(
                 model,
                 images,
-                None if leave_one_out else reader.images(split.references, items, item_labels, split.item_stream),
+                None if leave_one_out else read(split.references, items, item_labels, split.item_stream),
                 subset=None if chosen.all() else chosen.nonzero().squeeze(1),
                 own=torch.searchsorted(items, queries) if split.includes_queries and not leave_one_out else None,
                 gallery_embeddings=split.item_embeddings[items.to(split.item_embeddings.device)],
@@ -264,17 +272,6 @@ class AdversarialTester(_Proxy):
             )
             reports[split.name + (f"_level{level}" if len(split.levels) > 1 else "") + name] = report
             yield self._names.values(report)
-
-    def _drawn(self, count: int) -> Tensor:
-        if self._max_queries is None or self._max_queries >= count:
-            return torch.arange(count)
-        generator = torch.Generator().manual_seed(self._options["seed"])
-        return torch.randperm(count, generator=generator)[: self._max_queries]
-
-    def _check_gradient(self, model: _Embedding, images: _Images) -> None:
-        if self._needs_gradient:
-            with isolated(model):
-                Embedder(model, self._space.normalization).check_gradient(images[0][0].unsqueeze(0))
 
     def _check(self, dataset_dict: Mapping[str, Any]) -> None:
         unknown = sorted(set(self._splits or ()) - set(dataset_dict))
@@ -296,30 +293,19 @@ class AdversarialTester(_Proxy):
 
 @dataclass(frozen=True)
 class _MetricNames:
-    """Names of metrics: an attack or the worst case, then a measure, then the eps unless it is the first.
-
-    Attributes:
-        radii: all eps, in the order of their metrics.
-        attacks: name -> target of each attack.
-        recall_at: the k of R@k.
-    """
+    """Names of metrics: an attack or the worst case, then a measure, then the eps unless it is the first."""
 
     radii: tuple[float, ...]
-    attacks: Mapping[str, str]
+    attacks: Mapping[str, str]  # name -> target
     recall_at: Sequence[int]
 
     def all(self) -> tuple[str, ...]:
-        """All names.
-
-        Raises:
-            InputError: two names are equal, apart from upper and lower case, which SQL ignores.
-        """
+        """All names, which differ in more than upper and lower case, as SQL ignores it."""
         measures = [*(f"recall_at_{k}" for k in self.recall_at), "map_at_r", "r_precision"]
         parts = [*(_WORST[target] for target in TARGETS if target in self.attacks.values()), *self.attacks]
         attacked = [(part, eps) for eps in self.radii for part in parts]
         names = [self._name(part, m, eps) for part, eps in [("clean", self.radii[0]), *attacked] for m in measures]
-        folded = [name.casefold() for name in names]
-        twice = sorted({name for name in folded if folded.count(name) > 1})
+        twice = sorted(name for name, count in Counter(map(str.casefold, names)).items() if count > 1)
         if twice:
             raise InputError(
                 f"Several metrics would have one name: {', '.join(twice)}; expected attacks whose names differ in "
@@ -344,56 +330,23 @@ class _MetricNames:
         return re.sub(r"\W", "_", f"{part}_{measure}{suffix}", flags=re.ASCII)
 
 
-class _SplitQueries(NamedTuple):
-    """The queries of a split, and the gallery that the tester searches for them.
+class _SplitQueries:
+    """The queries of a split that a tester has just tested, and the gallery that it searches for them."""
 
-    Attributes:
-        name: of the split.
-        references: names of the splits that form the gallery.
-        labels: ``(Q, L)`` of the queries.
-        item_embeddings: ``(G, D)``.
-        item_labels: ``(G, L)``.
-        includes_queries: whether the first items of the gallery are the queries.
-        levels: label levels that are tested.
-        by_parent: whether queries are tested separately for each label of the next level.
-        item_stream: number of the stream, of those that the data sets give, that holds the items' images.
-    """
-
-    name: str
-    references: list[str]
-    labels: Tensor
-    item_embeddings: Tensor
-    item_labels: Tensor
-    includes_queries: bool
-    levels: list[int]
-    by_parent: bool
-    item_stream: int
-
-    @classmethod
-    def of(cls, tester: Any, split: str) -> _SplitQueries:
-        """What the tester has just tested."""
+    def __init__(self, tester: Any, split: str) -> None:
         from pytorch_metric_learning.testers import GlobalTwoStreamEmbeddingSpaceTester, WithSameParentLabelTester
 
-        references = tester.reference_split_names[split]
-        _, labels, embeddings, item_labels = tester.set_reference_and_query(
-            tester.embeddings_and_labels, split, references
+        self.name, self.references = split, tester.reference_split_names[split]
+        _, labels, self.item_embeddings, item_labels = tester.set_reference_and_query(
+            tester.embeddings_and_labels, split, self.references
         )
-        by_parent = isinstance(tester, WithSameParentLabelTester)
-        return cls(
-            split,
-            references,
-            _whole(labels, split),
-            embeddings,
-            _whole(item_labels, " and ".join(references)),
-            tester.ref_includes_query(split, references),
-            [
-                level
-                for level in tester.label_levels_to_evaluate(labels)
-                if not by_parent or level + 1 < labels.shape[1]
-            ],
-            by_parent,
-            int(isinstance(tester, GlobalTwoStreamEmbeddingSpaceTester)),
-        )
+        self.labels = _whole(labels, split)  # (Q, L)
+        self.item_labels = _whole(item_labels, " and ".join(self.references))  # (G, L)
+        self.includes_queries = tester.ref_includes_query(split, self.references)  # as the first items
+        self.by_parent = isinstance(tester, WithSameParentLabelTester)  # tests each label of the next level separately
+        self.item_stream = int(isinstance(tester, GlobalTwoStreamEmbeddingSpaceTester))  # which has the items' images
+        levels = tester.label_levels_to_evaluate(labels)
+        self.levels = [level for level in levels if not self.by_parent or level + 1 < labels.shape[1]]
 
     def groups(self, level: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, rows of queries and rows of items of each group that is tested separately."""
@@ -419,54 +372,48 @@ class _Embedding(nn.Module):
         self.tester, self.trunk, self.embedder = tester, trunk, embedder
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings ``(n, D)``."""
         return self.tester.get_embeddings_for_eval(self.trunk, self.embedder, images)
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
-    """Some rows of a data set as pixels in [0, 1] with labels; images are read when they are needed."""
+    """Rows of several splits, counted through, as pixels in [0, 1] with labels; read when asked for, by the tester."""
 
-    def __init__(self, read: Callable[[int], Tensor], rows: Tensor, labels: Tensor) -> None:
-        self._read, self._rows, self.labels = read, rows.tolist(), labels
+    def __init__(
+        self,
+        tester: Any,
+        space: PixelSpace,
+        dataset_dict: Mapping[str, Any],
+        collate_fn: Callable[[list[Any]], Any] | None,
+        splits: list[str],
+        rows: Tensor,
+        labels: Tensor,
+        stream: int = 0,
+    ) -> None:
+        self.labels, self._role = labels, " and ".join(splits)
+        parts = [dataset_dict[split] for split in splits]
+        if any(isinstance(part, IterableDataset) for part in parts):
+            raise InputError(f"{self._role}: the data set is an IterableDataset; expected one with an index.")
+        self._dataset: Dataset[Any] = ConcatDataset(parts)
+        self._collate = default_collate if collate_fn is None else collate_fn
+        self._getter, self._stream = tester.data_and_label_getter, stream
+        self._space, self._rows = space, rows.tolist()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        return self._read(self._rows[row]), self.labels[row]
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """Reads images as the tester does, as pixels in [0, 1]."""
-
-    tester: Any
-    space: PixelSpace
-    dataset_dict: Mapping[str, Any]
-    collate_fn: Callable[[list[Any]], Any] | None
-
-    def images(self, splits: list[str], rows: Tensor, labels: Tensor, stream: int = 0) -> _Images:
-        """Rows of several splits, which are counted through; of each row, the image of one stream."""
-        parts = [self.dataset_dict[split] for split in splits]
-        if any(isinstance(part, IterableDataset) for part in parts):
-            raise InputError(f"{' and '.join(splits)}: the data set is an IterableDataset; expected one with an index.")
-        dataset: Dataset[Any] = ConcatDataset(parts)
-        collate = default_collate if self.collate_fn is None else self.collate_fn
-
-        def read(row: int) -> Tensor:
-            images = self.tester.data_and_label_getter(collate([dataset[row]]))[stream]
-            if not isinstance(images, Tensor) or len(images) != 1:
-                found = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-                raise InputError(
-                    f"{' and '.join(splits)}: one row gives images {found}; expected a tensor (1, C, H, W) from the "
-                    "tester's data_and_label_getter."
-                )
-            try:
-                return self.space.to_pixels(images)[0]
-            except InputError as error:
-                raise InputError(f"{' and '.join(splits)}, image {row}: {error}") from error
-
-        return _Images(read, rows, labels)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = self._rows[index]
+        images = self._getter(self._collate([self._dataset[row]]))[self._stream]
+        if not isinstance(images, Tensor) or len(images) != 1:
+            found = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(
+                f"{self._role}: one row gives images {found}; expected a tensor (1, C, H, W) from the tester's "
+                "data_and_label_getter."
+            )
+        try:
+            return self._space.to_pixels(images)[0], self.labels[index]
+        except InputError as error:
+            raise InputError(f"{self._role}, image {row}: {error}") from error
 
 
 class _Calculator(_Proxy):
@@ -502,8 +449,7 @@ def _check_lengths(tester: Any, embeddings: Tensor) -> None:
 def _radii(eps: float | Iterable[float], norm: str) -> tuple[float, ...]:
     """Different radii, the first that was given ahead."""
     given = tuple(eps) if isinstance(eps, Iterable) else (eps,)
-    radii = to_radii(given, norm)
-    return (float(given[0]), *(radius for radius in radii if radius != float(given[0])))
+    return tuple(sorted(to_radii(given, norm), key=lambda radius: radius != float(given[0])))
 
 
 def _mean(groups: Sequence[Mapping[str, float]], split: _SplitQueries) -> dict[str, float]:
@@ -513,12 +459,6 @@ def _mean(groups: Sequence[Mapping[str, float]], split: _SplitQueries) -> dict[s
             f"that occur twice under one parent in {' and '.join(split.references)}."
         )
     return {name: sum(group[name] for group in groups) / len(groups) for name in groups[0]}
-
-
-def _names_of(splits: Iterable[str] | None) -> frozenset[str] | None:
-    if isinstance(splits, str):
-        raise InputError(f"splits={splits!r}; expected names, such as ({splits!r},).")
-    return None if splits is None else frozenset(splits)
 
 
 def _whole(labels: Tensor, role: str) -> Tensor:

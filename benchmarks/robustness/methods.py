@@ -18,9 +18,8 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, InputError, attacks
+from pml_adversarial.attacks import NFGSM, FriendlyPGD
 from pml_adversarial.attacks.autocast import Autocast
-from pml_adversarial.attacks.friendly import FriendlyPGD
-from pml_adversarial.attacks.nfgsm import NFGSM
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.defenses.free import FreeAT
 from pml_adversarial.defenses.hard_rows import HardRows

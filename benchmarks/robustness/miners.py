@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pml_adversarial.defenses.sampling import draw_columns, draw_negatives, draw_positives, unit_distances
+from pml_adversarial.defenses.triplets import draw_columns, draw_negatives, draw_positives, unit_distances
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 

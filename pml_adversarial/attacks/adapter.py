@@ -1,8 +1,7 @@
 """Builds attacks, runs them, and checks what they return. The only module for training that knows torchattacks.
 
-An attack is given as a *factory*: it is called with the objective (a module like a classifier) and returns a callable
-``(inputs, labels) -> inputs``. A class of torchattacks is a factory, with ``functools.partial`` for its options, if it
-raises the loss of a whole batch. The other classes are refused, and the error gives the reason.
+A *factory* takes the objective and returns a callable ``(inputs, labels) -> inputs``: a class of torchattacks that
+raises the loss of a whole batch, or your own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ logger = logging.getLogger("pml_adversarial")
 
 @runtime_checkable
 class Learns(Protocol):
-    """An attack that learns from the gradient at the perturbed inputs, which the backward pass of training computes."""
+    """An attack that learns from the backward pass of training."""
 
     def learn(self, gradient: Tensor) -> None:
         """Receives the gradient ``(M, ...)`` of the training loss at the inputs that the attack returned last."""
@@ -38,27 +37,11 @@ _OUTSIDE = 1e-5
 _GATED_BY_SUCCESS = (torchattacks.APGD, torchattacks.CW, torchattacks.Square)
 """Attacks that spend their whole budget, but return a row unchanged unless it was misclassified."""
 
-_NO_BOUNDARY = "it searches for the nearest decision boundary, and a score has none"
-_ROWS_APART = "it takes rows apart or repeats them, and each row's fixed context is known by its position"
-_NO_CLASSES = "it leads toward other classes, and a score has none"
-_NOT_UPWARD = "it does not raise the loss of a label, so the score may rise or fall"
-_NOT_FOR_TRAINING: dict[str, str] = {
-    "APGDT": _NO_CLASSES,
-    "AutoAttack": _NO_CLASSES,
-    "DeepFool": _NO_BOUNDARY,
-    "EADEN": _NO_BOUNDARY,
-    "EADL1": _NO_BOUNDARY,
-    "FAB": _NO_BOUNDARY,
-    "SparseFool": _NO_BOUNDARY,
-    "JSMA": _ROWS_APART,
-    "OnePixel": _ROWS_APART,
-    "PGDRS": _ROWS_APART,
-    "PGDRSL2": _ROWS_APART,
-    "Pixle": _ROWS_APART,
-    "SPSA": _ROWS_APART,
-    "GN": _NOT_UPWARD,
-    "TPGD": _NOT_UPWARD,
-    "VANILA": _NOT_UPWARD,
+_NOT_FOR_TRAINING = {
+    "APGDT AutoAttack": "it leads toward other classes, and a score has none",
+    "DeepFool EADEN EADL1 FAB SparseFool": "it searches for the nearest decision boundary, and a score has none",
+    "JSMA OnePixel PGDRS PGDRSL2 Pixle SPSA": "it takes rows apart or repeats them; a score knows rows by their places",
+    "GN TPGD VANILA": "it does not raise the loss of a label, so the score may rise or fall",
     "Jitter": "the noise that it adds to the output outweighs the gradient of two logits",
     "MultiAttack": "it returns only rows that one of its attacks got misclassified; pass the strongest of them",
     "LGV": "it trains a classifier's weights on a data loader of its own",
@@ -73,18 +56,16 @@ def budget(factory: AttackFactory) -> dict[str, float]:
 
 
 def check(factory: AttackFactory) -> None:
-    """Checks a factory before it is used.
-
-    Raises:
-        AttackError: the factory cannot be called, is an attack already, is a class that cannot raise a score, or has
-            options that do not fit or a negative budget.
-    """
+    """Checks that a factory can be called, can raise a score, and has options that fit."""
     if not callable(factory) or isinstance(factory, TorchAttack):
         raise AttackError(
             f"attack={factory!r} is no factory; expected a callable that takes the objective, such as "
             "partial(torchattacks.PGD, eps=8/255)."
         )
-    _check_kind(_class_of(factory))
+    kind: Any = factory
+    while isinstance(kind, partial):
+        kind = kind.func
+    _check_kind(kind)
     try:
         found = budget(factory)
     except ValueError as error:
@@ -96,31 +77,19 @@ def check(factory: AttackFactory) -> None:
 
 
 def check_warmup(factory: AttackFactory) -> None:
-    """Checks that an attack can be warmed up.
-
-    Raises:
-        AttackError: the factory has no ``eps`` with a number as its default, which could grow from 0.
-    """
+    """Checks that a factory has an ``eps`` with a number as its default, which can grow from 0."""
     if "eps" not in budget(factory):
         raise AttackError(
-            f"warmup was asked of {factory}, which has no eps that could grow from 0; expected a factory with an "
-            "eps keyword, such as partial(torchattacks.PGD, eps=8/255). Pass warmup=0 for this attack."
+            f"warmup was asked of {factory}, which has no eps that could grow from 0; expected an eps keyword, as in "
+            "partial(torchattacks.PGD, eps=8/255). Pass warmup=0 for this attack."
         )
 
 
 def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -> Attack:
-    """Makes the attack on an objective.
+    """Makes the attack on an objective, with eps and alpha multiplied by the strength, from 0 to 1.
 
-    Args:
-        factory: see the module.
-        objective: what is raised.
-        strength: share of the budget, from 0 to 1, by which eps and alpha are multiplied.
-
-    Returns:
-        The attack; `unchanged` where eps is 0, and where all rows are satisfied from the start.
-
-    Raises:
-        AttackError: the factory returns something that cannot be called, or an attack that cannot raise a score.
+    It is `unchanged` where eps is 0, and where all rows are satisfied from the start. What the factory returns is
+    refused if it cannot be called or cannot raise a score.
     """
     full = budget(factory)
     if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
@@ -135,26 +104,7 @@ def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -
     _check_kind(type(attack))
     if isinstance(attack, TorchAttack) and isinstance(getattr(attack, "seed", None), int):
         attack.seed = int(torch.randint(2**31, ()))  # else it restarts from the same noise in every step
-    return BestTried(attack, objective) if isinstance(attack, _GATED_BY_SUCCESS) else attack
-
-
-class BestTried:
-    """Wraps an attack that returns some rows unchanged: they become the best inputs that the attack tried for them.
-
-    Args:
-        attack: ``(inputs, labels) -> inputs``.
-        objective: what the attack raises, see `objective.Objective`.
-    """
-
-    def __init__(self, attack: Attack, objective: Any) -> None:
-        self.attack, self.objective = attack, objective
-
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Perturbs inputs ``(M, ...)``."""
-        self.objective.keep_best(inputs)
-        found = self.attack(inputs, labels)
-        kept = (found == inputs).flatten(1).all(1)
-        return torch.where(per_image(kept, inputs), self.objective.best_inputs, found)
+    return _BestTried(attack, objective) if isinstance(attack, _GATED_BY_SUCCESS) else attack
 
 
 def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -163,26 +113,18 @@ def unchanged(inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
-    """Runs an attack and checks what it returns.
+    """Runs an attack on inputs ``(M, ...)`` in [0, 1], and returns what it found, in [0, 1] and detached.
 
-    Args:
-        attack: ``(inputs, labels) -> inputs``.
-        inputs: ``(M, ...)`` in [0, 1].
-        labels: ``(M,)``.
-        objective: what is raised. Where all rows are satisfied from the start, the attack is not run. Its score may
-            also allow that the attack leaves all inputs as they were.
-
-    Returns:
-        ``(M, ...)`` in [0, 1], detached. Where the inputs may stay as they were, the same tensor ``inputs``.
+    Where the objective lets the inputs stay as they are, the same tensor ``inputs`` is returned.
 
     Raises:
-        AttackError: the attack returned another type or shape, a complex or sparse tensor, values that are not finite
-            or outside [0, 1], or all inputs unchanged.
+        AttackError: the attack returned no dense real tensor of the same shape, finite and in [0, 1], or the inputs
+            unchanged.
     """
     if attack is unchanged or (objective is not None and objective.is_satisfied):  # attacks that `build` did not make
         return inputs
     perturbed: Any = attack(inputs.clone(), labels)  # a clone: what it changes in place has to count as changed
-    name = type(attack.attack if isinstance(attack, BestTried) else attack).__name__
+    name = type(attack.attack if isinstance(attack, _BestTried) else attack).__name__
     if not isinstance(perturbed, Tensor) or perturbed.shape != inputs.shape:
         found = tuple(perturbed.shape) if isinstance(perturbed, Tensor) else type(perturbed).__name__
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")
@@ -198,26 +140,32 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
         return inputs
     if not changed:
         raise AttackError(
-            f"{name} changed none of {len(inputs)} inputs, so training on its result would be plain training. Its "
-            "gradients may all be zero (try random_start=True), its budget may be 0 steps or less than "
-            f"{inputs.dtype} resolves, or it hands back only rows that got misclassified, and none ever is (use an "
-            "attack that maximises a loss, such as PGD)."
+            f"{name} changed none of {len(inputs)} inputs; training on them would be plain training. Its gradients may "
+            f"be zero (try random_start=True), its budget 0 or below what {inputs.dtype} resolves, or it hands back "
+            "only rows that got misclassified, and none is (use an attack that maximises a loss, such as PGD)."
         )
     return perturbed if 0 <= low <= high <= 1 else perturbed.clamp(0, 1)
-
-
-def _class_of(factory: AttackFactory) -> Any:
-    while isinstance(factory, partial):
-        factory = factory.func
-    return factory
 
 
 def _check_kind(kind: Any) -> None:
     bases = kind.__mro__ if isinstance(kind, type) else ()
     theirs = [base.__name__ for base in bases if base.__module__.split(".")[0] == torchattacks.__name__]
-    reason = next((_NOT_FOR_TRAINING[name] for name in theirs if name in _NOT_FOR_TRAINING), None)
-    if reason is not None:
-        raise AttackError(
-            f"{kind.__name__} cannot be used in training: {reason}. Use an attack that raises the loss of a whole "
-            "batch, such as PGD, APGD or Square."
-        )
+    for names, reason in _NOT_FOR_TRAINING.items():
+        if not set(names.split()).isdisjoint(theirs):
+            raise AttackError(
+                f"{kind.__name__} cannot be used in training: {reason}. Use an attack that raises the loss of a whole "
+                "batch, such as PGD, APGD or Square."
+            )
+
+
+class _BestTried:
+    """Wraps an attack that returns some rows unchanged: they become the best inputs that it tried for them."""
+
+    def __init__(self, attack: Attack, objective: Any) -> None:
+        self.attack, self.objective = attack, objective
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        self.objective.keep_best(inputs)
+        found = self.attack(inputs, labels)
+        kept = (found == inputs).flatten(1).all(1)
+        return torch.where(per_image(kept, inputs), self.objective.best_inputs, found)

@@ -18,10 +18,9 @@ _LOWER = (torch.bfloat16, torch.float16)
 class Autocast:
     """An attack factory whose passes run under autocast.
 
-    l-inf PGD uses only the sign of a gradient, and distances are computed in single precision all the same. In float16
-    small gradients become 0, so do not use it for attacks that depend on the size of a gradient.
-
-    It saves time and memory where the device computes faster in lower precision. It saves no passes.
+    It saves time and memory where the device computes faster in lower precision. Distances are computed in single
+    precision all the same. In float16 small gradients become 0, so use it for attacks that need only the sign, as l-inf
+    PGD does.
 
     Args:
         factory: the attack factory, see `attacks`.
@@ -31,7 +30,7 @@ class Autocast:
         AttackError: ``dtype`` is another type, or ``factory`` is no attack factory.
 
     Example:
-        >>> from pml_adversarial.attacks import Autocast, budget, preset
+        >>> from pml_adversarial.attacks import budget, preset
         >>> budget(Autocast(preset(0.3, steps=5)))
         {'eps': 0.3, 'alpha': 0.15}
     """

@@ -7,16 +7,9 @@ from torch import Tensor
 
 
 def project(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Tensor:
-    """Moves points into the balls and into [0, 1]; a value that is not finite becomes the clean one.
+    """Moves points ``(M, ...)`` into balls around clean ones and into [0, 1], in the type of the clean ones, detached.
 
-    Args:
-        points: ``(M, ...)``, of any floating-point type.
-        clean: ``(M, ...)`` the centres of the balls, in [0, 1].
-        eps: radius, in pixels of [0, 1].
-        norm: "Linf" or "L2".
-
-    Returns:
-        ``(M, ...)``, detached, in the type of ``clean``.
+    The radius eps is in pixels of [0, 1], the norm "Linf" or "L2". A value that is not finite becomes the clean one.
     """
     difference = torch.nan_to_num(points.detach().to(clean) - clean, nan=0.0, posinf=0.0, neginf=0.0)
     if norm == "Linf":

@@ -1,4 +1,4 @@
-"""Friendly adversarial training: rows that are broken already are not attacked any further."""
+"""Friendly PGD: rows that are wrong already stop."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ class FriendlyPGD(PGD):
     """l-inf PGD in which a row stops once its score is above ``enough``.
 
     As in friendly adversarial training (Zhang et al., arXiv 2002.11242): what is wrong already need not be made worse.
-    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. A row that has
-    stopped is not passed through the model any more.
-
-    It saves the passes of these rows. On an accelerator the host waits for the device in each step, since it has to
-    know how many rows go on.
+    With the package's own score, 0 is where the nearest wrong row is as near as the furthest right one. It saves the
+    passes of rows that have stopped. On an accelerator the host waits in each step for how many rows go on.
 
     Args:
-        objective: what is raised.
-        eps: radius, in pixels of [0, 1].
-        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
+        objective, eps, alpha: as in `PGD`.
         steps: the largest number of steps that a row takes.
         enough: the score above which a row stops.
 

@@ -16,46 +16,29 @@ _DEFAULT = {"eps": 8 / 255, "steps": 3}
 
 
 def attack_of(attack: AttackFactory | None = None, eps: float | None = None, steps: int | None = None) -> AttackFactory:
-    """The attack factory, with the given eps and steps.
-
-    Args:
-        attack: a factory, see `attacks`; None: `preset`.
-        eps: radius, in pixels of [0, 1]; None: the factory's own, 8/255 without a factory.
-        steps: attack steps; None: the factory's own, 3 without a factory.
+    """The attack factory, or `preset` where there is none, with the given eps and steps; None: its own.
 
     Raises:
         AttackError: a value cannot be used, or the factory does not take it, or sets it itself.
-
-    Example:
-        >>> from pml_adversarial.attacks import budget
-        >>> budget(attack_of(eps=0.3, steps=5))
-        {'eps': 0.3, 'alpha': 0.15}
     """
-    wanted = {name: value for name, value in (("eps", eps), ("steps", steps)) if value is not None}
-    if attack is None:
-        return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET  # type: ignore[arg-type]
-    adapter.check(attack)
-    if not wanted:
-        return attack
+    wanted: dict[str, Any] = {}
     if eps is not None:
-        check_eps(eps)
+        wanted["eps"] = check_eps(eps)
     if steps is not None:
-        check_steps(steps)
-    for name in wanted:
-        _check_is_free(attack, name, wanted[name])
-    return partial(attack, **wanted)
+        wanted["steps"] = check_steps(steps)
+    if attack is None:
+        return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET
+    adapter.check(attack)
+    for name, value in wanted.items():
+        _check_is_free(attack, name, value)
+    return partial(attack, **wanted) if wanted else attack
 
 
 def seed_paper_attack(eps: float | None = None, steps: int | None = None) -> AttackFactory:
-    """`SEED_PAPER`, or the same with another radius or number of steps: ``alpha = 2 eps / steps``.
-
-    Raises:
-        AttackError: ``eps`` is not a radius in pixels of [0, 1], or ``steps`` not a number of steps.
-    """
+    """`SEED_PAPER`, or the same with another radius or number of steps: ``alpha = 2 eps / steps``."""
     published = SEED_PAPER.keywords
-    eps, steps = published["eps"] if eps is None else eps, published["steps"] if steps is None else steps
-    check_eps(eps)
-    check_steps(steps)
+    eps = check_eps(published["eps"] if eps is None else eps)
+    steps = check_steps(published["steps"] if steps is None else steps)
     return partial(SEED_PAPER, eps=eps, alpha=2 * eps / steps, steps=steps)
 
 
@@ -83,7 +66,7 @@ def _check_is_free(attack: AttackFactory, name: str, value: float) -> None:
 
 
 def _keywords(attack: Any) -> dict[str, Any]:
-    """The keywords that were bound to a factory, through all layers of it."""
+    """The keywords that were bound to a factory in all of its layers."""
     if isinstance(attack, partial):
         return {**_keywords(attack.func), **attack.keywords}
     inner = getattr(attack, "factory", None)

@@ -1,4 +1,4 @@
-"""N-FGSM: one gradient step from noise that is wider than the ball."""
+"""N-FGSM: one large step from a noisy start."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from .pgd import PGD, uniform_noise
 class NFGSM(PGD):
     """N-FGSM (de Jorge et al., arXiv 2202.01181): uniform noise of ``spread * eps``, then one sign step of ``alpha``.
 
-    A model that is trained against one step from the centre of the ball, or against one that is projected back to the
-    ball, withstands this step and nothing else (catastrophic overfitting). So the ball does not bound this attack: a
-    pixel moves by up to ``spread * eps + alpha``, within [0, 1].
-
-    It saves all attack steps but one.
+    It saves all attack steps but one. A model that is trained against one step within the ball may withstand this step
+    and nothing else (catastrophic overfitting). So the ball does not bound this attack: a pixel moves by up to
+    ``spread * eps + alpha``, within [0, 1].
 
     Args:
         objective: what is raised.
@@ -29,13 +27,6 @@ class NFGSM(PGD):
 
     Raises:
         AttackError: an option cannot be used.
-
-    Example:
-        >>> from functools import partial
-        >>> from torch import nn
-        >>> from pytorch_metric_learning.losses import ContrastiveLoss
-        >>> from pml_adversarial import AdversarialLoss
-        >>> loss_func = AdversarialLoss(ContrastiveLoss(), nn.Flatten(), attack=partial(NFGSM, eps=8 / 255))
     """
 
     def __init__(self, objective: Objective, eps: float = 8 / 255, alpha: float | None = None, spread: float = 2.0):

@@ -35,9 +35,8 @@ _HIGHEST = 0.69  # just under log 2, the cross-entropy at which label 0 would lo
 class Objective(nn.Module):
     """A score that an attack raises, `score`; as a module it gives two logits per row, for attacks on classifiers.
 
-    The cross-entropy of the logits with label 0 grows with the row's score. The logit of label 0 is the larger one at
-    any score, so no attack stops early because it takes a row for misclassified. The cross-entropy is bounded, and
-    approaches its bounds slowly: no score is so large that the gradient vanishes.
+    The cross-entropy of the logits with label 0 grows with the row's score. The logit of label 0 is always the larger
+    one, so no attack takes a row for misclassified and stops early. No score is so large that the gradient vanishes.
 
     Args:
         embed: inputs of the attack ``(M, ...)`` -> embeddings ``(M, D)``.
@@ -46,8 +45,7 @@ class Objective(nn.Module):
         modules: the modules that ``embed`` runs through. Attacks ask for their parameters and mode.
 
     Attributes:
-        satisfied: scores ``(M,)`` -> ``(M,)`` bool, rows that need no further perturbation; None if the score does not
-            say.
+        satisfied: that of the score, see `Score`; None if it has none.
         has_gradient: ``(M,)`` bool, rows that had a gradient in some pass; None before the first gradient.
         best_inputs: see `keep_best`.
     """
@@ -74,7 +72,7 @@ class Objective(nn.Module):
 
     @cached_property
     def clean_score(self) -> Tensor:
-        """``(M,)`` the score of the unperturbed rows. It is computed when it is first asked for."""
+        """``(M,)`` the score of the unperturbed rows."""
         with torch.no_grad():
             return self._per_row(self._score(self.clean))
 
@@ -107,9 +105,8 @@ class Objective(nn.Module):
         """
         if len(inputs) != len(self.clean):
             raise AttackError(
-                f"The attack asked about {len(inputs)} of {len(self.clean)} perturbed rows. Each row has its own "
-                "fixed context, known by its position, so attacks that take rows one by one, drop or repeat some "
-                "cannot be used in training. Use one that moves the whole batch, such as PGD."
+                f"The attack asked about {len(inputs)} of {len(self.clean)} perturbed rows; expected all of them, as a "
+                "score knows rows by their places. Use an attack that moves the whole batch, such as PGD."
             )
         score = self.score(inputs)
         self._keep_better(inputs.detach(), score.detach())
@@ -117,15 +114,12 @@ class Objective(nn.Module):
         return logits
 
     def score(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The score itself, for attacks that raise a score and need no classifier.
+        """The score itself ``(K,)``, in single precision at least, for attacks that need no classifier.
 
         Args:
             inputs: ``(K, ...)`` perturbed inputs.
             rows: ``(K,)`` the rows that they belong to; None: all ``M`` rows in their order. The other rows have the
                 embeddings that the last call with ``rows`` gave them, at first the clean ones, and cost no pass.
-
-        Returns:
-            Scores ``(K,)``, in single precision at least.
 
         Raises:
             AttackError: the score has another shape than ``(M,)`` or ``()``.
@@ -164,7 +158,7 @@ class Objective(nn.Module):
         if not isinstance(score, Tensor) or score.shape not in ((), (count,)):
             found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise AttackError(
-                f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar, as a tensor."
+                f"A score {found} was given; expected one per perturbed row, ({count},), or a scalar tensor."
             )
         if score.dtype in (torch.float16, torch.bfloat16):
             score = score.float()

@@ -1,8 +1,7 @@
 """Projected gradient ascent (PGD): a score is raised by gradient steps within a ball around clean images.
 
-`PGD` is the attack of Madry et al. (arXiv 1706.06083). Its parts are methods: where it starts, what gradient it
-follows, how long and in which direction a step is, where a point is projected to, and which point is returned. Every
-other attack of this package that follows gradients is a `PGD` with some parts of its own.
+The parts of `PGD` are methods. Every other attack of this package that follows gradients is a `PGD` with some parts of
+its own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .objective import Objective
 
 
 class PGD:
-    """PGD with steps of a constant length; the last point is returned.
+    """PGD with steps of a constant length (Madry et al., arXiv 1706.06083); the last point is returned.
 
     A row that the score calls satisfied does not move, see `objective.Score`.
 
@@ -30,7 +29,7 @@ class PGD:
         eps: radius of the ball, in pixels of [0, 1].
         alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
         steps: number of steps.
-        random_start: whether it starts at a random point of the ball, or at the clean inputs.
+        random_start: whether it starts at a random point of the ball instead of the clean inputs.
         norm: "Linf", with steps along the gradient's sign, or "L2", with steps along the gradient.
 
     Raises:
@@ -105,16 +104,12 @@ class MomentumPGD(PGD):
     """PGD with momentum and with steps that fall from eps to 0 along a cosine; it returns the best point of each row.
 
     The momentum is that of MI-FGSM (Dong et al., arXiv 1710.06081), and the best point of a row's path is what APGD
-    returns (Croce and Hein, arXiv 2003.01690). It breaks more queries than torchattacks' PGD with as many gradients,
-    and its settings hardly matter. A gradient that is not finite counts as 0.
+    returns (Croce and Hein, arXiv 2003.01690). One more forward pass is spent on the last point. A gradient that is not
+    finite counts as 0.
 
     Args:
-        objective: what is raised.
-        eps: radius of the ball, in pixels of [0, 1].
-        steps: number of steps; one more forward pass is spent on the last point.
-        norm: "Linf" or "L2".
+        objective, eps, steps, norm, random_start: as in `PGD`.
         momentum: share of the past direction that is kept.
-        random_start: whether it starts at a random point of the ball, or at the clean inputs.
 
     Raises:
         AttackError: an option cannot be used.
@@ -169,10 +164,7 @@ class MomentumPGD(PGD):
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
 
-    Args:
-        objective: what is raised.
-        points: perturbed inputs.
-        rows: ``(K,)`` the rows that the points belong to; None: all rows in their order.
+    ``rows`` are those of `Objective.score`.
     """
     points = points.detach().requires_grad_()
     score = objective.score(points, rows)

@@ -10,11 +10,7 @@ from .pgd import PGD
 
 
 def preset(eps: float, steps: int = 3) -> AttackFactory:
-    """l-inf PGD from a random start, with steps of ``alpha = 2.5 eps / steps``.
-
-    Args:
-        eps: radius, in pixels of [0, 1].
-        steps: number of attack steps.
+    """l-inf PGD from a random start, with steps of ``alpha = 2.5 eps / steps``; eps in pixels of [0, 1].
 
     Raises:
         AttackError: ``eps`` is not a radius, or ``steps`` is not a number of steps.
@@ -24,8 +20,7 @@ def preset(eps: float, steps: int = 3) -> AttackFactory:
         >>> budget(preset(0.3, steps=5))
         {'eps': 0.3, 'alpha': 0.15}
     """
-    check_eps(eps)
-    check_steps(steps)
+    eps, steps = check_eps(eps), check_steps(steps)
     return partial(PGD, eps=eps, alpha=2.5 * eps / steps, steps=steps, random_start=True)
 
 

@@ -25,7 +25,7 @@ from ..training.tuples import ROLES, parse_roles
 from . import figures
 from .experiment import MODELS, Settings, TrainedModel, run, summary
 from .images import OpenSetSplit, digits
-from .options import CONTEXT, check_device, parse_class, parse_radii, try_option
+from .options import CONTEXT, FOLDER, check_device, parse_class, parse_radii, try_option
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
@@ -53,9 +53,7 @@ from .options import CONTEXT, check_device, parse_class, parse_radii, try_option
 @click.option("--seed", default=0, type=int, help="The first seed.")
 @click.option("--seeds", default=1, type=click.IntRange(1), help="How many seeds; the table shows their mean.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--output", default="pml_adversarial_run", type=click.Path(file_okay=False, path_type=Path), help="Folder."
-)
+@click.option("--output", default="pml_adversarial_run", type=FOLDER, help="Folder.")
 @click.option(
     "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
 )
@@ -100,7 +98,7 @@ def main(
     data = try_option(lambda: digits(_classes(train_classes)), "--train-classes")
     classes = len(data.train_labels.unique())
     make_loss = parse_class(losses, nn.Module, loss, "loss", num_classes=classes, embedding_size=64)
-    make_miner: Callable[[], Any] = parse_class(miners, nn.Module, miner, "miner") if miner else _no_miner
+    make_miner: Callable[[], Any] = parse_class(miners, nn.Module, miner, "miner") if miner else lambda: None
     factory = _training_attack(attack, train_eps)
     some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
     try_option(lambda: make_loss()(*some), "--loss")
@@ -144,7 +142,6 @@ def _draw(report: dict[str, Any], measured: list[TrainedModel], data: OpenSetSpl
         kind: {0.0: m["recall_at_1"], **{float(eps): value for eps, value in m["worst_case"].items()}}
         for kind, m in report["models"].items()
     }
-    labels = data.test_labels
     figures.recall_curves(curves, measured[0].report.chance, output / "recall_against_eps.png")
     first = {m.kind: m for m in measured[: len(MODELS)]}
     shown = len(report["settings"]["eps"]) // 2
@@ -152,20 +149,19 @@ def _draw(report: dict[str, Any], measured: list[TrainedModel], data: OpenSetSpl
     attacked = {kind: (m.model.cpu(), m.report.attacked[eps].cpu()) for kind, m in first.items() if m.report.attacked}
     plain = first["plain"].report
     broken = decode_flags(plain.clean_flags) & ~decode_flags(plain.worst[shown].robust_flags)
-    queries = choose_queries(labels, broken, 5).tolist()
-    figures.query_panel(attacked, data.test_images, labels, queries, eps, output / "queries.png")
+    queries = choose_queries(data.test_labels, broken, 5).tolist()
+    figures.query_panel(attacked, data.test_images, data.test_labels, queries, eps, output / "queries.png")
 
 
 def _training_attack(text: str, eps: float) -> AttackFactory:
     made = parse_class(torchattacks, TorchAttack, text, "attack")
-    parameters = inspect.signature(made.func).parameters  # type: ignore[attr-defined]
-    given = made.keywords  # type: ignore[attr-defined]
+    parameters, given = inspect.signature(made.func).parameters, made.keywords
     if "eps" not in parameters:
         raise click.BadParameter(f"{text} has no option eps; choose an attack with an l-inf radius, such as PGD.")
     eps = given.get("eps", eps)
     steps = given.get("steps", getattr(parameters.get("steps"), "default", 1))
     alpha = {"alpha": 2.5 * eps / steps} if "alpha" in parameters and "alpha" not in given else {}
-    return partial(made, **{**given, "eps": eps, **alpha})
+    return partial(made, eps=eps, **alpha)
 
 
 def _refuse_options(context: click.Context) -> None:
@@ -178,10 +174,6 @@ def _refuse_options(context: click.Context) -> None:
         raise click.UsageError(
             f"{', '.join(given)} before {context.invoked_subcommand}: options of a command come after its name."
         )
-
-
-def _no_miner() -> None:
-    return None
 
 
 def _classes(text: str) -> list[int]:

@@ -20,15 +20,10 @@ from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .images import images_from, same_classes
 from .models import check_model, load_model
-from .options import CONTEXT, check_device, did_you_mean, parse_call, parse_radii, try_option
+from .options import CONTEXT, FOLDER, check_device, did_you_mean, parse_call, parse_radii, try_option
 
-IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of ImageNet's channels, with which torchvision's models are trained."""
-
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's models
 _PATH = click.Path(path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
 _EXAMPLES = """\b
 Examples:
   pml-adversarial evaluate --model model.pt2 --queries test.npz --eps 0.05,0.1
@@ -59,8 +54,8 @@ Examples:
 @click.option("--seed", default=0, type=int, help="Of all that is random.")
 @click.option("--batch-size", default=128, type=click.IntRange(1), help="Queries that are attacked together.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--output", default="pml_adversarial_evaluation", type=_FOLDER, help="Folder for the reports.")
-@click.option("--resume", type=_FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
+@click.option("--output", default="pml_adversarial_evaluation", type=FOLDER, help="Folder for the reports.")
+@click.option("--resume", type=FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch decides]")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def evaluate(
@@ -68,22 +63,15 @@ def evaluate(
     network: str | None,
     queries: Path,
     gallery: Path | None,
-    eps: str,
-    norm: str,
-    attacks: str,
-    normalization: str | None,
     size: str | None,
     grayscale: bool,
     limit: int | None,
-    recall_at: str,
     no_checks: bool,
-    seed: int,
-    batch_size: int,
     device: str,
     output: Path,
     threads: int | None,
     quiet: bool,
-    **passed_on: Any,
+    **settings: Any,
 ) -> None:
     """Evaluates how robust a saved embedding model is on images of your own.
 
@@ -92,13 +80,10 @@ def evaluate(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    settings: dict[str, Any] = {
-        "eps": parse_radii(eps, norm),
-        "norm": norm,
-        "attacks": attacks if attacks in SUITES else _attacks(attacks),
-        "recall_at": _numbers(recall_at, "--recall-at"),
-        "normalization": _normalization(normalization),
-    }
+    settings["eps"] = parse_radii(settings["eps"], settings["norm"])
+    settings["attacks"] = _attacks(settings["attacks"])
+    settings["recall_at"] = _numbers(settings["recall_at"], "--recall-at")
+    settings["normalization"] = _normalization(settings["normalization"])
     check_device(device)
     build = _network(network) if network else None
     sides = _size(size) if size else None
@@ -107,26 +92,18 @@ def evaluate(
         read = partial(images_from, size=sides, grayscale=grayscale)
         searched, items = same_classes(read(queries), None if gallery is None else read(gallery))
         loaded = load_model(model, build, device)
-        for images, count in ((searched, batch_size), (items or searched, 1)):
+        for images, count in ((searched, settings["batch_size"]), (items or searched, 1)):
             some = torch.stack([images[row][0] for row in range(min(count, len(images)))])
             check_model(loaded, some.to(device), settings["normalization"])
+        subset = _drawn(len(searched), limit, settings["seed"])
         report = evaluate_robustness(
-            loaded,
-            searched,
-            items,
-            subset=_drawn(len(searched), limit, seed),
-            checks=not no_checks,
-            seed=seed,
-            batch_size=batch_size,
-            progress=not quiet,
-            **settings,
-            **passed_on,
+            loaded, searched, items, subset=subset, checks=not no_checks, progress=not quiet, **settings
         )
     except AdversarialError as error:
         raise click.ClickException(str(error)) from error
     except torch.cuda.OutOfMemoryError as error:
         raise click.ClickException(
-            f"{device} has not enough memory for --batch-size {batch_size}; try half of it."
+            f"{device} has not enough memory for --batch-size {settings['batch_size']}; try half of it."
         ) from error
     report.save_json(output / "report.json")
     report.save_html(output / "report.html")
@@ -141,8 +118,10 @@ def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
-def _attacks(text: str) -> list[RetrievalAttack]:
-    """Attacks of the suites by their names."""
+def _attacks(text: str) -> str | list[RetrievalAttack]:
+    """The name of a suite, or attacks of the suites by their names."""
+    if text in SUITES:
+        return text
     known = attacks_by_name()
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -169,17 +148,13 @@ def _network(text: str) -> Callable[[], nn.Module]:
     except AttributeError as error:
         raise _refused("--network", f"{module} has no {name}.{did_you_mean(name, vars(found))}") from error
     if not callable(make):
-        raise _refused(
-            "--network",
-            f"{name} of {module} is {type(make).__name__}; expected a callable.",
-        )
+        raise _refused("--network", f"{name} of {module} is {type(make).__name__}; expected a callable.")
 
     def build() -> nn.Module:
         try:
-            network: nn.Module = make(**options)
+            return make(**options)
         except Exception as error:  # of any kind, from the network's own code
             raise _refused("--network", f"{text} fails: {type(error).__name__}: {error}") from error
-        return network
 
     return build
 

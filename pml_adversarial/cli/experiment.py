@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import product
+from statistics import fmean
 from typing import Any
 
 import pytorch_metric_learning
@@ -27,59 +28,35 @@ from ..training.tuples import Role
 from .images import OpenSetSplit, digits
 
 MODELS = ("plain", "adversarial")
-_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the experiment.
+    """Settings of the experiment, the same for both models."""
 
-    Attributes:
-        epochs: passes over the training images, for each of the two models.
-        batch_size: images per step.
-        learning_rate: of Adam.
-        shift: largest number of pixels by which training images are moved at random each way, for both models.
-        perturb: roles that are perturbed in adversarial training.
-        clean_weight: weight of the unperturbed loss in adversarial training.
-        warmup: share of the steps over which the attack grows to its full strength.
-        eps: l-inf radii at which both models are attacked, in pixels of [0, 1].
-        attack_steps: gradient steps of the evaluation's attacks.
-        restarts: random starts of each of them.
-        seeds: one plain and one adversarial model are trained per seed.
-        device: of models and data.
-    """
-
-    epochs: int = 25
+    epochs: int = 25  # passes over the training images
     batch_size: int = 112
-    learning_rate: float = 1e-3
-    shift: int = 1
+    learning_rate: float = 1e-3  # of Adam
+    shift: int = 1  # largest number of pixels by which training images are moved at random each way
     perturb: tuple[Role, ...] = ("all",)
     clean_weight: float = 0.0
-    warmup: float = 0.5
-    eps: tuple[float, ...] = (0.05, 0.1, 0.15)
-    attack_steps: int = 40
-    restarts: int = 3
+    warmup: float = 0.5  # share of the steps
+    eps: tuple[float, ...] = (0.05, 0.1, 0.15)  # l-inf radii of the evaluation, in pixels of [0, 1]
+    attack_steps: int = 40  # of each attack of the evaluation
+    restarts: int = 3  # random starts of each of them
     seeds: tuple[int, ...] = (0,)
     device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model after training, and its robustness.
+    """A model after training, and its robustness on the test images."""
 
-    Attributes:
-        kind: one of `MODELS`.
-        seed: of initial weights, batches and attacks.
-        model: the embedding, on the device of the run.
-        report: its robustness on the test images.
-        seconds: wall-clock seconds of its training.
-    """
-
-    kind: str
+    kind: str  # one of MODELS
     seed: int
-    model: nn.Module
+    model: nn.Module  # on the device of the run
     report: Report
-    seconds: float
+    seconds: float  # of training
 
 
 def small_network() -> nn.Sequential:
@@ -102,29 +79,32 @@ def run(
     data: OpenSetSplit | None = None,
     progress: bool = True,
 ) -> list[TrainedModel]:
-    """Trains and attacks both models for every seed.
+    """Trains and attacks both models for every seed, by default on the digits.
 
-    Args:
-        settings: see `Settings`.
-        make_loss: makes the loss of a model. It is called once per model, since losses may have parameters.
-        make_miner: makes the miner of a model, or returns None.
-        attack: factory of the training attack.
-        data: images to train on and unseen classes to test on; None: the digits.
-        progress: whether to show progress bars.
+    Losses and miners are made anew for each model, since they may have parameters. A miner may be None.
     """
     data = digits() if data is None else data
-    device = torch.device(settings.device)
-    data = OpenSetSplit(*(tensor.to(device) for tensor in vars(data).values()))
+    data = OpenSetSplit(*(tensor.to(settings.device) for tensor in vars(data).values()))
     measured = []
-    for seed in settings.seeds:
-        for kind in MODELS:
-            start = time.perf_counter()
-            wrap = partial(_adversarial, settings, attack, seed) if kind == "adversarial" else _plain
-            bar = _bar(progress, f"train {kind}, seed {seed}")
-            with random_stream(seed, -1):  # initial weights, proxies and miners draw the same for both models
-                model = train(settings, data, make_loss(), make_miner(), wrap, seed, bar)
-            seconds = time.perf_counter() - start
-            measured.append(TrainedModel(kind, seed, model, measure(settings, data, model, seed, progress), seconds))
+    for seed, kind in product(settings.seeds, MODELS):
+        start = time.perf_counter()
+        with random_stream(seed, -1):  # initial weights, proxies and miners draw the same for both models
+            bar = partial(tqdm, desc=f"train {kind}, seed {seed}", disable=not progress, ncols=100)
+            against = attack if kind == "adversarial" else None
+            model = train(settings, data, make_loss(), make_miner(), against, seed, bar)
+        seconds = time.perf_counter() - start
+        report = evaluate_robustness(
+            model,
+            (data.test_images, data.test_labels),
+            eps=settings.eps,
+            attacks=quick(settings.attack_steps, settings.restarts),
+            checks=False,
+            keep_attacked=True,
+            seed=seed,
+            batch_size=512,
+            progress=progress,
+        )
+        measured.append(TrainedModel(kind, seed, model, report, seconds))
     return measured
 
 
@@ -133,21 +113,32 @@ def train(
     data: OpenSetSplit,
     loss: nn.Module,
     miner: nn.Module | None,
-    wrap: Callable[[nn.Module, nn.Module, int], nn.Module],
+    attack: AttackFactory | None,
     seed: int,
     bar: Callable[..., tqdm],
 ) -> nn.Module:
-    """Trains a model in a plain PyTorch loop. Only ``wrap``, which wraps the loss, makes the training adversarial."""
-    device = data.train_images.device
-    if settings.batch_size > len(data.train_images):
+    """Trains a model in a plain PyTorch loop. With an ``attack``, only the loss is another one."""
+    total = len(data.train_images)
+    if settings.batch_size > total:
         raise InputError(
-            f"batch_size={settings.batch_size} for {len(data.train_images)} training images; expected at least one "
-            "full batch."
+            f"batch_size={settings.batch_size} for {total} training images; expected at least one full batch."
         )
     _, train_labels = data.train_labels.unique(return_inverse=True)  # losses with proxies count classes from 0
-    model = small_network().to(device)
-    batches = list(_batches(settings, len(data.train_images), seed))
-    loss_func = wrap(loss.to(device), model, len(batches))
+    model = small_network().to(settings.device)
+    batches = list(_batches(settings, total, seed))
+    loss_func = loss.to(settings.device)
+    if attack is not None:
+        loss_func = AdversarialLoss(
+            loss,
+            model,
+            attack=attack,
+            perturb=settings.perturb,
+            keep_clean=False,
+            clean_weight=settings.clean_weight,
+            warmup=int(settings.warmup * len(batches)),
+            guard=False,
+            seed=seed,
+        )
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], settings.learning_rate)
     augment = RandomCrop(data.train_images.shape[-2:], padding=settings.shift)
     for rows in bar(batches):
@@ -161,28 +152,10 @@ def train(
     return model
 
 
-def measure(settings: Settings, data: OpenSetSplit, model: nn.Module, seed: int, progress: bool) -> Report:
-    """Attacks the model on the images of unseen classes."""
-    return evaluate_robustness(
-        model,
-        (data.test_images, data.test_labels),
-        eps=settings.eps,
-        attacks=quick(settings.attack_steps, settings.restarts),
-        checks=False,
-        keep_attacked=True,
-        seed=seed,
-        batch_size=_BATCH_SIZE,
-        progress=progress,
-    )
-
-
 def summary(settings: Settings, measured: list[TrainedModel], described: Mapping[str, Any]) -> dict[str, Any]:
     """All results, and all that is needed to repeat the experiment, in types that JSON knows.
 
-    Args:
-        settings: of the run.
-        measured: its results.
-        described: further settings, such as the names of loss and attack.
+    ``described`` holds further settings, such as the names of loss and attack.
     """
     return {
         "schema": 1,
@@ -198,29 +171,9 @@ def summary(settings: Settings, measured: list[TrainedModel], described: Mapping
             "pytorch_metric_learning": pytorch_metric_learning.__version__,
             "torchattacks": version("torchattacks"),
         },
-        "models": {kind: _mean([m for m in measured if m.kind == kind]) for kind in MODELS},
+        "models": {kind: _mean([m.report for m in measured if m.kind == kind]) for kind in MODELS},
         "runs": [_one(m) for m in measured],
     }
-
-
-def _adversarial(
-    settings: Settings, attack: AttackFactory, seed: int, loss: nn.Module, model: nn.Module, steps: int
-) -> AdversarialLoss:
-    return AdversarialLoss(
-        loss,
-        model,
-        attack=attack,
-        perturb=settings.perturb,
-        keep_clean=False,
-        clean_weight=settings.clean_weight,
-        warmup=int(settings.warmup * steps),
-        guard=False,
-        seed=seed,
-    )
-
-
-def _plain(loss: nn.Module, model: nn.Module, steps: int) -> nn.Module:
-    return loss
 
 
 def _batches(settings: Settings, total: int, seed: int) -> Iterator[Tensor]:
@@ -230,18 +183,13 @@ def _batches(settings: Settings, total: int, seed: int) -> Iterator[Tensor]:
         yield from order[: total - total % settings.batch_size].split(settings.batch_size)
 
 
-def _bar(shown: bool, description: str) -> Callable[..., tqdm]:
-    return partial(tqdm, desc=description, disable=not shown, ncols=100)
-
-
 def _one(measured: TrainedModel) -> dict[str, Any]:
     report = measured.report
-    by_attack = {(result.eps, result.attack): result.measures["recall_at_1"] for result in report.attacks}
     robust = [
         {
             "eps": eps,
             "worst_case": report.worst_case(eps),
-            "by_attack": {attack: value for (radius, attack), value in by_attack.items() if radius == eps},
+            "by_attack": {part.attack: part.measures["recall_at_1"] for part in report.attacks if part.eps == eps},
         }
         for eps in report.settings["eps"]
     ]
@@ -255,15 +203,11 @@ def _one(measured: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _mean(measured: list[TrainedModel]) -> dict[str, Any]:
-    def over_seeds(value: Callable[[Report], float]) -> float:
-        return statistics.fmean(value(m.report) for m in measured)
-
+def _mean(reports: list[Report]) -> dict[str, Any]:
     return {
-        "recall_at_1": over_seeds(lambda report: report.clean["recall_at_1"]),
-        "map_at_r": over_seeds(lambda report: report.clean["map_at_r"]),
+        "recall_at_1": fmean(report.clean["recall_at_1"] for report in reports),
+        "map_at_r": fmean(report.clean["map_at_r"] for report in reports),
         "worst_case": {
-            str(eps): over_seeds(lambda report, eps=eps: report.worst_case(eps))  # type: ignore[misc]
-            for eps in measured[0].report.settings["eps"]
+            str(eps): fmean(report.worst_case(eps) for report in reports) for eps in reports[0].settings["eps"]
         },
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +15,11 @@ from ..evaluation.embedder import embed_all
 
 _RIGHT, _WRONG, _QUERY = "#1b7f4d", "#c0392b", "#444444"
 _COLOURS = ("#7f7f7f", "#1f5fa8")
+_NEIGHBOURS = 5  # items shown per query
 
 
 def recall_curves(curves: Mapping[str, Mapping[float, float]], chance: float, path: Path) -> None:
-    """Draws R@1 against eps, one curve per model.
-
-    Args:
-        curves: model name -> eps (0: clean) -> R@1 in [0, 1].
-        chance: R@1 of a random ranking.
-        path: PNG to write.
-    """
+    """Draws R@1 in [0, 1] against eps (0: clean), one curve per model."""
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for colour, (name, curve) in zip(_COLOURS, curves.items(), strict=False):
@@ -41,10 +36,9 @@ def query_panel(
     models: Mapping[str, tuple[nn.Module, Tensor]],
     images: Tensor,
     labels: Tensor,
-    queries: Iterable[int],
+    queries: Sequence[int],
     eps: float,
     path: Path,
-    neighbours: int = 5,
 ) -> None:
     """Draws queries, clean and perturbed, with the nearest items that they find.
 
@@ -55,11 +49,9 @@ def query_panel(
         queries: rows to show.
         eps: of the attack, for the title.
         path: PNG to write.
-        neighbours: items shown per query.
     """
-    queries = list(queries)
-    width = neighbours + 1
-    figure = Figure(figsize=(1.0 * width * 2 + 1.2, 1.15 * len(queries) * len(models) + 1.2), dpi=110)
+    width = _NEIGHBOURS + 1
+    figure = Figure(figsize=(2 * width + 1.2, 1.15 * len(queries) * len(models) + 1.2), dpi=110)
     grid = figure.subplots(len(queries) * len(models), 2 * width, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -70,12 +62,12 @@ def query_panel(
             own = torch.tensor([query], device=images.device)
             for half, image in enumerate((images[query], attacked[query])):
                 with torch.no_grad():
-                    found = gallery.nearest(model(image.unsqueeze(0)), own, neighbours)[0].tolist()
-                cells = row[half * width : (half + 1) * width]
-                _show(cells[0], image, _QUERY, f"{name}\n{('clean', 'attacked')[half]}: {int(labels[query])}")
-                for cell, item in zip(cells[1:], found, strict=True):
-                    right = bool(labels[item] == labels[query])
-                    _show(cell, images[item], _RIGHT if right else _WRONG, str(int(labels[item])))
+                    found = gallery.nearest(model(image.unsqueeze(0)), own, _NEIGHBOURS)[0].tolist()
+                first, *cells = row[half * width : (half + 1) * width]
+                _show(first, image, _QUERY, f"{name}\n{('clean', 'attacked')[half]}: {int(labels[query])}")
+                for cell, item in zip(cells, found, strict=True):
+                    colour = _RIGHT if labels[item] == labels[query] else _WRONG
+                    _show(cell, images[item], colour, str(int(labels[item])))
     figure.suptitle(
         f"Queries of unseen classes and their nearest items, clean (left) and attacked at eps {eps:g} (right).\n"
         "Green: right class. Red: wrong class."

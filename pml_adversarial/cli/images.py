@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy
@@ -24,19 +24,12 @@ _ROUNDING = 1e-4  # by which floating-point images may leave [0, 1]
 
 @dataclass(frozen=True, eq=False)
 class OpenSetSplit:
-    """Images of some classes for training, and of other classes for testing.
+    """Images of some classes for training, and of other classes for testing, in [0, 1]."""
 
-    Attributes:
-        train_images: ``(N, C, H, W)`` in [0, 1].
-        train_labels: ``(N,)``.
-        test_images: ``(T, C, H, W)`` in [0, 1].
-        test_labels: ``(T,)``, no label in common with ``train_labels``.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    train_images: Tensor  # (N, C, H, W)
+    train_labels: Tensor  # (N,)
+    test_images: Tensor  # (T, C, H, W)
+    test_labels: Tensor  # (T,)
 
 
 def digits(train_classes: Iterable[int] = range(5)) -> OpenSetSplit:
@@ -60,10 +53,11 @@ def split_by_class(images: Tensor, labels: Tensor, train_classes: Iterable[int])
         raise InputError(f"There are no images of the classes {sorted(wanted - present)}; found {sorted(present)}.")
     known = torch.isin(labels, torch.tensor(sorted(wanted)))
     for part, rows in (("train", known), ("test", ~known)):
-        if len(labels[rows].unique()) < 2:
+        classes = labels[rows].unique().tolist()
+        if len(classes) < 2:
             raise InputError(
-                f"The {part} part holds the classes {labels[rows].unique().tolist()}; expected at least two, since "
-                "retrieval needs right and wrong items. Choose other train_classes."
+                f"The {part} part holds the classes {classes}; expected at least two, since retrieval needs right and "
+                "wrong items. Choose other train_classes."
             )
     return OpenSetSplit(images[known], labels[known], images[~known], labels[~known])
 
@@ -74,11 +68,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     Args:
         read: row -> image.
         names: the class of each row.
-        classes: names of all classes; None: those of the rows, sorted.
-
-    Attributes:
-        classes: names of the classes. A label is an index into them.
-        labels: ``(N,)``.
+        classes: names of all classes, in the order of their labels; None: those of the rows, sorted.
     """
 
     def __init__(
@@ -135,11 +125,7 @@ def images_from(
 def same_classes(
     queries: LabelledImages, gallery: LabelledImages | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Queries and gallery, with labels that stand for the same classes in both.
-
-    Args:
-        queries: images that search.
-        gallery: images that are searched. None: the queries; then no query finds itself.
+    """Queries and gallery, with labels that stand for the same classes in both. No gallery: the queries are one.
 
     Raises:
         InputError: no query has both a right and a wrong item to find.
@@ -201,15 +187,10 @@ class _Files:
         return pixels.float() / 255
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Images of one array. Pixels of uint8 are converted when they are needed, so that they need less memory."""
-
-    images: Tensor
-
-    def __call__(self, index: int) -> Tensor:
-        image = self.images[index]
-        return image if image.is_floating_point() else image.float() / 255
+def _row(images: Tensor, index: int) -> Tensor:
+    """An image of an array, whose uint8 need less memory than the pixels that are made of them here."""
+    image = images[index]
+    return image if image.is_floating_point() else image.float() / 255
 
 
 def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> LabelledImages:
@@ -227,8 +208,8 @@ def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> L
             f"{path} has class folders without an image: {_some(empty)}. Expected files that end in "
             f"{', '.join(sorted(_SUFFIXES))}; remove folders that are no classes."
         )
-    files = [(file, name) for name, files in found.items() for file in files]
-    return LabelledImages(_Files([file for file, _ in files], size, grayscale), [name for _, name in files])
+    names = [name for name, files in found.items() for _ in files]
+    return LabelledImages(_Files([file for files in found.values() for file in files], size, grayscale), names)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
@@ -243,13 +224,14 @@ def _from_npz(path: Path) -> LabelledImages:
     expected = "expected one that numpy.savez(path, images=..., labels=...) wrote"
     try:
         with path.open("rb") as opened, numpy.load(opened, allow_pickle=False) as file:
-            missing = {"images", "labels"} - set(file.files)
-            images, labels = (None, None) if missing else (file["images"], file["labels"])
             names = file.files
+            found = {name: file[name] for name in ("images", "labels") if name in names}
     except Exception as error:  # of many kinds, from numpy and zipfile
         raise InputError(f"{path} cannot be read as an npz: {error}; {expected}.") from error
-    if images is None or labels is None:
-        raise InputError(f"{path} has no {' and no '.join(sorted(missing))}, only {_some(names)}; {expected}.")
+    missing = sorted({"images", "labels"} - set(found))
+    if missing:
+        raise InputError(f"{path} has no {' and no '.join(missing)}, only {_some(names)}; {expected}.")
+    images, labels = found["images"], found["labels"]
     if images.ndim not in (3, 4) or not images.size:
         raise InputError(
             f"The images of {path} have shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)."
@@ -259,7 +241,7 @@ def _from_npz(path: Path) -> LabelledImages:
             f"The labels of {path} are {labels.dtype} of shape {labels.shape}, for {len(images)} images; expected one "
             "integer or word per image."
         )
-    return LabelledImages(_Rows(_channels_first(_pixels(images, path), path)), [str(name) for name in labels])
+    return LabelledImages(partial(_row, _channels_first(_pixels(images, path), path)), [str(name) for name in labels])
 
 
 def _pixels(images: numpy.ndarray, path: Path) -> Tensor:
@@ -295,11 +277,9 @@ def _resize_and_crop(size: int | tuple[int, int] | None) -> tuple[int, int] | No
     if size is None:
         return None
     shorter, square = (size, size) if isinstance(size, int) else size
-    if not 0 < square <= shorter:
-        raise InputError(
-            f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it."
-        )
-    return shorter, square
+    if 0 < square <= shorter:
+        return shorter, square
+    raise InputError(f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it.")
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -34,11 +34,7 @@ _HOW_TO_EXPORT = (
 
 
 class ExportedModel(nn.Module):
-    """An exported program as a module whose ``train`` and ``eval`` do nothing; those of torch's own module fail.
-
-    Args:
-        program: it stays in the mode in which it was exported.
-    """
+    """An exported program, which stays in its mode: ``train`` and ``eval`` do nothing; those of torch's module fail."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
@@ -46,8 +42,7 @@ class ExportedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings ``(N, D)`` that the program computes."""
-        embeddings: Tensor = self.program(images)
-        return embeddings
+        return self.program(images)
 
     def train(self, mode: bool = True) -> ExportedModel:
         """Changes nothing in the program. `nn.Module.eval` calls this too."""
@@ -141,7 +136,11 @@ def _exported(path: Path, device: torch.device) -> nn.Module:
             f"{_HOW_TO_SAVE}"
         ) from error
     _check_exported(program, path)
-    return _moved(program, device)
+    try:
+        from torch.export.passes import move_to_device_pass
+    except ImportError:  # an older torch; devices that the model's code names stay as they are
+        return ExportedModel(program).to(device)
+    return ExportedModel(move_to_device_pass(program, str(device)))
 
 
 def _check_exported(program: ExportedProgram, path: Path) -> None:
@@ -149,10 +148,11 @@ def _check_exported(program: ExportedProgram, path: Path) -> None:
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(names) != 1 or not isinstance(inputs[0], Tensor):
         raise InputError(f"{path} takes the inputs {', '.join(map(str, names))}; expected one, images.")
-    if isinstance(inputs[0].shape[0], int):
+    size = inputs[0].shape[0]
+    if isinstance(size, int):
         raise InputError(
-            f"{path} was exported for batches of exactly {inputs[0].shape[0]} image(s), and an attack needs batches of "
-            f"any size. {_HOW_TO_EXPORT}"
+            f"{path} was exported for batches of exactly {size} image(s), and an attack needs batches of any size. "
+            f"{_HOW_TO_EXPORT}"
         )
     trained = sorted({str(node.target) for node in program.graph.nodes if _as_in_training(node)})
     if trained:
@@ -171,25 +171,15 @@ def _as_in_training(node: torch.fx.Node) -> bool:
     return bool(by_batch or given.get("train") or given.get("dropout_p"))
 
 
-def _moved(program: ExportedProgram, device: torch.device) -> nn.Module:
-    try:
-        from torch.export.passes import move_to_device_pass
-    except ImportError:  # an older torch; devices that the model's code names stay as they are
-        return ExportedModel(program).to(device)
-    return ExportedModel(move_to_device_pass(program, str(device)))
-
-
 def _saved(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError as error:
-            raise InputError(f"{path} needs the package safetensors; install it, or save with torch.save.") from error
-        read: Callable[[], Any] = lambda: load_file(path)  # noqa: E731
-    else:
-        read = lambda: torch.load(path, map_location="cpu", weights_only=True)  # noqa: E731
     try:
-        return read()
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} needs the package safetensors; install it, or save with torch.save.") from error
     except Exception as error:  # of many kinds, by what the file is
         raise InputError(f"{path} {_why_not(error)}. {_HOW_TO_SAVE}") from error
 
@@ -258,9 +248,5 @@ def _some(names: Sequence[Any]) -> str:
 
 def _in_one_line(error: Exception) -> str:
     """The class of an exception and the first line of its message."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (
-        f"{type(error).__name__}: {shorten(first, 160, placeholder=' ...').rstrip('.')}"
-        if first
-        else type(error).__name__
-    )
+    first = shorten(str(error).strip().partition("\n")[0], 160, placeholder=" ...").rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

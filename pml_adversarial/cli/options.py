@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,13 +19,11 @@ from ..evaluation.options import to_radii
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words.
-
-    Raises:
-        click.BadParameter: the text has another form.
-    """
+    """``"Name:key=value,key=value"`` as a name and keyword arguments; values are Python literals or bare words."""
     name, _, options = text.partition(":")
     try:
         call = ast.parse(f"f({options})", mode="eval").body
@@ -42,7 +41,7 @@ def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
-def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) -> Callable[..., Any]:
+def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) -> partial[Any]:
     """The class that ``text`` names, with its options, ready to be called.
 
     Args:
@@ -51,28 +50,19 @@ def parse_class(module: Any, base: type, text: str, kind: str, **filled: Any) ->
         text: see `parse_call`.
         kind: what the class is, for messages.
         filled: options that are used if the class takes them and ``text`` does not set them.
-
-    Raises:
-        click.BadParameter: there is no such class, or it takes no such option.
     """
     name, options = parse_call(text)
-    classes = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, base) and not key.startswith(("Base", "Generic"))
-    }
+    known = inspect.getmembers(module, lambda value: isinstance(value, type) and issubclass(value, base))
+    classes = {key: value for key, value in known if not key.startswith(("Base", "Generic"))}
     if name not in classes:
         hint = did_you_mean(name, classes)
         raise click.BadParameter(f"no {kind} named {name!r}.{hint} There are: {', '.join(sorted(classes))}.")
-    taken = {key: value for key, value in filled.items() if key in inspect.signature(classes[name]).parameters}
-    made = partial(classes[name], **{**taken, **options})
-    unknown = set(options) - set(inspect.signature(classes[name].__init__).parameters)
-    accepts_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(classes[name].__init__).parameters.values())
-    if unknown and not accepts_more:
-        raise click.BadParameter(
-            f"{name} takes no {', '.join(sorted(unknown))}; it is {inspect.signature(classes[name])}."
-        )
-    return made
+    signature = inspect.signature(classes[name])
+    unknown = set(options) - set(signature.parameters)
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        raise click.BadParameter(f"{name} takes no {', '.join(sorted(unknown))}; it is {signature}.")
+    taken = {key: value for key, value in filled.items() if key in signature.parameters}
+    return partial(classes[name], **{**taken, **options})
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
@@ -93,26 +83,17 @@ def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
         raise click.BadParameter(
             f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
         ) from error
-    radii: tuple[float, ...] = try_option(lambda: to_radii(found, norm), "--eps")
-    return radii
+    return try_option(lambda: to_radii(found, norm), "--eps")
 
 
 def check_device(name: str) -> str:
-    """The same name.
-
-    Raises:
-        click.BadParameter: the device cannot be used.
-    """
+    """The same name, if the device can be used."""
     try_option(lambda: torch.zeros(1, device=name).item(), "--device")
     return name
 
 
 def try_option(make: Callable[[], Any], option: str) -> Any:
-    """What ``make()`` returns.
-
-    Raises:
-        click.BadParameter: ``make`` raised an exception; its first line is shown as an error of the option.
-    """
+    """What ``make()`` returns; of an exception, the first line is shown as an error of the option."""
     try:
         return make()
     except Exception as error:

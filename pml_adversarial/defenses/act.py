@@ -8,8 +8,7 @@ from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.plan import Plan
-from .sampling import check_sampling, triplets_for
-from .triplets import distance, per_copy, perturb_members, three_members
+from .triplets import check_sampling, distance, per_copy, perturb_members, three_members, triplets_for
 
 
 class ACT:
@@ -19,16 +18,10 @@ class ACT:
     Euclidean distance at unit length: it collapses them. The wrapped loss is taken on the triplets ``(a, p', n')``
     alone, with clean anchors. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
 
-    The triplets are those of the caller, or all that the caller's pairs form. Where the caller passes none, one is
-    drawn for each row that has a positive and a negative. The published batches hold two images of each class, and the
-    first is the anchor, which gives half as many triplets. ``anchors_per_class=1`` gives as many; it draws the anchor.
-
-    A loss that looks at rows beyond its triplets sees the anchors and all copies, also several copies of one row. With
-    reference rows, positives and negatives are among these, and the loss is taken on the members without a reference.
-    Where processes share a batch, each perturbs its own members while those of the others stay clean.
+    See `triplets` for where they come from, and for references, processes and other losses.
 
     Args:
-        source: how triplets are drawn: "random", "semihard" or "softhard", see `sampling.sample_triplets`.
+        source: how triplets are drawn: "random", "semihard" or "softhard", see `triplets.sample_triplets`.
         anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.
 
     Raises:

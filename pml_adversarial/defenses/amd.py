@@ -18,7 +18,7 @@ from ..training.isolation import preserved
 from ..training.numeric import at_least_float
 from ..training.objectives import OwnLoss, tuples_of
 from ..training.plan import Plan
-from ..training.tuples import ROLES, Role
+from ..training.tuples import ROLES, Role, played
 from .triplets import distance
 
 
@@ -27,27 +27,21 @@ class AMD:
 
     ``min max L(a + r_a, p + r_p, n + r_n)``: the attack perturbs all members together to raise the wrapped loss, and
     the loss is taken on the perturbed members (Zhou and Patel, arXiv 2203.01439, supplement, "Min-max Adversarial
-    Training with Triplet Loss"). The authors find that training collapses easily.
-
-    In the paper each anchor has one triplet, with images of its own: ``tuples_per_anchor=1``. By default all tuples are
-    kept, and a row has one copy, which stands for it in all tuples. Any loss can be trained in this way, also a loss of
-    proxies.
+    Training with Triplet Loss"). The authors find that training collapses easily. Any loss can be trained in this way.
 
     A satisfied hinge has no gradient, so copies of satisfied tuples stay where the attack starts. Where all tuples are
     satisfied and the attack starts at the clean inputs, nothing moves, and the step trains on the clean batch
-    (``perturbation_linf`` is 0). A random start, which Madry et al. use, may find a point with a gradient. The attack
-    raises the value of the loss with its reducer. PML's `AvgNonZeroReducer` averages over violated tuples, so it can
-    fall when more tuples are violated; `MeanReducer` is that of the paper. The attack of the authors' code has no
-    hinge: ``raises="hardness"``.
+    (``perturbation_linf`` is 0). The attack raises the value of the loss with its reducer. PML's `AvgNonZeroReducer`
+    averages over violated tuples, so it can fall when more tuples are violated; `MeanReducer` is that of the paper.
 
-    Processes may share a batch. Each then raises the loss by its own copies alone, while those of the others keep their
-    clean embeddings.
+    Where processes share a batch, each raises the loss by its own copies alone; those of the others stay clean.
 
     Args:
         raises: "loss": the wrapped loss. "hardness": mean ``d(a, p)`` minus mean ``d(a, n)`` over the tuples, or over
             all pairs of the batch where the loss has no tuples; d is the Euclidean distance at unit length. This is the
-            triplet loss without its hinge.
-        tuples_per_anchor: the number of tuples that an anchor keeps, each with copies of its own; None: all tuples.
+            triplet loss without its hinge, as in the authors' code.
+        tuples_per_anchor: the number of tuples that an anchor keeps, each with copies of its own; 1 in the paper. None:
+            all tuples, with one copy of each row.
 
     Raises:
         InputError: ``raises`` is neither word.
@@ -62,17 +56,12 @@ class AMD:
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """The members of the tuples are perturbed.
-
-        Raises:
-            PlanError: a miner is wrapped, or inputs of members are not known.
-        """
+        """The members of the tuples are perturbed."""
         name = type(self).__name__
         parameters = signature(wrapped.forward).parameters
         if "ref_emb" in parameters and "indices_tuple" not in parameters:
             raise PlanError(
-                f"{name} raises the wrapped loss, and the miner {type(wrapped).__name__} has none; expected "
-                f"AdversarialLoss(loss, model, plugins=[{name}])."
+                f"{name} raises the wrapped loss, and the miner {type(wrapped).__name__} has none; use AdversarialLoss."
             )
         if batch.num_attackable < len(batch):
             raise PlanError(
@@ -92,24 +81,19 @@ class RAMD(AMD):
 
     ``min max L(a, p + r_p, n + r_n)``, as in the code of arXiv 2106.03614 and 2203.01439; the attack there has no hinge
     (``raises="hardness"``). A row that is also an anchor stays clean as an anchor, and has a copy as a positive or
-    negative. Losses that cannot tell the two apart are refused: NCA, classification and proxy losses.
-
-    Args:
-        raises: as in `AMD`.
-        tuples_per_anchor: as in `AMD`.
+    negative. Losses that cannot tell the two apart are refused: NCA, classification and proxy losses. The options are
+    those of `AMD`.
     """
 
     roles: tuple[Role, ...] = ("positive", "negative")
 
     @hookimpl
     def pml_adversarial_plan(self, wrapped: nn.Module, batch: Batch) -> Plan:
-        """Positives and negatives are perturbed.
-
-        Raises:
-            PlanError: as in `AMD`, or the loss cannot keep anchors clean.
-        """
+        """Positives and negatives are perturbed."""
         plan = super().pml_adversarial_plan(wrapped, batch)
-        anchors = plan.pool_indices if plan.indices_tuple is None else plan.pool_indices[_anchors(plan.indices_tuple)]
+        anchors = plan.pool_indices
+        if plan.indices_tuple is not None:
+            anchors = anchors[torch.cat(played(plan.indices_tuple, ["anchor"]))]
         if (anchors >= len(batch)).any():
             raise PlanError(
                 f"{type(wrapped).__name__} does not tell a row as an anchor from the same row as a positive or "
@@ -119,22 +103,14 @@ class RAMD(AMD):
         return plan
 
 
-class _Loss:
-    """A score: the wrapped loss of all copies. It has no gradient where all tuples are satisfied."""
+class _Loss(OwnLoss):
+    """The wrapped loss of all copies. It has no gradient where all tuples are satisfied."""
 
     may_be_flat = True
 
-    def __init__(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> None:
-        self.wrapped, self.own_loss = wrapped, OwnLoss(wrapped, batch, plan)
-
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Embeddings ``(M, D)`` -> a scalar."""
-        with preserved(self.wrapped):  # a loss with a memory would remember each step of the attack
-            return self.own_loss(embeddings)
-
-
-def _anchors(indices_tuple: tuple[Tensor, ...]) -> Tensor:
-    return indices_tuple[0] if len(indices_tuple) == 3 else torch.cat(indices_tuple[::2])
+        with preserved(self.loss):  # a loss with a memory would remember each step of the attack
+            return super().__call__(embeddings)
 
 
 def _hardness(wrapped: nn.Module, batch: Batch, plan: Plan) -> Score:

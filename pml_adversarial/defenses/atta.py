@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,8 @@ class ATTA:
 
     l-inf PGD starts at the perturbation that it found for the same image in the last epoch; the first time it starts at
     a random point. A perturbation mostly works on the model of the next epoch too, so one step in each epoch adds up to
-    many. The loss does not know which images it sees: call `next` before each call of the loss. An image that is
-    augmented in another way in each epoch gains little.
-
-    It saves attack steps, and takes the memory of one more image for each image.
+    many. Images that are augmented in another way in each epoch gain little. Call `next` before each call of the loss.
+    It takes the memory of one more image for each image.
 
     Args:
         eps: radius, in pixels of [0, 1].
@@ -62,10 +60,7 @@ class ATTA:
         self._index: Tensor | None = None
 
     def next(self, index: Tensor) -> None:
-        """Says which images the next call of the loss will see.
-
-        Args:
-            index: ``(N,)`` long, the places of the images in the data set, in the order of the inputs.
+        """Says at which places ``(N,)`` long of the data set the images of the next call of the loss are.
 
         Raises:
             InputError: ``index`` has another type or shape, or is negative.
@@ -79,16 +74,12 @@ class ATTA:
 
     @hookimpl
     def pml_adversarial_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack:
-        """PGD from the remembered perturbations; what it finds is remembered.
-
-        Raises:
-            PluginError: `next` was not called for this batch.
-        """
+        """PGD from the remembered perturbations; what it finds is remembered."""
         if self._index is None or len(self._index) != len(batch.inputs):
             found = "nothing" if self._index is None else f"{len(self._index)} places"
             raise PluginError(
-                f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; call `atta.next(index)` with "
-                "the places of the batch's images in the data set before each call of the loss."
+                f"ATTA was told {found} before a call with {len(batch.inputs)} inputs; expected `atta.next(index)` "
+                "with the place of each image in the data set, before each call of the loss."
             )
         places = batch.places_of(batch.own(plan.rows, plan.rows))
         index, self._index = self._index.to(places.device)[places], None
@@ -104,8 +95,7 @@ class ATTA:
 
     def _attack(self, objective: Objective, index: Tensor, strength: float, inputs: Tensor, labels: Tensor) -> Tensor:
         eps, alpha = strength * self.eps, strength * self.alpha
-        self._make_room(int(index.max()) + 1, inputs)
-        found = cast(Tensor, self._found)
+        found = self._with_room(int(index.max()) + 1, inputs)
         known = per_image(self.known[index], inputs)
         first = torch.where(known, found[index], uniform_noise(inputs, eps))
         points = _FromPerturbation(objective, eps, alpha, self.steps, first)(inputs)
@@ -113,14 +103,16 @@ class ATTA:
         self.known[index] = True
         return points
 
-    def _make_room(self, size: int, like: Tensor) -> None:
-        """Makes room for ``size`` images on the device of the inputs; where it is too small, for twice as many."""
+    def _with_room(self, size: int, like: Tensor) -> Tensor:
+        """The perturbations on the device of the inputs; where there are fewer than ``size``, for twice as many."""
         found = like.new_zeros(0, *like.shape[1:]) if self._found is None else self._found.to(like)
-        self._found, self.known = found, self.known.to(like.device)
+        self.known = self.known.to(like.device)
         if size > len(found):
             more = 2 * size - len(found)
-            self._found = torch.cat([found, found.new_zeros(more, *found.shape[1:])])
+            found = torch.cat([found, found.new_zeros(more, *found.shape[1:])])
             self.known = torch.cat([self.known, self.known.new_zeros(more)])
+        self._found = found
+        return found
 
 
 class _FromPerturbation(PGD):
@@ -131,5 +123,4 @@ class _FromPerturbation(PGD):
         self.first = first
 
     def start(self, inputs: Tensor) -> Tensor:
-        """The inputs with the perturbation added."""
         return project(inputs + self.first, inputs, self.eps)

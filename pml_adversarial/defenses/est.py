@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
-from ..training.plan import Plan
-from .embedding_shift import displaced, embedding_shift, perturb_all_rows
+from ..training.numeric import unit_length
+from ..training.plan import Plan, replace_rows
 
 
 class EST:
     """Embedding-shifted triplets (Zhou et al., ECCV 2020, arXiv 2002.11293).
 
     Each row x becomes ``x' = argmax d(f(x'), f(x))`` within the budget. d is the Euclidean distance between embeddings
-    at unit length. The wrapped loss is taken on the perturbed rows alone. The paper trains a triplet loss; here any
-    loss can be trained, since the perturbation of a row depends on no other row.
-
-    At the clean row the distance has no gradient. So it is measured from a point 0.0001 away from the clean embedding,
-    in a random direction, as the first step of the authors' code does. An attack then needs no random start.
+    at unit length, measured from the `displaced` clean row, like the first step of the authors' code. The wrapped loss
+    is taken on the perturbed rows alone. The paper trains a triplet loss; here any loss can be trained.
 
     Tuples that the caller passes were mined on clean embeddings, while the authors mine on perturbed ones:
     ``AdversarialMiner(miner, model, plugins=["est"])`` does so. Reference rows with unknown inputs stay clean.
@@ -35,3 +35,23 @@ class EST:
     def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
         """The distance between a copy and its own clean embedding."""
         return partial(embedding_shift, right=displaced(batch.context[plan.rows]))
+
+
+def perturb_all_rows(batch: Batch) -> Plan:
+    """A plan in which each row with known inputs is replaced by its copy, in all tuples; the tuples stay as given."""
+    rows = torch.arange(batch.num_attackable, device=batch.embeddings.device)
+    return replace_rows(rows, len(batch), batch.indices_tuple).split(batch.num_queries)
+
+
+def embedding_shift(left: Tensor, right: Tensor) -> Tensor:
+    """``(M,)`` Euclidean distances in [0, 2] of embeddings ``(M, D)`` at unit length; where 0, so is the gradient."""
+    return torch.linalg.vector_norm(unit_length(left) - unit_length(right), dim=1)
+
+
+def displaced(embeddings: Tensor) -> Tensor:
+    """``(M, D)`` embeddings at unit length, each moved by 0.0001 in a random direction of torch's global generator.
+
+    The distance of a copy from its row has no gradient at the row itself. Measured from a point close to the row it has
+    one, so an attack needs no random start.
+    """
+    return unit_length(embeddings) + 1e-4 * unit_length(torch.randn_like(embeddings))

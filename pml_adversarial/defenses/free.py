@@ -22,10 +22,8 @@ class FreeAT:
     """Adversarial training "for free" (Shafahi et al., arXiv 1904.12843).
 
     The training loop takes each batch several times: ``for images, labels in loader: for _ in range(4): ...``. The
-    backward pass that gives the gradient of the weights also gives the gradient at the perturbed images, and the next
-    call starts one sign step further. So the training loss itself is raised.
-
-    It saves all attack steps. In return, only one of several optimiser steps sees new images.
+    backward pass of training also gives the gradient at the perturbed images, and the next call starts one sign step
+    further. It saves all attack steps. In return, only one of several optimiser steps sees new images.
 
     Args:
         eps: radius, in pixels of [0, 1].
@@ -61,7 +59,6 @@ class _Continued:
         self.method, self.eps, self.alpha = method, strength * method.eps, strength * method.alpha
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Perturbs inputs ``(M, ...)``; a perturbation of another shape is replaced by a random one."""
         change = self.method._change
         if change is None or change.shape != inputs.shape:
             change = uniform_noise(inputs, self.eps)
@@ -70,7 +67,6 @@ class _Continued:
         return points
 
     def learn(self, gradient: Tensor) -> None:
-        """Moves the perturbation by one sign step, for the next call."""
         with torch.no_grad():
             change = self.method._change + self.alpha * gradient.sign()  # type: ignore[operator]
             self.method._change = change.clamp(-self.eps, self.eps)

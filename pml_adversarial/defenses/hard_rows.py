@@ -20,9 +20,8 @@ from ..training.plan import Plan, clean_loss
 class HardRows:
     """Perturbs a share of the copies: those whose rows contribute most to the loss. The other rows stay clean.
 
-    The contribution of a row is the length of the gradient of the wrapped loss at its clean embedding.
-
-    It saves the attack steps of the other rows, and where clean rows are kept also their second pass.
+    The contribution of a row is the length of the gradient of the wrapped loss at its clean embedding. It saves the
+    attack steps of the other rows, and where clean rows are kept also their second pass.
 
     Args:
         share: of the copies that would be perturbed without it, above 0 and up to 1.

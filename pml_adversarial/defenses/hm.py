@@ -14,9 +14,8 @@ from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.plan import Plan
-from ..training.tuples import ROLES, IndicesTuple
-from .sampling import check_sampling, harder_triplets, triplets_for
-from .triplets import hardness, per_copy, perturb_members, three_members
+from ..training.tuples import ROLES
+from .triplets import check_sampling, harder_triplets, hardness, per_copy, perturb_members, three_members, triplets_for
 
 
 class HM:
@@ -29,23 +28,16 @@ class HM:
     is perturbed, and the step trains on the clean triplets. The published loss is ``TripletMarginLoss(0.2,
     reducer=MeanReducer())``, together with `ICS`.
 
-    The triplets are those of the caller, or all that the caller's pairs form. Where the caller passes none, one is
-    drawn for each row that has a positive and a negative. The published batches hold two images of each class, and the
-    first is the anchor, which gives half as many triplets. ``anchors_per_class=1`` gives as many; it draws the anchor.
-    Where no positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn.
-
-    The published attack stops where the objective changes by less than 1e-7; here the attack takes all its steps. It
-    may start at the clean inputs. A loss that looks at rows beyond its triplets sees all copies, also several copies of
-    one row. With reference rows, positives and negatives are among these, and the loss is taken on the members without
-    a reference. Where processes share a batch, each perturbs its own members while those of the others stay clean.
+    See `triplets` for where they come from, and for references, processes and other losses. Where no
+    positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn. The published
+    attack stops where the objective changes by less than 1e-7; here it takes all its steps.
 
     Args:
-        source: how triplets are drawn: "softhard", "semihard" or "random", see `sampling.sample_triplets`.
+        source: how triplets are drawn: "softhard", "semihard" or "random", see `triplets.sample_triplets`.
         destination: "lga": the linear gradual adversary, ``H_D = -margin * min(L, cap) / cap``, one number for all
-            triplets. L is the mean ``[H' + margin]+`` of the perturbed triplets of the last step; in the first step it
-            is the cap. The better training goes, the harder triplets become. L is the published loss, whichever loss is
-            wrapped, so that its reducer, its scale and other plugins do not change L. "semihard" or "softhard": the
-            hardness of a clean triplet with the same anchor, drawn with this strategy; "semihard" keeps the positive.
+            triplets. L is the mean ``[H' + margin]+`` of the perturbed triplets of the last step, whichever loss is
+            wrapped; in the first step it is the cap. "semihard" or "softhard": the hardness of a clean triplet with the
+            same anchor, drawn as `triplets.harder_triplets` does.
         margin: gamma of the paper, which is used in "lga", in L, and by the strategy "semihard".
         cap: u of the paper; "lga" asks for ``-margin`` while L is above it; None: the margin.
         anchors_per_class: the largest number of anchors that are drawn of a class; None: every row is an anchor.
@@ -102,28 +94,22 @@ class HM:
         if self.destination == "lga":
             last = torch.as_tensor(self.last_loss, dtype=torch.float32, device=batch.context.device)
             return -self.margin * last.clamp(max=self.cap) / self.cap
-        harder = harder_triplets(self.destination, batch, _in_batch_rows(plan, len(batch)), self.margin)
+        row = torch.arange(len(batch), device=plan.rows.device)[:, None]
+        triplets = tuple(member.flatten() for member in three_members(plan, row, plan.rows[:, None]))
+        harder = harder_triplets(self.destination, batch, triplets, self.margin)
         return hardness(*(batch.context[member] for member in harder))
 
 
 class _MissingHardness:
-    """A score: the hardness that the triplets of each copy lack, squared and with the opposite sign."""
+    """The hardness that the triplets of each copy lack, squared and with the opposite sign; 0 where it lacks none."""
 
     def __init__(self, batch: Batch, plan: Plan, destination: Tensor) -> None:
         self.batch, self.plan, self.destination = batch, plan, destination
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Embeddings ``(M, D)`` -> scores ``(M,)``, 0 for a copy whose triplets are hard enough."""
         found = hardness(*three_members(self.plan, self.batch.context, embeddings))
         return per_copy(self.plan, -(found - self.destination).clamp(max=0).square(), len(self.batch))
 
     @staticmethod
     def satisfied(values: Tensor) -> Tensor:
-        """Copies whose triplets are all hard enough."""
         return values == 0
-
-
-def _in_batch_rows(plan: Plan, num_rows: int) -> IndicesTuple:
-    """The triplets of a plan as rows of the batch: a copy counts as the row that it was made from."""
-    row = torch.arange(num_rows, device=plan.rows.device)[:, None]
-    return tuple(member.flatten() for member in three_members(plan, row, plan.rows[:, None]))

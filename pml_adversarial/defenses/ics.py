@@ -23,9 +23,8 @@ class ICS:
     at unit length, a' the perturbed anchor; a and p are clean, as the caller embedded them. The term pulls a' toward a
     and pushes p away from a. Gradient flows through all three.
 
-    It needs perturbed anchors: use `HM`, ``perturb="anchor"``, ``perturb="all"``, or another plan that perturbs
-    anchors. Tuples with a clean anchor contribute 0. The published combination is with `HM`, in either order of the
-    two. `AdversarialMiner` has no loss, and refuses it.
+    It needs a plan that perturbs anchors: `HM` as published, in either order, or ``perturb="anchor"`` or "all". Tuples
+    with a clean anchor contribute 0. `AdversarialMiner` has no loss, and refuses it.
 
     Args:
         weight: lambda. Published: 0.5, and 0.05 as a variant.
@@ -43,23 +42,16 @@ class ICS:
     ) -> Generator[None, Tensor, Tensor]:
         """The loss of the other plugins, plus the term."""
         loss = yield
-        plan = _with_tuples(wrapped, batch, plan)
+        tuples = tuples_of(plan, wrapped, batch)
+        if tuples is None:
+            raise PlanError("There are neither labels nor tuples, so ICS knows no positives. Pass labels, or tuples.")
+        if len(tuples[0]) and not (plan.pool_indices[tuples[0]] >= len(batch)).any():
+            raise PlanError(
+                "ICS compares anchors with their perturbed copies, and no anchor is perturbed. Use it with "
+                "plugins=[HM, ICS], with perturb='anchor' or with perturb='all'."
+            )
+        plan = replace(plan, indices_tuple=tuples)
         perturbed = plan.members(batch.embeddings, adversarial.embeddings)[0]
         anchors, positives, *_ = plan.members(batch.embeddings, batch.embeddings[plan.rows])
         gap = distance(anchors, perturbed) - distance(anchors, positives)
         return loss + self.weight * gap.relu().sum() / max(len(gap), 1)
-
-
-def _with_tuples(wrapped: nn.Module, batch: Batch, plan: Plan) -> Plan:
-    """The plan with its tuples, or with those of the loss where it has none; refused where no anchor is perturbed."""
-    tuples = tuples_of(plan, wrapped, batch)
-    if tuples is None:
-        raise PlanError(
-            "There are neither labels nor tuples, so ICS knows no positives. Pass labels, or the tuples of a miner."
-        )
-    if len(tuples[0]) and not (plan.pool_indices[tuples[0]] >= len(batch)).any():
-        raise PlanError(
-            "ICS compares anchors with their perturbed copies, and no anchor is perturbed. Use it with "
-            "plugins=[HM, ICS], with perturb='anchor' or with perturb='all'."
-        )
-    return replace(plan, indices_tuple=tuples)

@@ -10,8 +10,7 @@ from ..attacks.checks import check_number
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.plan import Plan, clean_loss
-from .embedding_shift import embedding_shift
-from .est import EST
+from .est import EST, embedding_shift
 
 
 class SES(EST):
@@ -20,9 +19,6 @@ class SES(EST):
     The attack is that of `EST`. Training minimises ``L(x) + weight * mean d(f(x'), f(x))``: the wrapped loss on the
     clean batch, and the mean distance, with gradient through both embeddings. The authors' code has the weight 1. Any
     loss can be trained, and processes may share a batch.
-
-    Args:
-        weight: of the mean distance, from 0 on.
 
     Raises:
         InputError: the weight is no finite number from 0 on.

@@ -16,29 +16,26 @@ from ..training.batch import Adversarial, Batch
 from ..training.numeric import unit_length
 from ..training.objectives import exactly
 from ..training.plan import Plan, clean_loss
-from .embedding_shift import displaced, embedding_shift, perturb_all_rows
+from .est import displaced, embedding_shift, perturb_all_rows
 
 
 class TRADES:
     """Consistency of clean and perturbed rows, after TRADES (Zhang et al., ICML 2019, arXiv 1901.08573, section 4).
 
     The paper trains a classifier on ``L(f(x), y) + max KL(f(x) || f(x')) / lambda``: the clean loss, and how far an
-    attack that does not use the label can change the distribution over classes. Embeddings have no classes. Retrieval
-    depends on the order of a row's neighbours, so here the distribution is over these: for row i, over the other rows j
-    of the batch, ``p_i(j) ~ exp(cos(f(x_i), f(x_j)) / temperature)``, as in stochastic neighbour embedding (Hinton and
-    Roweis 2002) and in distillation of embeddings (CompRess, arXiv 2010.14713). Let ``q_i`` be the distribution of the
+    attack that does not use the label can change the distribution over classes. Embeddings have no classes. So here the
+    distribution is over the neighbours of a row, on which retrieval depends: for row i, over the other rows j of the
+    batch, ``p_i(j) ~ exp(cos(f(x_i), f(x_j)) / temperature)``, as in stochastic neighbour embedding (Hinton and Roweis
+    2002) and in distillation of embeddings (CompRess, arXiv 2010.14713). Let ``q_i`` be the distribution of the
     perturbed row over the same clean rows. The attack raises each ``KL(p_i || q_i)``, and training minimises
     ``L(x) + weight * mean_i KL(p_i || q_i)``.
 
     During the attack the other rows are fixed. In training, gradient flows through all rows, as in the authors' code.
-    `SES` penalises all moves of the same length alike. Here a move costs nothing if the neighbours stay as they were;
-    small moves cost little (their square), and a move that brings other rows nearest costs most.
-    ``divergence="distance"`` penalises ``d(f(x'), f(x))^2`` instead: `SES` with a square, for batches in which
-    neighbours mean little.
+    `SES` penalises all moves of the same length alike. Here small moves cost little (their square), and a move that
+    brings other rows nearest costs most. ``divergence="distance"`` penalises ``d(f(x'), f(x))^2`` instead.
 
-    At the clean row a divergence has no gradient. The paper starts its attack from a little noise. Here the divergence
-    is measured from a point 0.0001 away from the clean embedding, so an attack needs no random start. Any loss can be
-    trained, and processes may share a batch.
+    The paper starts its attack from a little noise; here the divergence is measured from a row that is
+    `est.displaced`. Any loss can be trained, and processes may share a batch.
 
     Args:
         weight: of the mean divergence, ``1 / lambda``, from 0 on. The paper has 1 and 6 beside a cross-entropy.
@@ -56,11 +53,7 @@ class TRADES:
 
     @hookimpl
     def pml_adversarial_plan(self, batch: Batch) -> Plan:
-        """Every row is replaced by its copy.
-
-        Raises:
-            PlanError: a row has fewer than two other rows, over which there is no distribution.
-        """
+        """Every row is replaced by its copy; a row needs two neighbours or more."""
         if self.divergence == "neighbours" and len(batch) < 3:
             raise PlanError(
                 f"In a batch of {len(batch)} rows, a row has {len(batch) - 1} neighbours; expected 3 rows or more, "

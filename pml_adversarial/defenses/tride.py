@@ -14,8 +14,7 @@ from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.numeric import at_least_float
 from ..training.plan import Plan
-from .sampling import check_sampling, triplets_for
-from .triplets import distance, perturb_members, three_members
+from .triplets import check_sampling, distance, perturb_members, three_members, triplets_for
 
 _ROLES = {"candidates": ("positive", "negative"), "anchor": ("anchor",)}
 
@@ -33,33 +32,22 @@ class TRIDE:
       d(a', n). The lower the collapseness, the less the second term counts: ``gamma = exp(-[D_an - D_ap]+)``, without
       gradient. The step trains on (a', p, n).
 
-    The loss is the wrapped loss on these triplets, plus
-    ``weight * [mean(smallest half of d(a, p)) - mean(smallest half of d(a, n)) + margin]+``. This term is added to the
-    loss of the other plugins. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
+    The loss is that of the other plugins, or the wrapped loss on these triplets, plus
+    ``weight * [mean(smallest half of d(a, p)) - mean(smallest half of d(a, n)) + margin]+``. The published loss is
+    ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
 
-    Both objectives have a hinge, as published; below ``tolerance`` they are satisfied. Where this holds for the clean
-    batch, nothing is perturbed, and the step trains on the clean triplets. Where an attack reaches it, the attack
-    stops.
+    Both objectives have a hinge, as published; below ``tolerance`` they are satisfied, and the attack stops. Where this
+    holds for the clean batch, nothing is perturbed, and the step trains on the clean triplets.
 
-    **The schedule.** In epoch e of E, the published code multiplies the step alpha by e/E and keeps eps. The margin
-    within which negatives are mined shrinks with the same e/E. Here e/E is ``batch.strength``: pass the number of *all*
-    training steps as ``warmup``. The strength multiplies eps as well. This changes nothing where the attack cannot
-    reach eps (``steps * alpha <= eps``, such as 16 steps of 3/255 within 77/255), since eps and the way shrink alike.
-    Where it can (16 steps of 1/255 within 8/255), the published attack reaches ``min(eps, steps * alpha * e/E)``, and
-    this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps`` of its own. The
-    strength grows with each step, not with each epoch, so only the first step is unperturbed, not the whole first
-    epoch. Without ``warmup``, attack and margin have their final values.
+    **The schedule.** In epoch e of E, the published code multiplies the step alpha by e/E and keeps eps, and the margin
+    within which negatives are mined shrinks with e/E. Here e/E is ``batch.strength``, which grows with each step: pass
+    the number of *all* training steps as ``warmup``. The strength multiplies eps as well. This changes nothing where
+    the attack cannot reach eps (``steps * alpha <= eps``). Where it can, the published attack reaches ``min(eps, steps
+    * alpha * e/E)``, and this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps``
+    of its own. Without ``warmup``, attack and margin have their final values.
 
-    The triplets are those of the caller, or all that the caller's pairs form. Where the caller passes none, they are
-    drawn by the clean embeddings, one for each row that has a positive and a negative. The negative is drawn among
-    those that are further than the positive by less than the margin, or among all negatives where there is none. The
-    published batches hold two images of each class, and the first is the anchor, which gives half as many triplets.
-    ``anchors_per_class=1`` gives as many; it draws the anchor.
-
-    A loss that looks at rows beyond its triplets sees all copies, also several copies of one row. With reference rows,
-    positives and negatives are among these, and the loss is taken on the members without a reference.
-    `AdversarialMiner` refuses the method. Where processes share a batch, each perturbs its own copies while those of
-    the others stay clean.
+    Triplets are drawn as "semihard" ones. See `triplets` for where else they come from, and for references, processes
+    and other losses. `AdversarialMiner` refuses the method.
 
     Args:
         sharpness: lambda of the weighted means; 0 gives plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
@@ -159,7 +147,7 @@ class TRIDE:
         return (-self.collapseness(anchors, positives, negatives)).relu()
 
     def of_anchor(self, anchors: Tensor, positives: Tensor, negatives: Tensor, clean_anchors: Tensor) -> Tensor:
-        """The objective of an attack on anchors, given embeddings ``(T, D)``: a scalar that the attack lowers."""
+        """The objective of an attack on anchors, likewise."""
         collapseness = self.collapseness(anchors, positives, negatives)
         gamma = torch.exp(-(-collapseness.detach()).relu())
         to_negatives = self._mean_of_smallest(distance(anchors, negatives))
@@ -180,19 +168,17 @@ class TRIDE:
 
 
 class _Lowered:
-    """A score: an objective of the triplets with the opposite sign. It has no gradient where it is satisfied."""
+    """An objective of the triplets with the opposite sign. It has no gradient where it is satisfied."""
 
     def __init__(self, objective: Callable[..., Tensor], context: Tensor, plan: Plan, tolerance: float) -> None:
         self.objective, self.context, self.plan, self.tolerance = objective, context, plan, tolerance
         self.clean_anchors = three_members(plan, context, context[plan.rows])[0]
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Embeddings ``(M, D)`` -> a scalar."""
         value = self.objective(*three_members(self.plan, self.context, embeddings), self.clean_anchors)
         return -torch.where(value < self.tolerance, value.detach(), value)
 
     def satisfied(self, values: Tensor) -> Tensor:
-        """All copies are satisfied where the objective is below the tolerance."""
         return values > -self.tolerance
 
 

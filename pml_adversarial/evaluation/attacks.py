@@ -47,12 +47,7 @@ class QueryBatch:
         return len(self.images)
 
     def objective(self, score: Score, origin: Tensor | None = None) -> Objective:
-        """The objective of an attack that raises a score of embeddings.
-
-        Args:
-            score: embeddings -> one number per row.
-            origin: embeddings at which the attack starts; None: those of the clean queries.
-        """
+        """The objective of an attack that starts at the embeddings ``origin`` (None: of the clean queries)."""
         return Objective(self.embed, score, self.clean if origin is None else origin, self.modules)
 
     def classifier(self) -> RetrievalClassifier:

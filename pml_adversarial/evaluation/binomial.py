@@ -34,14 +34,9 @@ def upper_quantile(total: int, rate: float, risk: float) -> int:
 
 
 def rate_lower_bounds(successes: Tensor, total: int, risk: float) -> Tensor:
-    """Lower bounds of success rates, one for each number of successes, in double precision.
+    """Lower bounds of success rates in double precision, one for each number of successes in ``total`` trials.
 
     These are one-sided Clopper-Pearson intervals: each bound is above the true rate with probability ``risk`` at most.
-
-    Args:
-        successes: whole numbers from 0 to ``total``, of any shape.
-        total: trials behind each of them.
-        risk: between 0 and 1.
     """
     return _table(total, risk).to(successes.device)[successes]
 

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +19,11 @@ from ..errors import InputError
 from .images import ImageSet
 from .task import RetrievalTask
 
-T = TypeVar("T")
-
 _COMPARED_IMAGES = 32  # of each set
 
 
 class Checkpoint:
-    """A folder of named parts of one evaluation.
-
-    Args:
-        path: the folder; it is made if it does not exist. None: nothing is kept.
-        settings: of the evaluation, in types that JSON knows.
-        task: what is evaluated.
-        attacks: the attacks of the evaluation.
-        gallery_embeddings: embeddings of the gallery, if the user gave them.
+    """A folder of named parts of one evaluation, which is made if it does not exist; None: nothing is kept.
 
     Raises:
         InputError: the folder holds parts of another evaluation.
@@ -51,7 +42,13 @@ class Checkpoint:
         if self.path is None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        evaluation = {**settings, **_fingerprints(task), "attack_settings": description(attacks)}
+        evaluation = {
+            **settings,
+            "model": _digest(task.embed.model.state_dict().values()),
+            "queries": _digest(_some_of(task.queries)),
+            "gallery": "the queries" if task.items is task.queries else _digest(_some_of(task.items)),
+            "attack_settings": description(attacks),
+        }
         if gallery_embeddings is not None:
             evaluation["gallery_embeddings"] = _digest([gallery_embeddings])
         file = self.path / "evaluation.json"
@@ -66,7 +63,7 @@ class Checkpoint:
                 "Use another folder, or delete this one."
             )
 
-    def load_or_make(self, name: str, make: Callable[[], T]) -> T:
+    def load_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """The part with this name: loaded if the folder holds it, else made and kept."""
         if self.path is None:
             return make()
@@ -93,10 +90,8 @@ def description(value: object) -> str:
         bound = [f"{name}={description(cell.cell_contents)}" for name, cell in cells.items()]
         return _call(value.__qualname__, bound) if bound else value.__qualname__
     if is_dataclass(value) and not isinstance(value, type):
-        return _call(
-            type(value).__qualname__,
-            [f"{part.name}={description(getattr(value, part.name))}" for part in fields(value)],
-        )
+        parts = [f"{part.name}={description(getattr(value, part.name))}" for part in fields(value)]
+        return _call(type(value).__qualname__, parts)
     if isinstance(value, tuple | list):
         return f"({', '.join(map(description, value))})"
     if value is None or isinstance(value, str | int | float):
@@ -118,15 +113,6 @@ def _differences(file: Path, evaluation: Mapping[str, Any]) -> list[str]:
         return [file.name]
     missing = object()
     return [key for key in {**evaluation, **found} if found.get(key, missing) != evaluation.get(key, missing)]
-
-
-def _fingerprints(task: RetrievalTask) -> dict[str, str]:
-    """Digests of the model's weights, and of labels and some images of queries and gallery."""
-    return {
-        "model": _digest(task.embed.model.state_dict().values()),
-        "queries": _digest(_some_of(task.queries)),
-        "gallery": "the queries" if task.items is task.queries else _digest(_some_of(task.items)),
-    }
 
 
 def _some_of(images: ImageSet) -> Iterable[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -25,30 +25,17 @@ from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch
-from .embedder import batches
 from .gallery import Gallery, Targets, unit_or_zero
 from .results import AttackResult, Check, decode_flags
 from .suites import margin_score
 from .task import RetrievalTask
 
-SAMPLE = 64
-"""Queries in the sample, at most."""
-
-STEPS = 40
-"""Gradient steps of the attack that other attacks are compared with."""
-
-LARGE = 0.5
-"""l-inf radius at which an attack can make every image the same grey. In l2, times the root of the number of pixels."""
-
-SIGNIFICANCE = 1e-3
-"""A flag is raised if what was found has a smaller probability on a model that hides nothing."""
-
-FEW = 0.01
-"""Share of the queries on which an attack may get stuck although the model hides nothing."""
-
-MOST = 0.95
-"""Share of the queries whose gradients lead to their goal if the model hides nothing."""
-
+SAMPLE = 64  #: Queries in the sample, at most.
+STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
+LARGE = 0.5  #: l-inf radius that can make every image the same grey; in l2, times the root of the number of pixels.
+SIGNIFICANCE = 1e-3  #: A flag is raised if what was found has a smaller probability on a model that hides nothing.
+FEW = 0.01  #: Share of the queries on which an attack may get stuck although the model hides nothing.
+MOST = 0.95  #: Share of the queries whose gradients lead to their goal if the model hides nothing.
 _ENOUGH = 10  # fewer queries prove nothing: even ten tossed coins show ten heads once in a thousand times
 _DRAWS = 10  # of noise, and of roundings
 _SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of eps
@@ -69,32 +56,23 @@ def run_checks(
     seed: int,
     batch_size: int,
 ) -> tuple[Check, ...]:
-    """Makes all checks. They cost about 260 gradients for each query of the sample.
+    """Makes all checks on the queries ``rows`` ``(Q,)`` of a task whose model is in eval mode and frozen.
 
-    Args:
-        task: what was evaluated, with the model in eval mode and frozen.
-        rows: ``(Q,)`` indices of the queries.
-        clean_flags: ``(Q,)`` bool, whether the nearest item is right without attack.
-        results: of all attacks on these queries.
-        seed: of all random choices.
-        batch_size: queries that are attacked together.
+    ``clean_flags`` ``(Q,)`` says whether their nearest items are right without attack, ``results`` what all attacks on
+    them gave. The checks cost about 260 gradients for each query of the sample.
     """
     if not results:
         return ()
     sample = QuerySample(task, rows, clean_flags, results, seed, batch_size)
-    return tuple(Check(name, *_verdict(check, sample)) for name, check in CHECKS.items())
+    if len(sample) < _ENOUGH:
+        few = f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed"
+        return tuple(Check(name, None, few) for name in CHECKS)
+    return tuple(Check(name, *check(sample)) for name, check in CHECKS.items())
 
 
+@dataclass(eq=False)
 class QuerySample:
-    """A sample of the queries that are right without attack, and what is measured on all of them.
-
-    Args:
-        task: see `run_checks`, also for the other arguments.
-        rows: ``(Q,)``.
-        clean_flags: ``(Q,)``.
-        results: one or more.
-        seed: of the sample and of all attacks.
-        batch_size: queries per batch.
+    """A sample of the queries that are right without attack, and what is measured on all of them; see `run_checks`.
 
     Attributes:
         num_right: how many queries are right without attack.
@@ -104,22 +82,20 @@ class QuerySample:
             of attacks tell most.
     """
 
-    def __init__(
-        self,
-        task: RetrievalTask,
-        rows: Tensor,
-        clean_flags: Tensor,
-        results: Sequence[AttackResult],
-        seed: int,
-        batch_size: int,
-    ) -> None:
-        self.task, self.results, self.seed = task, results, seed
-        right = clean_flags.nonzero().squeeze(1)
+    task: RetrievalTask
+    rows: Tensor
+    clean_flags: Tensor
+    results: Sequence[AttackResult]
+    seed: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        right = self.clean_flags.nonzero().squeeze(1)
         self.num_right = len(right)
-        with random_stream(seed, _stream("sample")):
+        with random_stream(self.seed, _stream("sample")):
             self.chosen = right[torch.randperm(len(right))[:SAMPLE]].sort().values
-        chosen = rows[self.chosen.to(rows.device)]
-        self.batches = tuple(task.batch(chosen[part]) for part in batches(len(chosen), batch_size))
+        chosen = self.rows[self.chosen.to(self.rows.device)]
+        self.batches = tuple(self.task.batch(part) for part in chosen.split(self.batch_size) if len(part))
         self.eps = min(self.radii, key=lambda eps: abs(int(self.robust(eps).sum()) - self.num_right / 2))
 
     def __len__(self) -> int:
@@ -147,9 +123,8 @@ class QuerySample:
 
     def robust(self, eps: float, *black_box: bool) -> Tensor:
         """``(Q,)`` bool: queries that no attack on queries broke, of both kinds or of one, see `on_queries`."""
-        chosen = [result for kind in black_box or (True, False) for result in self.on_queries(kind)]
         flags = torch.ones(len(self.results[0].robust_flags), dtype=torch.bool)
-        for result in chosen:
+        for result in (result for kind in black_box or (True, False) for result in self.on_queries(kind)):
             if result.eps == eps:
                 flags &= decode_flags(result.robust_flags)
         return flags
@@ -186,11 +161,9 @@ def is_adversarial(batch: QueryBatch, images: Tensor) -> Tensor:
 
 def beats_a_single_step(sample: QuerySample) -> Verdict:
     """Iterative attacks are stronger than single-step ones (Carlini et al.)."""
-
-    def broken(batch: QueryBatch) -> Tensor:
-        return is_adversarial(batch, margin_attack(batch, sample.eps, 1, random_start=False))
-
-    single = sample.measure(broken, "single")
+    single = sample.measure(
+        lambda batch: is_adversarial(batch, margin_attack(batch, sample.eps, 1, random_start=False)), "single"
+    )
     return _compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.eps)
 
 
@@ -230,13 +203,10 @@ def falls_to_chance(sample: QuerySample) -> Verdict:
     """Unbounded attacks succeed on every query (Carlini et al.); here, attacks that can make all queries equal."""
     eps = max(sample.eps, sample.large)
     robust = int((~sample.broken(eps, STEPS, "large")).sum())
-    others = len(sample.task.gallery) - sample.task.leave_one_out
-    chance = sample.measure(lambda part: part.gallery.num_right(part.targets) / others, "chance").mean().item()
+    chance = sample.measure(lambda batch: batch.gallery.chance(batch.targets), "chance").mean().item()
     passed = plausible(robust, len(sample), min(max(chance, FEW), 1 - MOST))
-    return Verdict(
-        passed,
-        f"{robust} of {len(sample)} are robust at eps {eps:.4g}; chance is {chance * len(sample):.1f}",
-    )
+    message = f"{robust} of {len(sample)} are robust at eps {eps:.4g}; chance is {chance * len(sample):.1f}"
+    return Verdict(passed, message)
 
 
 def black_box_adds_nothing(sample: QuerySample) -> Verdict:
@@ -288,9 +258,8 @@ def gradients_are_true(sample: QuerySample) -> Verdict:
     found = []
     for scale, rise in zip(_SCALES, rises.T, strict=True):
         changed, raised = int((~rise.isnan()).sum()), int((rise > 0).sum())
-        message = (
-            f"a step of {scale * sample.eps:.2g} along the gradient raises the score of {raised} of {changed} queries"
-        )
+        step = f"a step of {scale * sample.eps:.2g} along the gradient"
+        message = f"{step} raises the score of {raised} of {changed} queries"
         if changed >= _ENOUGH:
             found.append((binomial.tail(changed - raised, changed, 1 - MOST), message))
     if not found:
@@ -320,9 +289,8 @@ def is_not_collapsed(sample: QuerySample) -> Verdict:
     undecided = int((found[:, 0] <= found[:, 1]).sum())
     median = found[:, 0].median().item()
     passed = plausible(undecided, len(sample), 1 - MOST)
-    return Verdict(
-        passed, f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
-    )
+    message = f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
+    return Verdict(passed, message)
 
 
 def moves_embeddings(sample: QuerySample) -> Verdict:
@@ -348,12 +316,6 @@ CHECKS: dict[str, Callable[[QuerySample], Verdict]] = {
     "attacks move embeddings": moves_embeddings,
 }
 """What should hold -> the check that measures it."""
-
-
-def _verdict(check: Callable[[QuerySample], Verdict], sample: QuerySample) -> Verdict:
-    if len(sample) < _ENOUGH:
-        return Verdict(None, f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed")
-    return check(sample)
 
 
 # Which numbers are plausible of a model that hides nothing.
@@ -383,9 +345,8 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
 
 def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
     """Queries with random noise of the largest size that eps allows, ``(Q, C, H, W)``."""
-    return project(
-        batch.images + eps * _directed(torch.randn_like(batch.images), batch.norm), batch.images, eps, batch.norm
-    )
+    noise = eps * _directed(torch.randn_like(batch.images), batch.norm)
+    return project(batch.images + noise, batch.images, eps, batch.norm)
 
 
 def _directed(direction: Tensor, norm: str) -> Tensor:
@@ -402,9 +363,11 @@ def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
         return unit_or_zero(batch.embed(images))
 
 
-def _random_point(batch: QueryBatch, eps: float) -> Tensor:
-    """A random point of each ball. Clean images are often at special values, such as 8-bit levels or black."""
-    return project(batch.images + uniform_noise(batch.images, eps, batch.norm), batch.images, eps, batch.norm)
+def _random_point(batch: QueryBatch, eps: float) -> tuple[Tensor, Tensor]:
+    """A random point of each ball, since clean images are often at special values such as black; and its embedding."""
+    point = project(batch.images + uniform_noise(batch.images, eps, batch.norm), batch.images, eps, batch.norm)
+    with torch.no_grad():
+        return point, _embed(batch, point)
 
 
 def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:
@@ -438,9 +401,7 @@ def _planted(batch: QueryBatch, eps: float) -> Tensor:
 
 def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
     """``(Q, 4)``: has no gradient; is blind to noise of each of two radii; share of pixels without gradient."""
-    point = _random_point(batch, eps)
-    with torch.no_grad():
-        before = _embed(batch, point)
+    point, before = _random_point(batch, eps)
     none = _gradient(batch, point, _toward(batch, before)) == 0
     columns = [none.flatten(1).all(1).float()]
     for radius in radii:
@@ -452,9 +413,7 @@ def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
 
 def _rises(batch: QueryBatch, eps: float) -> Tensor:
     """``(Q, S)`` how much steps of each scale along the gradient raise the margin; NaN where they change nothing."""
-    point = _random_point(batch, eps)
-    with torch.no_grad():
-        before = _embed(batch, point)
+    point, before = _random_point(batch, eps)
     toward = _toward(batch, before)
     direction = _directed(_gradient(batch, point, toward).sign(), batch.norm)  # else, in l2, a few pixels would decide
     moved = [_moved(batch, point, before, scale * eps * direction) for scale in _SCALES]

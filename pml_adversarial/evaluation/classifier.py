@@ -70,35 +70,23 @@ class RetrievalClassifier(nn.Module):
         """
         embeddings = self._embed(images.to(self._images.dtype))  # torchattacks gives float32 only
         similarities = unit_or_zero(embeddings) @ self._gallery.embeddings.T
-        own = self._own(images)
-        if own is not None:
-            place = torch.zeros_like(similarities, dtype=torch.bool)
-            place.scatter_(1, own.clamp(min=0).unsqueeze(1), (own >= 0).unsqueeze(1))
-            similarities = similarities.masked_fill(place, -1.0)  # no similarity is lower
+        if bool((self._targets.own >= 0).any()):
+            with torch.no_grad():
+                own = self._targets.own[_distances(images, self._clean, self._power).argmin(1)]
+            items = torch.arange(len(self._gallery), device=own.device)
+            similarities = similarities.masked_fill(items == own.unsqueeze(1), -1.0)  # no similarity is lower
         columns = self._gallery.columns.expand_as(similarities)
         lowest = similarities.new_full((len(images), self.num_classes), -1.0)
         logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
         return logits.to(torch.promote_types(images.dtype, torch.float32))
 
-    def _own(self, images: Tensor) -> Tensor | None:
-        if bool((self._targets.own < 0).all()):
-            return None
-        with torch.no_grad():
-            return self._targets.own[_distances(images, self._clean, self._power).argmin(1)]
-
 
 def separable_groups(images: Tensor, targets: Targets, eps: float, norm: str) -> list[Tensor]:
     """Splits queries into groups whose images stay distinguishable when they are perturbed.
 
-    Within a group, no image lies within ``2 * eps`` of another. Exact duplicates with one label may share a group,
-    because both find the same. If no query is in the gallery, all queries form one group: `RetrievalClassifier` need
-    not distinguish them.
-
-    Args:
-        images: ``(Q, ...)`` clean queries.
-        targets: what they should find.
-        eps: radius of the attack.
-        norm: "Linf" or "L2".
+    Within a group, no image ``(Q, ...)`` lies within ``2 * eps`` of another. Exact duplicates with one label may share
+    a group, because both find the same. If no query is in the gallery, all queries form one group:
+    `RetrievalClassifier` need not distinguish them.
 
     Returns:
         Indices of the queries of each group.

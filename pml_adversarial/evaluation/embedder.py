@@ -16,17 +16,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Embedder:
-    """A model that takes pixels, checks its embeddings, and counts its work.
-
-    Args:
-        model: inputs -> embeddings ``(N, D)``.
-        normalization: ``(mean, std)`` if the model takes normalised inputs.
-
-    Attributes:
-        device: of the model.
-        forward_passes: how many images were embedded so far.
-        backward_passes: how many of them were embedded with gradient.
-    """
+    """A model that takes pixels, checks its embeddings, and counts the images that it embeds, also with gradient."""
 
     def __init__(self, model: nn.Module, normalization: Normalization | None = None) -> None:
         self.model = model
@@ -35,11 +25,7 @@ class Embedder:
         self._space = PixelSpace(normalization)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)`` in [0, 1].
-
-        Raises:
-            InputError: the model does not return one embedding per image.
-        """
+        """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)`` in [0, 1]; refuses what is not one per image."""
         with_gradient = pixels.requires_grad and torch.is_grad_enabled()
         self.forward_passes += len(pixels)
         self.backward_passes += len(pixels) * with_gradient
@@ -54,14 +40,7 @@ class Embedder:
         return embeddings
 
     def check_gradient(self, pixels: Tensor) -> None:
-        """Refuses a model whose embeddings have no gradient with respect to its inputs.
-
-        Args:
-            pixels: ``(n, C, H, W)`` in [0, 1], of one or more images.
-
-        Raises:
-            InputError: there is no gradient.
-        """
+        """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
         with torch.enable_grad():
             embeddings = self.model(self._space.to_inputs(pixels.detach().clone().requires_grad_()))
         if isinstance(embeddings, Tensor) and not embeddings.requires_grad:
@@ -74,14 +53,7 @@ class Embedder:
 def embed_all(
     embed: Embed, images: Tensor | ImageSet, batch_size: int, advance: Callable[[int], object] | None = None
 ) -> Tensor:
-    """Embeddings ``(N, D)`` of all images, without gradient.
-
-    Args:
-        embed: gives the embeddings.
-        images: pixels ``(N, C, H, W)``, or images that are read when they are needed.
-        batch_size: images that are embedded together.
-        advance: called with the number of images after each batch.
-    """
+    """Embeddings ``(N, D)`` of all images, without gradient; ``advance`` takes the number of images of each batch."""
     parts = []
     with torch.no_grad():
         for rows in batches(len(images), batch_size):
@@ -92,11 +64,7 @@ def embed_all(
 
 
 def check_finite(embeddings: Tensor) -> Tensor:
-    """The same embeddings ``(N, D)``.
-
-    Raises:
-        InputError: some are not finite.
-    """
+    """The same embeddings ``(N, D)``; refuses those that are not finite."""
     bad = int((~embeddings.isfinite()).any(1).sum())
     if bad:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from . import metrics
 from .attacks import QueryBatch, RetrievalAttack
 from .gallery import unit_or_zero
 from .metrics import PerQuery
-from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase, encode_flags
+from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .task import RetrievalTask
 
 BatchResult = dict[str, Any]
@@ -29,17 +30,7 @@ _NEIGHBOURS, _EXAMPLES = 5, 8
 
 @dataclass(frozen=True)
 class Evaluator:
-    """All attacks at all eps.
-
-    Attributes:
-        task: what is attacked.
-        attacks: all of them, of different names.
-        radii: all eps, ascending.
-        recall_at: the k of R@k.
-        seed: of all random choices.
-        keep_attacked: whether to keep the perturbed queries.
-        nmi: whether to keep the embeddings, for `nmi_of`.
-    """
+    """All attacks at all eps (``radii``, ascending); the other options are those of `evaluate_robustness`."""
 
     task: RetrievalTask
     attacks: tuple[RetrievalAttack, ...]
@@ -55,14 +46,11 @@ class Evaluator:
         return len(self.radii) * sum(attack.restarts for attack in self.attacks)
 
     def evaluate_batch(self, rows: Tensor, examples: bool, advance: Callable[[], object]) -> BatchResult:
-        """Runs all attacks on some queries.
+        """Runs all attacks on the queries ``rows`` ``(n,)``, and keeps some of them as examples if asked to.
 
-        Args:
-            rows: ``(n,)`` indices of the queries.
-            examples: whether to keep some of them as examples.
-            advance: called after each run of an attack.
+        ``advance`` is called after each run of an attack.
         """
-        batch = self.task.batch(rows)
+        batch, first_row = self.task.batch(rows), int(rows[0])
         depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
         clean = metrics.per_query(self.task.gallery.ranking(batch.clean, batch.targets, depth), self.recall_at)
         kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
@@ -70,8 +58,7 @@ class Evaluator:
         worst = _WorstPerturbations(batch.images)
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
-                run = _AttackRun(self, attack, batch, eps, depth, first_row=int(rows[0]))
-                result, images = run(lowest[attack.name], advance)
+                result, images = self._run(attack, batch, eps, depth, first_row, lowest[attack.name], advance)
                 lowest[attack.name] = result["measures"]
                 kept[_key(attack, eps)] = result
                 if attack.target == "query":
@@ -83,6 +70,41 @@ class Evaluator:
             if examples and eps == self.radii[len(self.radii) // 2]:
                 kept["examples"] = self._examples(batch, rows, clean, worst)
         return kept
+
+    def _run(
+        self,
+        attack: RetrievalAttack,
+        batch: QueryBatch,
+        eps: float,
+        depth: int,
+        first_row: int,
+        lowest: PerQuery,
+        advance: Callable[[], object],
+    ) -> tuple[BatchResult, Tensor]:
+        """Of each query, the lowest measures over ``lowest`` and all restarts; and the perturbed images."""
+        embed, start = self.task.embed, time.perf_counter()
+        passes = embed.forward_passes, embed.backward_passes
+        measures = {name: values.clone() for name, values in lowest.items()}
+        images = batch.images.clone()
+        shift = torch.full((len(batch),), torch.nan, device=images.device)
+        for restart in range(attack.restarts):
+            robust = measures["recall_at_1"] > 0
+            all_queries = restart == 0 and not attack.only_robust
+            chosen = (torch.ones_like(robust) if all_queries else robust).nonzero().squeeze(1)
+            if len(chosen):
+                stream = zlib.crc32(repr((attack.name, eps, restart, first_row)).encode())
+                with random_stream(self.seed, stream):
+                    outcome = attack.run(batch[chosen], eps, restart, depth)
+                found = metrics.per_query(outcome.ranking, self.recall_at)
+                # a query that failed before and is right now keeps the image at which it failed
+                no_better = (robust[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)
+                images[chosen[no_better]] = outcome.images[no_better]
+                for name, values in found.items():
+                    measures[name][chosen] = torch.minimum(measures[name][chosen], values)
+                shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
+            advance()
+        cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
+        return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
 
     def _embed(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -105,19 +127,29 @@ class Evaluator:
 
     def attack_results(self, batches: Sequence[BatchResult]) -> tuple[AttackResult, ...]:
         """The results of each attack at each eps, over all batches."""
-        return tuple(
-            _attack_result(attack, eps, [batch[_key(attack, eps)] for batch in batches])
-            for eps in self.radii
-            for attack in self.attacks
-        )
+        found = []
+        for eps, attack in itertools.product(self.radii, self.attacks):
+            results = [batch[_key(attack, eps)] for batch in batches]
+            measures = joined(results, "measures")
+            forward, backward, seconds = torch.stack([result["cost"] for result in results]).sum(0).tolist()
+            found.append(
+                AttackResult(
+                    attack=attack.name,
+                    target=attack.target,
+                    black_box=attack.black_box,
+                    eps=eps,
+                    measures=means(measures),
+                    shift=torch.cat([result["shift"] for result in results]).nanmean().nan_to_num(0.0).item(),
+                    forward_passes=int(forward),
+                    backward_passes=int(backward),
+                    seconds=seconds,
+                    robust_flags=robust_flags(measures),
+                )
+            )
+        return tuple(found)
 
     def worst_cases(self, batches: Sequence[BatchResult], labels: Tensor) -> tuple[WorstCase, ...]:
-        """The worst case per query, by target and eps, over all batches.
-
-        Args:
-            batches: what `evaluate_batch` gave.
-            labels: ``(Q,)`` of all queries.
-        """
+        """The worst case per query, by target and eps, over all batches; labels ``(Q,)`` of all queries."""
         found = []
         for target in TARGETS:
             lowest = joined(batches, "clean")
@@ -126,39 +158,37 @@ class Evaluator:
                 for attack in attacks:
                     measures = joined([batch[_key(attack, eps)] for batch in batches], "measures")
                     lowest = {name: torch.minimum(values, measures[name]) for name, values in lowest.items()}
-                nmi = self.nmi_of(batches, str(eps), labels) if self.nmi and target == "query" else None
+                nmi = self.nmi_of(batches, str(eps), labels) if target == "query" else None
                 found.append(WorstCase(target, eps, means(lowest), robust_flags(lowest), nmi))
         return tuple(found)
 
-    def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float:
-        """NMI of the queries' embeddings, ``key`` being "clean" or an eps."""
+    def nmi_of(self, batches: Sequence[BatchResult], key: str, labels: Tensor) -> float | None:
+        """NMI of the queries' embeddings, ``key`` being "clean" or an eps; None if it was not asked for."""
+        if not self.nmi:
+            return None
         return metrics.nmi(unit_or_zero(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+
+    def attacked(self, batches: Sequence[BatchResult]) -> dict[float, Tensor] | None:
+        """Eps -> ``(Q, C, H, W)`` perturbed queries; None if they were not kept."""
+        if not self.keep_attacked:
+            return None
+        return {eps: torch.cat([batch["attacked"][str(eps)] for batch in batches]) for eps in self.radii}
 
     def examples(self, batch: BatchResult) -> tuple[Example, ...]:
         """Some queries with the items that they find, as `evaluate_batch` kept them."""
-        columns = ("eps", "queries", "attack", "clean", "perturbed", "before", "after")
-        return tuple(self._example(*row) for row in zip(*(batch["examples"][key] for key in columns), strict=True))
-
-    def _example(
-        self,
-        eps: Tensor,
-        query: Tensor,
-        attack: Tensor,
-        clean: Tensor,
-        perturbed: Tensor,
-        before: Tensor,
-        after: Tensor,
-    ) -> Example:
-        return Example(
-            query=int(query),
-            label=int(self.task.queries.labels[query]),
-            eps=float(eps),
-            attack=self.attacks[int(attack)].name if attack >= 0 else "none",
-            clean=clean.cpu(),
-            perturbed=perturbed.cpu(),
-            before=self._neighbours(before),
-            after=self._neighbours(after),
+        kept = batch["examples"]
+        names = [*(attack.name for attack in self.attacks), "none"]  # the number of no attack is -1
+        columns = (
+            kept["queries"].tolist(),
+            self.task.queries.labels[kept["queries"]].tolist(),
+            kept["eps"].tolist(),
+            [names[number] for number in kept["attack"].tolist()],
+            kept["clean"].cpu(),
+            kept["perturbed"].cpu(),
+            map(self._neighbours, kept["before"]),
+            map(self._neighbours, kept["after"]),
         )
+        return tuple(Example(*parts) for parts in zip(*columns, strict=True))
 
     def _neighbours(self, items: Tensor) -> tuple[Neighbour, ...]:
         pixels, labels = self.task.items[items].cpu(), self.task.items.labels[items].tolist()
@@ -166,92 +196,18 @@ class Evaluator:
 
 
 class _WorstPerturbations:
-    """Of each query, the perturbation that succeeded first; as long as none did, the last one that was tried.
-
-    Attributes:
-        images: ``(n, C, H, W)``.
-        attack: ``(n,)`` number of the attack that succeeded, -1 if none did.
-        eps: ``(n,)`` of the perturbation, on the CPU; 0 if none was tried.
-    """
+    """Of each query, the perturbation that succeeded first; as long as none did, the last one that was tried."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
-        self.attack = torch.full((len(images),), -1, device=images.device)
-        self.eps = torch.zeros(len(images), dtype=torch.float64)
+        self.attack = torch.full((len(images),), -1, device=images.device)  # its number; -1: none succeeded
+        self.eps = torch.zeros(len(images), dtype=torch.float64)  # 0: none was tried
 
     def update(self, attack: int, eps: float, images: Tensor, result: BatchResult) -> None:
         taken = (self.attack < 0) & ~result["shift"].isnan()
         self.images = torch.where(per_image(taken, self.images), images, self.images)
         self.attack[taken & (result["measures"]["recall_at_1"] == 0)] = attack
         self.eps[taken.cpu()] = eps
-
-
-@dataclass(frozen=True)
-class _AttackRun:
-    """One attack with all its restarts, on one batch at one eps."""
-
-    evaluator: Evaluator
-    attack: RetrievalAttack
-    batch: QueryBatch
-    eps: float
-    depth: int
-    first_row: int
-
-    def __call__(self, lowest: PerQuery, advance: Callable[[], object]) -> tuple[BatchResult, Tensor]:
-        """Of each query, the lowest measures and the perturbed images ``(n, C, H, W)``.
-
-        Args:
-            lowest: measures at the eps before.
-            advance: called after each restart.
-        """
-        embed, start = self.evaluator.task.embed, time.perf_counter()
-        passes = embed.forward_passes, embed.backward_passes
-        measures = {name: values.clone() for name, values in lowest.items()}
-        images = self.batch.images.clone()
-        shift = torch.full((len(self.batch),), torch.nan, device=images.device)
-        for restart in range(self.attack.restarts):
-            self._restart(restart, measures, images, shift)
-            advance()
-        cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
-        return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
-
-    def _restart(self, restart: int, measures: PerQuery, images: Tensor, shift: Tensor) -> None:
-        """Updates measures, images and shift in place."""
-        robust = measures["recall_at_1"] > 0
-        all_queries = restart == 0 and not self.attack.only_robust
-        chosen = (torch.ones_like(robust) if all_queries else robust).nonzero().squeeze(1)
-        if not len(chosen):
-            return
-        with random_stream(self.evaluator.seed, self._stream(restart)):
-            outcome = self.attack.run(self.batch[chosen], self.eps, restart, self.depth)
-        found = metrics.per_query(outcome.ranking, self.evaluator.recall_at)
-        # a query that failed before and is right now keeps the image at which it failed
-        no_better = (robust[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)
-        images[chosen[no_better]] = outcome.images[no_better]
-        for name, values in found.items():
-            measures[name][chosen] = torch.minimum(measures[name][chosen], values)
-        shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
-
-    def _stream(self, restart: int) -> int:
-        return zlib.crc32(repr((self.attack.name, self.eps, restart, self.first_row)).encode())
-
-
-def _attack_result(attack: RetrievalAttack, eps: float, batches: Sequence[BatchResult]) -> AttackResult:
-    measures = joined(batches, "measures")
-    shift = torch.cat([batch["shift"] for batch in batches])
-    forward, backward, seconds = torch.stack([batch["cost"] for batch in batches]).sum(0).tolist()
-    return AttackResult(
-        attack=attack.name,
-        target=attack.target,
-        black_box=attack.black_box,
-        eps=eps,
-        measures=means(measures),
-        shift=shift.nanmean().nan_to_num(0.0).item(),
-        forward_passes=int(forward),
-        backward_passes=int(backward),
-        seconds=seconds,
-        robust_flags=robust_flags(measures),
-    )
 
 
 def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
@@ -271,8 +227,8 @@ def means(measures: PerQuery) -> dict[str, float]:
 
 
 def robust_flags(measures: PerQuery) -> str:
-    """One character per query: "1" if the nearest item is right, see `results.encode_flags`."""
-    return encode_flags(measures["recall_at_1"] > 0)
+    """One character per query: "1" if the nearest item is right, else "0"."""
+    return "".join("1" if right else "0" for right in (measures["recall_at_1"] > 0).tolist())
 
 
 def _key(attack: RetrievalAttack, eps: float) -> str:

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..training.numeric import unit_length
 from .embedder import batches
 
-TIE = 1e-6
-"""Similarities that differ by less count as equal, because rounding alone makes such differences."""
+TIE = 1e-6  #: Similarities that differ by less count as equal, because rounding alone makes such differences.
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +35,7 @@ class Targets:
 
 
 class ReplacedItems(NamedTuple):
-    """For each query, one item of the gallery that has another embedding when this query searches.
-
-    Attributes:
-        items: ``(Q,)`` indices of the items.
-        embeddings: ``(Q, D)`` their embeddings.
-    """
+    """For each query, one item ``(Q,)`` that has another embedding ``(Q, D)`` when this query searches."""
 
     items: Tensor
     embeddings: Tensor
@@ -77,6 +71,11 @@ class _Head(NamedTuple):
         none = torch.empty(len(queries), 0, device=queries.device)
         return _Head(none.to(dtype), none.long())
 
+    def last(self) -> Tensor:
+        """``(Q,)`` the last item of each list; the first, if all are infinitely far."""
+        count = (self.similarities > -torch.inf).sum(1, keepdim=True)
+        return self.items.gather(1, count.clamp(min=1) - 1).squeeze(1)
+
     def joined(self, similarities: Tensor, rows: slice, depth: int) -> _Head:
         """The first ``depth`` items after the items ``rows`` were added to the list."""
         values, order = similarities.topk(min(depth, similarities.shape[1]), dim=1)
@@ -89,15 +88,10 @@ class _Head(NamedTuple):
 class Gallery:
     """Items that are searched by cosine similarity, a block at a time, so that a large gallery needs little memory.
 
-    Args:
-        embeddings: ``(G, D)``.
+    Attributes:
+        embeddings: ``(G, D)``, of length 1; those that are given may have any length.
         labels: ``(G,)``.
         block: items that are compared at once.
-
-    Attributes:
-        embeddings: ``(G, D)``, of length 1.
-        labels: ``(G,)``.
-        block: as above.
         classes: ``(C,)`` different labels, ascending.
         columns: ``(G,)`` index into ``classes`` of each item.
         class_sizes: ``(C,)`` items of each class.
@@ -113,11 +107,7 @@ class Gallery:
         return len(self.labels)
 
     def leave_one_out(self, rows: Tensor | None = None) -> Targets:
-        """Targets of items that search all other items.
-
-        Args:
-            rows: ``(Q,)`` indices of the items; None: all.
-        """
+        """Targets of items that search all other items; ``rows`` are their indices ``(Q,)``, None: all."""
         rows = torch.arange(len(self), device=self.labels.device) if rows is None else rows
         return Targets(self.labels[rows], rows)
 
@@ -128,19 +118,17 @@ class Gallery:
         own = targets.own.clamp(min=0)
         return size - ((targets.own >= 0) & (self.labels[own] == targets.labels)).to(size)
 
-    def hardest(self, queries: Tensor, targets: Targets, nth: int = 0) -> tuple[Tensor, Tensor]:
-        """Indices ``(Q,)`` of each query's nearest wrong item and of its nearest right item.
+    def chance(self, targets: Targets) -> Tensor:
+        """``(Q,)`` R@1 of a random ranking."""
+        return self.num_right(targets) / (len(self) - (targets.own >= 0).double())
 
-        Args:
-            queries: ``(Q, D)``.
-            targets: what they should find.
-            nth: 1: the second nearest, and so on; the last one, if there are fewer.
+    def hardest(self, queries: Tensor, targets: Targets, nth: int = 0) -> tuple[Tensor, Tensor]:
+        """Indices ``(Q,)`` of the nearest wrong items of queries ``(Q, D)``, and of their nearest right items.
+
+        With ``nth`` 1 it is the second nearest, and so on; the last one, if there are fewer.
         """
         right, wrong = self._heads(queries, targets, nth + 1, None)
-        return tuple(
-            head.items.gather(1, (head.similarities > -torch.inf).sum(1, keepdim=True).clamp(min=1) - 1).squeeze(1)
-            for head in (wrong, right)
-        )  # type: ignore[return-value]
+        return wrong.last(), right.last()
 
     def margin(self, queries: Tensor, targets: Targets) -> Tensor:
         """``(Q,)`` similarity of the nearest wrong item minus that of the nearest right item, plus `TIE`.

@@ -1,4 +1,4 @@
-"""Checks of what a user passes to an evaluation."""
+"""Checks of what a user passes to an evaluation. What they refuse is an `InputError`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,13 @@ NORMS = ("Linf", "L2")
 
 
 def check_probability(name: str, value: float) -> None:
-    """Refuses what is not strictly between 0 and 1.
-
-    Raises:
-        InputError: the value is something else.
-    """
+    """Refuses what is not strictly between 0 and 1."""
     if not 0 < value < 1:
         raise InputError(f"{name}={value}; expected a probability between 0 and 1, such as 0.001.")
 
 
 def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
-    """Different radii, ascending.
-
-    Args:
-        eps: one radius, or several, in pixels of [0, 1].
-        norm: "Linf" or "L2"; in Linf, no radius is above 1.
-        zero: whether 0 is a radius.
-        name: of the option, for messages.
-
-    Raises:
-        InputError: there is none, or one of them is not a radius.
-    """
+    """One or more different radii in pixels of [0, 1], ascending; in Linf none is above 1. 0 needs ``zero``."""
     try:
         radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
     except (TypeError, ValueError):
@@ -52,11 +38,7 @@ def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: 
 
 
 def to_recall_at(values: Any) -> list[int]:
-    """The k of R@k, ascending; 1 is always among them.
-
-    Raises:
-        InputError: there are other values than whole numbers from 1 on.
-    """
+    """The k of R@k, whole numbers from 1 on, ascending; 1 is always among them."""
     found = sorted({1, *to_whole_numbers(values, "recall_at")})
     if found[0] < 1:
         raise InputError(f"recall_at={values!r}; expected whole numbers from 1 on.")
@@ -64,11 +46,7 @@ def to_recall_at(values: Any) -> list[int]:
 
 
 def to_whole_numbers(values: Any, name: str) -> list[int]:
-    """Whole numbers from a list, a range, an array or a tensor.
-
-    Raises:
-        InputError: the values are something else.
-    """
+    """Whole numbers from a list, a range, an array or a tensor; refuses anything else."""
     try:
         found = torch.as_tensor(values if hasattr(values, "dtype") else list(values))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -81,11 +59,7 @@ def to_whole_numbers(values: Any, name: str) -> list[int]:
 
 
 def to_rows(subset: Any, total: int) -> Tensor:
-    """Different indices below ``total``, ``(n,)``; None: all of them.
-
-    Raises:
-        InputError: there is no index, one that does not exist, or one that repeats.
-    """
+    """Different indices ``(n,)`` below ``total``, one at least; None: all of them."""
     everyone = torch.arange(total)
     rows = everyone if subset is None else everyone.new_tensor(to_whole_numbers(subset, "subset"))
     if not len(rows) or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):

@@ -45,16 +45,12 @@ class Report(Results):
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = found.pop("schema")
-            if schema != SCHEMA:
-                raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
-            lists: dict[str, Any] = {
-                key: tuple(kind(**part) for part in found.pop(key)) for key, kind in _LISTS.items()
-            }
-            return cls(**found, **lists)
-        except InputError:
-            raise
+            if schema == SCHEMA:
+                lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
+                return cls(**{**found, **lists})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path} holds no report; expected the JSON that Report.save_json writes.") from error
+        raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
 
     def save_html(self, path: str | Path) -> None:
         """Writes one HTML page that needs no other file and no network."""

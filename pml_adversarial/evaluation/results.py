@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-TARGETS = ("query", "gallery")
-"""What an attack may perturb."""
+TARGETS = ("query", "gallery")  #: What an attack may perturb.
 
 Measures = Mapping[str, float]
 """Name of a measure (``recall_at_1``, ``map_at_r``, ``r_precision``, ...) -> its mean over the queries, in [0, 1]."""
@@ -171,7 +170,9 @@ class Results:
         if not found:
             raise InputError(f"No attack on the {target} was evaluated; expected attacks that perturb it.")
         if eps not in found or measure not in found[eps]:
-            raise InputError(f"{measure} at eps={eps} on {target} was not measured; choose {_choices(found)}.")
+            names = sorted({name for measures in found.values() for name in measures})
+            choices = f"{', '.join(names)} at {', '.join(f'{radius:g}' for radius in sorted(found))}"
+            raise InputError(f"{measure} at eps={eps} on {target} was not measured; choose {choices}.")
         return found[eps][measure]
 
     def curve(self, measure: str = "recall_at_1", target: str = "query") -> dict[float, float]:
@@ -184,17 +185,8 @@ class Results:
         return tuple(check for check in self.checks if check.passed is False)
 
 
-def encode_flags(flags: Tensor) -> str:
-    """``(Q,)`` bool as one character per query, "1" for True.
-
-    >>> encode_flags(torch.tensor([True, False]))
-    '10'
-    """
-    return "".join("1" if flag else "0" for flag in flags.tolist())
-
-
 def decode_flags(flags: str) -> Tensor:
-    """``(Q,)`` bool of what `encode_flags` wrote.
+    """``(Q,)`` bool of one character per query, "1" for True.
 
     >>> decode_flags("10")
     tensor([ True, False])
@@ -209,8 +201,3 @@ def heading(measure: str) -> str:
     ('R@4', 'mAP@R')
     """
     return {"map_at_r": "mAP@R", "r_precision": "R-prec"}.get(measure, measure.replace("recall_at_", "R@"))
-
-
-def _choices(found: Mapping[float, Measures]) -> str:
-    names = sorted({name for measures in found.values() for name in measures})
-    return f"{', '.join(names)} at {', '.join(f'{eps:g}' for eps in sorted(found))}"

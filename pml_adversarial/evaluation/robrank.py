@@ -40,11 +40,9 @@ The version "corrected" takes the same steps, with these differences:
 - Ties count against the model. In the version "published", equally near items are ranked in the order of the gallery
   (in CA, behind the chosen item).
 
-Both versions make one run without random start or restarts, so the recalls are upper bounds, and both average ranks, a
-cosine, a distance and recalls. Two details of the published code are in neither version: it measures ES:D one step
-before the last, and it fails on galleries of fewer than 100 items, because their nearest 1 % is empty (here, it is at
-least one item). ARS of CA-TRIDE (arXiv 2312.07364), a later correction of ERS, is not offered, because the public code
-does not hold its formula.
+Both versions make one run without random start or restarts, so the recalls are upper bounds. Two details of the
+published code are in neither version: it measures ES:D one step before the last, and it fails on galleries of fewer
+than 100 items, because their nearest 1 % is empty (here, it is at least one item).
 """
 
 from __future__ import annotations
@@ -75,32 +73,23 @@ Loss = Callable[[Tensor], Tensor]
 """Embeddings ``(B, D)`` of the perturbed images, of length 1 -> one number per row ``(B,)`` that is minimised."""
 
 
-class _Scale(NamedTuple):
-    lowest: float
-    highest: float
-    normalised: Callable[[float], float]
-
-
-_RAISED = _Scale(0, 100, lambda percentile: 2 * percentile)
-_SUNK = _Scale(0, 100, lambda percentile: 100 - percentile)
-_RECALL = _Scale(0, 100, lambda recall: recall)
-_SCALES: dict[str, _Scale] = {
+_RAISED = 0, 100, lambda percentile: 2 * percentile
+_SUNK = 0, 100, lambda percentile: 100 - percentile
+_RECALL = 0, 100, lambda recall: recall
+_SCALES: dict[str, tuple[float, float, Callable[[float], float]]] = {  # lowest and highest raw value, normalisation
     "CA+": _RAISED,
     "CA-": _SUNK,
     "QA+": _RAISED,
     "QA-": _SUNK,
-    "TMA": _Scale(-1, 1, lambda cosine: 100 * (1 - cosine)),
-    "ES:D": _Scale(0, 2, lambda distance: 50 * (2 - distance)),
+    "TMA": (-1, 1, lambda cosine: 100 * (1 - cosine)),
+    "ES:D": (0, 2, lambda distance: 50 * (2 - distance)),
     "ES:R": _RECALL,
     "LTM": _RECALL,
     "GTM": _RECALL,
     "GTT": _RECALL,
 }
-SCORES = tuple(_SCALES)
-"""Names of the ten scores."""
-
-SHARES = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)
-"""Names of the scores that are a share of queries."""
+SCORES = tuple(_SCALES)  #: Names of the ten scores.
+SHARES = tuple(name for name, scale in _SCALES.items() if scale is _RECALL)  #: Those that are a share of queries.
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
@@ -120,7 +109,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
                 f"{name} is {scores[name]}; expected {lowest} to {highest}. TMA is a cosine, ES:D a distance, all "
                 "others are percent."
             )
-    return {name: scale.normalised(scores[name]) for name, scale in _SCALES.items()}
+    return {name: normalise(scores[name]) for name, (_, _, normalise) in _SCALES.items()}
 
 
 def ers(scores: Mapping[str, float]) -> float:
@@ -129,10 +118,7 @@ def ers(scores: Mapping[str, float]) -> float:
     ``(2 CA+ + (100 - CA-) + 2 QA+ + (100 - QA-) + 100 (1 - TMA) + 50 (2 - ES:D) + ES:R + LTM + GTM + GTT) / 10``
 
     Args:
-        scores: see `normalised`.
-
-    Raises:
-        InputError: see `normalised`.
+        scores: see `normalised`, also for errors.
 
     Example:
         >>> plain = {"CA+": 0.0, "CA-": 100.0, "QA+": 0.0, "QA-": 99.9, "TMA": 0.883, "ES:D": 1.762, "ES:R": 0.0}
@@ -144,20 +130,15 @@ def ers(scores: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RobRankScores:
-    """RobRank's scores of one model.
+    """RobRank's scores of one model, with the settings of `robrank_scores`.
 
     Attributes:
         scores: raw values by name, as the papers print them: TMA is a cosine, ES:D a distance, all others are percent.
-        version: "published" or "corrected".
-        eps: l-inf radius of all attacks, in pixels of [0, 1].
-        alpha: length of one sign step, in pixels of [0, 1].
-        steps: sign steps of each attack.
         queries: ``(Q,)`` indices of the images that were perturbed.
         left_out: how many queries were left out because no other image has their class.
         clean_flags: ``(Q,)`` bool, whether the nearest item is right without attack.
         robust_flags: for ES:R, LTM, GTM and GTT, ``(Q,)`` bool: whether the nearest item is right under attack; for
             GTT, whether the item that was nearest is among the nearest 4.
-        seed: of the random choices.
     """
 
     scores: Mapping[str, float]
@@ -178,14 +159,10 @@ class RobRankScores:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, in types that JSON knows, with ``num_queries``, and ``recall_at_1`` in percent."""
+        tensors = ("queries", "clean_flags", "robust_flags")
         return {
-            "version": self.version,
-            "eps": self.eps,
-            "alpha": self.alpha,
-            "steps": self.steps,
-            "seed": self.seed,
+            **{key: value for key, value in vars(self).items() if key not in tensors},
             "num_queries": len(self.queries),
-            "left_out": self.left_out,
             "recall_at_1": 100 * _mean(self.clean_flags),
             "scores": dict(self.scores),
             "normalised": normalised(self.scores),
@@ -226,7 +203,11 @@ def robrank_scores(
         InputError: images, labels, queries or settings cannot be used, embeddings are not finite, or they have no
             gradient.
     """
-    _check(eps, alpha, steps, version, batch_size)
+    check_number("eps", eps, 0, 1, hint=", in pixels of [0, 1], such as 8/255")
+    check_number("alpha", alpha, 0, 1, above=True, hint=", in pixels of [0, 1], such as 3/255")
+    check_whole("steps", steps)
+    check_whole("batch_size", batch_size)
+    check_choice("version", version, ("published", "corrected"))
     embed = Embedder(model, normalization)
     gallery = ImageSet(images, embed.device, "images")
     if len(gallery.labels.unique()) < 2:
@@ -240,7 +221,7 @@ def robrank_scores(
         with progress_bar(progress, len(queries) * len(_ATTACKS), "RobRank") as bar:
             for rows in batches(len(queries), batch_size):
                 batch = _QueryBatch(embeddings, gallery.labels, queries[rows], version == "corrected")
-                found, pixels = {"clean": batch.nearest_is_right(batch.clean)}, gallery[batch.own]
+                found, pixels = {"clean": _nearest_is_right(batch, batch.own, batch.clean)}, gallery[batch.own]
                 for attack, draw in zip(_ATTACKS, draws[rows].unbind(1), strict=True):
                     target = attack.choose(batch, draw)
                     perturbed = _lower(embed, pixels, batch.clean, attack.loss(batch, target), eps, alpha, steps)
@@ -265,14 +246,7 @@ def _lower(embed: Embed, images: Tensor, clean: Tensor, loss: Loss, eps: float, 
 
 @dataclass(frozen=True, eq=False)
 class _QueryBatch:
-    """The clean gallery, and a batch of its items that are the queries.
-
-    Attributes:
-        gallery: ``(G, D)`` embeddings of length 1.
-        labels: ``(G,)``.
-        own: ``(B,)`` indices of the items that are the queries.
-        corrected: whether the version is "corrected".
-    """
+    """A clean gallery ``(G, D)`` of length 1, its labels, and indices ``(B,)`` of the items that are the queries."""
 
     gallery: Tensor
     labels: Tensor
@@ -281,7 +255,6 @@ class _QueryBatch:
 
     @cached_property
     def clean(self) -> Tensor:
-        """``(B, D)`` embeddings of the queries."""
         return self.gallery[self.own]
 
     @cached_property
@@ -300,21 +273,8 @@ class _QueryBatch:
 
     def compared(self, target: Tensor) -> Tensor:
         """``(B, G)`` bool, the items X with which the target is compared."""
-        everyone = torch.ones_like(self.same)
-        if not self.corrected:
-            return everyone
-        return everyone.scatter(1, self.own.unsqueeze(1), False).scatter(1, target.unsqueeze(1), False)
-
-    def nearest_is_right(self, embeddings: Tensor) -> Tensor:
-        """``(B,)`` bool, whether the nearest item other than the query itself is right."""
-        away = self.to_others(embeddings)
-        if not self.corrected:
-            return self.same.gather(1, away.argmin(1, keepdim=True)).squeeze(1)
-        return away.masked_fill(~self.same, torch.inf).amin(1) < away.masked_fill(self.same, torch.inf).amin(1)
-
-
-Gaps = Callable[[_QueryBatch, Tensor], Loss]
-"""Queries, and an item for each -> ``(B, G)`` how much nearer each item x is to the query than the item for it."""
+        left_out = torch.stack([self.own, target], 1)
+        return torch.ones_like(self.same).scatter(1, left_out, not self.corrected)
 
 
 def _candidate_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
@@ -336,9 +296,12 @@ def _query_gaps(batch: _QueryBatch, target: Tensor) -> Loss:
 
 @dataclass(frozen=True)
 class _RankAttack:
-    """Moves an item up in a list (sign 1) or down (sign -1)."""
+    """Moves an item up in a list (sign 1) or down (sign -1).
 
-    gaps: Gaps
+    ``gaps`` gives, for queries and an item for each, ``(B, G)`` how much nearer each item x is than the item for it.
+    """
+
+    gaps: Callable[[_QueryBatch, Tensor], Loss]
     sign: int
 
     def loss(self, batch: _QueryBatch, target: Tensor) -> Loss:
@@ -402,7 +365,10 @@ def _shift(batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
 
 
 def _nearest_is_right(batch: _QueryBatch, target: Tensor, moved: Tensor) -> Tensor:
-    return batch.nearest_is_right(moved)
+    away = batch.to_others(moved)
+    if not batch.corrected:
+        return batch.same.gather(1, away.argmin(1, keepdim=True)).squeeze(1)
+    return away.masked_fill(~batch.same, torch.inf).amin(1) < away.masked_fill(batch.same, torch.inf).amin(1)
 
 
 def _query_itself(batch: _QueryBatch, draws: Tensor) -> Tensor:
@@ -433,43 +399,33 @@ def _nearest_unmatching(batch: _QueryBatch, draws: Tensor) -> Tensor:
 
 
 class _Attack(NamedTuple):
-    """One attack and the scores that it gives.
-
-    Attributes:
-        choose: queries, and one random number in [0, 1) for each -> an item ``(B,)`` for each, the target.
-        loss: queries and targets -> what is minimised.
-        measures: name of a score -> its value for each query, given queries, targets and perturbed embeddings.
-    """
-
     choose: Callable[[_QueryBatch, Tensor], Tensor]
+    """Queries, and one random number in [0, 1) for each -> an item ``(B,)`` for each, the target."""
     loss: Callable[[_QueryBatch, Tensor], Loss]
+    """Queries and targets -> what is minimised."""
     measures: Mapping[str, Callable[[_QueryBatch, Tensor, Tensor], Tensor]]
+    """Name of a score -> its value for each query, given queries, targets and perturbed embeddings."""
 
 
-def _rank_attack(name: str, choose: Callable[[_QueryBatch, Tensor], Tensor], attack: _RankAttack) -> _Attack:
-    return _Attack(choose, attack.loss, {name: attack.percentile})
-
-
+_RAISE_ITEM, _SINK_ITEM = _RankAttack(_candidate_gaps, 1), _RankAttack(_candidate_gaps, -1)
+_RAISE_IN_LIST, _SINK_IN_LIST = _RankAttack(_query_gaps, 1), _RankAttack(_query_gaps, -1)
 _ATTACKS = (
-    _rank_attack("CA+", _random_item, _RankAttack(_candidate_gaps, 1)),
-    _rank_attack("CA-", _random_near_item, _RankAttack(_candidate_gaps, -1)),
-    _rank_attack("QA+", _random_item, _RankAttack(_query_gaps, 1)),
-    _rank_attack("QA-", _random_near_item, _RankAttack(_query_gaps, -1)),
+    _Attack(_random_item, _RAISE_ITEM.loss, {"CA+": _RAISE_ITEM.percentile}),
+    _Attack(_random_near_item, _SINK_ITEM.loss, {"CA-": _SINK_ITEM.percentile}),
+    _Attack(_random_item, _RAISE_IN_LIST.loss, {"QA+": _RAISE_IN_LIST.percentile}),
+    _Attack(_random_near_item, _SINK_IN_LIST.loss, {"QA-": _SINK_IN_LIST.percentile}),
     _Attack(_random_item, _dissimilarity, {"TMA": _cosine}),
     _Attack(_query_itself, _closeness, {"ES:D": _shift, "ES:R": _nearest_is_right}),
     _Attack(_query_itself, _ranking_margin, {"LTM": _nearest_is_right}),
     _Attack(_nearest_unmatching, _distance_to_target, {"GTM": _nearest_is_right}),
-    _Attack(_nearest_item, _RankAttack(_query_gaps, -1).loss, {"GTT": _RankAttack(_query_gaps, -1).in_top_4}),
+    _Attack(_nearest_item, _SINK_IN_LIST.loss, {"GTT": _SINK_IN_LIST.in_top_4}),
 )
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:
-    """``(B, G)`` Euclidean distances, exact also where embeddings are close.
-
-    Distances below 1e-5 may be rounding errors, whose gradient means nothing. They count as 0 and have no gradient.
-    """
+    """``(B, G)`` Euclidean distances, exact also where embeddings are close."""
     distances = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances * (distances > 1e-5)
+    return distances * (distances > 1e-5)  # those below may be rounding errors, whose gradient means nothing
 
 
 def _pairs(one: Tensor, other: Tensor) -> Tensor:
@@ -479,14 +435,6 @@ def _pairs(one: Tensor, other: Tensor) -> Tensor:
 
 def _mean(values: Tensor) -> float:
     return values.cpu().double().mean().item()
-
-
-def _check(eps: float, alpha: float, steps: int, version: str, batch_size: int) -> None:
-    check_number("eps", eps, 0, 1, hint=", in pixels of [0, 1], such as 8/255")
-    check_number("alpha", alpha, 0, 1, above=True, hint=", in pixels of [0, 1], such as 3/255")
-    check_whole("steps", steps)
-    check_whole("batch_size", batch_size)
-    check_choice("version", version, ("published", "corrected"))
 
 
 def _queries(subset: int | Sequence[int] | Tensor | None, labels: Tensor) -> tuple[Tensor, int]:

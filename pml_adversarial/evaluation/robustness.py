@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attacks.checks import check_choice, check_whole
@@ -18,7 +18,7 @@ from . import metrics
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
-from .embedder import batches, embed_all
+from .embedder import embed_all
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images
 from .options import NORMS, to_radii, to_recall_at, to_whole_numbers
@@ -119,17 +119,17 @@ def evaluate_robustness(
             num_classes=len(task.gallery.classes),
             left_out=left_out,
             clean=means(clean),
-            chance=_chance(task, rows),
+            chance=task.gallery.chance(task.targets(rows)).mean().item(),
             attacks=results,
             worst=evaluator.worst_cases(found, labels),
             collapse=metrics.collapse(task.gallery),
-            nmi=evaluator.nmi_of(found, "clean", labels) if nmi else None,
+            nmi=evaluator.nmi_of(found, "clean", labels),
             checks=run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else (),
             settings={**settings, "device": str(task.embed.device)},
             versions=_versions(),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
-            attacked=_attacked(found, radii) if keep_attacked else None,
+            attacked=evaluator.attacked(found),
         )
 
 
@@ -146,28 +146,13 @@ def _evaluate(
     evaluator: Evaluator, rows: Tensor, checkpoint: Checkpoint, batch_size: int, title: str | None
 ) -> list[BatchResult]:
     """The results of all batches; with a title, a progress bar is shown."""
-    parts = [rows[part] for part in batches(len(rows), batch_size)]
-    found = []
+    parts, found = rows.split(batch_size), []
     with progress_bar(title is not None, len(parts) * evaluator.steps_per_batch, title or "") as bar:
         for number, part in enumerate(parts):
-            found.append(
-                checkpoint.load_or_make(
-                    f"batch_{number:05d}",
-                    lambda: evaluator.evaluate_batch(part, number == 0, bar.update),  # noqa: B023 - it is called here
-                )
-            )
+            make = partial(evaluator.evaluate_batch, part, number == 0, bar.update)
+            found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
-
-
-def _attacked(found: Sequence[BatchResult], radii: Sequence[float]) -> dict[float, Tensor]:
-    return {eps: torch.cat([batch["attacked"][str(eps)] for batch in found]) for eps in radii}
-
-
-def _chance(task: RetrievalTask, rows: Tensor) -> float:
-    targets = task.targets(rows)
-    others = len(task.gallery) - (targets.own >= 0).double()
-    return (task.gallery.num_right(targets) / others).mean().item()
 
 
 def _versions() -> dict[str, str]:

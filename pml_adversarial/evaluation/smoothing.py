@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +62,14 @@ class Certificate:
     For each single query, with a probability of at least ``1 - alpha`` over the noise: under every perturbation of its
     pixels whose l2 norm is below the query's ``radius``, the item nearest to the smoothed embedding is right.
 
+    The settings are those of `certify`.
+
     Attributes:
         radius: ``(Q,)`` certified radius, in l2 of pixels in [0, 1]; 0: nothing is certified.
         radius_lipschitz: ``(Q,)`` radius from the Lipschitz constant of the embedding alone, for comparison.
         right: ``(Q,)`` bool, whether the smoothed model seems right without perturbation. This is an estimate.
         has_right_item: ``(Q,)`` bool, whether the gallery holds a right item. Queries without one count in no share.
         items: ``(G, D)`` unit vectors of the gallery, for which the certificate holds.
-        sigma: standard deviation of the noise.
-        radii: radii that tables show.
-        samples: noisy copies of each query from which the bounds are computed.
-        selection_samples: noisy copies of each query on which right items and thresholds were chosen.
-        gallery_samples: noisy copies of each gallery item, whose mean is searched; 0: clean embeddings are searched.
-        alpha: probability that the radius of a single query is too large.
-        seed: of the noise.
     """
 
     radius: Tensor
@@ -98,14 +94,11 @@ class Certificate:
         return self._share(self.radius > radius)
 
     def recall_at_1_lower_bound(self, radius: float = 0.0, beta: float = 0.001) -> float:
-        """A lower bound of the smoothed model's R@1 that holds, at all radii at once, with probability ``1 - beta``.
+        """A lower bound of the smoothed model's R@1 under perturbations whose l2 norm is at most ``radius``.
 
-        The noise of each query is independent, so the number of radii that are too large is at most binomial. Its upper
-        ``beta`` quantile is subtracted.
-
-        Args:
-            radius: l2 norm of the perturbations.
-            beta: probability over the noise of all queries that the bound is false.
+        It holds at all radii at once, with probability ``1 - beta`` over the noise of all queries. Their noise is
+        independent, so the number of radii that are too large is at most binomial. Its upper ``beta`` quantile is
+        subtracted.
 
         Raises:
             InputError: beta is not between 0 and 1.
@@ -124,47 +117,37 @@ class Certificate:
         """Share of queries that seem right but are not certified at any radius; more samples may certify some."""
         return self._share(self.right & (self.radius == 0))
 
-    def to_dict(self) -> dict[str, object]:
-        """Everything but ``items``, in types that JSON knows."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but ``items``, in types that JSON knows, and the shares at all ``radii``."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii")}
+        certified = [
+            {
+                "radius": radius,
+                "recall_at_1": self.recall_at_1(radius),
+                "recall_at_1_lower_bound": self.recall_at_1_lower_bound(radius),
+                "recall_at_1_lipschitz": self._share(self.radius_lipschitz > radius),
+            }
+            for radius in self.radii
+        ]
         return {
             "norm": "L2",
-            "sigma": self.sigma,
-            "samples": self.samples,
-            "selection_samples": self.selection_samples,
-            "gallery_samples": self.gallery_samples,
-            "alpha": self.alpha,
-            "seed": self.seed,
+            **{key: value.tolist() if isinstance(value, Tensor) else value for key, value in kept.items()},
             "num_queries": int(self.has_right_item.sum()),
             "left_out": int((~self.has_right_item).sum()),
             "smoothed_recall_at_1": self.smoothed_recall_at_1,
             "abstained": self.abstained,
-            "certified": [
-                {
-                    "radius": radius,
-                    "recall_at_1": self.recall_at_1(radius),
-                    "recall_at_1_lower_bound": self.recall_at_1_lower_bound(radius),
-                    "recall_at_1_lipschitz": self._share(self.radius_lipschitz > radius),
-                }
-                for radius in self.radii
-            ],
-            "radius": self.radius.tolist(),
-            "radius_lipschitz": self.radius_lipschitz.tolist(),
-            "right": self.right.tolist(),
-            "has_right_item": self.has_right_item.tolist(),
+            "certified": certified,
         }
 
     def __str__(self) -> str:
-        queries, left_out = int(self.has_right_item.sum()), int((~self.has_right_item).sum())
-        lines = [
-            f"Certified R@1, l2, noise of {self.sigma:g}: {queries} queries ({left_out} left out), {self.samples} "
-            f"samples each, alpha {self.alpha:g}",
-            f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius",
-            f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}",
-        ]
-        for radius in self.radii:
-            bound, lipschitz = self.recall_at_1_lower_bound(radius), self._share(self.radius_lipschitz > radius)
-            lines.append(f"{radius:>8g}{self.recall_at_1(radius):>8.3f}{bound:>13.3f}{lipschitz:>11.3f}")
-        return "\n".join(lines)
+        found = self.to_dict()
+        rows = "\n{radius:>8g}{recall_at_1:>8.3f}{recall_at_1_lower_bound:>13.3f}{recall_at_1_lipschitz:>11.3f}"
+        return (
+            f"Certified R@1, l2, noise of {self.sigma:g}: {found['num_queries']} queries "
+            f"({found['left_out']} left out), {self.samples} samples each, alpha {self.alpha:g}\n"
+            f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius\n"
+            f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}"
+        ) + "".join(rows.format(**row) for row in found["certified"])
 
     def _share(self, queries: Tensor) -> float:
         return int((queries & self.has_right_item).sum()) / int(self.has_right_item.sum())
@@ -215,7 +198,14 @@ def certify(
             no pixels, labels do not fit them, the gallery has one class only, no query has a right item, or embeddings
             are not finite.
     """
-    radii = _check(sigma, radii, alpha, samples, selection_samples, gallery_samples, batch_size, block)
+    check_number("sigma", sigma, above=True, hint=", in pixels of [0, 1], such as 0.25")
+    check_probability("alpha", alpha)
+    check_whole("samples", samples, 2)
+    check_whole("selection_samples", selection_samples, 2)
+    check_whole("gallery_samples", gallery_samples, 0)
+    check_whole("batch_size", batch_size)
+    check_whole("block", block)
+    radii = to_radii(radii, "L2", zero=True, name="radii")
     embed = Embedder(model, normalization)
     query_set = ImageSet(queries, embed.device, "queries")
     item_set = query_set if gallery is None else ImageSet(gallery, embed.device, "gallery")
@@ -236,9 +226,8 @@ def certify(
                 is_right[query] = False
             mean = sample.mean(0)
             right[query] = (items[is_right] @ mean).amax() > (wrong_items @ mean).amax() + _ROUNDING
-            pairs = _Pairs(chosen_on, sample, items[is_right], len(wrong_items), alpha)
-            smallest = torch.stack([pairs.radii(wrong_items[rows]) for rows in batches(len(wrong_items), block)])
-            radius[query], lipschitz[query] = sigma * smallest.amin(0)
+            smallest = _smallest_radii(chosen_on, sample, items[is_right], wrong_items, alpha, block)
+            radius[query], lipschitz[query] = sigma * smallest
             bar.update()
     settings = sigma, radii, samples, selection_samples, gallery_samples, alpha, seed
     return Certificate(radius, lipschitz, right, has_right_item, items, *settings)
@@ -247,14 +236,9 @@ def certify(
 def smoothed_embeddings(
     embed: Embed, images: Tensor | ImageSet, sigma: float, samples: int, batch_size: int = 1024
 ) -> Tensor:
-    """``(N, D)`` unit vectors: normalised means of the normalised embeddings of noisy copies, in double precision.
+    """``(N, D)`` unit vectors in double precision: normalised means of the normalised embeddings of noisy copies.
 
-    Args:
-        embed: pixels -> embeddings.
-        images: ``(N, C, H, W)`` pixels in [0, 1].
-        sigma: standard deviation of the noise, which the global generator draws.
-        samples: noisy copies per image; 0: clean embeddings.
-        batch_size: copies that are embedded together.
+    The global generator draws the noise. With 0 ``samples`` per image, clean embeddings are taken.
     """
     if not samples:
         return embed_all(lambda pixels: _unit(embed(pixels)), images, batch_size)
@@ -265,40 +249,31 @@ def smoothed_embeddings(
     return unit_length(torch.cat(means))
 
 
-class _Pairs:
-    """Radii of one query, in units of sigma, against each wrong item together with the best right item for it."""
+def _smallest_radii(
+    chosen_on: Tensor, sample: Tensor, right: Tensor, wrong: Tensor, alpha: float, block: int
+) -> Tensor:
+    """``(2,)`` the query's smallest radius over all wrong items, and that by the Lipschitz constant, in sigmas."""
+    mean, covariance = chosen_on.mean(0), torch.cov(chosen_on.T).reshape(2 * chosen_on.shape[1:])
+    right = right[(right @ mean).topk(min(_CANDIDATES, len(right))).indices]
+    risk = alpha / (2 * len(wrong))
 
-    def __init__(self, chosen_on: Tensor, sample: Tensor, right: Tensor, num_wrong: int, alpha: float) -> None:
-        self.chosen_on, self.sample = chosen_on, sample
-        self.mean, self.covariance = chosen_on.mean(0), torch.cov(chosen_on.T).reshape(2 * chosen_on.shape[1:])
-        self.right = right[(right @ self.mean).topk(min(_CANDIDATES, len(right))).indices]
-        self.risk = alpha / (2 * num_wrong)
+    def variance(items: Tensor) -> Tensor:
+        return (items @ covariance * items).sum(1)
 
-    def radii(self, wrong: Tensor) -> Tensor:
-        """``(2,)``: smallest radius over wrong items ``(N, D)``, and smallest radius by the Lipschitz constant."""
-        normals = self.normals(wrong)
-        values = self.sample @ normals.T
-        mean = mean_bound(values, self.risk)
-        thresholds = choose_thresholds(self.chosen_on @ normals.T)
-        hits = torch.stack([(values >= threshold).sum(0) for threshold in thresholds])
-        shares = binomial.rate_lower_bounds(hits, len(values), self.risk / _THRESHOLDS)
-        radius = torch.maximum(radius_of_mean(mean), radius_of_shares(thresholds, shares))
-        return torch.stack([radius.amin(), radius_lipschitz(mean).amin()])
-
-    def normals(self, wrong: Tensor) -> Tensor:
-        """``(N, D)`` the directions ``(e_p - e_n) / |e_p - e_n|``; 0 where both items coincide.
-
-        The right item ``p(n)`` is the one whose lead over the wrong item has the largest mean, in units of its standard
-        deviation.
-        """
-        lead = (self.right @ self.mean).unsqueeze(1) - wrong @ self.mean
-        spread = self._variance(self.right).unsqueeze(1) + self._variance(wrong)
-        spread = spread - 2 * self.right @ self.covariance @ wrong.T
+    def smallest(wrong: Tensor) -> Tensor:
+        # p(n) is the right item whose lead over the wrong one has the largest mean, in units of its standard deviation
+        lead = (right @ mean).unsqueeze(1) - wrong @ mean
+        spread = variance(right).unsqueeze(1) + variance(wrong) - 2 * right @ covariance @ wrong.T
         best = (lead / spread.clamp(min=_ROUNDING**2).sqrt()).argmax(0)
-        return unit_length(self.right[best] - wrong)
+        normals = unit_length(right[best] - wrong)
+        values, thresholds = sample @ normals.T, choose_thresholds(chosen_on @ normals.T)
+        hits = torch.stack([(values >= threshold).sum(0) for threshold in thresholds])
+        shares = binomial.rate_lower_bounds(hits, len(values), risk / _THRESHOLDS)
+        bound = mean_bound(values, risk)
+        radius = torch.maximum(radius_of_mean(bound), radius_of_shares(thresholds, shares))
+        return torch.stack([radius.amin(), radius_lipschitz(bound).amin()])
 
-    def _variance(self, items: Tensor) -> Tensor:
-        return (items @ self.covariance * items).sum(1)
+    return torch.stack([smallest(part) for part in wrong.split(block)]).amin(0)
 
 
 def mean_bound(values: Tensor, risk: float) -> Tensor:
@@ -332,9 +307,8 @@ def radius_lipschitz(mean: Tensor) -> Tensor:
 def radius_of_shares(thresholds: Tensor, shares: Tensor) -> Tensor:
     """Radii ``(N,)``, in units of sigma, within which the mean of values in [-1, 1] stays above 0.
 
-    Args:
-        thresholds: ``(k, N)``, ascending, in [-1, 1].
-        shares: ``(k, N)``, lower bounds of the probability that a value reaches its threshold.
+    ``shares`` ``(k, N)`` are lower bounds of the probability that a value reaches its threshold, one of ``thresholds``
+    ``(k, N)``, which ascend in [-1, 1].
     """
     steps = thresholds.diff(dim=0, prepend=torch.full_like(thresholds[:1], -1))
     scores = ndtri(shares)
@@ -380,24 +354,3 @@ def _has_right_item(queries: ImageSet, items: ImageSet, samples: int, alpha: flo
             f"does; at least {needed} are needed, and 10000 are usual."
         )
     return found
-
-
-def _check(
-    sigma: float,
-    radii: float | Iterable[float],
-    alpha: float,
-    samples: int,
-    selection_samples: int,
-    gallery_samples: int,
-    batch_size: int,
-    block: int,
-) -> tuple[float, ...]:
-    """The radii, ascending, after all settings were checked."""
-    check_number("sigma", sigma, above=True, hint=", in pixels of [0, 1], such as 0.25")
-    check_probability("alpha", alpha)
-    check_whole("samples", samples, 2)
-    check_whole("selection_samples", selection_samples, 2)
-    check_whole("gallery_samples", gallery_samples, 0)
-    check_whole("batch_size", batch_size)
-    check_whole("block", block)
-    return to_radii(radii, "L2", zero=True, name="radii")

@@ -138,9 +138,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
 def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
     """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
 
-    Args:
-        steps: gradient steps of each run.
-        restarts: runs from different random starts.
+    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
     """
     return (
         QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
@@ -156,10 +154,7 @@ SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
 
 
 def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tuple[RetrievalAttack, ...]]:
-    """A suite's name in reports, and its attacks.
-
-    Args:
-        attacks: name of a suite, or a list of attacks and names of attacks.
+    """Name in reports and attacks of a suite, from its name or from a list of attacks and names of attacks.
 
     Raises:
         InputError: a name is unknown, there is no attack, two have one name, or something else is in the list.

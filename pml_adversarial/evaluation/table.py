@@ -15,8 +15,14 @@ def table(results: Results) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
+    setting = (
+        f"{results.suite}, {results.settings.get('norm', '')}, {results.protocol}: {results.num_queries} queries, "
+        f"{results.num_gallery} items of {results.num_classes} classes; percent; chance {100 * results.chance:.1f}"
+    )
+    signs = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results.collapse.items())
+    embedding = f"embedding: {signs}" + ("" if results.nmi is None else f"; NMI {100 * results.nmi:.1f}")
     checks = [f"[{_CHECK[check.passed]}] {check.name}: {check.message}" for check in results.checks]
-    return "\n".join([*lines, "", _setting(results), _embedding(results), *checks])
+    return "\n".join([*lines, "", setting, embedding, *checks])
 
 
 def _rows(results: Results) -> Iterator[list[str]]:
@@ -39,15 +45,3 @@ def _percent(measures: Measures, names: list[str]) -> list[str]:
 def _line(row: list[str], widths: list[int]) -> str:
     first = row[0].ljust(widths[0])
     return "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-
-
-def _setting(results: Results) -> str:
-    return (
-        f"{results.suite}, {results.settings.get('norm', '')}, {results.protocol}: {results.num_queries} queries, "
-        f"{results.num_gallery} items of {results.num_classes} classes; percent; chance {100 * results.chance:.1f}"
-    )
-
-
-def _embedding(results: Results) -> str:
-    signs = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results.collapse.items())
-    return f"embedding: {signs}" + ("" if results.nmi is None else f"; NMI {100 * results.nmi:.1f}")

@@ -17,28 +17,13 @@ from .options import to_rows, to_whole_numbers
 
 
 class RetrievalTask:
-    """A model, queries and the gallery that they search.
-
-    Args:
-        model: images -> embeddings, in eval mode and frozen.
-        queries: see `images.Images`.
-        gallery: what is searched. None: the queries; then no query finds itself.
-        norm: of the perturbations, "Linf" or "L2".
-        normalization: ``(mean, std)`` if the model takes normalised inputs.
-        own: ``(Q,)`` index of the item that is the query itself, if it is in the gallery that is given, else -1. None:
-            no query is in it.
+    """A model, queries and the gallery that they search, from the arguments of `evaluate_robustness`.
 
     Attributes:
-        embed: the model as a function of pixels.
-        queries: images and labels of the queries.
         items: images and labels of the gallery.
         gallery: embeddings of the gallery, after `set_gallery`.
-        own: ``(Q,)`` as above.
+        own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
         leave_one_out: whether any query is in the gallery.
-        norm: as above.
-
-    Raises:
-        InputError: ``own`` does not fit queries and gallery.
     """
 
     def __init__(
@@ -59,28 +44,17 @@ class RetrievalTask:
         self.gallery: Gallery
 
     def set_gallery(self, embeddings: Tensor) -> None:
-        """Uses embeddings ``(G, D)`` of all items as the gallery.
-
-        Raises:
-            InputError: the gallery has one class only, or embeddings are not finite or not one per item.
-        """
+        """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""
         if len(embeddings) != len(self.items):
             raise InputError(
                 f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one each."
             )
         self.gallery = Gallery(check_finite(embeddings), self.items.labels)
         if len(self.gallery.classes) < 2:
-            raise InputError(
-                "All items of the gallery have one label; expected at least two labels, since otherwise no item is "
-                "wrong."
-            )
+            raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
 
     def check_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of the gallery ``(G, D)`` that the user gives, on the model's device.
-
-        Raises:
-            InputError: their dimension is not that of the model's embeddings.
-        """
+        """Embeddings ``(G, D)`` that the user gives, on the model's device; D has to be that of the model."""
         with torch.no_grad():
             dimension = self.embed(self.queries[:1]).shape[1]
         if embeddings.ndim != 2 or embeddings.shape[1] != dimension:
@@ -91,18 +65,11 @@ class RetrievalTask:
         return embeddings.to(self.embed.device)
 
     def targets(self, rows: Tensor) -> Targets:
-        """What some queries should find."""
+        """What the queries ``rows`` should find."""
         return Targets(self.queries.labels[rows], self.own[rows])
 
     def rows_with_right_item(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
-        """Indices of the queries of a subset that have a right item in the gallery, and how many have none.
-
-        Args:
-            subset: indices of queries; None: all.
-
-        Raises:
-            InputError: indices do not exist or repeat, or no query has a right item.
-        """
+        """Indices of the queries of a subset (None: all) that have a right item, one at least; how many have none."""
         rows = to_rows(subset, len(self.queries)).to(self.embed.device)
         has_right = self.gallery.num_right(self.targets(rows)) > 0
         if not has_right.any():
@@ -113,26 +80,13 @@ class RetrievalTask:
         return rows[has_right], int((~has_right).sum())
 
     def batch(self, rows: Tensor) -> QueryBatch:
-        """Some queries with the gallery that they search, ready to be attacked.
-
-        Raises:
-            InputError: the model does not give finite embeddings for them.
-        """
-        images = self.queries[rows]
-        targets = self.targets(rows)
+        """The queries ``rows`` with the gallery that they search, ready to be attacked."""
+        images, targets = self.queries[rows], self.targets(rows)
         with torch.no_grad():
             in_gallery = bool((targets.own >= 0).all())
             clean = self.gallery.embeddings[targets.own] if in_gallery else self.embed(images)
-        return QueryBatch(
-            embed=self.embed,
-            modules=(self.embed.model,),
-            gallery=self.gallery,
-            pixels_of=self.items.__getitem__,
-            images=images,
-            clean=check_finite(clean),
-            targets=targets,
-            norm=self.norm,
-        )
+        model, pixels_of = (self.embed.model,), self.items.__getitem__
+        return QueryBatch(self.embed, model, self.gallery, pixels_of, images, check_finite(clean), targets, self.norm)
 
     def _own(self, own: Sequence[int] | Tensor | None, is_gallery: bool) -> Tensor:
         device, count = self.embed.device, len(self.queries)

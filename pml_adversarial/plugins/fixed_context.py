@@ -268,8 +268,8 @@ class FixedContext:
             copies = "replace" if self.in_place else trials.copies(self.roles, self.tuples_per_anchor)
             if copies is None:
                 raise PlanError(
-                    f"{name} is not in the table of losses, and raises on trial batches of 8 to {len(batch)} random "
-                    f"embeddings ({trials.error!r}), so it is not known how copies may stand for "
+                    f"{name} is not in the table of losses, and has no value on trial batches of 8 to {len(batch)} "
+                    f"random embeddings ({trials.error!r}), so it is not known how copies may stand for "
                     f"perturb={self.roles}. Say it: AdversarialLoss(..., copies='append') if the loss looks only at "
                     "rows that its tuples name, copies='replace' if it looks at others."
                 )
@@ -281,7 +281,7 @@ class FixedContext:
                 )
         if trials.batch is None:
             self._warn_once(
-                f"{name} is not in the table of losses, and raises on trial batches of 8 to {len(batch)} random "
+                f"{name} is not in the table of losses, and has no value on trial batches of 8 to {len(batch)} random "
                 f"embeddings ({trials.error!r}). The attack raises a score of distances, and clean and perturbed rows "
                 "are trained on in two batches."
             )

@@ -1,7 +1,7 @@
 """Several processes share a batch: rows are gathered in rank order, and decisions and errors are the same on all ranks.
 
-Everything here uses the default process group of ``torch.distributed``. No gradient is communicated here: the rows of
-this rank carry gradient, the rows of other ranks do not, and `DistributedDataParallel` averages the gradients.
+The process group is the default one of ``torch.distributed``. Of gathered rows only those of this rank carry gradient;
+`DistributedDataParallel` averages the gradients.
 """
 
 from __future__ import annotations
@@ -21,21 +21,14 @@ from .batch import Batch
 T = TypeVar("T")
 U = TypeVar("U")
 
-_PLASTIC_NUMBER_64 = (
-    0xC13FA9A902A6328F  # far-apart seeds for neighbouring ranks, and no multiple of a step's own stride
-)
+_PLASTIC_NUMBER_64 = 0xC13FA9A902A6328F  # seeds of neighbouring ranks are far apart, by no multiple of a step's stride
 
 
 @dataclass(frozen=True, eq=False)
 class JointBatch(Batch):
-    """The batch that several processes share: the union of what they hold, the same in each.
+    """The union of what ``world_size`` processes hold, as many rows each; the same in each, but for its own inputs.
 
-    The queries of all processes come first, in rank order, then their references. Each process holds the inputs of its
-    own rows, and attacks these.
-
-    Attributes:
-        world_size: how many processes share the batch, with as many rows each.
-        rank: number of this process.
+    The queries of all processes come first, in rank order, then their references. Each process attacks its own rows.
     """
 
     world_size: int = 1
@@ -48,7 +41,7 @@ class JointBatch(Batch):
 
     @property
     def num_attackable(self) -> int:
-        """How many rows, from the first on, have inputs that some process knows."""
+        """As in `Batch`: some process knows the inputs of these rows."""
         return self.world_size * len(self.inputs)
 
     @property
@@ -63,11 +56,11 @@ class JointBatch(Batch):
         return torch.where(rows < self.num_queries, rows // max(queries, 1), in_reference)
 
     def own(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Of values ``(M, ...)``, one for each of some batch rows ``(M,)``, those of this process's own rows."""
+        """As in `Batch`."""
         return values[self.owners(rows) == self.rank]
 
     def places_of(self, rows: Tensor) -> Tensor:
-        """``(K,)`` places in ``inputs`` of rows that are this process's own."""
+        """As in `Batch`."""
         queries, reference = self.own_sizes
         in_reference = rows - self.num_queries - self.rank * reference + queries
         return torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)
@@ -77,7 +70,7 @@ class JointBatch(Batch):
         return decide(lambda: work().to("cpu")).to(self.embeddings.device)
 
     def agree(self, work: Callable[[], T]) -> T:
-        """The result of ``work`` in this process. An error in one process is raised in all of them."""
+        """As in `Batch`."""
         return agree(work, lambda _: None)[0]
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -108,14 +101,11 @@ def seed_of_rank(seed: int) -> int:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Gathers the rows of all ranks in rank order; the rows of this rank carry gradient.
+    """``(sum of counts, ...)`` the rows of all ranks in rank order.
 
     Args:
         rows: ``(K, ...)``, on all ranks with the same type and the same dimensions after the first.
         counts: the number of rows of each rank; None: each rank has as many as this one.
-
-    Returns:
-        ``(sum of counts, ...)``.
     """
     counts = [len(rows)] * world_size() if counts is None else counts
     sent = rows.detach().new_zeros(max(counts), *rows.shape[1:])
@@ -128,14 +118,11 @@ def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def gather_parts(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Gathers the rows of all ranks part by part: the first part of every rank, then the second part of every rank.
+    """As `gather_rows`, part by part: the first part of every rank, then the second part of every rank.
 
     Args:
         rows: ``(sum of sizes, ...)``, such as queries and references; the same number on each rank.
         sizes: the number of rows of each part.
-
-    Returns:
-        ``(world size * sum of sizes, ...)``; the rows of this rank carry gradient.
     """
     by_rank = gather_rows(rows).unflatten(0, (world_size(), len(rows)))
     return torch.cat([part.flatten(0, 1) for part in by_rank.split(list(sizes), 1)])
@@ -147,9 +134,6 @@ def own_first(rows: Tensor, per_rank: int) -> Tensor:
     Args:
         rows: row numbers in rank order, below ``world size * per_rank``.
         per_rank: the number of rows that each rank holds.
-
-    Returns:
-        The numbers of the same rows, of the same shape.
     """
     own = rank() * per_rank
     numbers = torch.where(rows < own, rows + per_rank, rows)
@@ -169,11 +153,7 @@ def agree(work: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
     result, error = _attempt(work)
     told: list[Any] = [None] * world_size()
     dist.all_gather_object(told, (tell(cast(T, result)) if error is None else None, _portable(error)))
-    if error is not None:
-        raise error
-    for number, (_, other) in enumerate(told):
-        if other is not None:
-            raise _from_rank(number, other)
+    _raise_first(error, told)
     return cast(T, result), [said for said, _ in told]
 
 
@@ -184,14 +164,10 @@ def decide(work: Callable[[], T]) -> T:
         work: must not use a collective operation; returns an object that can be pickled, with tensors on the CPU.
     """
     result, error = _attempt(work) if rank() == 0 else (None, None)
-    said: list[Any] = [(result, _portable(error))]
-    dist.broadcast_object_list(said, src=0)
-    if error is not None:
-        raise error
-    decided, other = said[0]
-    if other is not None:
-        raise _from_rank(0, other)
-    return cast(T, decided)
+    told: list[Any] = [(result, _portable(error))]
+    dist.broadcast_object_list(told, src=0)
+    _raise_first(error, told)
+    return cast(T, told[0][0])
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -210,5 +186,10 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-def _from_rank(number: int, error: Exception) -> Exception:
-    return type(error)(f"Rank {number}: {error}") if isinstance(error, AdversarialError) else error
+def _raise_first(own: Exception | None, told: list[tuple[Any, Exception | None]]) -> None:
+    """Raises the error of this rank, or else the first that another rank told."""
+    if own is not None:
+        raise own
+    for number, (_, error) in enumerate(told):
+        if error is not None:
+            raise type(error)(f"Rank {number}: {error}") if isinstance(error, AdversarialError) else error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType, MethodType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy
 import torch
@@ -19,20 +19,16 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get f
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restores the state of modules on exit, also after an exception.
+    """Restores the state of modules and all of their submodules on exit, also after an exception.
 
-    It restores:
-
-    - the mode (train or eval) of every submodule;
-    - buffers. The original tensors come back, so an autograd graph that saved them can still be walked backward;
-    - attributes, each bound to the object that it was bound to. An object that was changed in place stays changed;
-    - each parameter's ``.grad``, ``requires_grad`` and ``.data``. Some losses cast or normalise their parameters in
-      each call, and so bind ``.data`` to another tensor.
+    - Buffers: the original tensors come back, so an autograd graph that saved them can still be walked backward.
+    - Attributes, the mode among them: each names its object again. An object that was changed in place stays changed.
+    - Each parameter's ``.grad``, ``requires_grad`` and ``.data``, which some losses bind to another tensor.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
-    tensors = [(p, p.requires_grad, p.grad, _Storage.of(p)) for p in parameters]
+    tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
     try:
         for module, _, buffers in states:
@@ -49,29 +45,17 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for parameter, requires_grad, gradient, storage in tensors:
-            storage.give_back(parameter)
+        for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:
+            if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
+                parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
-class _Storage(NamedTuple):
-    """What a parameter is bound to. Other than asking for ``.data``, this costs no operation on the device."""
-
-    data_ptr: int
-    storage: torch.UntypedStorage
-    layout: tuple[Any, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> _Storage:
-        layout = parameter.storage_offset(), parameter.size(), parameter.stride()
-        return cls(parameter.data_ptr(), parameter.untyped_storage(), layout, parameter.dtype)
-
-    def give_back(self, parameter: Tensor) -> None:
-        if parameter.dtype != self.dtype or parameter.data_ptr() != self.data_ptr:
-            found = torch.empty(0, dtype=self.dtype, device=self.storage.device)
-            parameter.data = found.set_(self.storage, *self.layout)
+def _bound(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor is bound to. Other than asking for ``.data``, this costs no operation on the device."""
+    place = tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+    return tensor.dtype, tensor.data_ptr(), *place
 
 
 def _enqueues_as_pml(module: nn.Module) -> bool:
@@ -85,9 +69,8 @@ def _enqueues_as_pml(module: nn.Module) -> bool:
 def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
     """Whatever is enqueued inside, after it the memory holds what it held before.
 
-    The memory may be large and few of its rows are written, so only those are kept and written back. The version of its
-    tensors is set back too: a graph that was made before can still be walked backward, and one that was made inside,
-    of rows that are gone, raises.
+    Only the rows that are written are kept and written back, as the memory may be large. The version of its tensors is
+    set back too: graphs made before can still be walked backward, and those made inside, of rows that are gone, raise.
     """
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     enqueue = memory.add_to_memory
@@ -112,10 +95,7 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
 
 @contextmanager
 def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Puts modules into eval mode and freezes their parameters; on exit it restores them, see `preserved`.
-
-    Gradients are enabled inside.
-    """
+    """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`."""
     with preserved(*modules), torch.enable_grad():
         for module in modules:
             for submodule in module.modules():
@@ -128,18 +108,16 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
-    """Lets all global random number generators draw from a stream of its own; on exit it restores them.
+    """Lets the global generators of torch, numpy and ``random`` draw from a stream of its own; restores them on exit.
 
-    The stream depends on ``seed`` and ``step`` alone. So each step draws other numbers, and a resumed run draws the
-    numbers of an unbroken run. The generators are those of torch (CPU and accelerator), numpy and ``random``, since
-    attacks draw from all three.
+    The stream depends on ``seed`` and ``step`` alone, so a resumed run draws the numbers of an unbroken run.
 
     Yields:
         A function that starts the stream again.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
-    devices = _accelerators()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
@@ -159,8 +137,8 @@ def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
 def depends_on_mode(*modules: nn.Module) -> bool:
     """Whether any submodule is in train mode and runs code that asks for the mode.
 
-    BatchNorm and Dropout ask for it, a convolution does not. The answer comes from the code of each class, so it also
-    covers modules that users write. Scripted modules count as dependent, because their code cannot be read.
+    The answer comes from the code of each class, so it also covers modules that users write. Scripted modules count as
+    dependent, because their code cannot be read.
     """
     return any(m.training and _reads_training(cast(Hashable, type(m))) for module in modules for m in module.modules())
 
@@ -180,8 +158,3 @@ def _attribute_names(code: CodeType) -> Iterator[tuple[str, ...]]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _attribute_names(constant)
-
-
-def _accelerators() -> list[int]:
-    initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return list(range(torch.cuda.device_count())) if initialised else []

@@ -1,7 +1,6 @@
 """What each loss can take: whether copies of rows may be appended to the batch, join a reference, or replace rows.
 
-`SUPPORT` is a table of the losses of pytorch-metric-learning (PML). A test asks the losses themselves, by experiment,
-and fails where the table is wrong. A loss that the table does not know is asked by `loss_trials`.
+A test holds the table to experiments with the losses. A loss that it does not know is asked by `loss_trials`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class LossSupport:
 
     Attributes:
         copies: how copies may stand.
-        roles: the roles that the loss tells apart; copies for other roles replace their rows.
+        roles: that the loss tells apart; copies for other roles replace their rows.
         takes_reference: whether copies may join a reference.
         adds_up: what contributes on its own. "tuples": each pair or triplet, so that the tuples of one anchor may name
             different copies of it. "anchors": each anchor with all of its tuples, so that it needs one copy. "pairs":
@@ -146,16 +145,16 @@ _REDUCERS = (
 def support_of(loss: nn.Module) -> LossSupport | None:
     """What the loss can take, with the options that it was made with; None where the table does not tell.
 
-    The table tells of PML's classes, and of subclasses that compute with PML's methods alone. Distances and reducers
-    have to be PML's too.
+    It tells of classes that compute with PML's methods alone, with distances and reducers of PML.
     """
     if isinstance(loss, DistributedLossWrapper):
         return support_of(loss.loss)
     found: LossSupport | None = getattr(loss, "loss_support", None) or _of_class(type(loss))
-    if found is None or not _parts_are_known(loss):
+    if found is None or not all(map(_is_known, loss.modules())):
         return None
     if isinstance(loss, losses.MultipleLosses):
-        return _of_several([support_of(part) for part in _parts(loss)], loss.miners is not None)
+        parts = loss.losses.values() if loss.is_dict else loss.losses
+        return _of_several([support_of(part) for part in parts], loss.miners is not None)
     if isinstance(loss, losses.CrossBatchMemory):
         inner = support_of(loss.loss)
         return inner and replace(found, beside_clean=inner.beside_clean, memory_size=loss.memory_size)
@@ -167,7 +166,7 @@ def support_of(loss: nn.Module) -> LossSupport | None:
 
 
 def _of_class(kind: type[nn.Module]) -> LossSupport | None:
-    """The row of the table for the class, or for the class of PML whose methods it inherits."""
+    """The row of the table for the class, or for the class of PML with whose methods it computes."""
     known = next((base for base in kind.__mro__ if base in SUPPORT), None)
     if known is None:
         return None
@@ -181,18 +180,11 @@ def _computes(name: str, value: object) -> bool:
     return (isroutine(value) or isinstance(value, property)) and name != "__init__" and not name.startswith("get_def")
 
 
-def _parts_are_known(loss: nn.Module) -> bool:
-    """Whether the distances and reducers in the loss are PML's."""
-    for part in loss.modules():
-        if isinstance(part, reducers.BaseReducer) and type(part) not in _REDUCERS:
-            return False
-        if isinstance(part, distances.BaseDistance) and not type(part).__module__.startswith("pytorch_metric_learning"):
-            return False
-    return True
-
-
-def _parts(loss: losses.MultipleLosses) -> list[nn.Module]:
-    return list(loss.losses.values() if loss.is_dict else loss.losses)
+def _is_known(part: nn.Module) -> bool:
+    """Whether a part of a loss, if it is a distance or a reducer, is PML's."""
+    if isinstance(part, distances.BaseDistance):
+        return type(part).__module__.startswith("pytorch_metric_learning")
+    return not isinstance(part, reducers.BaseReducer) or type(part) in _REDUCERS
 
 
 def _of_several(parts: list[LossSupport | None], has_miners: bool) -> LossSupport | None:
@@ -201,11 +193,10 @@ def _of_several(parts: list[LossSupport | None], has_miners: bool) -> LossSuppor
     if len(known) < len(parts) or not known:
         return None
     limits = [part.memory_size for part in known if part.memory_size is not None]
-    common = [role for role in ROLES if all(role in part.roles for part in known)]
     appends = not has_miners and all(part.copies == "append" for part in known)
     return LossSupport(
         copies="append" if appends else "replace",
-        roles=tuple(common),
+        roles=tuple(role for role in ROLES if all(role in part.roles for part in known)),
         takes_reference=False,
         adds_up=max((part.adds_up for part in known), key=["tuples", "anchors", "pairs"].index),
         takes_triplets=any(part.takes_triplets for part in known),

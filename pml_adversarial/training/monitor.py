@@ -1,10 +1,7 @@
 """Whether training collapses: R@1 within the batch is watched, and the attack is held back while it falls.
 
-Collapse means that all embeddings become alike. It is the main failure of robust metric learning (arXiv 2203.01439,
-2312.07364): where attacks are stronger than what a network can learn to withstand, shrinking all distances is the quick
-way to a lower loss. Distances themselves say little about collapse: losses use them differently, and embeddings of
-untrained networks are nearly equal too. Collapse always costs retrieval, so R@1 within the batch is watched, without
-attack and under it.
+Collapse means that all embeddings become alike, the main failure of robust metric learning (arXiv 2203.01439,
+2312.07364). Distances say little about it: losses use them differently, and untrained networks have small ones too.
 """
 
 from __future__ import annotations
@@ -34,12 +31,10 @@ _RECOVERY = 100  # steps in which the attack on a collapsing embedding is taken 
 
 
 class CollapseMonitor:
-    """Measures R@1 within the batch, and says which share of the budget an attack may spend.
-
-    Args:
-        guarded: whether the share falls while the embedding is collapsing.
+    """Averages R@1 within the batch, and says which share of the budget an attack may spend.
 
     Attributes:
+        guarded: whether the share falls while the embedding is collapsing.
         share: of the budget that the schedule allows, from 0 to 1.
         recall: R@1 within the batch without attack, averaged over the last measurements; NaN before the first.
         recall_attacked: the same of the perturbed rows, at full strength; NaN before the first.
@@ -71,9 +66,19 @@ class CollapseMonitor:
             self.attacked_measurements += 1
             self.recall_attacked = _averaged(self.recall_attacked, attacked, self.attacked_measurements)
         if collapsing and self.measurements % _MEMORY == 0:
-            self._warn_of_collapse()
+            held = "The attack is held back until it recovers. If it does not, stop" if self.guarded else "Stop"
+            logger.warning(
+                f"The embedding is collapsing: R@1 within the batch fell from {100 * self.best:.0f} % to "
+                f"{100 * self.recall:.0f} %. {held}, and train anew with a smaller eps, a longer warmup, clean rows "
+                "beside the perturbed ones (keep_clean=True), or from a model trained without an attack."
+            )
         elif attacked is not None and self.out_of_reach and self.attacked_measurements % (5 * _MEMORY) == _MEMORY:
-            self._warn_of_reach(step)
+            logger.warning(
+                f"The eps of this attack is out of reach so far: after {step + 1} steps R@1 within the batch is "
+                f"{100 * self.recall:.0f} % without attack and {100 * self.recall_attacked:.0f} % under it. Expect no "
+                "robustness at it. Smaller eps may be learned better with a smaller eps in training; else train for "
+                "longer, or use a larger network."
+            )
 
     @property
     def out_of_reach(self) -> bool:
@@ -88,56 +93,24 @@ class CollapseMonitor:
         """Continues from a state that `state_dict` returned."""
         vars(self).update(state)
 
-    def _warn_of_collapse(self) -> None:
-        held = "The attack is held back until it recovers. If it does not, stop" if self.guarded else "Stop"
-        logger.warning(
-            "The embedding is collapsing: R@1 within the batch fell from %.0f %% to %.0f %%. %s, and train anew with a "
-            "smaller eps, a longer warmup, clean rows beside the perturbed ones (keep_clean=True), or from a model "
-            "trained without an attack.",
-            100 * self.best,
-            100 * self.recall,
-            held,
-        )
-
-    def _warn_of_reach(self, step: int) -> None:
-        logger.warning(
-            "The eps of this attack is out of reach so far: after %d steps R@1 within the batch is %.0f %% without "
-            "attack and %.0f %% under it. Expect no robustness at it. Smaller eps may be learned better with a "
-            "smaller eps in training; else train for longer, or use a larger network.",
-            step + 1,
-            100 * self.recall,
-            100 * self.recall_attacked,
-        )
-
 
 def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -> Tensor:
-    """``(2,)`` R@1 within the batch: of the clean rows, and of the copies among the other clean rows.
+    """``(2,)`` R@1 within a batch with labels: of clean rows, and of copies ``(M, D)`` among the other clean rows.
 
-    A row whose class has no other member does not count; NaN where no row counts. A wrong row that is as near as the
-    nearest right one ranks before it.
-
-    Args:
-        wrapped: the loss, whose distance counts.
-        batch: with labels.
-        plan: which rows the copies are of.
-        copies: ``(M, D)``.
+    The distance is that of the loss. A row whose class has no other member does not count; NaN where no row counts. A
+    wrong row that is as near as the nearest right one ranks before it.
     """
     distance, clean = distance_of(wrapped), at_least_float(batch.embeddings.detach())
     labels, rows = cast(Tensor, batch.labels), torch.arange(batch.num_rows, device=clean.device)
-    found = [
-        _recall(distance, queries, clean, labels[of], labels, of)
-        for queries, of in ((clean, rows), (copies.detach().to(clean.dtype), plan.rows))
-    ]
-    return torch.stack(found)
+    asked = (clean, rows), (copies.detach().to(clean.dtype), plan.rows)
+    return torch.stack([_recall(distance, queries, of, clean, labels) for queries, of in asked])
 
 
-def _recall(
-    distance: nn.Module, queries: Tensor, clean: Tensor, labels: Tensor, all_labels: Tensor, of: Tensor
-) -> Tensor:
+def _recall(distance: nn.Module, queries: Tensor, of: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
     near = distance(queries, clean)
     near = near if distance.is_inverted else -near
     itself = torch.zeros_like(near, dtype=torch.bool).scatter(1, of[:, None], True)
-    same = labels[:, None] == all_labels
+    same = labels[of][:, None] == labels
     right = near.masked_fill(~same | itself, -torch.inf).amax(1)
     wrong = near.masked_fill(same, -torch.inf).amax(1)
     return (right > wrong)[(same & ~itself).any(1)].float().mean()

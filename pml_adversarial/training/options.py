@@ -34,29 +34,27 @@ def warmup_steps(warmup: float | None, total_steps: int | None, default: int) ->
     """Over how many steps the attack grows to its full budget.
 
     Args:
-        warmup: a number of steps (int), or a share of ``total_steps`` (float) in (0, 1]; None: the default.
+        warmup: a number of steps (int), or a share of ``total_steps`` (float) up to 1; None: the default.
         total_steps: of the whole training.
         default: number of steps.
 
     Raises:
         InputError: ``warmup`` is neither, or one of the two is missing, or would change nothing.
     """
-    share = isinstance(warmup, float)
-    if total_steps is not None and (
-        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
-    ):
+    if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
         raise InputError(f"total_steps={total_steps!r}; expected a whole number of training steps, from 1 on.")
-    if total_steps is not None and not share:
+    if total_steps is not None and not isinstance(warmup, float):
         raise InputError(
             f"total_steps={total_steps} was given with warmup={warmup!r}, and would change nothing; expected warmup as "
             "a share of it, such as warmup=0.5. To count in steps, leave out total_steps."
         )
     if warmup is None:
         return default
-    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or warmup < 0 or (share and not warmup <= 1):
+    highest = 1 if isinstance(warmup, float) else math.inf
+    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup <= highest:
         raise InputError(
-            f"warmup={warmup!r}; expected a whole number of training steps, 0 for none, or a share of total_steps, "
-            "above 0 and up to 1, such as warmup=0.5, total_steps=10_000."
+            f"warmup={warmup!r}; expected a whole number of training steps, 0 for none, or a share of total_steps, up "
+            "to 1, such as warmup=0.5, total_steps=10_000."
         )
     if not isinstance(warmup, float):
         return warmup
@@ -71,33 +69,37 @@ def warmup_steps(warmup: float | None, total_steps: int | None, default: int) ->
 def check_loss(loss: Any, model: Any) -> None:
     """Refuses what is not a metric loss, or is given in the wrong place.
 
-    Args:
-        loss: what is to be wrapped.
-        model: what is to be attacked.
-
     Raises:
         InputError: ``loss`` is not a metric loss, ``model`` is one, or the loss returns no scalar.
     """
-    if isinstance(loss, type):
-        raise InputError(f"loss is the class {loss.__name__}; {_make(loss, 'AdversarialLoss')}")
+    name = type(loss).__name__
+    _check_places("loss", loss, model, "AdversarialLoss", _LOSSES)
     if isinstance(loss, _MINERS):
         raise InputError(
-            f"loss is the miner {_name(loss)}; expected a loss. Give its tuples to the loss, "
-            "loss_func(embeddings, labels, miner(embeddings, labels)), or wrap it in AdversarialMiner(miner, model)."
+            f"loss is the miner {name}; expected a loss. Wrap a miner in AdversarialMiner(miner, model), or give its "
+            "tuples to the loss: loss_func(embeddings, labels, miner(embeddings, labels))."
         )
     if not isinstance(loss, nn.Module):
         raise InputError(
-            f"loss is {_article(loss)}; expected a loss of pytorch-metric-learning, such as ContrastiveLoss(), or a "
+            f"loss is an object of {name}; expected a loss of pytorch-metric-learning, such as ContrastiveLoss(), or a "
             "torch.nn.Module of your own with forward(embeddings, labels)."
         )
-    if isinstance(model, _LOSSES) and not isinstance(loss, _LOSSES):
+    if getattr(type(loss).forward, "__module__", "") == "torch.nn.modules.loss":
         raise InputError(
-            f"The arguments are in the wrong order: loss is {_name(loss)}, model is {_name(model)}. Write "
-            f"AdversarialLoss({_name(model)}(...), model)."
+            f"{name} of torch.nn is no metric loss: it is not called with embeddings and their labels. Use one of "
+            f"pytorch-metric-learning, such as AdversarialLoss({_INSTEAD.get(name, 'ContrastiveLoss()')}, model)."
         )
-    _check_model(model, "AdversarialLoss(loss, model)")
-    _check_criterion(loss)
-    _check_reducers(loss)
+    if not _takes_two(loss):
+        raise InputError(
+            f"loss is an object of {name}, whose forward takes {positional(loss)}; expected a loss with "
+            "forward(embeddings, labels), such as ContrastiveLoss(), in AdversarialLoss(loss, model)."
+        )
+    for place, module in loss.named_modules():
+        if isinstance(module, reducers.DoNothingReducer):
+            raise InputError(
+                f"{name} has a DoNothingReducer at .{place}, so it returns a dict and no scalar; expected a reducer "
+                "that returns a scalar, such as reducer=MeanReducer()."
+            )
 
 
 def check_miner(miner: Any, model: Any) -> None:
@@ -106,22 +108,16 @@ def check_miner(miner: Any, model: Any) -> None:
     Raises:
         InputError: ``miner`` is not a miner, ``model`` is one, or each process mines for itself.
     """
-    if isinstance(miner, type):
-        raise InputError(f"miner is the class {miner.__name__}; {_make(miner, 'AdversarialMiner')}")
-    if isinstance(model, _MINERS) and not isinstance(miner, _MINERS):
-        raise InputError(
-            f"The arguments are in the wrong order: miner is {_name(miner)}, model is {_name(model)}. Write "
-            f"AdversarialMiner({_name(model)}(...), model)."
-        )
+    name = type(miner).__name__
+    _check_places("miner", miner, model, "AdversarialMiner", _MINERS)
     if isinstance(miner, _LOSSES):
         raise InputError(
-            f"miner is the loss {_name(miner)}; expected a tuple miner. Wrap a loss in AdversarialLoss(loss, model)."
+            f"miner is the loss {name}; expected a tuple miner. Wrap a loss in AdversarialLoss(loss, model)."
         )
     if not callable(miner) or (isinstance(miner, nn.Module) and not _takes_two(miner)):
         raise InputError(
-            f"miner is {_article(miner)}; expected a tuple miner of pytorch-metric-learning, such as BatchHardMiner()."
+            f"miner is an object of {name}; expected a tuple miner of pytorch-metric-learning, as BatchHardMiner()."
         )
-    _check_model(model, "AdversarialMiner(miner, model)")
     if isinstance(miner, DistributedMinerWrapper) and miner.efficient:
         raise InputError(
             "DistributedMinerWrapper has efficient=True: each process then mines for its own rows only. Use "
@@ -138,23 +134,23 @@ def check_processes(loss: nn.Module) -> None:
     inner = [m for m in loss.modules() if isinstance(m, DistributedLossWrapper | DistributedDataParallel)]
     if any(module is not loss or isinstance(module, DistributedDataParallel) for module in inner):
         raise InputError(
-            f"loss holds {', '.join(map(_name, inner))} in a place where each evaluation would talk to the other "
-            "processes; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has parameters, put "
-            "DistributedDataParallel around the AdversarialLoss."
+            f"loss holds {', '.join(type(m).__name__ for m in inner)} in a place where each evaluation would talk to "
+            "the other processes; expected AdversarialLoss(DistributedLossWrapper(loss), model). If the loss has "
+            "parameters, put DistributedDataParallel around the AdversarialLoss."
         )
     if getattr(loss, "efficient", False) and inner:
         raise InputError(
             "DistributedLossWrapper has efficient=True: each process then has tuples of its own, and gradients are not "
-            "those of one batch. Use efficient=False, with which the processes share one batch, or the loss without "
-            "the wrapper, with which each process has its own batch."
+            "those of one batch. Use efficient=False to share one batch, or leave out the wrapper to have a batch in "
+            "each process."
         )
 
 
 def positional(module: nn.Module) -> list[str]:
     """Names of the arguments that ``forward`` takes by position. ``*`` stands before one that takes any number."""
     parameters = inspect.signature(module.forward).parameters.values()
-    several = [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)] + several
+    by_position = [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    return [f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name for p in by_position]
 
 
 def shown(options: Mapping[str, Any], plugins: Iterable[Any] = (), **others: Any) -> str:
@@ -170,54 +166,29 @@ def levels(eps: float) -> str:
     return f"{number}/255" if number and math.isclose(number / 255, eps) else f"{eps:g}"
 
 
-def _check_model(model: Any, call: str) -> None:
+def _check_places(of: str, given: Any, model: Any, wrapper: str, kinds: tuple[type, ...]) -> None:
+    """Refuses classes, arguments in the wrong order, and a loss or a miner as the model."""
+    if isinstance(given, type):
+        parameters = inspect.signature(given).parameters.values()
+        needed = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        raise InputError(
+            f"{of} is the class {given.__name__}; expected an object. Write "
+            f"{wrapper}({given.__name__}({', '.join(needed)}), model)."
+        )
+    name = type(model).__name__
+    if isinstance(model, kinds) and not isinstance(given, kinds):
+        raise InputError(
+            f"The arguments are in the wrong order: {of} is {type(given).__name__}, model is {name}. Write "
+            f"{wrapper}({name}(...), model)."
+        )
     if isinstance(model, type):
         raise InputError(f"model is the class {model.__name__}; expected an object, such as {model.__name__}(...).")
     if isinstance(model, (*_LOSSES, *_MINERS)):
         raise InputError(
-            f"model is {_name(model)}; expected the module that turns images into embeddings, {call}, or None."
+            f"model is {name}; expected the module that turns images into embeddings, {wrapper}({of}, model), or None."
         )
-
-
-def _check_criterion(loss: nn.Module) -> None:
-    name = _name(loss)
-    if getattr(type(loss).forward, "__module__", "") == "torch.nn.modules.loss":
-        instead = _INSTEAD.get(name, "ContrastiveLoss()")
-        raise InputError(
-            f"{name} of torch.nn is no metric loss: it is not called with embeddings and their labels. Use one of "
-            f"pytorch-metric-learning, such as AdversarialLoss({instead}, model)."
-        )
-    if not _takes_two(loss):
-        raise InputError(
-            f"loss is {_article(loss)}, whose forward takes {positional(loss)}; expected a loss with "
-            "forward(embeddings, labels), such as ContrastiveLoss(), in AdversarialLoss(loss, model)."
-        )
-
-
-def _check_reducers(loss: nn.Module) -> None:
-    for name, module in loss.named_modules():
-        if isinstance(module, reducers.DoNothingReducer):
-            raise InputError(
-                f"{_name(loss)} has a DoNothingReducer at .{name}, so it returns a dict and no scalar; expected a "
-                "reducer that returns a scalar, such as reducer=MeanReducer()."
-            )
 
 
 def _takes_two(module: nn.Module) -> bool:
     names = positional(module)
     return len(names) >= 2 or any(name.startswith("*") for name in names)
-
-
-def _make(kind: type, wrapper: str) -> str:
-    """How to make an object of a class."""
-    parameters = list(inspect.signature(kind).parameters.values())
-    needed = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return f"expected an object. Write {wrapper}({kind.__name__}({', '.join(needed)}), model)."
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__
-
-
-def _article(value: Any) -> str:
-    return f"an object of {_name(value)}"

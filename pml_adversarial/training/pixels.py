@@ -28,17 +28,14 @@ class PixelSpace:
 
     def __init__(self, normalization: Normalization | None = None) -> None:
         self.normalization = normalization
-        if normalization is not None:
-            self._check(normalization)
+        if normalization is not None and not _is_usable(normalization):
+            raise InputError(
+                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above "
+                "0. Pass the two values that you gave to torchvision.transforms.Normalize."
+            )
 
     def to_pixels(self, inputs: Tensor) -> Tensor:
-        """Converts the model's inputs to pixels, and checks them.
-
-        Args:
-            inputs: ``(N, C, ...)`` as the model took them.
-
-        Returns:
-            ``(N, C, ...)`` in [0, 1].
+        """Converts inputs ``(N, C, ...)`` as the model took them to pixels of the same shape, and checks them.
 
         Raises:
             InputError: the inputs are integers, sparse, empty or not finite, or their pixels lie outside [0, 1].
@@ -53,10 +50,10 @@ class PixelSpace:
                 f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
                 "more per row. Pass images as a dense tensor (N, C, ...)."
             )
-        pixels = (
-            inputs if self.normalization is None else inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
-        )
-        low, high = torch.stack(torch.aminmax(_detached(pixels))).tolist() if pixels.numel() else (0.0, 0.0)
+        pixels = inputs
+        if self.normalization is not None:
+            pixels = inputs * self._channels(inputs, 1) + self._channels(inputs, 0)
+        low, high = torch.stack(torch.aminmax(pixels)).tolist() if pixels.numel() else (0.0, 0.0)
         tolerance = max(_TOLERANCE, 4 * torch.finfo(pixels.dtype).eps)
         if not -tolerance <= low <= high <= 1 + tolerance:
             raise InputError(self._explain(pixels, low, high))
@@ -79,8 +76,7 @@ class PixelSpace:
         return values.reshape(-1, *[1] * (like.ndim - 2))
 
     def _explain(self, pixels: Tensor, low: float, high: float) -> str:
-        bad = int((~pixels.isfinite()).reshape(len(pixels), -1).any(1).sum())
-        if bad:
+        if bad := int((~pixels.isfinite()).reshape(len(pixels), -1).any(1).sum()):
             return (
                 f"{bad} of {len(pixels)} inputs hold NaN or infinite values; expected finite pixels in [0, 1]. Look "
                 "for the step that made them, in the data set or in the augmentation."
@@ -95,19 +91,10 @@ class PixelSpace:
             "pixels in [0, 1]. Pass the mean and std with which the inputs were normalised."
         )
 
-    @staticmethod
-    def _check(normalization: Normalization) -> None:
-        try:
-            mean, std = normalization
-            usable = len(mean) == len(std) > 0 and all(math.isfinite(m) for m in mean) and all(s > 0 for s in std)
-        except (TypeError, ValueError):
-            usable = False
-        if not usable:
-            raise InputError(
-                f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std above "
-                "0. Pass the two values that you gave to torchvision.transforms.Normalize."
-            )
 
-
-def _detached(values: Tensor) -> Tensor:
-    return values.detach() if values.requires_grad else values
+def _is_usable(normalization: Normalization) -> bool:
+    try:
+        mean, std = normalization
+        return len(mean) == len(std) > 0 and all(map(math.isfinite, mean)) and all(s > 0 for s in std)
+    except (TypeError, ValueError):
+        return False

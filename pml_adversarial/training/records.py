@@ -18,10 +18,10 @@ R = TypeVar("R", bound="Records")
 
 @dataclass(frozen=True, eq=False)
 class Records(Mapping[str, float]):
-    """What the last step of a miner did. Numbers that no step has measured yet are NaN.
+    """What the last step of a miner did; also as a mapping, ``dict(loss_func.records)``.
 
-    In a step that perturbs no row, ``num_perturbed`` and ``attack_seconds`` are 0, and the other numbers but the
-    strength are NaN. The records are a mapping too: ``dict(loss_func.records)``.
+    Numbers that no step has measured yet are NaN. In a step that perturbs no row, ``num_perturbed`` and
+    ``attack_seconds`` are 0, and the other numbers but the strength are NaN.
 
     Attributes:
         strength: share of the attack's eps and alpha that the step could spend, from 0 to 1.
@@ -85,7 +85,7 @@ OF_LOSSES = tuple(name for name in LossRecords.names() if name not in STANDARD)
 
 
 def declare(module: ModuleWithRecords, names: Iterable[str]) -> None:
-    """Makes the names recordable, at NaN. Record-keeper needs each series from the first step on."""
+    """Makes the names recordable, at NaN: record-keeper needs each series from the first step on."""
     new = [name for name in names if name not in getattr(module, "_record_these", ())]
     module.add_to_recordable_attributes(list_of_names=new, is_stat=False)
     for name in new:
@@ -100,24 +100,17 @@ def read(module: ModuleWithRecords, kind: type[R]) -> R:
 
 
 def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> None:
-    """Sets the answers of all record hooks as attributes of ``module``, as Python numbers.
-
-    Where several plugins record one name, the number of the plugin that was asked first counts. All tensors are read in
-    one transfer.
+    """Sets the answers of all record hooks as attributes of ``module``, as Python numbers. The first of a name counts.
 
     Raises:
         PluginError: a name is not a string, or is taken, or a value is not one number.
     """
-    values: dict[str, Any] = {}
-    for answer in answers:
-        for name, value in answer.items():
-            values.setdefault(name, value)
-    wrong = [name for name, value in values.items() if not _recordable(name, value)]
-    if wrong:
+    values = {name: value for answer in reversed([*answers]) for name, value in answer.items()}
+    if wrong := [name for name, value in values.items() if not _recordable(name, value)]:
         raise PluginError(f"A plugin records {wrong}; expected names with numbers or tensors of one element.")
     values.update(_numbers({name: value for name, value in values.items() if isinstance(value, Tensor)}))
-    taken = [name for name in values if _is_taken(module, name)]
-    if taken:
+    new = [name for name in values if name not in getattr(module, "_record_these", ())]
+    if taken := [name for name in new if name in dir(module)]:  # the names of a module that it wraps are free
         raise PluginError(
             f"A plugin records {taken}, which are attributes of {type(module).__name__} already; expected other names."
         )
@@ -142,20 +135,11 @@ def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Tensors of one element as Python numbers. All of one type are read in one transfer."""
     found: dict[str, float] = {}
     for dtype in {tensor.dtype for tensor in tensors.values()}:
-        of_type = {name: t.detach() if t.requires_grad else t for name, t in tensors.items() if t.dtype == dtype}
-        scalars = [t if t.ndim == 0 else t.reshape(()) for t in of_type.values()]
-        found.update(zip(of_type, map(float, torch.stack(scalars).tolist()), strict=True))
+        of_type = {name: t if t.ndim == 0 else t.reshape(()) for name, t in tensors.items() if t.dtype == dtype}
+        found.update(zip(of_type, map(float, torch.stack([*of_type.values()]).tolist()), strict=True))
     return found
 
 
 def _recordable(name: Any, value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(name, str) and value.numel() == 1 and not value.is_complex()
-    return isinstance(name, str) and isinstance(value, int | float)
-
-
-def _is_taken(module: ModuleWithRecords, name: str) -> bool:
-    """Whether the module itself has an attribute of that name; those of the module that it wraps do not count."""
-    if name in getattr(module, "_record_these", ()):
-        return False
-    return any(name in names for names in (vars(module), dir(type(module)), module._modules))
+    one_number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return isinstance(name, str) and (one_number or isinstance(value, int | float))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
+from dataclasses import dataclass
 
 DEFAULT_WARMUP = 200
 """Steps over which `AdversarialLoss` lets eps grow, unless it is told otherwise."""
 
 
+@dataclass(frozen=True)
 class EpsSchedule:
-    """Eps and alpha grow linearly from 0 to their full values.
-
-    Args:
-        warmup: number of steps over which they grow; 0: they have their full values from the start.
-
-    Raises:
-        InputError: ``warmup`` is not a whole number of steps.
+    """Eps and alpha grow linearly from 0 to their full values over ``warmup`` steps; 0: they are full from the start.
 
     Example:
         >>> schedule = EpsSchedule(warmup=10)
@@ -23,10 +18,7 @@ class EpsSchedule:
         (0.5, 1.0)
     """
 
-    def __init__(self, warmup: int = 0) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise InputError(f"warmup={warmup!r}; expected a whole number of training steps, 0 for no warm-up.")
-        self.warmup = warmup
+    warmup: int = 0
 
     def at(self, step: int) -> float:
         """The share of the full budget in this step, from 0 to 1."""

@@ -1,7 +1,6 @@
 """The state of a wrapper as one tensor of bytes, which tools that save, copy or average tensors can handle.
 
-Safetensors, accelerate and tools that average weights expect a tensor in every entry of a ``state_dict``. All numbers
-take the same room, so the length of the tensor does not change while a run goes on, unless a plugin remembers more. A
+All numbers take the same room, so its length does not change while a run goes on, unless a plugin remembers more. A
 cast to half precision keeps bytes exactly. Reading the bytes runs no code.
 """
 
@@ -20,8 +19,8 @@ from torch import Tensor
 from ..errors import InputError, PluginError
 
 _MARK = b"pml_adversarial 1\n"
-_CHECKSUM = 4  # bytes, after the mark
-_LENGTH = 8  # bytes, after the checksum: the length of the text that follows
+_HEADER = len(_MARK) + 4  # bytes: the mark and a checksum
+_LENGTH = 8  # bytes, after the header: the length of the text that follows
 
 
 def packed(state: Mapping[str, Any]) -> Tensor:
@@ -36,14 +35,11 @@ def packed(state: Mapping[str, Any]) -> Tensor:
     tensors: list[Tensor] = []
     text = json.dumps(_written(state, "", tensors), separators=(",", ":")).encode()
     content = b"".join([len(text).to_bytes(_LENGTH, "big"), text, *map(_bytes_of, tensors)])
-    return torch.frombuffer(bytearray(_MARK + _checksum(content) + content), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(_header(content) + content), dtype=torch.uint8)
 
 
 def unpacked(saved: Any) -> dict[str, Any] | None:
     """The state that `packed` was given. None if the bytes changed since, as when a tool averaged all tensors.
-
-    Args:
-        saved: the tensor, of any type and on any device.
 
     Raises:
         InputError: ``saved`` is not a tensor.
@@ -54,10 +50,9 @@ def unpacked(saved: Any) -> dict[str, Any] | None:
             "which this version does not read. To load the weights alone, remove the entries that end in _extra_state "
             "and call load_state_dict with strict=False."
         )
-    stream = BytesIO(saved.detach().cpu().to(torch.uint8).numpy().tobytes())
-    mark, checksum = stream.read(len(_MARK)), stream.read(_CHECKSUM)
-    content = stream.read()
-    if mark != _MARK or checksum != _checksum(content):
+    stored = saved.detach().cpu().to(torch.uint8).numpy().tobytes()
+    content = stored[_HEADER:]
+    if not stored.startswith(_header(content)):
         return None
     tensors = BytesIO(content)
     text = tensors.read(int.from_bytes(tensors.read(_LENGTH), "big"))
@@ -65,12 +60,12 @@ def unpacked(saved: Any) -> dict[str, Any] | None:
     return state
 
 
-def _checksum(content: bytes) -> bytes:
-    return zlib.crc32(content).to_bytes(_CHECKSUM, "big")
+def _header(content: bytes) -> bytes:
+    return _MARK + zlib.crc32(content).to_bytes(4, "big")
 
 
 def _written(value: Any, place: str, tensors: list[Tensor]) -> list[Any]:
-    """The value as ``[kind, content]`` for JSON. Tensors go to the list, in their order."""
+    """The value as ``[kind, content]`` for JSON. Tensors go to the list. A number, bool or None takes 32 characters."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
         tensors.append(value)
         return ["tensor", [str(value.dtype).removeprefix("torch."), list(value.shape)]]
@@ -81,31 +76,24 @@ def _written(value: Any, place: str, tensors: list[Tensor]) -> list[Any]:
         return [kind, [_written(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]]
     if isinstance(value, str):
         return ["text", value]
-    try:
-        return _number(value)
-    except (TypeError, OverflowError):
-        raise PluginError(
-            f"The state to be saved holds {type(value).__name__} at {place}; expected tensors, numbers of up to 128 "
-            "bits, bools, strings, None, and mappings, lists and tuples of them. Change what the plugin's state_dict "
-            "returns."
-        ) from None
-
-
-def _number(value: Any) -> list[str]:
-    """A number, a bool or None in 32 characters, whatever its value."""
     if isinstance(value, float):
         return ["real", struct.pack(">dq", value, 0).hex()]
     if value is None:
         return ["none", 32 * "0"]
-    if not isinstance(value, int):
-        raise TypeError
-    return ["bool" if isinstance(value, bool) else "int_", int(value).to_bytes(16, "big", signed=True).hex()]
+    if isinstance(value, int) and -(2**127) <= value < 2**127:
+        return ["bool" if isinstance(value, bool) else "int_", int(value).to_bytes(16, "big", signed=True).hex()]
+    raise PluginError(
+        f"The state to be saved holds {type(value).__name__} at {place}; expected tensors, numbers of up to 128 bits, "
+        "bools, strings, None, and mappings, lists and tuples of them. Change what the plugin's state_dict returns."
+    )
 
 
 def _read(written: list[Any], tensors: BytesIO) -> Any:
     kind, content = written
     if kind == "tensor":
-        return _tensor_of(getattr(torch, content[0]), content[1], tensors)
+        empty = torch.empty(content[1], dtype=getattr(torch, content[0]))
+        found = bytearray(tensors.read(empty.nbytes))
+        return torch.frombuffer(found, dtype=empty.dtype).reshape(empty.shape) if found else empty
     if kind == "dict":
         return {_read(key, tensors): _read(value, tensors) for key, value in content}
     if kind in ("list", "tuple"):
@@ -121,9 +109,3 @@ def _read(written: list[Any], tensors: BytesIO) -> Any:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _tensor_of(dtype: torch.dtype, shape: list[int], tensors: BytesIO) -> Tensor:
-    empty = torch.empty(shape, dtype=dtype)
-    content = bytearray(tensors.read(empty.numel() * empty.element_size()))
-    return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else empty

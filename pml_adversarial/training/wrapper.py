@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any, cast
 
+from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from .replay import Models
@@ -14,18 +14,11 @@ from .step import AdversarialStep
 
 logger = logging.getLogger("pml_adversarial")
 
-_NOT_IN_BUFFERS = ("queue_idx", "has_been_filled")
-"""Attributes of PML's `CrossBatchMemory` that change while training and that its own ``state_dict`` leaves out."""
-
 _EXTRA_STATE = "_extra_state"
 
 
 class StandIn(nn.Module):
-    """A module that passes on the attributes and methods of the module that it wraps.
-
-    Attributes are found on the wrapped module where the wrapper has none of that name. Setting an attribute sets it on
-    the wrapper, as in any module.
-    """
+    """A module on which the attributes and methods of the module that it wraps are found, where it has none itself."""
 
     _wraps = "loss"
     """The name of the attribute that holds the wrapped module."""
@@ -45,10 +38,9 @@ class StandIn(nn.Module):
 
 
 class Wrapper(StandIn):
-    """A stand-in that takes adversarial steps and saves what they depend on.
+    """A stand-in that takes adversarial steps, and saves what they depend on as one tensor more.
 
-    The ``state_dict`` has the entries of the wrapped module and one tensor more. The state of a plain loss or miner can
-    be loaded too: step, seed and plugins then stay as they are.
+    The state of a plain loss or miner can be loaded too: step, seed and plugins then stay as they are.
     """
 
     adversary: AdversarialStep
@@ -76,9 +68,9 @@ class Wrapper(StandIn):
         found = unpacked(state)
         if found is None:
             logger.warning(
-                "The saved step, seed and state of plugins of %s cannot be read, and stay what they are. A tool that "
-                "averages or casts all tensors may have changed them. Weights and buffers are loaded.",
-                type(self).__name__,
+                f"The saved step, seed and state of plugins of {type(self).__name__} cannot be read, and stay what "
+                "they are. A tool that averages or casts all tensors may have changed them. Weights and buffers are "
+                "loaded."
             )
             return
         self.adversary.load_state_dict(found)
@@ -93,21 +85,15 @@ class Wrapper(StandIn):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-        if _EXTRA_STATE not in saved and not self._is_own(saved):
+        own = {f"{self._wraps}.{name}" for name in self._inner.state_dict()}
+        if _EXTRA_STATE not in saved and not (saved and own.issuperset(saved)):  # these are of the wrapped module alone
             for name in saved:
                 state_dict[f"{prefix}{self._wraps}.{name}"] = state_dict.pop(prefix + name)
             state_dict[prefix + _EXTRA_STATE] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _is_own(self, names: list[str]) -> bool:
-        """Whether the names are those of this wrapper's own entries, and not those of the wrapped module alone."""
-        expected = {f"{self._wraps}.{name}" for name in self._inner.state_dict()}
-        return bool(names) and expected.issuperset(names)
 
-
-def _attributes(module: nn.Module) -> Mapping[str, Mapping[str, Any]]:
-    """Submodule -> attribute -> value, of the attributes that a state dict leaves out."""
-    found = {
-        name: {key: vars(m)[key] for key in _NOT_IN_BUFFERS if key in vars(m)} for name, m in module.named_modules()
-    }
-    return {name: values for name, values in found.items() if values}
+def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Submodule -> attribute -> value, of what changes while training and a state dict leaves out."""
+    memories = {name: m for name, m in module.named_modules() if isinstance(m, CrossBatchMemory)}
+    return {name: {key: getattr(m, key) for key in ("queue_idx", "has_been_filled")} for name, m in memories.items()}

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
+from one_step import LOSSES
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
 from seed_paper import seed_paper_loss
@@ -128,20 +129,9 @@ class TestScore:
         assert copies.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.TripletMarginLoss(),
-        losses.ContrastiveLoss(),
-        losses.MultiSimilarityLoss(),
-        losses.NCALoss(),
-        losses.ArcFaceLoss(4, 4),
-        losses.SupConLoss(),
-    ],
-    ids=lambda loss: type(loss).__name__,
-)
-def test_trains_what_is_wrapped(model, images, labels, loss):
-    loss_func = build(model, ACT, loss=loss)
+@pytest.mark.parametrize("name", LOSSES)
+def test_trains_what_is_wrapped(model, images, labels, name):
+    loss_func = build(model, ACT, loss=LOSSES[name]())
     loss_func(model(images), labels, miners.BatchHardMiner()(model(images), labels)).backward()
     assert loss_func.num_perturbed == 16
     assert any(p.grad.abs().sum() > 0 for p in model.parameters())

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
+from one_step import LOSSES
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.reducers import MeanReducer
 from seed_paper import seed_paper_loss
@@ -361,22 +362,11 @@ class TestGradualAdversary:
 
 
 @pytest.mark.parametrize("destination", ["lga", "semihard", "softhard"])
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.TripletMarginLoss(),
-        losses.ContrastiveLoss(),
-        losses.MultiSimilarityLoss(),
-        losses.NCALoss(),
-        losses.ArcFaceLoss(4, 4),
-        losses.SupConLoss(),
-    ],
-    ids=lambda loss: type(loss).__name__,
-)
-def test_trains_what_is_wrapped(model, images, labels, loss, destination):
+@pytest.mark.parametrize("name", LOSSES)
+def test_trains_what_is_wrapped(model, images, labels, name, destination):
     hm = HM(destination=destination)
     hm.load_state_dict({"last_loss": 0.0})
-    loss_func = build(model, hm, loss=loss)
+    loss_func = build(model, hm, loss=LOSSES[name]())
     value = loss_func(model(images), labels, miners.BatchHardMiner()(model(images), labels))
     value.backward()
     assert loss_func.num_perturbed == 24

@@ -291,7 +291,7 @@ class TestTies:
     def test_of_a_right_and_a_wrong_item(self, labels, published):
         for corrected, expected in ((False, published), (True, False)):
             batch = self.batch(corrected, labels)
-            assert batch.nearest_is_right(batch.clean).tolist() == [expected]
+            assert robrank._nearest_is_right(batch, batch.own, batch.clean).tolist() == [expected]
 
     @pytest.mark.parametrize("target", [1, 2])
     @pytest.mark.parametrize("name", ["QA+", "QA-", "CA+", "CA-"])

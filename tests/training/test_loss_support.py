@@ -280,12 +280,12 @@ class TestUnknownLoss:
         assert not said_aloud(caplog)
 
     def test_that_has_no_answer_is_refused_with_a_cure(self, caplog):
-        with pytest.raises(PlanError, match=r"raises on trial batches.*double precision.*copies='append'"):
+        with pytest.raises(PlanError, match=r"has no value on trial batches.*double precision.*copies='append'"):
             steps(Never(0.2), perturb="positive")
         cured = steps(Never(0.2), perturb="positive", copies="append", keep_clean=False)
         assert cured == steps(losses.TripletMarginLoss(0.2), perturb="positive", keep_clean=False)
         assert len(said_aloud(caplog)) == 1
-        assert "raises on trial batches of 8 to 16" in said_aloud(caplog)[0]
+        assert "has no value on trial batches of 8 to 16" in said_aloud(caplog)[0]
 
     def test_of_all_rows_without_an_answer_trains_in_two_batches(self, caplog):
         one, other = (steps(loss, keep_clean=False)[0] for loss in (Never(0.2), losses.TripletMarginLoss(0.2)))

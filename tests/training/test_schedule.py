@@ -1,6 +1,3 @@
-import pytest
-
-from pml_adversarial import InputError
 from pml_adversarial.training.schedule import EpsSchedule
 
 
@@ -11,9 +8,3 @@ def test_grows_over_the_warmup():
 
 def test_is_whole_without():
     assert EpsSchedule().at(0) == 1
-
-
-@pytest.mark.parametrize("warmup", [-1, 1.5, True, None, "1"])
-def test_a_warmup_that_is_no_number_of_steps(warmup):
-    with pytest.raises(InputError, match="warmup="):
-        EpsSchedule(warmup)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss
-from torch import nn
-from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pml_adversarial
+from benchmarks.bare import attack_by_hand, small_cnn
 from pml_adversarial import AdversarialLoss
 from pml_adversarial.training import monitor, step
 
@@ -19,27 +18,12 @@ PACKAGE = str(Path(pml_adversarial.__file__).parent)
 EPS = 8 / 255
 
 
-class UnitNorm(nn.Module):
-    def forward(self, embeddings):
-        return normalize(embeddings)
-
-
 class Case:
     """A small CNN, a batch, and a loss whose calls are counted."""
 
     def __init__(self, steps=3, **options):
         torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(1, 32, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 128),
-            UnitNorm(),
-        )
+        self.model = small_cnn()
         self.images, self.labels = torch.rand(32, 1, 28, 28), torch.arange(32) // 2
         self.steps, self.loss, self.calls = steps, MultiSimilarityLoss(2, 40, 0.5), 0
         self.loss.register_forward_pre_hook(self._count)
@@ -59,19 +43,8 @@ class Case:
         """The same passes by hand, with the perturbed rows in place of the clean ones."""
         self.model.zero_grad()
         context = self.model(self.images).detach()
-        same = self.labels.unsqueeze(1) == self.labels
-        wrong_or_itself = ~same | torch.eye(len(same), dtype=torch.bool)
-        self.model.requires_grad_(False)
-        points = (self.images + torch.empty_like(self.images).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(self.steps):
-            points.requires_grad_(True)
-            distances = torch.cdist(self.model(points), context)
-            furthest = distances.masked_fill(wrong_or_itself, -torch.inf).amax(1)
-            nearest = distances.masked_fill(same, torch.inf).amin(1)
-            (gradient,) = torch.autograd.grad((furthest - nearest).sum(), points)
-            moved = points.detach() + EPS * gradient.sign()
-            points = (self.images + (moved - self.images).clamp(-EPS, EPS)).clamp(0, 1)
-        self.model.requires_grad_(True)
+        options = {"eps": EPS, "alpha": EPS, "steps": self.steps}
+        points = attack_by_hand(self.model, self.images, self.labels, context, **options)
         self.loss(self.model(points), self.labels).backward()
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..results import TARGETS, Example, Neighbour, Results, WorstCase, heading
-from .charts import Chart, Line, chart, radius
-from .pictures import Picture, magnified, picture, small, visible
+from .charts import Line, chart, radius
+from .pictures import magnified, picture, small, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,44 +17,23 @@ if TYPE_CHECKING:
 _THUMBNAIL = 64
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """A measure over eps: its curves, its chart, and a description for readers who do not see the chart."""
-
-    measure: str
-    lines: Sequence[Line]
-    chart: Chart
-    description: str
-
-
-@dataclass(frozen=True)
-class _ExamplePictures:
-    """An example with its pictures: of the query, and of the items that it finds, under a title."""
-
-    example: Example
-    query: Sequence[Picture]
-    found: Mapping[str, Sequence[tuple[bool, Picture]]]
-
-
 def render(results: Results) -> str:
     """Results as one complete HTML page."""
     norm = str(results.settings.get("norm", ""))
     measures = [name for name in ("recall_at_1", "map_at_r") if name in results.clean] if results.attacks else []
     cases = {target: [worst for worst in results.worst if worst.target == target] for target in TARGETS}
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            results=results,
-            norm=norm,
-            radii=sorted({result.eps for result in results.attacks} | {worst.eps for worst in results.worst}),
-            targets=[target for target in TARGETS if cases[target]],
-            headline_cases={target: _few(cases[target]) for target in TARGETS},
-            num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
-            figures=[_figure(results, measure, norm) for measure in measures],
-            examples=[_pictures(example) for example in results.examples],
-            settings=_settings(results),
-        )
+    settings = {name: getattr(results, name) for name in ("suite", "protocol", "settings", "versions")}
+    template = environment().get_template("page.html")
+    return template.render(
+        results=results,
+        norm=norm,
+        radii=sorted({result.eps for result in results.attacks} | {worst.eps for worst in results.worst}),
+        targets=[target for target in TARGETS if cases[target]],
+        headline_cases={target: _few(cases[target]) for target in TARGETS},
+        num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
+        figures=[_figure(results, measure, norm) for measure in measures],
+        examples=[_pictures(example) for example in results.examples],
+        settings=_json(settings, 2),
     )
 
 
@@ -82,16 +60,20 @@ def _few(cases: Sequence[WorstCase]) -> Sequence[WorstCase]:
     return cases if len(cases) <= 4 else [cases[0], cases[len(cases) // 2], cases[-1]]
 
 
-def _figure(results: Results, measure: str, norm: str) -> _Figure:
+def _figure(results: Results, measure: str, norm: str) -> dict[str, Any]:
+    """A measure over eps: its curves, its chart, and a description for readers who do not see the chart."""
     lines = _lines(results, measure)
     worst = "; ".join(
         f"{line.name}: " + ", ".join(f"{100 * value:.1f} at eps {eps:.4g}" for eps, value in line.points)
         for line in lines
         if line.worst
     )
-    chance = results.chance if measure == "recall_at_1" else None
-    description = f"{heading(measure)} in percent against eps. {worst}."
-    return _Figure(measure, lines, chart(lines, norm, chance), description)
+    return {
+        "measure": measure,
+        "lines": lines,
+        "chart": chart(lines, norm, results.chance if measure == "recall_at_1" else None),
+        "description": f"{heading(measure)} in percent against eps. {worst}.",
+    }
 
 
 def _lines(results: Results, measure: str) -> list[Line]:
@@ -106,39 +88,33 @@ def _lines(results: Results, measure: str) -> list[Line]:
     return [Line(*key, (clean, *sorted(values))) for key, values in points.items()]
 
 
-def _pictures(example: Example) -> _ExamplePictures:
+def _pictures(example: Example) -> dict[str, Any]:
+    """An example, pictures of its query, and under each title those of the items that it finds."""
     difference, factor = magnified(example.clean, example.perturbed)
     query = f"query {example.query}"
-    triple = [
-        picture(visible(example.clean), f"{query}, clean", "clean"),
-        picture(visible(example.perturbed), f"{query}, perturbed", "perturbed"),
-        picture(
-            difference, f"{query}, perturbed less clean, times {factor}, about grey", f"difference \u00d7 {factor}"
-        ),
-    ]
+    changed = f"{query}, perturbed less clean, times {factor}, about grey"
     found = {"finds, clean": example.before, "finds, perturbed": example.after}
-    thumbnails = {title: [_thumbnail(item, example.label) for item in items] for title, items in found.items()}
-    return _ExamplePictures(example, triple, thumbnails)
+    return {
+        "example": example,
+        "query": [
+            picture(visible(example.clean), f"{query}, clean", "clean"),
+            picture(visible(example.perturbed), f"{query}, perturbed", "perturbed"),
+            picture(difference, changed, f"difference \u00d7 {factor}"),
+        ],
+        "found": {title: [_thumbnail(item, example.label) for item in items] for title, items in found.items()},
+    }
 
 
-def _thumbnail(item: Neighbour, label: int) -> tuple[bool, Picture]:
+def _thumbnail(item: Neighbour, label: int) -> tuple[bool, dict[str, Any]]:
     """Whether an item is right for a query with this label, and its picture."""
     right = item.label == label
     description = f"item {item.item}, label {item.label}, {'right' if right else 'wrong'}"
     return right, picture(small(visible(item.image), _THUMBNAIL), description, f"{'✓' if right else '✗'} {item.label}")
 
 
-def _settings(results: Results) -> str:
-    """All that is needed to repeat the evaluation, as JSON with one line per setting, however long its value."""
-    parts = {"suite": json.dumps(results.suite), "protocol": json.dumps(results.protocol)}
-    groups = {"settings": results.settings, "versions": results.versions}
-    return _json_object({**parts, **{name: _json_values(values) for name, values in groups.items()}})
-
-
-def _json_values(values: Mapping[str, object]) -> str:
-    return _json_object({key: json.dumps(value, allow_nan=False) for key, value in values.items()}, "  ")
-
-
-def _json_object(values: Mapping[str, str], indent: str = "") -> str:
-    lines = [f"{indent}  {json.dumps(key)}: {value}" for key, value in values.items()]
+def _json(value: Any, depth: int, indent: str = "") -> str:
+    """A value as JSON, with a line of its own for each entry of dicts down to ``depth``, however long it is."""
+    if not depth or not isinstance(value, Mapping):
+        return json.dumps(value, allow_nan=False)
+    lines = [f"{indent}  {json.dumps(key)}: {_json(part, depth - 1, indent + '  ')}" for key, part in value.items()]
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

@@ -5,44 +5,21 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 _FACTORS = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
-_PIXELATED_BELOW = 80
+_PIXELATED_BELOW = 80  # pixels each way; of smaller images, each pixel is drawn as a square
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image above a caption.
-
-    Attributes:
-        uri: the image, as a data URI.
-        description: for readers who do not see it.
-        caption: a few words.
-        width: in pixels.
-        height: in pixels.
-    """
-
-    uri: str
-    description: str
-    caption: str
-    width: int
-    height: int
-
-    @property
-    def pixelated(self) -> bool:
-        """Whether the image is so small that each of its pixels is drawn as a square."""
-        return max(self.width, self.height) < _PIXELATED_BELOW
-
-
-def picture(image: Tensor, description: str, caption: str) -> Picture:
-    """A picture of an image ``(1, H, W)`` or ``(3, H, W)``."""
+def picture(image: Tensor, description: str, caption: str) -> dict[str, Any]:
+    """An image ``(1, H, W)`` or ``(3, H, W)`` as the template takes it; the description is for who does not see it."""
     height, width = image.shape[-2:]
-    return Picture(data_uri(image), description, caption, width, height)
+    size = {"width": width, "height": height, "pixelated": max(height, width) < _PIXELATED_BELOW}
+    return {"uri": data_uri(image), "description": description, "caption": caption, **size}
 
 
 def visible(image: Tensor) -> Tensor:

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from pml_adversarial import Batch, InputError, PlanError
-from pml_adversarial.defenses.sampling import STRATEGIES, check_sampling, harder_triplets, sample_triplets
-from pml_adversarial.defenses.triplets import distance, hardness, per_copy, perturb_members, three_members
+from pml_adversarial.defenses.triplets import (
+    STRATEGIES,
+    check_sampling,
+    distance,
+    harder_triplets,
+    hardness,
+    per_copy,
+    perturb_members,
+    sample_triplets,
+    three_members,
+)
 from pml_adversarial.training.plan import Plan, plan_roles, replace_rows
 from pml_adversarial.training.tuples import ROLES
 
