@@ -1,9 +1,9 @@
 import torch, time
 from torch import nn
 from torch.nn import functional as F
+from contextlib import *
 from pml_adversarial.training.tracing import *
 from pml_adversarial.training import tracing
-from pml_adversarial.training.tracing import _tracer
 torch.manual_seed(0)
 net=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(), nn.Linear(32,16))
 x=torch.rand(16,1,8,8)
@@ -38,49 +38,23 @@ def run(refs,call=apply):
         for s in steps_of(refs):
             memo[s]=call(s,mapped(s.args,res),mapped(s.kwargs,res))
     return [memo[r.step][r.place] for r in refs]
-from pml_adversarial.training.replay2 import Replay
+from pml_adversarial.training.replay import Replay
 from pml_adversarial.training.pixels import PixelSpace
 def check(name,make):
     w.wants_random_state=True
     out=make()
     outs=list(out) if isinstance(out,(tuple,list)) else [out]
-    try: r=Replay(outs,PixelSpace())
+    try: r=Replay([tracing.ref_of(o) for o in outs],PixelSpace())
     except Exception as e: print(f"{name:20s}",type(e).__name__,e); return
-    given=torch.cat(r._given)
-    rows=(r.rows.source>=0).nonzero().flatten()
-    e=r.embed(r.inputs)
+    given=torch.cat([o.detach() for o in outs])
+    P=r.num_known
+    e=r.embed(r.inputs).detach()
+    rows=torch.arange(P)
     some=torch.cat([rows.flip(0)[:5],rows[:3],rows[:3]])
-    pos={int(k):i for i,k in enumerate(rows)}
-    e2=r.embed(r.inputs[[pos[int(k)] for k in some]],some)
-    print(f"{name:20s} difference {r.difference():.1e} all {float((e-given[rows]).abs().max()):.1e} some {float((e2-given[some]).abs().max()):.1e} apart {r.rows.apart} in order {r.rows.in_order} modules {len(r.modules)}")
-def check_old(name,make):
-    out=make()
-    outs=list(out) if isinstance(out,(tuple,list)) else [out]
-    if not all(type(o) is Traced for o in outs): print(name,"NOT TRACED"); return
-    refs=[o.made_by for o in outs]
-    again=run(refs)
-    ok=all(torch.allclose(a,o.detach().as_subclass(torch.Tensor),atol=1e-6) for a,o in zip(again,outs))
-    # rows
-    sources=[s for s in steps_of(refs) if s.is_module and not s.refs]
-    code={s:sum(len(q.outputs[0]) for q in sources[:i]) for i,s in enumerate(sources)}
-    total=sum(len(s.outputs[0]) for s in sources)
-    bits=max(1,(total-1).bit_length())
-    def with_nan(bit,val):
-        def call(s,args,kwargs):
-            if not s.is_module: return apply(s,args,kwargs)
-            if s in code:
-                n=len(s.outputs[0]); idx=torch.arange(n)+code[s]; m=((idx>>bit)&1)==val
-            else:
-                t=[a for a in tensors_in((args,kwargs)) if a.is_floating_point() and a.requires_grad or True][0]
-                m=t.flatten(1).isnan().any(1)
-            return [o.masked_fill(m.view(-1,*[1]*(o.ndim-1)),float("nan")) if o.is_floating_point() else o for o in s.outputs]
-        return call
-    with torch.no_grad():
-        got=[[torch.cat([o.flatten(1).isnan().any(1) for o in run(refs,with_nan(b,v))]) for v in (0,1)] for b in range(bits)]
-    zero=torch.stack([g[0] for g in got]); one=torch.stack([g[1] for g in got])
-    unique=(zero^one).all(0); none=~(zero|one).any(0)
-    row=sum((one[b].long()<<b) for b in range(bits))
-    print(f"{name:28s} replay {'exact' if ok else 'DIFFERS'}; steps {[getattr(s.function,'__name__',type(s.function).__name__) for s in steps_of(refs)]}; unique {unique.all().item()} none {none.any().item()} rows {row.tolist()[:20]}")
+    e2=r.embed(r.inputs[some],some).detach()
+    print(f"{name:20s} difference {r.difference(given):.1e} all {float((e-given[:P]).abs().max()):.1e} some {float((e2-given[some]).abs().max()):.1e} apart {r._rows.apart} in order {r._rows.in_order} modules {len(r.modules)} P {P}")
+if 0:
+ pass
 m=net(); m2=net()
 class Two(nn.Module):
     def __init__(s): super().__init__(); s.a,s.b=net(),net()
@@ -125,7 +99,7 @@ check("layer_norm", lambda: F.layer_norm(m(x),(16,)))
 check("where", lambda: torch.where(torch.arange(16)[:,None]<8,m(x),m2(x)))
 check("view", lambda: m(x).view(8,2,16).reshape(16,16))
 check("amax views", lambda: m(x).view(8,2,16).amax(1))
-o=m(x); print(type(o)); del o
+
 c=torch.compile(m,backend="eager")
 check("compiled", lambda: F.normalize(c(x)))
 m3=net(); m3.compile(backend="eager")
@@ -139,7 +113,7 @@ for _ in range(200): e=F.normalize(m(x))
 a=time.perf_counter()-t
 del w
 m(x)
-print("hooks",tracing._hooks)
+
 t=time.perf_counter()
 for _ in range(200): e=F.normalize(m(x))
 b=time.perf_counter()-t

@@ -19,14 +19,15 @@ from .errors import InputError
 from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
 from .training import calls, options, records
+from .training.capture import InputCapture, Models
 from .training.loss_support import Copies
 from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
 from .training.plan import call
 from .training.records import LossRecords
-from .training.replay import InputCapture, Models
 from .training.schedule import DEFAULT_WARMUP, EpsSchedule
 from .training.step import AdversarialStep
+from .training.tracing import paused, plain
 from .training.tuples import IndicesTuple, Role
 from .training.wrapper import Wrapper
 
@@ -199,6 +200,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
         enqueue_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """The adversarial loss while training, the wrapped loss in ``.eval()``.
 
@@ -230,10 +233,11 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if enqueue_mask is not None:
             calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
             loss = calls.Enqueuing(loss)
-        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
-        if isinstance(loss, DistributedLossWrapper):
-            loss = loss.loss  # the batch is joint already
-        value, answers = self.adversary.train(loss, batch)
+        with plain((embeddings, ref_emb)), paused():
+            batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask, inputs)
+            if isinstance(loss, DistributedLossWrapper):
+                loss = loss.loss  # the batch is joint already
+            value, answers = self.adversary.train(loss, batch)
         calls.check_scalar(loss, value)
         if answers:
             records.write(self, answers)

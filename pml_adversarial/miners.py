@@ -18,14 +18,15 @@ from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
 from .training import distributed, options, records
 from .training.batch import Batch
+from .training.capture import InputCapture, Models
 from .training.distributed import JointBatch
 from .training.monitor import CollapseMonitor
 from .training.pixels import Normalization, PixelSpace
 from .training.plan import Plan, untouched
 from .training.records import Records
-from .training.replay import InputCapture, Models
 from .training.schedule import EpsSchedule
 from .training.step import AdversarialStep
+from .training.tracing import paused, plain
 from .training.tuples import IndicesTuple, Role, checked_tuples, map_members, shift_partners
 from .training.wrapper import Wrapper
 
@@ -122,6 +123,10 @@ class AdversarialMiner(Wrapper, BaseMiner):
             ref_emb: ``(R, D)``, or ``embeddings`` itself where there is no reference.
             ref_labels: ``(R,)``.
         """
+        with plain((embeddings, ref_emb)), paused():
+            return self._mined(embeddings, labels, ref_emb, ref_labels)
+
+    def _mined(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .replay import Replay
 from .tuples import IndicesTuple
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Batch:
         strength: share of the attack's full budget that this step may spend, in [0, 1].
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
             reference for another view of query i, and puts the two in no tuple together.
-        columns: which columns of the model's output the embeddings are; None: all.
+        replay: the way from inputs to embeddings.
         num_rows: ``N``.
         call_signature: how the loss is called.
     """
@@ -65,7 +66,7 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
-    columns: slice | None = None
+    replay: Replay | None = None
     num_rows: int = field(init=False)
     call_signature: CallSignature = field(init=False)
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..errors import CaptureError, InputError
 from . import distributed
 from .batch import Batch
+from .capture import InputCapture
 from .distributed import JointBatch
 from .isolation import depends_on_mode
 from .pixels import PixelSpace
-from .replay import InputCapture, Source
+from .replay import Replay
 from .tuples import IndicesTuple, checked_tuples, shift_partners
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Collator:
         ref_labels: Tensor | None,
         state: Callable[[], T],
         enqueue_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> tuple[Batch, T | None]:
         """The arguments of a PML loss as one batch, and the state of the first of the processes that share it.
 
@@ -66,9 +68,9 @@ class Collator:
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         world_size = distributed.world_size() if self.joint else 1
         if world_size == 1:
-            return self._local(*given, world_size, enqueue_mask), None
+            return self._local(*given, world_size, enqueue_mask, inputs), None
         local, told = distributed.agree(
-            lambda: self._local(*given, world_size), lambda batch: (self._form_of(batch), state())
+            lambda: self._local(*given, world_size, inputs=inputs), lambda batch: (self._form_of(batch), state())
         )
         _check_forms([form for form, _ in told])
         return _joined(local), told[0][1]
@@ -82,6 +84,7 @@ class Collator:
         ref_labels: Tensor | None,
         world_size: int,
         enqueue_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Batch:
         """What this process was given. Tuples name rows of all processes."""
         _check_rows("embeddings", embeddings, "labels", labels)
@@ -91,36 +94,31 @@ class Collator:
             indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
         queries = None if enqueue_mask is None else ~enqueue_mask.to(embeddings.device)
         num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
-        inputs, columns = self._source_of(embeddings, queries)
-        if len(inputs) != num_queries:
-            raise InputError(
-                f"{len(inputs)} inputs gave {num_queries} embeddings; expected a model that gives one per input."
-            )
+        order = None if queries is None else (~queries).long().argsort(stable=True)
+        reference = None if ref_emb is embeddings else ref_emb
+        replay = self._replay(embeddings, reference, order, inputs)
         labels = None if labels is None else labels.to(embeddings.device)
-        if queries is not None:
-            order = (~queries).long().argsort(stable=True)
+        if order is not None:
             embeddings, labels = embeddings[order], None if labels is None else labels[order]
         if ref_emb is not None and ref_emb is not embeddings:
-            if self.capture.knows(ref_emb, columns):
-                inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
         return Batch(
-            inputs=self.pixels.to_pixels(inputs),
+            inputs=replay.inputs,
             embeddings=embeddings,
             context=embeddings.detach(),
             labels=labels,
             indices_tuple=indices_tuple,
             num_queries=num_queries,
             shared_labels=shared_labels,
-            columns=None if columns == slice(None) else columns,
+            replay=replay,
         )
 
-    def _source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
+    def _replay(self, *given: Tensor | None) -> Replay:
         try:
-            source = self.capture.source_of(embeddings, needed)
+            return self.capture.replay(self.pixels, *given)
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise
@@ -128,7 +126,6 @@ class Collator:
                 f"{error} Among several processes, PML's wrapper hands over rows of all ranks: put it inside, as in "
                 "AdversarialMiner(DistributedMinerWrapper(miner), model)."
             ) from error
-        return source._replace(inputs=source.inputs.to(embeddings.device))
 
     def _form_of(self, batch: Batch) -> dict[str, Any]:
         """What has to be the same in all processes."""
@@ -139,7 +136,7 @@ class Collator:
             "queries": batch.num_queries,
             "known inputs": len(batch.inputs),
             "one tensor of labels": batch.shared_labels,
-            "model depends on its mode": depends_on_mode(*self.capture.modules),
+            "model depends on its mode": depends_on_mode(*batch.replay.modules),
         }
 
 

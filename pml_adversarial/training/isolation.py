@@ -14,6 +14,8 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
+from .side_effects import undone
+
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
 
 
@@ -22,7 +24,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restores the state of modules and all of their submodules on exit, also after an exception.
 
     - Buffers: the original tensors come back, so an autograd graph that saved them can still be walked backward.
-    - Attributes, the mode among them: each names its object again. An object that was changed in place stays changed.
+    - Attributes, the mode among them, and what hooks keep, see `side_effects.undone`.
     - Each parameter's ``.grad``, ``requires_grad`` and ``.data``, which some losses bind to another tensor.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
@@ -30,6 +32,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
+    queues.enter_context(undone(submodules))
     try:
         for module, _, buffers in states:
             if _enqueues_as_pml(module):

@@ -1,457 +1,459 @@
-"""Finds the inputs that gave embeddings and the modules that they passed, and embeds other inputs in the same way."""
+"""Embeds other inputs in the way in which the embeddings of a batch were made, and checks that this is the way.
+
+A trace is followed back from the embeddings to the inputs of the modules, see `tracing`. Which row of which input an
+embedding depends on is found by experiment: where an input's row becomes NaN, so do the embeddings that depend on it.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from inspect import signature
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import CaptureError
+from ..errors import CaptureError, ReplayError
+from .isolation import preserved
+from .nested import leaves, mapped, tensors_in
+from .pixels import PixelSpace
+from .tracing import Fixed, Ref, Step, autocast, paused, version_of
+from .tuples import rank_in_group
 
-# Older releases of torch do not pass the keyword arguments of a call to global hooks.
-_WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register_module_forward_hook).parameters else {}
-# Here torch notes which global hooks want them. It does not remove the note when the hook is removed.
-_ASK_FOR_KWARGS: dict[int, bool] = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
-
-# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
-_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
-
-Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
+Outputs = Sequence[Tensor]
+Run = Callable[[Step, Sequence[Any], Mapping[str, Any]], Outputs]
 
 
-class Edge(NamedTuple):
-    """A tensor's place in autograd's graph: a node and the number of its output. The tensor may be gone already."""
-
-    node: Any
-    output_nr: int
-
-
-class Call(NamedTuple):
-    """One forward pass of a watched module.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor of inputs that modules took.
 
     Attributes:
-        module: the module that was called.
-        arguments: a tensor argument is kept as the tensor or as its edge, any other argument as its type. None: the
-            output was one of the arguments.
-        output: the output, detached. It shares memory and version counter with the output, but keeps no graph alive.
-        version: the output's version counter after the call; a change in place increases it.
+        value: ``(n, ...)`` as the modules took it.
+        places: where it stands: (step, number of the argument among the leaves of all arguments).
     """
 
-    module: nn.Module
-    arguments: tuple[Tensor | Edge | type, ...] | None
-    output: Tensor
-    version: int
+    value: Tensor
+    places: tuple[tuple[Step, int], ...]
 
 
-class Source(NamedTuple):
-    """The inputs ``(N, ...)`` that gave embeddings, and which columns of the model's output the embeddings are."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which row of which source each embedding depends on.
 
-    inputs: Tensor
-    columns: slice
-
-
-class _Token:
-    """A key for an edge of autograd's graph. The node holds it, because a node cannot be referenced weakly."""
-
-
-class _Tap:
-    """A forward hook that remembers which call gave which output.
-
-    It remembers a call as long as the output exists, or as long as the output's graph exists: after outputs were
-    concatenated, the graph may be all that is left of them. A backward pass through the graph ends it. A copied or
-    pickled model carries a tap that does nothing, because no wrapper watches the copy.
+    Attributes:
+        source: ``(N,)`` number of the source; -1 where no input is known.
+        row: ``(N,)`` row of the source.
+        in_order: whether embedding i depends on row i of the only source, and all rows of it are embedded.
+        apart: whether the steps may be taken with some of the rows alone.
     """
 
-    def __init__(self) -> None:
-        self.calls: WeakTensorKeyDictionary | None = WeakTensorKeyDictionary()
-        self.by_token: weakref.WeakKeyDictionary[_Token, Call] = weakref.WeakKeyDictionary()
-        self.paused = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        kwargs, output = _with_kwargs(rest)
-        if self.calls is None or self.paused or not torch.is_grad_enabled() or not isinstance(output, Tensor):
-            return
-        # No output is kept here, nor a container that could hold one: the entry would keep its own key alive.
-        arguments = tuple(a if isinstance(a, Tensor) else type(a) for a in (*args, *kwargs.values()))
-        passed_through = any(argument is output for argument in arguments)
-        call = Call(module, None if passed_through else arguments, output.detach(), output._version)
-        self.calls[output] = call
-        if output.grad_fn is not None:
-            # For the same reason, a tensor of the graph is kept as its edge.
-            inputs = None if passed_through else tuple(_edge_of(a) or a for a in arguments)
-            self.by_token[_token(output.grad_fn, output.output_nr)] = call._replace(arguments=inputs)
-
-    def call_of(self, output: Tensor | Edge) -> Call | None:
-        """The call that gave this tensor, or the tensor at this edge of autograd's graph; None if it is not known."""
-        calls = cast(WeakTensorKeyDictionary, self.calls)
-        if isinstance(output, Tensor):
-            return calls.get(output)
-        token = output.node and output.node.metadata.get((_Token, output.output_nr))
-        known = self.by_token.get(token) if token else None
-        return known or next((call for tensor, call in calls.items() if _edge_of(tensor) == output), None)
-
-    def take_over(self, other: _Tap, module: nn.Module) -> None:
-        """Copies what another tap remembers of the calls of a module."""
-        for mine, theirs in ((self.calls, other.calls), (self.by_token, other.by_token)):
-            for key, call in cast(Any, theirs).items():
-                if call.module is module:
-                    cast(Any, mine)[key] = call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, ()
+    source: Tensor
+    row: Tensor
+    in_order: bool = False
+    apart: bool = False
 
 
-@cache
-def _untraced() -> None:
-    """Tells torch.compile to leave the taps alone: it cannot trace their weak dictionaries.
-
-    It runs with the first capture and not with the import, because it imports the compiler, which takes as long as the
-    rest of torch.
-    """
-    _Tap.__call__ = torch.compiler.disable(_Tap.__call__)  # type: ignore[method-assign]
-
-
-def _inert_tap() -> _Tap:
-    tap = _Tap()
-    tap.calls = None
-    return tap
-
-
-class InputCapture:
-    """Watches a chain of modules and finds the inputs that gave a tensor of embeddings.
-
-    It recognises embeddings by identity or by autograd's graph, never by value. Embeddings may be an output of the last
-    module, several of its outputs concatenated by rows, or a range of an output's columns. Any other operation on them
-    (a normalisation, a cast) has to be moved into a module. Forward passes without gradient are ignored.
-
-    Without ``model``, it watches every module until the first embeddings arrive, and from then on the chain of modules
-    that led to them.
+class Replay:
+    """The way from inputs to embeddings.
 
     Args:
-        model: a module, modules in forward order, a PML trainer's ``models`` dict, or None.
-    """
+        results: what together are the embeddings ``(N, D)``, in the order of their rows.
+        pixels: how inputs become pixels.
+        order: ``(N,)`` the order in which the rows of the results are the embeddings; None: as they are.
+        perturb_input: name of the argument of the model that is perturbed; None: the one of floating point.
 
-    def __init__(self, model: Models | None = None) -> None:
-        self.modules: tuple[nn.Module, ...] = ()
-        self._taps: list[_Tap] = []
-        self._release: Callable[[], Any]
-        self._start(() if model is None else chain_of(model))
-
-    def watch(self, model: Models) -> None:
-        """Watches ``model`` from now on, and no longer what was watched before."""
-        modules = chain_of(model)
-        self._release()
-        self._start(modules)
-
-    def inputs_of(self, embeddings: Tensor) -> Tensor:
-        """The inputs ``(N, ...)`` that gave these embeddings, see `source_of`."""
-        return self.source_of(embeddings).inputs
-
-    def source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
-        """Finds where embeddings come from.
-
-        Args:
-            embeddings: ``(N, D)``: an output of the watched modules, several concatenated by rows, or columns of one.
-            needed: ``(N,)`` bool, the rows whose inputs are asked for; None: all. The other rows may be a tensor
-                without gradient, as those of a momentum encoder are.
-
-        Raises:
-            CaptureError: no watched forward pass gave the embeddings, or that pass cannot be repeated.
-        """
-        if not self.modules:
-            self._bind(embeddings)
-        if self._taps[-1].call_of(embeddings) is not None:
-            return Source(_rows(self._trace(embeddings).detach(), needed), slice(None))
-        parts = _parts(embeddings)
-        if not parts:
-            raise self._not_known()
-        if type(embeddings.grad_fn) is not _concatenation():
-            return Source(_rows(self._trace(parts[0]).detach(), needed), self._columns(embeddings, parts[0]))
-        known = parts if needed is None else [part for part in parts if part.node is not None]
-        inputs = [self._trace(part).detach() for part in known]
-        if len(known) == len(parts):
-            self._check_rows(embeddings, known, inputs)
-            return Source(_rows(torch.cat(inputs), needed), slice(None))
-        return Source(self._inputs_needed(embeddings, parts, inputs, cast(Tensor, needed)), slice(None))
-
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Passes inputs ``(K, ...)`` through the watched modules, one after the other.
-
-        Of a `DistributedDataParallel` it calls the module inside: the wrapper would communicate with the other ranks in
-        each pass. Gradients are averaged nevertheless, since that is done by hooks on the parameters.
-        """
-        with self._paused():
-            for module in self.modules:
-                inputs = module.module(inputs) if isinstance(module, DistributedDataParallel) else module(inputs)
-        return inputs
-
-    def knows(self, embeddings: Tensor, columns: slice | None = None) -> bool:
-        """Whether `source_of` finds the inputs of these embeddings, and finds ``columns`` if they are given."""
-        try:
-            found = self.source_of(embeddings).columns
-        except CaptureError:
-            return False
-        return columns is None or columns == found
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, ()  # a copy or pickle holds no model: it finds its chain of modules at its first call
-
-    def _start(self, modules: tuple[nn.Module, ...]) -> None:
-        _untraced()
-        if _COMPILES_BUFFERS_IN:
-            _check_compiled(modules)
-        self.modules = modules
-        self._taps = [_Tap() for _ in modules or (None,)]
-        if modules:
-            handles = [
-                module.register_forward_hook(tap, with_kwargs=True)
-                for module, tap in zip(modules, self._taps, strict=True)
-            ]
-        else:
-            handles = [register_module_forward_hook(_outermost(self._taps[0]), **_WITH_KWARGS)]
-        self._release = weakref.finalize(self, _remove, handles)
-
-    def _bind(self, embeddings: Tensor) -> None:
-        """Finds the chain of outermost modules that led to the embeddings, and watches it from now on."""
-        search = self._taps[0]
-        chain: list[nn.Module] = []
-        output: Any = embeddings if search.call_of(embeddings) else next(iter(_parts(embeddings)), None)
-        while isinstance(output, Tensor | Edge) and (call := search.call_of(output)):
-            chain.insert(0, call.module)
-            output = _only_tensor(call, output)
-        if not chain:
-            raise CaptureError(_unknown("a module that ran with gradient since this wrapper was made"))
-        if isinstance(output, Edge) or output.grad_fn is not None:
-            raise CaptureError(
-                f"{_names(chain)} gave these embeddings from a tensor that was itself computed with gradient, so the "
-                "images stand further back than the chain of modules can be followed. Expected modules of which each "
-                "takes the unchanged output of the one before; name the model: AdversarialLoss(loss, model)."
-            )
-        self.watch(chain)
-        for module, tap in zip(self.modules, self._taps, strict=True):
-            tap.take_over(search, module)
-
-    def _trace(self, output: Tensor | Edge) -> Tensor:
-        """Goes from an output of the last module back to the input of the first module."""
-        for tap in reversed(self._taps):
-            output = _only_tensor(self._call_of(tap, output), output)
-        if isinstance(output, Edge):
-            raise self._not_known()
-        return output
-
-    def _call_of(self, tap: _Tap, output: Tensor | Edge) -> Call:
-        call = tap.call_of(output)
-        if call is None:
-            raise self._not_known()
-        if call.output._version != call.version:
-            raise CaptureError(
-                f"The output of {type(call.module).__name__} was changed in place after its forward pass; "
-                "expected the tensor as the module returned it. Inside the model, use an operation that makes a new "
-                "tensor, or make the module that works in place a part of the watched model."
-            )
-        return call
-
-    def _inputs_needed(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], needed: Tensor) -> Tensor:
-        """The inputs of the needed rows, where one of the parts has no gradient and takes the rows that are left."""
-        lengths = iter(map(len, inputs))
-        missing = len(embeddings) - sum(map(len, inputs))
-        if not inputs or len(parts) != len(inputs) + 1 or missing < 0:
-            raise self._not_known()
-        self._check_rows(embeddings, [part for part in parts if part.node is not None], inputs, missing)
-        known = [torch.full((missing if p.node is None else next(lengths),), p.node is not None) for p in parts]
-        is_known, needed = torch.cat(known), needed.cpu()
-        if (needed & ~is_known).any():
-            raise self._not_known()
-        return torch.cat(inputs)[needed[is_known].to(inputs[0].device)]
-
-    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], missing: int = 0) -> None:
-        """Refuses embeddings that are not the rows of the parts in order, and inputs that cannot be concatenated."""
-        outputs = [self._call_of(self._taps[-1], part).output for part in parts]
-        whole = (sum(map(len, outputs)) + missing, *embeddings.shape[1:]) == embeddings.shape
-        whole = whole and all(output.shape[1:] == embeddings.shape[1:] for output in outputs)
-        if not whole or embeddings._version or any(out.dtype != embeddings.dtype for out in outputs):
-            raise self._not_known()
-        if len({(batch.shape[1:], batch.dtype, batch.device) for batch in inputs}) > 1:
-            found = ", ".join(f"{tuple(batch.shape)} {batch.dtype} on {batch.device}" for batch in inputs)
-            raise CaptureError(
-                f"The embeddings were concatenated from calls with inputs of {found}; expected inputs that can be "
-                "concatenated too, since their perturbed copies are embedded as one batch. Compute one loss per call."
-            )
-
-    def _columns(self, embeddings: Tensor, part: Edge) -> slice:
-        """Which columns of the output the embeddings are: both are views of the same memory."""
-        output = self._call_of(self._taps[-1], part).output
-        same_rows = embeddings.ndim == output.ndim == 2 and len(embeddings) == len(output)
-        step, offset = output.stride(-1), embeddings.storage_offset() - output.storage_offset()
-        if (
-            not same_rows
-            or embeddings.dtype != output.dtype
-            or embeddings.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
-            or embeddings.stride() != output.stride()
-            or not step
-            or offset % step
-            or not 0 <= offset // step <= output.shape[1] - embeddings.shape[1]
-        ):
-            raise self._not_known()
-        return slice(offset // step, offset // step + embeddings.shape[1])
-
-    def _not_known(self) -> CaptureError:
-        return CaptureError(_unknown(f"the watched {_names(self.modules)}"))
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        before = [tap.paused for tap in self._taps]
-        for tap in self._taps:
-            tap.paused = True
-        try:
-            yield
-        finally:
-            for tap, paused in zip(self._taps, before, strict=True):
-                tap.paused = paused
-
-
-def chain_of(model: Models) -> tuple[nn.Module, ...]:
-    """The modules of ``model`` in forward order.
+    Attributes:
+        modules: the modules that were called.
+        inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
+        num_known: ``P``; these rows come first.
 
     Raises:
-        CaptureError: it is no module, sequence of modules, or dict with a "trunk".
-    """
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList | nn.ModuleDict):
-        return (model,)
-    if isinstance(model, Mapping | nn.ModuleDict):
-        named = cast(Mapping[str, nn.Module], model)
-        if "trunk" not in named:
-            raise CaptureError(
-                f"model is a dict with the keys {sorted(named)}; expected a trainer's models with a 'trunk' and, "
-                "if there is one, an 'embedder'. Pass the modules in forward order instead."
-            )
-        return tuple(named[name] for name in ("trunk", "embedder") if name in named)
-    modules = tuple(model) if isinstance(model, Iterable) else (model,)
-    if not modules or not all(isinstance(module, nn.Module) for module in modules):
-        raise CaptureError(
-            f"model is {type(model).__name__} of {[type(m).__name__ for m in modules]}; expected a torch.nn.Module, "
-            "modules in forward order, or the models dict of a PML trainer."
-        )
-    return modules
-
-
-def _outermost(tap: _Tap) -> Any:
-    """A global hook that keeps the call of the outermost module.
-
-    Where nested modules return the same tensor, the outermost returns last, so its call replaces the others. Modules
-    inside a compiled module are not watched: a hook would split the compiled graph.
+        CaptureError: there is no way back to inputs, or more than one.
+        InputError: the inputs are no pixels.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        kwargs, output = _with_kwargs(rest)
-        if not any(argument is output for argument in (*args, *kwargs.values())):
-            tap(module, args, kwargs, output)
+    def __init__(
+        self,
+        results: Sequence[Ref | Fixed],
+        pixels: PixelSpace,
+        order: Tensor | None = None,
+        perturb_input: str | None = None,
+    ) -> None:
+        self._results, self._pixels, self._order = results, pixels, order
+        self._steps = steps_to(results)
+        self.modules = tuple(dict.fromkeys(s.function for s in self._steps if isinstance(s.function, nn.Module)))
+        self._origins: dict[tuple[Step, int], int] = {}
+        self._sources = self._find_sources(perturb_input)
+        self._numbers = {place: number for number, source in enumerate(self._sources) for place in source.places}
+        self._check_unchanged()
+        self._rows = self._find_rows()
+        self.inputs = self._known_inputs()
+        self.num_known = len(self.inputs)
 
-    return hook
+    def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Embeds inputs in place of those of some rows.
 
+        Args:
+            inputs: ``(K, ...)`` in [0, 1].
+            rows: ``(K,)`` the rows whose place they take; None: all with known inputs, in order.
 
-def _with_kwargs(rest: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """The keyword arguments and the output of a call, from the last arguments of a hook.
+        Returns:
+            ``(K, D)``.
+        """
+        with paused():
+            if self._rows.apart:
+                return self._run(partial(self._run_some, inputs, rows))[0]
+            return self._embed_among_clean(inputs, rows)
 
-    A hook that is removed while its module runs, for example by the garbage collector, gets no keyword arguments.
-    """
-    kwargs, output = rest if len(rest) == 2 else ({}, *rest)
-    return kwargs, output
+    def again(self) -> Tensor:
+        """``(N, D)`` the clean inputs, embedded again; with the random numbers of the first time where they are known."""
+        with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+            return self._whole(self._run(_run_as_before))
 
+    def _given(self) -> Tensor:
+        """``(N, D)`` the embeddings as they were given."""
+        with torch.no_grad(), paused(), preserved():
+            return self._whole(self._run(lambda s, a, k: s.call.outputs if s.call is not None else apply(s, a, k)))
 
-def _token(node: Any, output_nr: int) -> _Token:
-    """The token of an edge. A backward pass through the graph removes it."""
-    metadata, key = node.metadata, (_Token, output_nr)
-    if key not in metadata:
-        metadata[key] = _Token()
-        node.register_prehook(lambda gradients: metadata.pop(key, None) and None)
-    return cast(_Token, metadata[key])
+    @property
+    def form(self) -> Any:
+        """What two replays have in common that embed in the same way. It can be hashed."""
+        number = {step: place for place, step in enumerate(self._steps)}
 
+        def kind(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return number[leaf.step], leaf.place
+            return (leaf.value.dtype, leaf.value.ndim) if isinstance(leaf, Fixed) else type(leaf)
 
-def _edge_of(value: Any) -> Edge | None:
-    return Edge(value.grad_fn, value.output_nr) if isinstance(value, Tensor) and value.grad_fn is not None else None
-
-
-def _rows(inputs: Tensor, needed: Tensor | None) -> Tensor:
-    return inputs if needed is None else inputs[needed.to(inputs.device)]
-
-
-def _parts(embeddings: Tensor) -> list[Edge]:
-    """The edges of the tensors that were concatenated, or of the tensor that was indexed; else an empty list."""
-    node: Any = embeddings.grad_fn
-    if type(node) is _concatenation():
-        return [Edge(*part) for part in cast(Any, node).next_functions]
-    part = Edge(node, embeddings.output_nr)
-    while type(part.node) in _ranges():  # one node for each dimension that was indexed
-        part = Edge(*part.node.next_functions[0])
-    return [] if part.node is node else [part]
-
-
-@cache
-def _concatenation() -> type:
-    """The class of the nodes that torch.cat adds to the graph; the class has no public name."""
-    with torch.inference_mode(False), torch.enable_grad():
-        return type(torch.cat([torch.empty(1, requires_grad=True)]).grad_fn)
-
-
-@cache
-def _ranges() -> set[type]:
-    """As `_concatenation`, for the operations that return a range of columns."""
-    with torch.inference_mode(False), torch.enable_grad():
-        row = torch.empty(1, 2, requires_grad=True).clone()
-        return {type(part.grad_fn) for part in (row[:, :1], row[:, :], row.split(1, 1)[0], row.split([1, 1], 1)[0])}
-
-
-def _only_tensor(call: Call, output: Tensor | Edge) -> Tensor | Edge:
-    arguments = (output,) if call.arguments is None else call.arguments
-    if len(arguments) != 1 or not isinstance(arguments[0], Tensor | Edge):
-        raise CaptureError(
-            f"{type(call.module).__name__} was called with {[_kind(argument) for argument in arguments]}; "
-            "expected one tensor of inputs, by position. Wrap the model in a module that takes the images alone."
-        )
-    return arguments[0]
-
-
-def _kind(argument: Any) -> str:
-    kind = argument if isinstance(argument, type) else Tensor
-    return kind.__name__
-
-
-def _check_compiled(modules: Iterable[nn.Module]) -> None:
-    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
-    if any(True for module in compiled for _ in module.buffers()):
-        raise CaptureError(
-            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
-            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
-            "that is not compiled."
+        return tuple(
+            (step.function, step.call and step.call.modes, *map(kind, leaves((step.args, step.kwargs))))
+            for step in self._steps
         )
 
+    def check(self) -> bool:
+        """Embeds the clean inputs again, and compares with the embeddings that were given.
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-        _ASK_FOR_KWARGS.pop(handle.id, None)
+        Returns:
+            False where this has to wait for the next step, since the model may draw random numbers, and it is not known which ones it drew.
+
+        Raises:
+            ReplayError: they differ.
+        """
+        given = self._given()
+        again = self.again()
+        found = _difference(again, given)
+        if found <= _tolerance(given.dtype):
+            return True
+        told = all(step.call is None or step.call.random_state is not None for step in self._steps)
+        if not told and _difference(self.again(), again) > _tolerance(given.dtype):
+            return False
+        raise ReplayError(
+            f"{' -> '.join(name_of(s) for s in self._steps)}: the clean inputs, embedded again, differ from the embeddings by {found:.2g} of their size."
+        )
+
+    def _embed_among_clean(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
+        """Takes the steps at full size: a turn for the first copy of each row, one for the second, and so on."""
+        if rows is None:
+            rows = torch.arange(self.num_known, device=inputs.device)
+        given, turn, found = self._outputs_of(inputs, rows), rank_in_group(rows), []
+        order = turn.argsort(stable=True)
+        for count in turn.bincount().tolist():
+            mine = order[sum(map(len, found)) :][:count]
+            found.append(self._whole(self._run(partial(self._run_among_clean, given, mine)))[rows[mine]])
+        return torch.cat(found)[order.argsort()]
+
+    def _whole(self, results: Outputs) -> Tensor:
+        whole = results[0] if len(results) == 1 else torch.cat(list(results))
+        return whole if self._order is None else whole[self._order]
+
+    # How steps are taken again
+
+    def _run(self, run: Run) -> list[Tensor]:
+        made: dict[Step, Outputs] = {}
+
+        def resolved(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return made[leaf.step][leaf.place]
+            return leaf.value if isinstance(leaf, Fixed) else leaf
+
+        for step in self._steps:
+            made[step] = run(step, mapped(step.args, resolved), mapped(step.kwargs, resolved))
+        return [resolved(result) for result in self._results]
+
+    def _run_some(self, inputs: Tensor, rows: Tensor | None, step: Step, args: Any, kwargs: Any) -> Outputs:
+        """Takes a step with some rows of the only source alone."""
+        if step.call is not None:
+            args, kwargs = self._with_inputs(step, args, kwargs, 0, self._pixels.to_inputs(inputs), rows)
+        return apply(step, args, kwargs)
+
+    def _with_inputs(
+        self, step: Step, args: Any, kwargs: Any, number: int, inputs: Tensor, rows: Tensor | None
+    ) -> tuple[Any, Any]:
+        """The arguments with other inputs; of arguments with one row for each input, the rows that belong to them."""
+        count = len(self._sources[number].value)
+        kinds = enumerate(leaves((step.args, step.kwargs)))
+
+        def changed(leaf: Any) -> Any:
+            place, kind = next(kinds)
+            if self._numbers.get((step, place)) == number:
+                wants_gradient = kind.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
+                return inputs.detach().requires_grad_() if wants_gradient else inputs
+            fixed = isinstance(kind, Fixed) and not isinstance(leaf, nn.Parameter)
+            return leaf[rows] if rows is not None and fixed and leaf.ndim and len(leaf) == count else leaf
+
+        return mapped((args, kwargs), changed)
+
+    def _outputs_of(self, inputs: Tensor, rows: Tensor) -> dict[tuple[Step, int], tuple[Tensor, Tensor, Outputs]]:
+        """For each place of a source: which of the rows are its own, of which rows of the source, and the outputs."""
+        found = {}
+        sources, row = self._rows.source[rows], self._rows.row[rows]
+        for number, source in enumerate(self._sources):
+            mine = (sources == number).nonzero().flatten() if len(self._sources) > 1 else torch.arange(len(rows))
+            if not len(mine):
+                continue
+            own = self._pixels.to_inputs(inputs[mine][:, : source.value[0].numel()].reshape(-1, *source.value.shape[1:]) if inputs.shape[1:] != source.value.shape[1:] else inputs[mine])
+            for step, place in source.places:
+                given = mapped((step.args, step.kwargs), lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf)
+                args, kwargs = self._with_inputs(step, *given, number, own, row[mine])
+                found[step, place] = mine, row[mine], apply(step, args, kwargs)
+        return found
+
+    def _run_among_clean(
+        self, given: Mapping[tuple[Step, int], Any], mine: Tensor, step: Step, args: Any, kwargs: Any
+    ) -> Outputs:
+        """Takes a step at full size; of a source, the outputs of these rows stand among the clean ones."""
+        if step.call is None or step.refs:
+            return apply(step, args, kwargs)
+        outputs = list(step.call.outputs)
+        for place, output in enumerate(outputs):
+            key = step, self._origins.get((step, place), -1)
+            if key in given:
+                rows, row, new = given[key]
+                now = torch.isin(rows, mine)
+                outputs[place] = output.index_copy(0, row[now], new[place][now].to(output.dtype))
+        return outputs
+
+    # What is found out about the steps
+
+    def _find_sources(self, perturb_input: str | None) -> list[Source]:
+        used = {(ref.step, ref.place) for step in self._steps for ref in step.refs}
+        used |= {(result.step, result.place) for result in self._results if isinstance(result, Ref)}
+        values: dict[int, Tensor] = {}
+        places: dict[int, list[tuple[Step, int]]] = {}
+        for step in self._steps:
+            if step.call is None or step.refs:
+                continue
+            candidates = candidates_of(step, perturb_input)
+            for place in sorted(p for s, p in used if s is step):
+                origin = origin_of(step, place, candidates)
+                if origin is None:
+                    continue
+                value = list(leaves((step.args, step.kwargs)))[origin].value
+                if not len(value) == len(step.call.outputs[place]):
+                    raise CaptureError(
+                        f"{type(step.function).__name__} gave {len(step.call.outputs[place])} rows for {len(value)} "
+                        "inputs; expected one row for each input."
+                    )
+                self._origins[step, place] = origin
+                values[id(value)] = value
+                if (step, origin) not in places.setdefault(id(value), []):
+                    places[id(value)].append((step, origin))
+        if not values:
+            raise self._nothing_to_perturb()
+        return [Source(values[key], tuple(found)) for key, found in places.items()]
+
+    def _nothing_to_perturb(self) -> CaptureError:
+        called = [s for s in self._steps if s.call is not None and not s.refs]
+        taken = [f"{leaf.value.dtype} {tuple(leaf.value.shape)}" for s in called for leaf in leaves((s.args, s.kwargs)) if isinstance(leaf, Fixed)]
+        return CaptureError(f"{', '.join(type(s.function).__name__ for s in called)} took {taken}; expected floating point")
+
+    def _check_unchanged(self) -> None:
+        for step in self._steps:
+            if step.call is not None and step.call.changed:
+                raise CaptureError(
+                    f"{type(step.function).__name__} changed its input in place, so the inputs that it was given are gone. Let it "
+                    "work on a copy, as in `x = x - mean` for `x -= mean` or with inplace=False."
+                )
+            for leaf in leaves((step.args, step.kwargs)):
+                if isinstance(leaf, Fixed) and version_of(leaf.value) != leaf.version:
+                    raise CaptureError(
+                        f"A tensor {tuple(leaf.value.shape)} that {name_of(step)} took was changed in place since, such as a "
+                        "buffer that was filled anew. Compute the loss before, or give the model a copy."
+                    )
+
+    def _find_rows(self) -> Rows:
+        sizes = [len(source.value) for source in self._sources]
+        total, device = sum(sizes), self._sources[0].value.device
+        if self._is_plain_call(total):
+            return Rows(torch.zeros(total, dtype=torch.long), torch.arange(total), True, True)
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        bits = max(1, (total - 1).bit_length())
+        with torch.no_grad(), paused():
+            is_nan = torch.stack([self._nan_rows(bit, value, starts) for bit in range(bits) for value in (0, 1)])
+        zero, one = is_nan[::2], is_nan[1::2]
+        if (zero & one).any():
+            raise self._rows_mix(int((zero & one).any(0).nonzero()[0]))
+        known = (zero | one).any(0)
+        number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
+        starts = starts.to(number.device)
+        source = (number[:, None] >= starts).sum(1) - 1
+        row = number - starts[source]
+        source = torch.where(known, source, -1)
+        in_order = len(sizes) == 1 and total == len(row) and torch.equal(row, torch.arange(total, device=row.device))
+        return Rows(source, row, in_order, in_order and len(self._results) == 1 and self._order is None and self._takes_some())
+
+    def _is_plain_call(self, total: int) -> bool:
+        """Whether the embeddings are the output of modules alone, one after the other."""
+        if len(self._sources) > 1 or len(self._results) > 1 or self._order is not None:
+            return False
+        return all(
+            step.call is not None and len(step.refs) <= 1 and all(len(o) == total for o in step.call.outputs if o.ndim)
+            for step in self._steps
+        )
+
+    def _rows_mix(self, row: int) -> CaptureError:
+        return CaptureError(f"Embedding {row} depends on several inputs.")
+
+    def _nan_rows(self, bit: int, value: int, starts: Tensor) -> Tensor:
+        whole = self._whole(self._run(partial(self._run_with_nan, bit, value, starts)))
+        return whole.flatten(1).isnan().any(1)
+
+    def _run_with_nan(self, bit: int, value: int, starts: Tensor, step: Step, args: Any, kwargs: Any) -> Outputs:
+        """Takes a step with NaN in the rows whose number has this value of a bit. Modules keep rows apart."""
+        if step.call is None:
+            return apply(step, args, kwargs)
+        if step.refs:
+            pairs = zip(leaves((step.args, step.kwargs)), leaves((args, kwargs)), strict=True)
+            taken = [leaf for kind, leaf in pairs if isinstance(kind, Ref)]
+            is_nan = torch.stack([leaf.flatten(1).isnan().any(1) for leaf in taken]).any(0)
+            return [_with_nan(output, is_nan) for output in step.call.outputs]
+        outputs = list(step.call.outputs)
+        for place, output in enumerate(outputs):
+            number = self._numbers.get((step, self._origins.get((step, place), -1)))
+            if number is not None:
+                rows = starts[number] + torch.arange(len(output))
+                outputs[place] = _with_nan(output, ((rows >> bit) & 1 == value).to(output.device))
+        return outputs
+
+    def _takes_some(self) -> bool:
+        """Whether functions give the same of some rows alone. It is tried with every other row, from the last one."""
+        count = len(self._sources[0].value)
+        some = torch.arange(count - 1, -1, -2, device=self._rows_device())
+        some = torch.cat([some, some[:1]])
+
+        def alone(step: Step, args: Any, kwargs: Any) -> Outputs:
+            return apply(step, args, kwargs) if step.call is None else [o[some] if o.ndim else o for o in step.call.outputs]
+
+        def beside(step: Step, args: Any, kwargs: Any) -> Outputs:
+            return apply(step, args, kwargs) if step.call is None else step.call.outputs
+
+        with torch.no_grad(), paused():
+            try:
+                found, expected = self._run(alone)[0], self._run(beside)[0][some]
+            except Exception:  # a function of the caller's may raise anything on other rows
+                return False
+        return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+    def _rows_device(self) -> torch.device:
+        return next(step.call.outputs[0].device for step in self._steps if step.call is not None)
+
+    def _known_inputs(self) -> Tensor:
+        pixels = [self._pixels.to_pixels(source.value.detach()) for source in self._sources]
+        if self._rows.in_order:
+            return pixels[0]
+        if len({found.shape[1:] for found in pixels}) > 1:
+            width = max(found[0].numel() for found in pixels)
+            pixels = [pad(found.flatten(1), (0, width - found[0].numel())) for found in pixels]
+        starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
+        known = self._rows.source >= 0
+        num_known = int(known.sum())
+        if not known[:num_known].all():
+            raise CaptureError("rows with known inputs do not come first")
+        return torch.cat(pixels)[starts[self._rows.source[:num_known]] + self._rows.row[:num_known]]
 
 
-def _names(modules: Iterable[nn.Module]) -> str:
-    return " -> ".join(type(module).__name__ for module in modules)
+def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
+    """The steps that led to the results, in their order."""
+    found: dict[int, Step] = {}
+    todo = [result.step for result in results if isinstance(result, Ref)]
+    while todo:
+        step = todo.pop()
+        if step.number not in found:
+            found[step.number] = step
+            todo.extend(ref.step for ref in step.refs)
+    return [found[number] for number in sorted(found)]
 
 
-def _unknown(expected: str) -> str:
-    return (
-        f"The inputs behind these embeddings are not known: expected a tensor that {expected} returned with gradient, "
-        "several such tensors concatenated by rows, or a range of the columns of one, unchanged since. Pass the "
-        "model's output itself (normalise or cast inside the model, compute the loss before the backward pass, do not "
-        "detach), or name the model: AdversarialLoss(loss, model)."
-    )
+def apply(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+    """Takes a step again, with other arguments."""
+    with _autocast_of(step):
+        if step.in_place:
+            first = args[0].clone()
+            step.function(first, *args[1:], **kwargs)
+            return [first]
+        function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
+        if step.call is not None and step.call.swapped:
+            return tensors_in(torch.func.functional_call(function, step.call.swapped, tuple(args), dict(kwargs)))
+        return tensors_in(function(*args, **kwargs))
+
+
+def _run_as_before(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+    """Takes a step again with the random numbers of the first time."""
+    if step.call is not None and step.call.random_state is not None:
+        on_cpu, on_devices = step.call.random_state
+        torch.set_rng_state(on_cpu)
+        for number, state in enumerate(on_devices):
+            torch.cuda.set_rng_state(state, number)
+    return apply(step, args, kwargs)
+
+
+def _autocast_of(step: Step) -> ExitStack:
+    stack, now = ExitStack(), autocast()
+    for kind in now.keys() | step.autocast.keys():
+        if now.get(kind) != step.autocast.get(kind):
+            stack.enter_context(torch.autocast(kind, enabled=kind in step.autocast, dtype=step.autocast.get(kind)))
+    return stack
+
+
+def candidates_of(step: Step, name: str | None) -> list[int]:
+    """Numbers of the arguments that may be perturbed, among the leaves of all arguments."""
+    found = [
+        number
+        for number, leaf in enumerate(leaves((step.args, step.kwargs)))
+        if isinstance(leaf, Fixed) and leaf.value.is_floating_point() and leaf.value.ndim > 1
+        and not isinstance(leaf.value, nn.Parameter)
+    ]
+    return found
+
+
+def origin_of(step: Step, place: int, candidates: list[int]) -> int | None:
+    """Which of the candidates an output depends on; the first one where it depends on several."""
+    if len(candidates) < 2:
+        return next(iter(candidates), None)
+    return candidates[0]
+
+
+def name_of(step: Step) -> str:
+    """The module or function, as the user knows it."""
+    return type(step.function).__name__ if step.call is not None else getattr(step.function, "__name__", "a function")
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    size = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
+    return float((one - other).abs().max() / size)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _with_nan(output: Tensor, rows: Tensor) -> Tensor:
+    if not (output.is_floating_point() and output.ndim and len(output) == len(rows)):
+        return output
+    return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), torch.nan)

@@ -1,0 +1,51 @@
+"""Tensors in nested values: in tuples, lists, mappings and dataclasses, as modules take and return them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a nested value holds, in order: all that is no container."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name))
+    else:
+        yield value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nested value, in order."""
+    return [value] if isinstance(value, Tensor) else [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a nested value with other leaves. They are changed in the order of `leaves`."""
+    if isinstance(value, Mapping):
+        items = {key: mapped(item, change) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        changed = copy.copy(value)
+        for key, item in items.items():
+            changed[key] = item  # type: ignore[index]
+        return changed
+    if isinstance(value, tuple | list):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(changed, field.name, mapped(getattr(value, field.name), change))
+        return changed
+    return change(value)
