@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial import AdversarialMiner, CaptureError, PlanError
 from pml_adversarial.training import replay as capture
-from pml_adversarial.training.replay import InputCapture
+from pml_adversarial.training.capture import InputCapture
 
 EPS = 0.1
 GIVEN_OR_FOUND = pytest.mark.parametrize("given", [True, False], ids=["given model", "found model"])
