@@ -73,6 +73,15 @@ def test_each_eps_has_a_tick_and_a_number_where_there_is_room():
     assert [x for x, _ in found["ticks"]] == [x for x, _ in reversed(found["curves"][0][1])]
 
 
+@pytest.mark.parametrize(("single", "named"), [(10, 11), (40, 1)])
+def test_single_attacks_are_named_where_there_is_room_for_all(single, named):
+    lines = [Line(f"a{i}", "query", False, ((0.0, 0.7), (0.1, 0.2))) for i in range(single)]
+    lines.append(Line("worst", "query", True, ((0.0, 0.7), (0.1, 0.1))))
+    found = chart(lines, "Linf")
+    assert [name for name, *_ in found["labels"]] == [line.name for line in lines][-named:]
+    assert len(found["curves"]) == single + 1
+
+
 def test_a_curve_of_zeros_lies_at_the_bottom():
     found = chart([Line("a", "query", False, ((0.0, 0.0),))], "Linf", 0.0)
     assert found["curves"][0][1] == [(found["left"], found["bottom"])]
