@@ -145,3 +145,15 @@ class TestRefusals:
         found = ImageSet(Listed(get, 4), CPU, "queries")
         with pytest.raises(InputError, match=f"queries, images 0 to 3: {message}"):
             found[:]
+
+
+@pytest.mark.parametrize("given", ["abcd", {"a": 1}, torch.zeros(4, 1, 2).numpy(), Listed(lambda row: (row,), 4)])
+def test_what_holds_no_pairs_is_refused(given):
+    with pytest.raises(InputError, match=r"queries .*expected \(images, labels\) or a data set of such pairs"):
+        ImageSet(given, CPU, "queries")
+
+
+@pytest.mark.parametrize("given", [(torch.zeros(0, 1, 2, 2), torch.zeros(0)), Listed(lambda row: None, 0)])
+def test_no_images_are_refused_as_such(given):
+    with pytest.raises(InputError, match=r"queries holds no images"):
+        ImageSet(given, CPU, "queries")

@@ -15,9 +15,9 @@ class TestProbability:
         check_probability("alpha", 1e-9)
         check_probability("alpha", 1 - 1e-9)
 
-    @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan, math.inf])
+    @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan, math.inf, "0.1", None])
     def test_all_else_is_refused(self, value):
-        with pytest.raises(InputError, match=f"beta={value}; expected a probability between 0 and 1, such as 0.001"):
+        with pytest.raises(InputError, match=f"beta={value!r}; expected a probability between 0 and 1, such as 0.001"):
             check_probability("beta", value)
 
 
@@ -29,6 +29,8 @@ class TestRadii:
             (1, (1.0,)),
             ([0.05, 0.02, 0.05], (0.02, 0.05)),
             (torch.tensor([0.5, 0.25]), (0.25, 0.5)),
+            (torch.tensor(0.5), (0.5,)),
+            (numpy.float32(0.5), (0.5,)),
             (numpy.array([0.5, 0.25]), (0.25, 0.5)),
             ((eps for eps in (0.5, 0.25)), (0.25, 0.5)),
         ],
@@ -36,7 +38,9 @@ class TestRadii:
     def test_are_different_and_ascend(self, eps, radii):
         assert to_radii(eps, "Linf") == radii
 
-    @pytest.mark.parametrize("eps", [0, -0.1, (), (0.1, 0), math.nan, math.inf, None, "0.1", "8", ["a"], (0.1, None)])
+    @pytest.mark.parametrize(
+        "eps", [0, -0.1, (), (0.1, 0), math.nan, math.inf, None, "0.1", "8", ["a"], (0.1, None), True]
+    )
     def test_what_is_no_radius_is_refused(self, eps):
         with pytest.raises(InputError, match=r"eps=.*; expected one or more radii above 0 in pixels of \[0, 1\]"):
             to_radii(eps, "Linf")
@@ -64,7 +68,7 @@ class TestRecallAt:
     def test_ascend_and_1_is_among_them(self, given, taken):
         assert to_recall_at(given) == taken
 
-    @pytest.mark.parametrize("given", [(0,), (1, -2), (1.5,), 4, "ab", None])
+    @pytest.mark.parametrize("given", [(0,), (1, -2), (1.5,), 4, "ab", None, [1j]])
     def test_all_else_is_refused(self, given):
         with pytest.raises(InputError, match=r"recall_at.* whole numbers"):
             to_recall_at(given)
