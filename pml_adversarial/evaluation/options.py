@@ -22,9 +22,10 @@ def check_probability(name: str, value: float) -> None:
 
 def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
     """One or more different radii in pixels of [0, 1], ascending; in Linf none is above 1. 0 needs ``zero``."""
-    several = isinstance(eps, Iterable) and getattr(eps, "ndim", 1)  # a tensor without dimensions is one number
+    has_dimensions = getattr(eps, "ndim", True)  # a tensor without dimensions is one number
+    given: Iterable[Any] = eps if isinstance(eps, Iterable) and has_dimensions else [eps]
     try:
-        radii = tuple(sorted({float(radius) for radius in (eps if several else [eps])}))  # type: ignore[union-attr]
+        radii = tuple(sorted({float(radius) for radius in given}))
     except (TypeError, ValueError):
         radii = ()
     if isinstance(eps, str | bool) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
