@@ -1,5 +1,7 @@
 """What is found out about a loss by experiment, of losses whose answers are known."""
 
+import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,9 +12,12 @@ from small_batch import batch_of, said_aloud, steps
 from torch import nn
 
 from pml_adversarial.errors import PlanError
-from pml_adversarial.training.loss_trials import LossTrials
+from pml_adversarial.training.loss_trials import LossTrials, with_copies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
+
+
+NAMES = ("anchor", "positive", "negative")
 
 
 class Made(nn.Module):
@@ -24,6 +29,17 @@ class Made(nn.Module):
 
     def forward(self, embeddings, labels, indices_tuple=None, *reference):
         return self.function(embeddings, labels)
+
+
+def one_hot_loss(embeddings, labels):
+    similarity = nn.functional.normalize(embeddings) @ nn.functional.normalize(embeddings).T
+    same = labels[:, None] == labels
+    return (1 - similarity[same]).mean() + similarity[~same].clamp(min=0).mean()
+
+
+class WithoutTuples(nn.Module):
+    def forward(self, embeddings, labels):
+        return one_hot_loss(embeddings, labels)
 
 
 def of_rows(embeddings, labels):
@@ -92,6 +108,145 @@ class TestCopies:
         assert self.copies(Made(lambda e, y: e.missing), batch_of()) is None
 
 
+class TestTrialBatch:
+    """The batch on which a loss is asked: as small as it may be, and called as the real one."""
+
+    TUPLES = tuple(torch.tensor([row]) for row in (0, 1, 2, 3))
+
+    def test_is_small_and_has_no_more_than_the_real_one(self):
+        labels = torch.tensor([5, 7, 9, 11, 5, 7, 9, 11])
+        for batch in (batch_of(labels), batch_of(labels, self.TUPLES), batch_of(labels, num_queries=4)):
+            trial = LossTrials(losses.ContrastiveLoss(), batch).batch
+            assert trial.call_signature == batch.call_signature
+            assert trial.num_queries == 8
+            assert set(trial.labels.tolist()) <= {5, 7, 9}  # classes that the loss knows
+            assert trial.embeddings.dtype == torch.float64
+            assert trial.embeddings.shape[1] == batch.embeddings.shape[1]
+
+    def test_has_two_classes_for_a_loss_that_wants_two(self):
+        def of_two(embeddings, labels):
+            assert len(labels.unique()) == 2
+            return embeddings.sum()
+
+        assert LossTrials(Made(of_two), batch_of()).batch.labels.unique().tolist() == [0, 1]
+
+    def test_has_blocks_for_a_loss_that_wants_them(self):
+        def of_blocks(embeddings, labels):
+            assert labels.tolist() == sorted(labels.tolist())
+            return embeddings.sum()
+
+        assert LossTrials(Made(of_blocks), batch_of()).batch.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+    def test_is_of_the_real_form_where_nothing_smaller_will_do(self):
+        def of_five(embeddings, labels):
+            assert len(labels) == 5
+            return embeddings.sum()
+
+        batch = batch_of(torch.tensor([3, 3, 4, 4, 4]))
+        batch = replace(batch, embeddings=batch.embeddings[:5], num_queries=5)
+        trials = LossTrials(Made(of_five), batch)
+        assert trials.batch.labels.tolist() == [3, 3, 4, 4, 4]
+        assert not torch.equal(trials.batch.embeddings.float(), batch.embeddings)
+
+    def test_is_none_where_the_loss_has_no_value_and_the_last_error_is_kept(self):
+        def fails(embeddings, labels):
+            raise KeyError(len(embeddings))
+
+        trials = LossTrials(Made(fails), batch_of())
+        assert trials.batch is None
+        assert isinstance(trials.error, KeyError)
+        assert not trials.takes_tuples()
+        assert not trials.takes_copies_beside_clean()
+        assert trials.copies(("positive",), None) is None
+
+    def test_nan_is_no_value(self):
+        trials = LossTrials(Made(lambda e, y: e.sum() * torch.nan), batch_of())
+        assert (trials.batch, trials.error) == (None, "NaN")
+
+    def test_no_error_where_there_is_a_value_each_time(self):
+        trials = LossTrials(losses.TripletMarginLoss(), batch_of())
+        assert trials.takes_tuples()
+        assert trials.copies(("positive",), None) == "append"
+        assert trials.error is None
+
+    def test_the_loss_itself_is_left_alone(self):
+        loss = losses.ProxyAnchorLoss(4, 4)
+        before = copy.deepcopy(loss.state_dict())
+        LossTrials(loss, batch_of()).is_row_separable()
+        assert loss.proxies.dtype == torch.float32
+        assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+
+
+class TestTakesTuples:
+    @pytest.mark.parametrize(
+        ("make", "expected"),
+        [
+            (losses.TripletMarginLoss, True),
+            (losses.ContrastiveLoss, True),
+            (losses.PNPLoss, False),
+            (WithoutTuples, False),
+        ],
+    )
+    def test_is_found_out(self, make, expected):
+        assert LossTrials(make(), batch_of()).takes_tuples() == expected
+
+
+class TestBesideClean:
+    """A batch of rows and their copies, for losses that are made to take it or not."""
+
+    def found(self, function):
+        return LossTrials(Made(function), batch_of()).takes_copies_beside_clean()
+
+    def test_a_loss_of_pairs(self):
+        assert self.found(one_hot_loss)
+
+    def test_copies_that_do_not_count(self):
+        assert not self.found(lambda e, y: one_hot_loss(e[:8], y[:8]))
+
+    def test_an_order_that_matters(self):
+        assert not self.found(lambda e, y: one_hot_loss(e, y) + (e[0] * e[-1]).sum())
+
+    def test_a_gradient_that_is_not_finite_where_a_copy_equals_its_row(self):
+        def distances(e):
+            return (e[:, None] - e).pow(2).sum(2)
+
+        assert self.found(lambda e, y: (1 + distances(e)).sqrt().mean())
+        assert not self.found(lambda e, y: distances(e).sqrt().mean())
+
+
+class TestWithCopies:
+    """Each plan, read by plain loops."""
+
+    def read(self, plan, num_rows):
+        """The tuples of a plan, each member as the row that it is, and whether it is a copy of it."""
+        pool = [(row, False) for row in range(num_rows)] + [(row, True) for row in plan.rows.tolist()]
+        queries = [pool[place] for place in plan.pool_indices.tolist()]
+        others = queries if plan.ref_pool_indices is None else [pool[place] for place in plan.ref_pool_indices.tolist()]
+        members = [member.tolist() for member in plan.indices_tuple]
+        sides = [queries if name == "anchor" else others for name in NAMES]
+        return [[side[row] for row in member] for side, member in zip(sides, members, strict=True)]
+
+    @pytest.mark.parametrize("tuples_per_anchor", [None, 1])
+    @pytest.mark.parametrize("roles", [("anchor",), ("positive",), ("positive", "negative")])
+    @pytest.mark.parametrize("num_queries", [8, 4])
+    def test_members_of_the_roles_are_copies_of_their_rows(self, num_queries, roles, tuples_per_anchor):
+        batch = batch_of(num_queries=num_queries)
+        anchors, others = torch.arange(4), torch.arange(4, 8)
+        tuples = anchors, others, others.flip(0)
+        plans = with_copies(batch, tuples, roles, tuples_per_anchor)
+        assert list(plans) == ["append", "reference"]
+        expected = [
+            [(row, name in roles) for row in member.tolist()] for name, member in zip(NAMES, tuples, strict=True)
+        ]
+        for plan in plans.values():
+            assert self.read(plan, 8) == expected
+
+    def test_an_anchor_of_several_copies_is_only_appended(self):
+        tuples = tuple(torch.tensor(rows) for rows in ([0, 0], [1, 1], [2, 3]))
+        assert list(with_copies(batch_of(), tuples, ("anchor",), None)) == ["append", "reference"]
+        assert list(with_copies(batch_of(), tuples, ("anchor",), 2)) == ["append"]
+
+
 class Sixteen(losses.TripletMarginLoss):
     """A triplet loss that insists on 16 rows."""
 
@@ -108,17 +263,6 @@ class Never(losses.TripletMarginLoss):
         if embeddings.dtype == torch.float64:
             raise ValueError("double precision is not for me")
         return super().forward(embeddings, *arguments)
-
-
-def one_hot_loss(embeddings, labels):
-    similarity = nn.functional.normalize(embeddings) @ nn.functional.normalize(embeddings).T
-    same = labels[:, None] == labels
-    return (1 - similarity[same]).mean() + similarity[~same].clamp(min=0).mean()
-
-
-class WithoutTuples(nn.Module):
-    def forward(self, embeddings, labels):
-        return one_hot_loss(embeddings, labels)
 
 
 class TestUnknownLoss:

@@ -11,12 +11,41 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner, FixedContext, InputError
+from pml_adversarial.training.options import (
+    check_loss,
+    check_miner,
+    check_processes,
+    levels,
+    positional,
+    shown,
+    warmup_steps,
+)
 
 
 def message_of(error, call):
     with pytest.raises(error) as caught:
         call()
     return str(caught.value)
+
+
+class TestWarmupSteps:
+    @pytest.mark.parametrize(
+        ("warmup", "total_steps", "steps"),
+        [
+            (None, None, 7),  # the default
+            (0, None, 0),
+            (3, None, 3),
+            (0.0, 10, 0),
+            (0.5, 10, 5),
+            (0.5, 11, 6),
+            (1e-9, 10, 1),  # a share of none is the only one that takes no step
+            (1.0, 10, 10),
+        ],
+    )
+    def test_counts_whole_steps(self, warmup, total_steps, steps):
+        found = warmup_steps(warmup, total_steps, default=7)
+        assert found == steps
+        assert type(found) is int
 
 
 class TestWarmupAsAShare:
@@ -53,6 +82,37 @@ class TestWarmupAsAShare:
             AdversarialMiner(miners.BatchHardMiner(), model, **options)
 
 
+class TestShown:
+    def test_what_is_none_is_left_out(self):
+        assert (
+            shown({"eps": "8/255", "steps": None}, steps=3, guard=None, attack=False)
+            == "eps=8/255, steps=3, attack=False"
+        )
+
+    def test_plugins_come_last_by_the_name_of_their_class(self):
+        class Named:
+            __name__ = "mine"
+
+        assert shown({}, [Spy(), Spy, Named()], warmup="3 steps") == "warmup=3 steps, plugins=[Spy, Spy, mine]"
+        assert shown({}) == shown({}, iter([])) == ""
+
+    @pytest.mark.parametrize(
+        ("eps", "text"),
+        [
+            (8 / 255, "8/255"),
+            (0.5 / 255, "0.00196078"),
+            (1, "255/255"),
+            (1.0, "255/255"),
+            (0.05, "0.05"),
+            (0.2, "51/255"),
+            (0.0, "0"),
+            (1e-4, "0.0001"),
+        ],
+    )
+    def test_a_radius_is_shown_in_levels_where_these_are_whole(self, eps, text):
+        assert levels(eps) == text
+
+
 class TestRepr:
     def test_shows_what_is_in_force(self, model):
         loss_func = AdversarialLoss(
@@ -75,6 +135,88 @@ class TestRepr:
         assert repr(FixedContext(attack=torchattacks.FGSM, eps=2 / 255)) == (
             "FixedContext(eps=2/255, attack=FGSM, perturb=all, keep_clean=True)"
         )
+
+
+def takes(*signature):
+    """A module whose forward has these arguments."""
+    scope = {}
+    exec(f"def forward(self, {', '.join(signature)}): pass", scope)
+    return type("Takes", (nn.Module,), {"forward": scope["forward"]})()
+
+
+class TestPositional:
+    @pytest.mark.parametrize(
+        ("signature", "names"),
+        [
+            ((), []),
+            (("x",), ["x"]),
+            (("x", "/", "y=1"), ["x", "y"]),
+            (("*rest",), ["*rest"]),
+            (("x", "*", "y"), ["x"]),
+            (("x", "*rest", "y=1", "**options"), ["x", "*rest"]),
+        ],
+        ids=str,
+    )
+    def test_names_what_may_be_given_by_position(self, signature, names):
+        assert positional(takes(*signature)) == names
+
+    @pytest.mark.parametrize(
+        ("signature", "fits"),
+        [(("x",), False), (("x", "y"), True), (("*rest",), True), (("x", "*", "y"), False), (("x", "y", "z"), True)],
+        ids=str,
+    )
+    def test_a_loss_takes_two(self, signature, fits, model):
+        if fits:
+            check_loss(takes(*signature), model)
+            check_miner(takes(*signature), model)
+        else:
+            with pytest.raises(InputError, match=r"object of Takes, whose forward takes \['x'\]; expected a loss with"):
+                check_loss(takes(*signature), model)
+            with pytest.raises(InputError, match="object of Takes; expected a tuple miner"):
+                check_miner(takes(*signature), model)
+
+
+class TestWhatFits:
+    """What is not refused, with a model or without one."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            losses.TripletMarginLoss,
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4),
+            lambda: losses.MultipleLosses([losses.ContrastiveLoss()]),
+            lambda: losses.SelfSupervisedLoss(losses.NTXentLoss()),
+            lambda: DistributedLossWrapper(losses.ContrastiveLoss()),
+            lambda: takes("embeddings", "labels"),
+        ],
+    )
+    def test_losses(self, make, model):
+        for given in (None, model, {"trunk": model}):
+            check_loss(make(), given)
+        check_processes(make())
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            miners.BatchHardMiner,
+            lambda: DistributedMinerWrapper(miners.BatchHardMiner()),
+            lambda: lambda embeddings, labels: None,
+        ],
+    )
+    def test_miners(self, make, model):
+        for given in (None, model, {"trunk": model}):
+            check_miner(make(), given)
+
+    def test_a_loss_is_no_miner(self, model):
+        message = message_of(InputError, lambda: check_miner(losses.ContrastiveLoss(), model))
+        assert message == (
+            "miner is the loss ContrastiveLoss; expected a tuple miner. Wrap a loss in AdversarialLoss(loss, model)."
+        )
+
+    @pytest.mark.parametrize("found", [None, "hard", 3], ids=str)
+    def test_what_cannot_be_called_is_no_miner(self, found, model):
+        with pytest.raises(InputError, match=f"object of {type(found).__name__}; expected a tuple miner"):
+            check_miner(found, model)
 
 
 class TestWrongArguments:

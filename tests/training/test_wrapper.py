@@ -12,7 +12,7 @@ from saved_losses import KINDS, WithLoss, same
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError
+from pml_adversarial import AdversarialLoss, AdversarialMiner, CaptureError, InputError
 
 PGD = partial(torchattacks.PGD, eps=0.05, alpha=0.02, steps=3)
 
@@ -65,6 +65,21 @@ class TestAccess:
             AdversarialLoss.__new__(AdversarialLoss).W  # noqa: B018
 
 
+class TestWatch:
+    @pytest.mark.parametrize("wrap", [AdversarialLoss, AdversarialMiner])
+    def test_another_model_takes_the_place_of_the_first(self, wrap, model, images, labels):
+        wrapped = losses.TripletMarginLoss() if wrap is AdversarialLoss else miners.BatchHardMiner()
+        wrapper, other = wrap(wrapped, model), copy.deepcopy(model)
+        wrapper(model(images), labels)
+        with pytest.raises(CaptureError, match="not known"):
+            wrapper(other(images), labels)
+        wrapper.watch(other)
+        wrapper(other(images), labels)
+        assert wrapper.records.num_perturbed == 8
+        with pytest.raises(CaptureError, match="not known"):
+            wrapper(model(images), labels)
+
+
 class TestStates:
     def test_state_dict_goes_on_where_it_was(self, model, images, labels, tmp_path):
         def make():
@@ -99,6 +114,17 @@ class TestStates:
         for images in batches[3:]:
             embeddings = model(images)
             assert torch.equal(first(embeddings, labels), second(embeddings, labels))
+
+    def test_a_state_that_cannot_be_read_is_said_and_changes_nothing(self, model, images, labels, caplog):
+        loss_func = AdversarialLoss(losses.ProxyAnchorLoss(4, 4), model, seed=5)
+        loss_func(model(images), labels)
+        before = loss_func.state_dict()
+        broken = {**before, "_extra_state": before["_extra_state"] // 2}
+        loss_func.load_state_dict(broken)
+        (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert "of AdversarialLoss cannot be read, and stay what they are" in said
+        assert (loss_func.adversary.step, loss_func.adversary.seed) == (1, 5)
+        assert same(dict(loss_func.state_dict()), dict(before))
 
 
 @pytest.fixture(params=KINDS)
