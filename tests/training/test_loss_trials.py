@@ -101,6 +101,14 @@ class TestCopies:
         tuples = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3]))[:members]
         assert self.copies(losses.HistogramLoss(), batch_of(tuples=tuples)) == "replace"
 
+    def test_a_loss_that_looks_beyond_its_tuples(self):
+        class Widest(losses.TripletMarginLoss):
+            def forward(self, embeddings, *arguments):
+                return super().forward(embeddings, *arguments) + embeddings.norm(dim=1).max()
+
+        # copies that do not move are no wider than their rows, but one more row may be; in a reference it is not seen
+        assert self.copies(Widest(), batch_of()) == "reference"
+
     def test_without_labels(self):
         assert self.copies(losses.VICRegLoss(), batch_of(None)) == "replace"
 
@@ -176,6 +184,17 @@ class TestTrialBatch:
         assert loss.proxies.dtype == torch.float32
         assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
 
+    def test_a_loss_with_weights_is_asked_in_double_precision_too(self):
+        class Headed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(4, 2)
+
+            def forward(self, embeddings, labels):
+                return one_hot_loss(self.head(embeddings), labels)
+
+        assert LossTrials(Headed(), batch_of()).batch is not None
+
 
 class TestTakesTuples:
     @pytest.mark.parametrize(
@@ -202,6 +221,14 @@ class TestBesideClean:
 
     def test_copies_that_do_not_count(self):
         assert not self.found(lambda e, y: one_hot_loss(e[:8], y[:8]))
+
+    def test_copies_that_count_only_where_a_class_has_one_row(self):
+        def of_small_classes(embeddings, labels, most):
+            size = (labels[:, None] == labels).sum(1)
+            return embeddings[size <= most].pow(2).sum()
+
+        assert not self.found(lambda e, y: of_small_classes(e, y, most=2))  # a row and its copy
+        assert self.found(lambda e, y: of_small_classes(e, y, most=8))
 
     def test_an_order_that_matters(self):
         assert not self.found(lambda e, y: one_hot_loss(e, y) + (e[0] * e[-1]).sum())

@@ -45,6 +45,8 @@ class TestAccess:
         with pytest.raises(AttributeError, match=r"neither AdversarialLoss nor the wrapped ArcFaceLoss .* 'get_logit'"):
             loss_func.get_logit  # noqa: B018
         assert not hasattr(loss_func, "_anything")
+        loss_func.loss._private = 3
+        assert not hasattr(loss_func, "_private")
         assert getattr(loss_func, "efficient", None) is None
 
     def test_setting_is_the_wrappers(self, model):
