@@ -34,7 +34,22 @@ class TestParseCall:
         assert parse_call(text) == (name, options)
 
     @pytest.mark.parametrize(
-        "text", ["A:x", "A:1", "A:x=1 y=2", "A:x=a.b", "A:x=1+y", "A:x=f(1)", "A:*x", "A:x=1)+f(y=2", "A:x=(", "A:x=\0"]
+        "text",
+        [
+            "A:x",
+            "A:1",
+            "A:x=1 y=2",
+            "A:x=a.b",
+            "A:x=1+y",
+            "A:x=f(1)",
+            "A:*x",
+            "A:x=1)+f(y=2",
+            "A:x=(",
+            "A:x=\0",
+            "A:x={[]:1}",
+            "A:**{'x':1}",
+            "A:x=1,x=2",
+        ],
     )
     def test_anything_else_cannot_be_read(self, text):
         said = refusal(parse_call, text)
