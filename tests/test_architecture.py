@@ -104,6 +104,12 @@ def test_no_circle():
     assert circle(modules()) is None
 
 
+def test_each_module_has_tests_of_its_own():
+    here = Path(__file__).parent
+    paths = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__"))
+    assert [str(path) for path in paths if not (here / path.parent / f"test_{path.name}").exists()] == []
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_is_known_in_few_places(library):
     knowing = {

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import random
-import re
 from functools import partial
 
 import numpy
@@ -18,14 +17,12 @@ from torch.nn.functional import normalize
 
 from pml_adversarial import (
     AdversarialLoss,
-    AdversarialMiner,
     AttackError,
     CaptureError,
     FixedContext,
     InputError,
     PlanError,
     PluginError,
-    attacks,
     hookimpl,
 )
 from pml_adversarial.attacks import adapter
@@ -421,40 +418,6 @@ class TestCopiesAndStates:
             loaded(embeddings, labels)  # these embeddings are older than the loaded loss
         assert torch.equal(loaded(model(images), labels), expected)
 
-    def test_state_dict_goes_on_where_it_was(self, model, images, labels, tmp_path):
-        def make():
-            return seed_paper_loss(losses.ProxyAnchorLoss(4, 4), model, attack=PGD, warmup=4, seed=5)
-
-        torch.manual_seed(0)
-        first = make()
-        for _ in range(3):
-            first(model(images), labels)
-        torch.save(first.state_dict(), tmp_path / "state.pt")
-        second = make()
-        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        embeddings = model(images)
-        assert torch.equal(first(embeddings, labels), second(embeddings, labels))
-        assert (first.strength, second.strength) == (0.75, 0.75)
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 64),  # filled to 24 rows of 64,
-            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 16),  # filled and begun anew
-            lambda: losses.MultipleLosses([losses.CrossBatchMemory(losses.TripletMarginLoss(), 4, 20)]),
-        ],
-    )
-    def test_what_losses_remember_outside_of_their_buffers(self, make, model, labels, tmp_path):
-        first, second = (seed_paper_loss(make(), model, attack=PGD, seed=5) for _ in range(2))
-        batches = torch.rand(5, 8, 1, 6, 6)
-        for images in batches[:3]:
-            first(model(images), labels)
-        torch.save(first.state_dict(), tmp_path / "state.pt")
-        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        for images in batches[3:]:
-            embeddings = model(images)
-            assert torch.equal(first(embeddings, labels), second(embeddings, labels))
-
     def test_the_model_is_no_submodule(self, model):
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
         assert list(loss_func.parameters()) == []
@@ -473,11 +436,6 @@ class Fails(nn.Module):
         if len(self.passes) == self.nth:
             raise ZeroDivisionError
         return x
-
-
-class Sum(nn.Module):
-    def forward(self, x):
-        return x.sum()
 
 
 class TestAfterAFailedStep:
@@ -599,18 +557,6 @@ class TestOptions:
         with pytest.raises(PlanError, match="ref_emb"):
             seed_paper_loss(losses.MultiSimilarityLoss(), model)(model(images), labels, **arguments)
 
-    @pytest.mark.parametrize(
-        ("dtype", "ref_labels"),
-        [(torch.uint8, torch.tensor([256, 257, 0])), (torch.long, torch.tensor([0.5, 1.5, 0.0]))],
-    )
-    def test_labels_of_a_reference_keep_their_values(self, dtype, ref_labels, model, images, labels):
-        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, attack=NO_BUDGET, perturb="anchor")
-        reference = {"ref_emb": torch.randn(3, 4), "ref_labels": ref_labels}
-        embeddings = model(images)
-        plain = losses.ContrastiveLoss()(embeddings, labels.to(dtype), **reference)
-        assert plain > 0
-        torch.testing.assert_close(loss_func(embeddings, labels.to(dtype), **reference), plain)
-
     def test_a_classifier_of_two_classes_is_attacked_by_its_own_value(self, model, images):
         spy = Spy()
         loss_func = seed_paper_loss(losses.ArcFaceLoss(2, 4, scale=4), model, attack=PGD, perturb="all", plugins=[spy])
@@ -712,44 +658,9 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"torch.uint8.*floating point"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
-    def test_labels_of_another_length(self, model, images, labels):
-        with pytest.raises(InputError, match="labels of shape"):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels[:-1])
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [(lambda y: y.tolist(), "labels are list"), (lambda y: y[:, None], r"\(8, 1\)"), (lambda y: y[0], r"\(\)")],
-    )
-    def test_labels_of_another_form(self, change, message, model, images, labels):
-        with pytest.raises(InputError, match=message):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), change(labels))
-
-    @pytest.mark.parametrize(
-        ("change", "shape"), [(nn.Flatten(0), r"\(32,\)"), (nn.Unflatten(1, (1, 4)), r"\(8, 1, 4\)")]
-    )
-    def test_embeddings_of_another_form(self, change, shape, model, images, labels):
-        whole = nn.Sequential(*model, change)
-        with pytest.raises(InputError, match=rf"embeddings of shape {shape}; expected .* \(N, D\)"):
-            seed_paper_loss(losses.TripletMarginLoss(), whole)(whole(images), labels)
-
-    def test_embeddings_without_rows_or_dimensions(self, labels):
-        model = nn.Sequential(nn.Linear(8, 1), Sum())
-        with pytest.raises(InputError, match=r"embeddings of shape \(\)"):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(model(torch.rand(8, 8)), labels)
-
-    @pytest.mark.parametrize(("ref_emb", "found"), [([[0.0] * 4], "are list"), (torch.zeros(4), r"of shape \(4,\)")])
-    def test_a_reference_of_another_form(self, ref_emb, found, model, images, labels):
-        with pytest.raises(InputError, match=f"ref_emb {found}"):
-            seed_paper_loss(losses.ContrastiveLoss(), model)(model(images), labels, ref_emb=ref_emb, ref_labels=labels)
-
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
         with pytest.raises(InputError, match="embeddings are list"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model(images).tolist(), labels)
-
-    def test_a_model_that_changes_the_number_of_rows(self, images, labels):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(0, 1))
-        with pytest.raises(InputError, match="8 inputs gave 16 embeddings"):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels.repeat(2))
 
     @pytest.mark.parametrize(
         ("tuples", "message"),
@@ -768,14 +679,6 @@ class TestBadInput:
     def test_tuples(self, tuples, message, model, images, labels):
         with pytest.raises(PlanError, match=message):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
-
-    def test_tuples_are_counted_in_the_reference(self, model, images, labels):
-        loss_func = seed_paper_loss(losses.ContrastiveLoss(), model, perturb="anchor")
-        reference = {"ref_emb": torch.randn(9, 4), "ref_labels": torch.arange(9) // 2}
-        row, last = torch.tensor([0]), torch.tensor([8])
-        loss_func(model(images), labels, (row, row, row, last), **reference)
-        with pytest.raises(PlanError, match="anchors below 8, positives and negatives below 9"):
-            loss_func(model(images), labels, (last, row, row, row), **reference)
 
     @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
     def test_embeddings_of_no_watched_model(self, change, model, images, labels):
@@ -932,61 +835,6 @@ class TestKeywords:
         return loss.item(), loss_func, spy
 
     @pytest.mark.parametrize(
-        ("options", "attack"),
-        [
-            ({"eps": 0.02}, attacks.preset(0.02)),
-            ({"steps": 2}, attacks.preset(8 / 255, steps=2)),
-            ({"eps": 0.02, "steps": 2}, attacks.preset(0.02, steps=2)),
-            ({"attack": torchattacks.PGD, "eps": 0.02, "steps": 2}, partial(torchattacks.PGD, eps=0.02, steps=2)),
-            ({"attack": attacks.NFGSM, "eps": 0.02}, partial(attacks.NFGSM, eps=0.02)),
-            (
-                {"attack": attacks.Autocast(torchattacks.PGD), "eps": 0.02},
-                attacks.Autocast(partial(torchattacks.PGD, eps=0.02)),
-            ),
-            (
-                {"attack": lambda objective, **options: torchattacks.PGD(objective, **options), "steps": 2},
-                partial(torchattacks.PGD, steps=2),
-            ),
-        ],
-    )
-    def test_eps_and_steps(self, options, attack, model, images, labels):
-        value, _, spy = self.step(model, images, labels, **options)
-        expected, _, of_attack = self.step(model, images, labels, attack=attack)
-        assert value == expected
-        assert torch.equal(spy.adversarial.inputs, of_attack.adversarial.inputs)
-        miner, by_attack = (
-            AdversarialMiner(miners.BatchHardMiner(), model, seed=1, **o) for o in (options, {"attack": attack})
-        )
-        embeddings = model(images)
-        miner(embeddings, labels), by_attack(embeddings, labels)
-        assert dict(miner.records) == {**by_attack.records, "attack_seconds": miner.attack_seconds}
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"eps": 8}, r"eps=8; expected a number above 0 and up to 1"),
-            ({"eps": 0.1, "steps": 0}, r"steps=0; expected a whole number"),
-            ({"attack": torchattacks.PGD, "eps": -0.1}, r"eps=-0.1; expected a number above 0"),
-            ({"attack": torchattacks.PGD, "steps": 1.5}, r"steps=1.5; expected a whole number"),
-            ({"attack": torchattacks.FGSM, "steps": 2}, r"steps=2 was given, and attack=FGSM takes no keyword steps"),
-            (
-                {"attack": lambda objective: None, "eps": 0.1},
-                r"eps=0.1 was given, and attack=<lambda> takes no",
-            ),
-            ({"attack": attacks.preset(0.1), "eps": 0.2}, r"eps=0.2 was given, and the attack sets eps=0.1 itself"),
-            (
-                {"attack": attacks.Autocast(attacks.preset(0.1)), "steps": 2},
-                r"steps=2 was given, and the attack sets steps=3 itself",
-            ),
-        ],
-    )
-    def test_eps_and_steps_that_cannot_be(self, options, message, model):
-        for make in (AdversarialLoss, AdversarialMiner):
-            wrapped = losses.TripletMarginLoss() if make is AdversarialLoss else miners.BatchHardMiner()
-            with pytest.raises(AttackError, match=message):
-                make(wrapped, model, **options)
-
-    @pytest.mark.parametrize(
         "options",
         [
             {"perturb": "positive", "eps": 0.02},
@@ -1079,192 +927,3 @@ class TestSeedPaper:
             pass
 
         assert isinstance(Mine.seed_paper(losses.TripletMarginLoss(), model), Mine)
-
-
-class TestWarmupAsAShare:
-    @pytest.mark.parametrize(("share", "steps"), [(0.5, 5), (1.0, 10), (0.01, 1), (0.25, 3), (0.0, 0)])
-    def test_grows_over_that_share(self, share, steps, model, images, labels):
-        for make in (AdversarialLoss, AdversarialMiner):
-            wrapped = losses.TripletMarginLoss() if make is AdversarialLoss else miners.BatchHardMiner()
-            wrapper = make(wrapped, model, warmup=share, total_steps=10)
-            found = []
-            for _ in range(12):
-                wrapper(model(images), labels)
-                found.append(wrapper.records.strength)
-            assert found == [min(1, step / steps) if steps else 1 for step in range(12)]
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"warmup": 0.5}, r"warmup=0.5 is a share of all training steps.*Add total_steps"),
-            ({"warmup": 1.5, "total_steps": 10}, r"warmup=1.5; expected"),
-            ({"warmup": -0.5, "total_steps": 10}, r"warmup=-0.5; expected"),
-            ({"warmup": float("nan"), "total_steps": 10}, r"warmup=nan; expected"),
-            ({"warmup": True}, r"warmup=True; expected"),
-            ({"warmup": "half"}, r"warmup='half'; expected"),
-            ({"total_steps": 10}, r"total_steps=10 was given with warmup=None, and would change nothing"),
-            ({"warmup": 5, "total_steps": 10}, r"total_steps=10 was given with warmup=5, and would change nothing"),
-            ({"warmup": 0.5, "total_steps": 0}, r"total_steps=0; expected"),
-            ({"warmup": 0.5, "total_steps": 10.0}, r"total_steps=10.0; expected"),
-        ],
-    )
-    def test_that_cannot_be(self, options, message, model):
-        with pytest.raises(InputError, match=message):
-            AdversarialLoss(losses.TripletMarginLoss(), model, **options)
-        with pytest.raises(InputError, match=message):
-            AdversarialMiner(miners.BatchHardMiner(), model, **options)
-
-
-class TestRepr:
-    def test_shows_what_is_in_force(self, model):
-        loss_func = AdversarialLoss(
-            losses.TripletMarginLoss(), model, eps=4 / 255, plugins=["hm", Spy()], warmup=0.5, total_steps=100
-        )
-        first, second, *_ = (line.strip() for line in repr(loss_func).splitlines()[0:3])
-        assert first == "AdversarialLoss("
-        assert second == (
-            "eps=4/255, steps=3, attack=PGD, perturb=all, keep_clean=True, warmup=50 steps, guard=True, "
-            "plugins=[HM, Spy]"
-        )
-        assert "(loss): TripletMarginLoss(" in repr(loss_func)
-
-    def test_of_a_miner(self, model):
-        shown = repr(AdversarialMiner(miners.BatchHardMiner(), model, eps=0.1, perturb=("anchor", "positive")))
-        assert "eps=0.1, steps=3, attack=PGD, perturb=anchor and positive, warmup=0 steps" in shown
-        assert "(miner): BatchHardMiner(" in shown
-
-    def test_of_a_method(self):
-        assert repr(FixedContext(attack=torchattacks.FGSM, eps=2 / 255)) == (
-            "FixedContext(eps=2/255, attack=FGSM, perturb=all, keep_clean=True)"
-        )
-
-
-class TestWrongArguments:
-    """What is no metric loss is refused, and the cure that the message tells runs."""
-
-    def train(self, loss_func, model, images, labels):
-        loss_func(model(images), labels).backward()
-        assert loss_func.records.num_perturbed == 8
-
-    def follow(self, message, pattern, model):
-        """Runs the code that a message tells, with the names of PML at hand."""
-        code = re.search(pattern, message).group(0)
-        return eval(code, {**vars(losses), **vars(miners), "AdversarialLoss": AdversarialLoss, "model": model})
-
-    @pytest.mark.parametrize(
-        ("criterion", "kind"),
-        [
-            (nn.CrossEntropyLoss(), "NormalizedSoftmaxLoss"),
-            (nn.NLLLoss(), "NormalizedSoftmaxLoss"),
-            (nn.TripletMarginLoss(), "TripletMarginLoss"),
-            (nn.CosineEmbeddingLoss(), "ContrastiveLoss"),
-            (nn.MSELoss(), "ContrastiveLoss"),
-        ],
-        ids=str,
-    )
-    def test_a_criterion_of_torch(self, criterion, kind, model, images, labels):
-        message = message_of(InputError, lambda: AdversarialLoss(criterion, model))
-        assert f"{type(criterion).__name__} of torch.nn is no metric loss" in message
-        wide = nn.Sequential(*model, nn.Linear(4, 128))
-        loss_func = self.follow(message, r"AdversarialLoss\(.*\), model\)", wide)
-        assert type(loss_func.loss).__name__ == kind
-        self.train(loss_func, wide, images, labels)
-
-    def test_a_class(self, model, images, labels):
-        message = message_of(InputError, lambda: AdversarialLoss(losses.ContrastiveLoss, model))
-        assert "loss is the class ContrastiveLoss; expected an object" in message
-        self.train(self.follow(message, r"AdversarialLoss\(.*\), model\)", model), model, images, labels)
-        message = message_of(InputError, lambda: AdversarialLoss(losses.ArcFaceLoss, model))
-        assert "AdversarialLoss(ArcFaceLoss(num_classes=..., embedding_size=...), model)" in message
-
-    def test_the_wrong_order(self, model, images, labels):
-        for wrapped in (losses.ContrastiveLoss(), losses.CrossBatchMemory(losses.ContrastiveLoss(), 4)):
-            message = message_of(InputError, lambda wrapped=wrapped: AdversarialLoss(model, wrapped))
-            name = type(wrapped).__name__
-            assert (
-                f"wrong order: loss is Sequential, model is {name}. Write AdversarialLoss({name}(...), model)"
-                in message
-            )
-            self.train(AdversarialLoss(wrapped, model), model, images, labels)
-        with pytest.raises(InputError, match=r"wrong order: miner is Sequential, .*AdversarialMiner\(BatchHardMiner"):
-            AdversarialMiner(model, miners.BatchHardMiner())
-
-    def test_a_miner(self, model, images, labels):
-        miner = miners.BatchHardMiner()
-        message = message_of(InputError, lambda: AdversarialLoss(miner, model))
-        assert "loss is the miner BatchHardMiner" in message
-        assert "loss_func(embeddings, labels, miner(embeddings, labels))" in message
-        assert "AdversarialMiner(miner, model)" in message
-        loss_func, miner = AdversarialLoss(losses.ContrastiveLoss(), model), AdversarialMiner(miner, model)
-        embeddings = model(images)
-        assert loss_func(embeddings, labels, miner(embeddings, labels)).isfinite()
-
-    @pytest.mark.parametrize(
-        "found", [None, "triplet", lambda embeddings, labels: embeddings.sum()], ids=["none", "a word", "a function"]
-    )
-    def test_what_is_no_module(self, found, model):
-        with pytest.raises(InputError, match=r"expected a loss of pytorch-metric-learning, .* or a torch.nn.Module"):
-            AdversarialLoss(found, model)
-
-    def test_a_model_alone(self, model):
-        with pytest.raises(InputError, match=r"object of Sequential, whose forward takes \['input'\]"):
-            AdversarialLoss(model)
-        with pytest.raises(InputError, match="object of Sequential; expected a tuple miner"):
-            AdversarialMiner(model)
-
-    @pytest.mark.parametrize("given", [losses.ContrastiveLoss(), miners.BatchHardMiner()], ids=str)
-    def test_no_model(self, given):
-        with pytest.raises(InputError, match=f"model is {type(given).__name__}; expected the module that turns images"):
-            AdversarialLoss(losses.TripletMarginLoss(), given)
-        with pytest.raises(InputError, match=f"model is {type(given).__name__}; expected the module that turns images"):
-            AdversarialMiner(miners.BatchHardMiner(), given)
-        with pytest.raises(InputError, match="model is the class Linear; expected an object"):
-            AdversarialLoss(losses.TripletMarginLoss(), nn.Linear)
-
-
-class TestAccess:
-    def test_attributes_and_methods_of_the_wrapped_loss(self, model, images):
-        wrapped = losses.ArcFaceLoss(4, 4, margin=20)
-        loss_func = AdversarialLoss(wrapped, model)
-        assert loss_func.W is wrapped.W
-        assert loss_func.margin == wrapped.margin
-        assert loss_func.distance is wrapped.distance
-        embeddings = model(images)
-        assert torch.equal(loss_func.get_logits(embeddings), wrapped.get_logits(embeddings))
-        assert AdversarialLoss(losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 9), model).memory_size == 9
-
-    def test_of_the_wrapped_miner(self, model):
-        miner = AdversarialMiner(miners.MultiSimilarityMiner(epsilon=0.3), model)
-        assert miner.epsilon == 0.3
-        assert not hasattr(miner, "epsilons")
-
-    def test_own_ones_come_first(self, model):
-        memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 9)
-        loss_func = AdversarialLoss(memory, model)
-        assert loss_func.loss is memory
-        assert loss_func.training
-        assert loss_func.forward.__self__ is loss_func
-
-    def test_what_neither_has(self, model):
-        loss_func = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
-        with pytest.raises(AttributeError, match=r"neither AdversarialLoss nor the wrapped ArcFaceLoss .* 'get_logit'"):
-            loss_func.get_logit  # noqa: B018
-        assert not hasattr(loss_func, "_anything")
-        assert getattr(loss_func, "efficient", None) is None
-
-    def test_setting_is_the_wrappers(self, model):
-        loss_func = AdversarialLoss(losses.TripletMarginLoss(margin=0.1), model)
-        loss_func.loss.margin = 0.3
-        assert loss_func.margin == 0.3
-        loss_func.note = "mine"
-        assert not hasattr(loss_func.loss, "note")
-
-    @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda whole: pickle.loads(pickle.dumps(whole))])
-    def test_copies_have_them_too(self, copied, model):
-        loss_func = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
-        assert torch.equal(copied(loss_func).W, loss_func.W)
-        assert copied(AdversarialMiner(miners.MultiSimilarityMiner(epsilon=0.3), model)).epsilon == 0.3
-
-    def test_before_it_is_made(self):
-        with pytest.raises(AttributeError):
-            AdversarialLoss.__new__(AdversarialLoss).W  # noqa: B018

@@ -29,8 +29,11 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({options})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("expected key=value")
-        return name, {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+        found = {keyword.arg: _value(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+        if len(found) < len(call.keywords):
+            raise ValueError("expected each key once")
+        return name, found
+    except (SyntaxError, ValueError, TypeError, RecursionError) as error:
         raise click.BadParameter(
             f"{text!r} cannot be read; expected Name or Name:key=value,key=value with numbers or words, for example "
             "TripletMarginLoss:margin=0.2 or BatchEasyHardMiner:pos_strategy=easy"

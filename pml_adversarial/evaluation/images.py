@@ -32,13 +32,13 @@ class ImageSet:
             raise InputError(
                 f"{role} is {type(images).__name__}; expected (images, labels) or a data set of (image, label) pairs."
             )
+        if not count:
+            raise InputError(f"{role} holds no images.")
         if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
             raise InputError(
                 f"{role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected one "
                 "whole number per image."
             )
-        if not count:
-            raise InputError(f"{role} holds no images.")
         self.labels = labels.to(device).long()
 
     def __len__(self) -> int:
@@ -75,9 +75,19 @@ class ImageSet:
         known = getattr(dataset, "targets", None)
         known = getattr(dataset, "labels", None) if known is None else known
         if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
-            known = [dataset[row][1] for row in range(len(dataset))]  # reads every image once
+            known = self._labels_of(dataset)
         try:
             labels = torch.as_tensor(known)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.role} has labels such as {known[0]!r}; expected whole numbers.") from error
         return get, labels, len(dataset)
+
+    def _labels_of(self, dataset: Any) -> list[Any]:
+        """The labels of a data set that has no list of them: every image is read once."""
+        try:
+            return [dataset[row][1] for row in range(len(dataset))]
+        except (IndexError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.role} is {type(dataset).__name__}, and reading (image, label) pairs from it failed with "
+                f"{error!r}; expected (images, labels) or a data set of such pairs."
+            ) from error

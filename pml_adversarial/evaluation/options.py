@@ -16,17 +16,19 @@ NORMS = ("Linf", "L2")
 
 def check_probability(name: str, value: float) -> None:
     """Refuses what is not strictly between 0 and 1."""
-    if not 0 < value < 1:
-        raise InputError(f"{name}={value}; expected a probability between 0 and 1, such as 0.001.")
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise InputError(f"{name}={value!r}; expected a probability between 0 and 1, such as 0.001.")
 
 
 def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
     """One or more different radii in pixels of [0, 1], ascending; in Linf none is above 1. 0 needs ``zero``."""
+    has_dimensions = getattr(eps, "ndim", True)  # a tensor without dimensions is one number
+    given: Iterable[Any] = eps if isinstance(eps, Iterable) and has_dimensions else [eps]
     try:
-        radii = tuple(sorted({float(radius) for radius in ([eps] if isinstance(eps, int | float | str) else eps)}))
+        radii = tuple(sorted({float(radius) for radius in given}))
     except (TypeError, ValueError):
         radii = ()
-    if isinstance(eps, str) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
+    if isinstance(eps, str | bool) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
         smallest = "0 or larger" if zero else "above 0"
         raise InputError(
             f"{name}={eps!r}; expected one or more radii {smallest} in pixels of [0, 1], such as "
@@ -51,7 +53,9 @@ def to_whole_numbers(values: Any, name: str) -> list[int]:
         found = torch.as_tensor(values if hasattr(values, "dtype") else list(values))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name}={values!r}; expected whole numbers, in a list or a tensor.") from error
-    if found.ndim != 1 or (len(found) and (found.dtype == torch.bool or found.is_floating_point())):
+    if found.ndim != 1 or (
+        len(found) and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex())
+    ):
         raise InputError(
             f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected whole numbers, in a list or a tensor."
         )

@@ -10,8 +10,6 @@ from pml_adversarial import AdversarialLoss, AdversarialMiner, AttackError
 from pml_adversarial.attacks.adapter import budget
 from pml_adversarial.attacks.pgd import PGD
 from pml_adversarial.attacks.presets import PRESET, SEED_PAPER, preset
-from pml_adversarial.cli import experiment
-from pml_adversarial.cli.images import digits
 from pml_adversarial.training.schedule import DEFAULT_WARMUP
 from pml_adversarial.training.tuples import ROLES
 
@@ -123,14 +121,3 @@ def test_an_eps_that_is_no_radius_is_refused(eps):
 def test_steps_that_are_no_number_are_refused(steps):
     with pytest.raises(AttackError, match=r"steps=.*; expected a whole number"):
         preset(0.1, steps)
-
-
-def test_the_run_on_digits_keeps_the_settings_of_its_figures(monkeypatch):
-    made = []
-    wrapper = experiment.AdversarialLoss
-    monkeypatch.setattr(experiment, "AdversarialLoss", lambda *a, **k: made.append(wrapper(*a, **k)) or made[-1])
-    settings = experiment.Settings(epochs=1, batch_size=500, warmup=0)
-    experiment.train(settings, digits(), ContrastiveLoss(), None, PRESET, 0, list)
-    (loss_func,) = made
-    assert loss_func.adversary.hooks.own.keep_clean is False  # perturbed rows in place of the clean ones
-    assert not loss_func.adversary.monitor.guarded

@@ -4,7 +4,6 @@ import json
 import runpy
 import sys
 
-import click
 import numpy
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch.export import Dim
 from pml_adversarial import InputError
 from pml_adversarial.cli import evaluate as saved_model
 from pml_adversarial.cli import main
-from pml_adversarial.cli.options import try_option
 from pml_adversarial.evaluation.report import Report
 
 NETWORK = "from torch import nn\n\n\ndef make(width=4):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, width))\n"
@@ -366,15 +364,6 @@ def spoil(workplace):
     numpy.savez("strangers.npz", images=images, labels=labels + 8)
     numpy.savez("larger.npz", images=numpy.zeros((4, 7, 7)), labels=labels)
     numpy.savez("nan.npz", images=numpy.where(numpy.arange(4)[:, None, None] == 2, numpy.nan, images), labels=labels)
-
-
-def test_of_an_error_of_many_lines_the_first_is_shown():
-    def fail():
-        raise RuntimeError("no such device\nCUDA kernel errors might be ...")
-
-    with pytest.raises(click.BadParameter) as refused:
-        try_option(fail, "--device")
-    assert refused.value.format_message() == "Invalid value for --device: no such device"
 
 
 class TestBesideTheMainJob:

@@ -1,4 +1,4 @@
-"""A report as JSON and as a table."""
+"""A report as JSON, and printed."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.report import SCHEMA
 from pml_adversarial.evaluation.results import Check
 from pml_adversarial.evaluation.suites import gradient_attack, margin_score, nearest_wrong, promotion
+from pml_adversarial.evaluation.table import table
 
 
 @pytest.fixture(scope="module")
@@ -83,33 +84,5 @@ class TestJSON:
             Report.load_json(tmp_path / "report.json")
 
 
-class TestTable:
-    def test_shows_every_number(self, report):
-        lines = str(report).splitlines()
-        assert lines[0].split() == ["attack", "eps", "R@1", "R@2", "R@4", "R@8", "mAP@R", "R-prec", "passes", "s"]
-        percent = [f"{100 * value:.1f}" for value in report.clean.values()]
-        assert lines[2].split() == ["none", *percent]
-        rows = [line.split() for line in lines[3:11]]
-        for result in report.attacks:
-            shown = [f"{100 * value:.1f}" for value in result.measures.values()]
-            passes = f"{result.forward_passes + result.backward_passes:,}"
-            assert [result.attack, f"{result.eps:.4g}", *shown, passes, f"{result.seconds:.0f}"] in rows
-        for worst in report.worst:
-            shown = [f"{100 * value:.1f}" for value in worst.measures.values()]
-            assert ["worst", f"({worst.target})", f"{worst.eps:.4g}", *shown] in rows
-
-    def test_says_on_what(self, report):
-        found = str(report)
-        assert "custom, Linf, leave-one-out: 20 queries, 24 items of 4 classes; percent; chance 21.7" in found
-        assert f"effective rank {report.collapse['effective_rank']:.3g}" in found
-        assert f"NMI {100 * report.nmi:.1f}" in found
-        assert "[ok] one: fine\n[FLAG] two: not fine\n[skipped] three: no gradient" in found
-
-    def test_columns_are_aligned(self, report):
-        lines = str(report).splitlines()
-        assert len({len(line) for line in lines[:2]}) == 1
-        assert all(len(line) == len(lines[0]) for line in lines[2:11])
-
-
-def test_flagged_are_the_checks_that_failed(report):
-    assert [check.name for check in report.flagged] == ["two"]
+def test_printed_it_is_the_table(report):
+    assert str(report) == table(report)

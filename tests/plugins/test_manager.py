@@ -194,12 +194,6 @@ class TestOrder:
             who = [name for name, what in asked if what == question]
             assert who[:2] == ["first", "second"]
 
-    def test_every_question_is_asked_in_the_order_in_which_a_batch_meets_it(self, model, images, labels):
-        plugin = Silent()
-        step(model, images, labels, plugin)
-        asked = list(dict.fromkeys(question for _, question in plugin.asked))
-        assert asked == ["plan", "score", "attack", "training_loss", "record"]
-
     def test_the_first_record_of_a_name_counts(self, model, images, labels):
         loss_func, _ = step(model, images, labels, Recorder(1.0), Recorder(2.0), Recorder(3.0, "strength"))
         assert loss_func.recorded == 1.0

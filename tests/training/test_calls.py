@@ -96,19 +96,6 @@ class TestScalar:
         with pytest.raises(InputError, match=r"TripletMarginLoss returned a tensor of shape \(\d+,\)"):
             AdversarialLoss(wrapped, model, warmup=0, plugins=["hm"])(model(images), labels)
 
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda: losses.TripletMarginLoss(reducer=reducers.DoNothingReducer()),
-            lambda: losses.CrossBatchMemory(losses.TripletMarginLoss(reducer=reducers.DoNothingReducer()), 4),
-            lambda: losses.ContrastiveLoss(reducer=reducers.PerAnchorReducer(reducers.DoNothingReducer())),
-            lambda: losses.MultipleLosses([losses.ContrastiveLoss(reducer=reducers.DoNothingReducer())]),
-        ],
-    )
-    def test_a_reducer_that_returns_a_dict_is_refused_before_the_first_step(self, make, model):
-        with pytest.raises(InputError, match=r"has a DoNothingReducer at .*reducer=MeanReducer\(\)"):
-            AdversarialLoss(make(), model)
-
     def test_the_cure(self, model, images, labels):
         wrapped = losses.TripletMarginLoss(reducer=reducers.MeanReducer())
         assert AdversarialLoss(wrapped, model)(model(images), labels).ndim == 0

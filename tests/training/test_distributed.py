@@ -12,7 +12,6 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
-import torch.distributed as dist
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from seed_paper import seed_paper_loss
@@ -21,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import pml_adversarial
-from pml_adversarial import AdversarialLoss, AdversarialMiner, Batch, InputError
+from pml_adversarial import AdversarialLoss, AdversarialMiner
 from pml_adversarial.training import distributed
 from pml_adversarial.training.distributed import JointBatch
 
@@ -473,14 +472,6 @@ def test_script_of_the_docs_runs():
     assert [strength for *_, strength in found[3:]] == [0.94, 1, 1, 1, 1]
 
 
-@pytest.fixture
-def single():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 class TestOneProcess:
     def step(self, wrap_loss, wrap_miner, model, images, labels):
         """Loss, gradients and tuples of a step with a random start."""
@@ -527,23 +518,6 @@ class TestOneProcess:
 
 
 class TestRefused:
-    def test_efficient_wrappers(self, model):
-        with pytest.raises(InputError, match=r"DistributedLossWrapper has efficient=True.*Use efficient=False"):
-            AdversarialLoss(DistributedLossWrapper(losses.ContrastiveLoss(), efficient=True), model)
-        with pytest.raises(InputError, match=r"DistributedMinerWrapper has efficient=True.*Use efficient=False"):
-            AdversarialMiner(DistributedMinerWrapper(miners.BatchHardMiner(), efficient=True), model)
-
-    def test_wrapper_inside_of_another_loss(self, model):
-        inner = losses.MultipleLosses([DistributedLossWrapper(losses.ContrastiveLoss())])
-        with pytest.raises(InputError, match=r"expected AdversarialLoss\(DistributedLossWrapper\(loss\), model\)"):
-            AdversarialLoss(inner, model)
-
-    @pytest.mark.usefixtures("single")
-    @pytest.mark.parametrize("wrap", [lambda loss: loss, DistributedLossWrapper], ids=["loss", "wrapper"])
-    def test_loss_in_ddp(self, wrap, model):
-        with pytest.raises(InputError, match="put DistributedDataParallel around the AdversarialLoss"):
-            AdversarialLoss(DistributedDataParallel(wrap(losses.ProxyAnchorLoss(4, 4))), model)
-
     def test_order_that_pml_refuses(self, model):
         with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):
             DistributedLossWrapper(AdversarialLoss(losses.ContrastiveLoss(), model))
@@ -603,14 +577,6 @@ class TestBatchOfSeveral:
     @pytest.mark.parametrize(("known", "attackable"), [(3, 9), (2, 6)])
     def test_knows_what_can_be_attacked(self, known, attackable):
         assert self.batch(1, known).num_attackable == attackable
-
-    def test_alone_all_rows_are_own(self):
-        batch = Batch(torch.arange(3.0), torch.zeros(3, 4), torch.zeros(3, 4), None, None, 3)
-        rows = torch.tensor([2, 0, 2])
-        assert batch.own(torch.arange(3), rows).tolist() == [0, 1, 2]
-        assert batch.inputs_of(rows).tolist() == [2, 0, 2]
-        assert (batch.num_attackable, batch.num_processes) == (3, 1)
-        assert torch.equal(batch.gather_copies(rows, rows), rows)
 
 
 def test_models_that_are_no_ddp_are_called_as_they_are(images):

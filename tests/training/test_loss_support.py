@@ -1,8 +1,6 @@
-"""The table of losses, held to experiments with the losses themselves, and losses that it does not know."""
+"""The table of losses, held to experiments with the losses themselves."""
 
-import logging
 import warnings
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,17 +9,15 @@ import torchattacks
 from contract import LOSSES, WRAPPERS, make_loss, seed
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from small_batch import LABELS, batch_of, said_aloud, steps
 from torch import nn
 
-from pml_adversarial import AdversarialLoss
 from pml_adversarial.errors import PlanError
 from pml_adversarial.plugins.fixed_context import FixedContext
-from pml_adversarial.training.batch import Batch
 from pml_adversarial.training.loss_support import SUPPORT, support_of
 from pml_adversarial.training.loss_trials import LossTrials
 from pml_adversarial.training.tuples import ROLES
 
-LABELS = torch.arange(8) // 2
 WITH_LABELS = [name for name in (*LOSSES, *WRAPPERS) if name not in ("ManifoldLoss", "VICRegLoss")]
 WITH_LABELS = [name for name in WITH_LABELS if not name.startswith("SelfSupervised")]
 WAYS = [(members, reference) for reference in (False, True) for members in (None, 3, 4)]
@@ -32,11 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting:UserWarning"),
     pytest.mark.filterwarnings("ignore:Values of Tp or Tn are too high:UserWarning"),
 ]
-
-
-def batch_of(labels=LABELS, tuples=None, num_queries=8):
-    embeddings = torch.randn(8, 4)
-    return Batch(torch.rand(8, 1), embeddings, embeddings, labels, tuples, num_queries)
 
 
 def asked(loss, members=None, reference=False):
@@ -219,98 +210,6 @@ class TestSupportOf:
         assert support_of(DistributedLossWrapper(loss)) == support_of(loss)
 
 
-class Sixteen(losses.TripletMarginLoss):
-    """A triplet loss that insists on 16 rows."""
-
-    def compute_loss(self, embeddings, *arguments):
-        if len(embeddings) < 16:
-            raise ValueError(f"{len(embeddings)} rows are too few")
-        return super().compute_loss(embeddings, *arguments)
-
-
-class Never(losses.TripletMarginLoss):
-    """A loss that takes only what a model gave."""
-
-    def forward(self, embeddings, *arguments):
-        if embeddings.dtype == torch.float64:
-            raise ValueError("double precision is not for me")
-        return super().forward(embeddings, *arguments)
-
-
-def one_hot_loss(embeddings, labels):
-    similarity = nn.functional.normalize(embeddings) @ nn.functional.normalize(embeddings).T
-    same = labels[:, None] == labels
-    return (1 - similarity[same]).mean() + similarity[~same].clamp(min=0).mean()
-
-
-class WithoutTuples(nn.Module):
-    def forward(self, embeddings, labels):
-        return one_hot_loss(embeddings, labels)
-
-
-def steps(loss, count=2, attack=None, **options):
-    """Values of the loss over some steps of one small model, and what was said."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-    images, labels = torch.rand(16, 1, 6, 6), torch.arange(16) // 4
-    attack = attack or partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=2)
-    loss_func = AdversarialLoss(loss, model, attack=attack, seed=0, warmup=0, guard=False, **options)
-    return [loss_func(model(images), labels).item() for _ in range(count)]
-
-
-def said_aloud(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-
-
-class TestUnknownLoss:
-    @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative", ("anchor", "negative"), "all"])
-    @pytest.mark.parametrize("tuples_per_anchor", [None, 1])
-    def test_that_raises_on_small_batches_is_trained_as_the_same_objective(self, perturb, tuples_per_anchor, caplog):
-        options = {"perturb": perturb, "tuples_per_anchor": tuples_per_anchor}
-        assert steps(Sixteen(0.2), **options) == steps(losses.TripletMarginLoss(0.2), **options)
-        in_place = perturb == "all" and tuples_per_anchor is None
-        said = said_aloud(caplog)
-        assert len(said) == (0 if in_place else 1)
-        assert in_place or "asked on 16 random embeddings" in said[0]
-        assert in_place or "AdversarialLoss(..., copies='append')" in said[0]
-
-    def test_that_was_told_is_not_asked(self, caplog):
-        said = steps(Sixteen(0.2), perturb="positive", copies="append")
-        assert said == steps(losses.TripletMarginLoss(0.2), perturb="positive")
-        assert not said_aloud(caplog)
-
-    def test_that_has_no_answer_is_refused_with_a_cure(self, caplog):
-        with pytest.raises(PlanError, match=r"has no value on trial batches.*double precision.*copies='append'"):
-            steps(Never(0.2), perturb="positive")
-        cured = steps(Never(0.2), perturb="positive", copies="append", keep_clean=False)
-        assert cured == steps(losses.TripletMarginLoss(0.2), perturb="positive", keep_clean=False)
-        assert len(said_aloud(caplog)) == 1
-        assert "has no value on trial batches of 8 to 16" in said_aloud(caplog)[0]
-
-    def test_of_all_rows_without_an_answer_trains_in_two_batches(self, caplog):
-        one, other = (steps(loss, keep_clean=False)[0] for loss in (Never(0.2), losses.TripletMarginLoss(0.2)))
-        assert one == other
-        assert len(said_aloud(caplog)) == 1
-
-    @pytest.mark.parametrize("perturb", ["positive", "all"])
-    def test_without_tuples(self, perturb):
-        still = partial(torchattacks.PGD, eps=0.0, alpha=0.0, steps=1)
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-        expected = one_hot_loss(model(torch.rand(16, 1, 6, 6)), torch.arange(16) // 4).item()
-        found = steps(WithoutTuples(), attack=still, perturb=perturb, keep_clean=False)
-        assert found == pytest.approx([expected] * 2, rel=1e-6)
-        assert steps(WithoutTuples(), perturb=perturb, keep_clean=False)[0] > expected
-
-    def test_is_asked_once(self, monkeypatch):
-        made = []
-        init = LossTrials.__init__
-        monkeypatch.setattr(LossTrials, "__init__", lambda self, *given: made.append(init(self, *given)))
-        steps(Sixteen(), count=3)
-        steps(Never(), count=3)
-        assert len(made) == 2
-
-
 class TestRolesThatALossDoesNotTellApart:
     @pytest.mark.parametrize(
         "make",
@@ -355,87 +254,3 @@ class TestCopiesOption:
     def test_against_the_table(self):
         with pytest.raises(PlanError, match="copies='append', but MultiSimilarityLoss takes copies='reference'"):
             steps(losses.MultiSimilarityLoss(), perturb="positive", copies="append")
-
-
-class Made(nn.Module):
-    """A loss that is a function of embeddings and labels."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, embeddings, labels, indices_tuple=None, *reference):
-        return self.function(embeddings, labels)
-
-
-def of_rows(embeddings, labels):
-    return (embeddings.pow(2).sum(1) * (labels + 1)).mean()
-
-
-def is_row_separable(loss, batch):
-    return LossTrials(loss, batch).is_row_separable()
-
-
-class TestIsRowSeparable:
-    def test_a_sum_over_rows(self):
-        assert is_row_separable(Made(of_rows), batch_of())
-
-    @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2), (1, 3), (0, 4), (3, 7), (2, 6)])
-    def test_two_rows_that_meet_are_enough(self, one, other):
-        meet = Made(lambda e, y: of_rows(e, y) + 1e-3 * (e[one] * e[other]).sum())
-        assert not is_row_separable(meet, batch_of())
-
-    def test_what_is_flat_tells_nothing(self):
-        assert not is_row_separable(Made(lambda e, y: 0 * e.sum()), batch_of())
-
-    def test_what_raises_tells_nothing(self):
-        assert not is_row_separable(Made(lambda e, y: e.missing), batch_of())
-
-    @pytest.mark.parametrize("classes", [2, 3, 8])
-    def test_of_few_classes(self, classes):
-        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % classes):
-            assert is_row_separable(losses.ArcFaceLoss(classes, 4), batch_of(labels))
-
-    def test_a_hinge_that_random_embeddings_satisfy_is_no_sum(self):
-        far = batch_of(torch.arange(8))
-        assert not is_row_separable(losses.ContrastiveLoss(neg_margin=0.01), far)
-
-    def test_draws_nothing_and_leaves_the_loss_alone(self):
-        loss, batch = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 32), batch_of()
-        state = torch.get_rng_state()
-        is_row_separable(loss, batch)
-        assert loss.queue_idx == 0
-        assert torch.equal(torch.get_rng_state(), state)
-
-
-class TestCopies:
-    def copies(self, loss, batch, roles=("positive",)):
-        return LossTrials(loss, batch).copies(roles, None)
-
-    @pytest.mark.parametrize("function", [of_rows, lambda e, y: e.pow(2).sum()], ids=["mean", "sum"])
-    def test_a_loss_that_sees_all_rows(self, function):
-        # a mean over rows changes with their number, and a reference is not looked at
-        assert self.copies(Made(function), batch_of()) == "replace"
-
-    @pytest.mark.parametrize("loss", [losses.TripletMarginLoss(), losses.ContrastiveLoss()])
-    def test_a_loss_that_does_as_its_tuples_say(self, loss):
-        assert self.copies(loss, batch_of()) == "append"
-        assert self.copies(loss, batch_of(num_queries=4)) == "reference"
-
-    @pytest.mark.parametrize("members", [3, 4])
-    def test_a_loss_that_takes_both_directions_of_a_pair_for_one(self, members):
-        tuples = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3]))[:members]
-        assert self.copies(losses.HistogramLoss(), batch_of(tuples=tuples)) == "replace"
-
-    def test_without_labels(self):
-        assert self.copies(losses.VICRegLoss(), batch_of(None)) == "replace"
-
-    def test_nothing_is_decided_by_a_failure(self):
-        assert self.copies(Made(lambda e, y: e.missing), batch_of()) is None
-
-
-def test_signatures_differ():
-    pair = (torch.tensor([0]),) * 4
-    batches = [batch_of(), batch_of(tuples=pair), batch_of(tuples=pair[:3]), batch_of(None), batch_of(num_queries=4)]
-    batches.append(replace(batches[-1], shared_labels=True))
-    assert len({batch.call_signature for batch in batches}) == 6

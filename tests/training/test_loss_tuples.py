@@ -7,6 +7,7 @@ import torch
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from small_batch import LABELS, batch_of
 
 from pml_adversarial.errors import PlanError
 from pml_adversarial.training.batch import Batch
@@ -18,13 +19,6 @@ from pml_adversarial.training.loss_tuples import (
     tuples_to_give,
 )
 from pml_adversarial.training.tuples import all_triplets
-
-LABELS = torch.arange(8) // 2
-
-
-def batch_of(labels=LABELS, tuples=None, num_queries=8):
-    embeddings = torch.randn(8, 4)
-    return Batch(torch.rand(8, 1), embeddings, embeddings, labels, tuples, num_queries)
 
 
 class TestTuples:

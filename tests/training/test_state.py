@@ -15,10 +15,11 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning import losses, miners
+from saved_losses import KINDS, WithLoss, same
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, InputError, PluginError, hookimpl
+from pml_adversarial import AdversarialMiner, PluginError, hookimpl
 from pml_adversarial.training.state import packed, unpacked
 
 ROOT = Path(__file__).parents[2]
@@ -131,16 +132,6 @@ def kill_after(process, step, progress):
     assert process.wait() == -signal.SIGKILL
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other or (one != one and other != other)  # what has not been measured is NaN
-
-
 def loaded(path):
     return torch.load(path, weights_only=True)
 
@@ -247,36 +238,6 @@ def test_the_documented_way_loads_weights_only():
     calls = re.findall(r"torch\.load\(.*?\)", text)
     assert calls
     assert all("weights_only=True" in call for call in calls)
-
-
-class WithLoss(nn.Module):
-    """A model that holds its loss, as Lightning modules do."""
-
-    def __init__(self, wrapped, **options):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-        self.parts = nn.ModuleDict({"loss": AdversarialLoss(wrapped, self.net, seed=3, warmup=4, **options)})
-
-    @property
-    def loss(self):
-        return self.parts["loss"]
-
-    def step(self, images, labels):
-        loss = self.loss(self.net(images), labels)
-        loss.backward()
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
-                parameter.grad = None
-        return loss.item()
-
-
-KINDS = {
-    "no parameters": losses.TripletMarginLoss,
-    "parameters": lambda: losses.ArcFaceLoss(4, 4),
-    "memory": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 40),
-    "parameters and memory": lambda: losses.CrossBatchMemory(losses.MarginLoss(learn_beta=True, num_classes=4), 4, 40),
-}
 
 
 @pytest.fixture(params=KINDS)
@@ -396,50 +357,6 @@ class TestTools:
         state, fresh = tools.get_model_state_dict(trained), self.fresh(trained, make)
         tools.set_model_state_dict(fresh, state)
         assert fresh.loss.adversary.step == 3
-
-
-class TestPlainState:
-    @pytest.mark.parametrize("prefix", ["", "parts.loss."])
-    def test_of_the_plain_loss_is_loaded(self, prefix, make, model):
-        plain, other = make(), make()
-        for value in plain.state_dict().values():
-            value.add_(1)
-        wrapped = AdversarialLoss(other, model, seed=5)
-        holder = nn.ModuleDict({"parts": nn.ModuleDict({"loss": wrapped})}) if prefix else wrapped
-        holder.load_state_dict({prefix + name: value for name, value in plain.state_dict().items()}, strict=True)
-        assert same(dict(plain.state_dict()), dict(other.state_dict()))
-        assert (wrapped.adversary.step, wrapped.adversary.seed) == (0, 5)
-
-    def test_of_the_wrapped_loss_is_that_of_the_plain_one(self, trained, make):
-        plain = make()
-        plain.load_state_dict(trained.loss.loss.state_dict(), strict=True)
-
-    def test_of_another_loss_is_refused(self, model):
-        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
-        with pytest.raises(RuntimeError, match=r"loss\.proxies"):
-            wrapped.load_state_dict(losses.ProxyAnchorLoss(4, 4).state_dict())
-        with pytest.raises(RuntimeError, match=r"loss\.W"):
-            wrapped.load_state_dict({})
-
-    def test_of_a_plain_miner_is_loaded(self, model):
-        AdversarialMiner(miners.BatchHardMiner(), model).load_state_dict(miners.BatchHardMiner().state_dict())
-
-    def test_without_the_steps_is_refused_unless_asked_for(self, model):
-        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
-        state = {"loss.W": torch.ones(4, 4)}
-        with pytest.raises(RuntimeError, match="_extra_state"):
-            wrapped.load_state_dict(state)
-        wrapped.load_state_dict(state, strict=False)
-        assert torch.equal(wrapped.W, torch.ones(4, 4))
-
-    def test_of_version_0_1_is_refused_with_the_way_out(self, model):
-        wrapped = AdversarialLoss(losses.ArcFaceLoss(4, 4), model)
-        old = {"loss.W": torch.ones(4, 4), "_extra_state": {"step": 7, "seed": 1, "strength": {}, "plugins": {}}}
-        with pytest.raises(InputError, match=r"Version 0.1 .* remove the entries that end in _extra_state"):
-            wrapped.load_state_dict(old)
-        rest = {name: value for name, value in old.items() if not name.endswith("_extra_state")}
-        wrapped.load_state_dict(rest, strict=False)
-        assert torch.equal(wrapped.W, torch.ones(4, 4))
 
 
 VALUES = {

@@ -1,5 +1,5 @@
-import base64
-import io
+"""The page as a whole: every number of a report stands where it belongs, and a browser shows it."""
+
 import json
 import os
 import re
@@ -7,147 +7,19 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from made_reports import EPS, example, measures, report
+from page_trees import Node, Tree, curves, decoded, levels
 from PIL import Image
 
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.html import render
-from pml_adversarial.evaluation.html.charts import Line, chart, spread
-from pml_adversarial.evaluation.html.page import environment
-from pml_adversarial.evaluation.html.pictures import data_uri, magnified, small, visible
 from pml_adversarial.evaluation.report import Report
-from pml_adversarial.evaluation.results import AttackResult, Check, Example, Neighbour, WorstCase
+from pml_adversarial.evaluation.results import Check
 from pml_adversarial.evaluation.suites import quick
-
-VOID = {"meta", "img"}
-EPS = (4 / 255, 0.1, 26 / 255)
-
-
-class Node:
-    def __init__(self, tag, attrs, parent):
-        self.tag, self.attrs, self.parent, self.children = tag, attrs, parent, []
-
-    @property
-    def text(self):
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    def all(self, tag, class_=None):
-        """Elements below, in the order of the page."""
-        found = []
-        for child in self.children:
-            if isinstance(child, Node):
-                fits = child.tag == tag and (class_ is None or class_ in child.attrs.get("class", "").split())
-                found += [child] * fits + child.all(tag, class_)
-        return found
-
-    def everything(self):
-        return [self] + [node for child in self.children if isinstance(child, Node) for node in child.everything()]
-
-
-class Tree(HTMLParser):
-    """The page as a tree; a tag that is not closed in order is an error."""
-
-    def __init__(self, page):
-        super().__init__(convert_charrefs=True)
-        self.root = self.here = Node("", {}, None)
-        self.feed(page)
-        self.close()
-        assert self.here is self.root
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag}"
-        node = Node(tag, dict(attrs), self.here)
-        self.here.children.append(node)
-        if tag not in VOID:
-            self.here = node
-
-    def handle_startendtag(self, tag, attrs):
-        raise AssertionError(f"<{tag}/> means nothing in HTML")
-
-    def handle_endtag(self, tag):
-        assert tag == self.here.tag
-        self.here = self.here.parent
-
-    def handle_data(self, data):
-        self.here.children.append(data)
-
-
-def share(i):
-    """Numbers of which no two look alike when rounded to a tenth of a percent."""
-    return ((i * 389 + 17) % 997) / 997
-
-
-def measures(i):
-    return {"recall_at_1": share(i), "recall_at_8": share(i + 1), "map_at_r": share(i + 2), "r_precision": share(i + 3)}
-
-
-def neighbours(seed, labels, shape=(1, 8, 8)):
-    pixels = torch.rand(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
-    return tuple(Neighbour(100 + seed + i, label, pixels[i]) for i, label in enumerate(labels))
-
-
-def example(query=3, shape=(1, 8, 8), eps=0.1, **changes):
-    generator = torch.Generator().manual_seed(query)
-    clean = torch.rand(*shape, generator=generator) * 0.6 + 0.2
-    perturbed = clean + eps * torch.randint(-1, 2, shape, generator=generator)
-    parts = {"query": query, "label": 7, "eps": eps, "attack": "margin", "clean": clean, "perturbed": perturbed}
-    found = {"before": neighbours(1, (7, 7, 2), shape), "after": neighbours(9, (9, 7, 5), shape)}
-    return Example(**{**parts, **found, **changes})
-
-
-def report(attacks=(("margin", "query"), ("square", "query"), ("demote", "gallery")), eps=EPS, **changes):
-    results = [
-        AttackResult(
-            name,
-            target,
-            name == "square",
-            radius,
-            measures(20 * e + 5 * a),
-            0.1234 + e + a / 10,
-            10**6 + e,
-            a,
-            2.5,
-            "1",
-        )
-        for e, radius in enumerate(eps)
-        for a, (name, target) in enumerate(attacks)
-    ]
-    worst = [
-        WorstCase(target, radius, measures(200 + 20 * e + 5 * t), "0", share(400 + e) if target == "query" else None)
-        for t, target in enumerate(("query", "gallery"))
-        if target in dict(attacks).values()
-        for e, radius in enumerate(eps)
-    ]
-    parts = {
-        "suite": "standard-v1",
-        "protocol": "leave-one-out",
-        "num_queries": 12345,
-        "num_gallery": 23456,
-        "num_classes": 17,
-        "left_out": 41,
-        "clean": measures(300),
-        "chance": share(310),
-        "attacks": tuple(results),
-        "worst": tuple(worst),
-        "collapse": {"mean_similarity": 0.4321, "effective_rank": 12.3456},
-        "nmi": share(320),
-        "checks": (
-            Check("more steps", True, "0 of 128"),
-            Check("black box", None, "not run"),
-            Check("noise", True, "none"),
-        ),
-        "settings": {"norm": "Linf", "eps": list(eps), "subset": list(range(50)), "normalization": None},
-        "versions": {"torch": "2.14.1"},
-        "clean_flags": "1",
-        "examples": (example(), example(5, (3, 8, 8))),
-    }
-    return Report(**{**parts, **changes})
-
 
 FLAGGED = (Check("more steps", False, "31 of 128"), Check("black box", True, "fine"), Check("noise", False, "some"))
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b onclick='a'>&amp;", "' x=\"y"]
@@ -375,7 +247,7 @@ class TestCurves:
         made = report(**REPORTS[name])
         for figure, measure in zip(charts(made), ("recall_at_1", "map_at_r"), strict=True):
             x, y = axes(figure, made)
-            drawn = lines(figure)
+            drawn = curves(figure)
             attacks = {(r.attack, r.target) for r in made.attacks}
             assert len(drawn) == len(attacks) + len({w.target for w in made.worst})
             for attack, target in attacks:
@@ -390,16 +262,7 @@ class TestCurves:
 
     def test_worst_cases_lie_above_and_the_querys_highest(self):
         figure, _ = charts(report())
-        assert list(lines(figure))[-2:] == [("gallery worst", "worst (gallery)"), ("query worst", "worst (query)")]
-
-    @pytest.mark.parametrize("highest", [0.03, 0.2, 0.41, 0.99, 1.0])
-    def test_curves_fill_the_height_and_do_not_leave_it(self, highest):
-        tree = drawn([Line("a", "query", True, ((0.0, highest), (0.1, 0.0)))])
-        levels = [float(line.attrs["y1"]) for line in tree.all("line", "grid")]
-        heights = [y for _, y in lines(tree)["query worst", "a"]]
-        assert min(levels) < 20
-        assert min(levels) - 0.1 <= min(heights) <= max(heights) == max(levels)
-        assert max(heights) - min(heights) > min(1, 4.9 * highest) * 0.5 * (max(levels) - min(levels))
+        assert list(curves(figure))[-2:] == [("gallery worst", "worst (gallery)"), ("query worst", "worst (query)")]
 
     def test_chance_is_where_it_belongs(self):
         made = report()
@@ -433,7 +296,7 @@ class TestCurves:
 
     def test_one_name_on_both_targets_stays_two_lines(self):
         figure, _ = charts(report(attacks=(("same", "query"), ("same", "gallery"))))
-        assert {("query one", "same"), ("gallery one", "same")} < set(lines(figure))
+        assert {("query one", "same"), ("gallery one", "same")} < set(curves(figure))
 
     def test_without_attacks(self):
         assert section(render(report(**REPORTS["no attacks"])), "Curves").text.split() == [
@@ -449,47 +312,15 @@ class TestCurves:
         made = replace(made, clean={"recall_at_1": 0.7}, attacks=tuple(parts[:9]), worst=tuple(parts[9:]))
         assert len(charts(made)) == 1
 
-    def test_names_do_not_overlap(self):
-        tree = drawn([Line(f"a{i}", "query", False, ((0.0, 0.9), (0.1, 0.02 * (i % 3)))) for i in range(15)], 0.2)
-        heights = sorted(float(text.attrs["y"]) for text in tree.all("text", "name"))
-        assert len(heights) == 16
-        assert min(b - a for a, b in pairwise(heights)) > 12
-
     def test_too_many_attacks_are_not_named(self):
         for figure in charts(report(**REPORTS["many attacks"])):
             named = {text.text for text in figure.all("text", "name")}
             assert named <= {"worst (query)", "chance"}
             assert "worst (query)" in named
 
-    @pytest.mark.parametrize("places", [[3.0], [5, 5, 5], [9, 1, 5], [50, 50, 50], [0, 0, 48, 50], [-9, 70], []])
-    def test_spread(self, places):
-        moved = spread(places, 10, 0, 50)
-        order = sorted(range(len(places)), key=lambda i: places[i])
-        assert [moved[i] for i in order] == sorted(moved)
-        assert all(b - a >= 10 for a, b in pairwise(sorted(moved)))
-        assert all(0 <= place <= 50 for place in moved)
-
-
-def drawn(lines, chance=None):
-    template = environment().get_template("chart.svg")
-    return Tree(template.render(chart=chart(lines, "Linf", chance), description="label")).root
-
 
 def charts(made):
     return section(render(made), "Curves").all("figure")
-
-
-def lines(figure):
-    """(class, name) -> points of each curve."""
-    found = {}
-    for group in figure.all("g"):
-        title, line = group.all("title"), group.all("polyline")
-        if title and group.all("text") == []:
-            points = [tuple(map(float, point.split(","))) for point in line[0].attrs["points"].split()]
-            key = group.attrs["class"], title[0].text
-            assert key not in found
-            found[key] = points
-    return found
 
 
 def axes(figure, made):
@@ -634,66 +465,10 @@ class TestExamples:
         classes = [item.attrs["class"] for item in found.all("li")]
         assert classes == ["right", "right", "wrong", "wrong", "right", "wrong"]
 
-    @pytest.mark.parametrize(
-        "shape", [(1, 8, 8), (3, 8, 8), (2, 9, 9), (5, 7, 11), (3, 1, 1), (1, 224, 224), (3, 60, 200)]
-    )
-    def test_png(self, shape):
-        image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        expected = image if shape[0] in (1, 3) else image.mean(0, keepdim=True)
-        assert torch.equal(decoded(data_uri(visible(image))), levels(expected))
-
-    def test_png_of_what_is_no_image(self):
-        odd = torch.tensor([[[-1.0, 2.0, float("nan"), 0.5]]])
-        assert decoded(data_uri(visible(odd))).tolist() == [[[0, 255, 0, 128]]]
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-    def test_png_of_other_types(self, dtype):
-        image = torch.tensor([[[0.0, 1.0], [0.25, 0.5]]], dtype=dtype).expand(3, 2, 2).requires_grad_()
-        assert torch.equal(decoded(data_uri(visible(image))), levels(image.detach().float()))
-
-    @pytest.mark.parametrize(
-        ("largest", "factor"),
-        [(0.1, 5), (0.05, 10), (26 / 255, 2), (8 / 255, 10), (0.5, 1), (0.9, 1), (1e-3, 500), (0, 1)],
-    )
-    def test_magnified(self, largest, factor):
-        clean = torch.full((1, 2, 2), 0.5)
-        perturbed = clean + torch.tensor([[[largest, -largest], [0.0, largest / 2]]])
-        found, by = magnified(clean, perturbed)
-        assert by == factor
-        torch.testing.assert_close(found, 0.5 + factor * (perturbed - clean))
-        assert largest > 0.5 or (found.min() > -1e-3 and found.max() < 1.001)
-
-    def test_magnified_of_rounded_pixels(self):
-        generator = torch.Generator().manual_seed(0)
-        clean = torch.rand(3, 50, 50, generator=generator) * 0.8 + 0.1
-        assert magnified(clean, clean + 0.1 * torch.sign(torch.randn(3, 50, 50, generator=generator)))[1] == 5
-
-    def test_neighbours_of_large_images_are_means_of_squares(self):
-        image = torch.rand(3, 224, 224)
-        found = small(image, 64)
-        assert found.shape == (3, 112, 112)
-        torch.testing.assert_close(found[:, 3, 5], image[:, 6:8, 10:12].mean((1, 2)))
-        assert small(image[:, :128, :100], 64).shape == (3, 128, 100)
-
     def test_small_images_are_drawn_in_squares(self):
         page = render(report(examples=(example(1, (1, 8, 8)), example(2, (1, 224, 224)))))
         drawn = [(img.attrs["width"], img.attrs.get("class")) for img in Tree(page).root.all("img")]
         assert drawn == [("8", "pixelated")] * 9 + [("224", None)] * 3 + [("112", None)] * 6
-
-
-def levels(image):
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def decoded(uri):
-    """The pixels ``(C, H, W)`` of a data URI, as another library reads them."""
-    kind, _, code = uri.partition(",")
-    assert kind == "data:image/png;base64"
-    image = Image.open(io.BytesIO(base64.b64decode(code, validate=True)))
-    assert image.format == "PNG"
-    channels = {"L": 1, "RGB": 3}[image.mode]
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1)
 
 
 def pictures(page):

@@ -1,0 +1,159 @@
+"""What is evaluated: which queries search which items, and what cannot be evaluated."""
+
+import math
+
+import pytest
+import torch
+from query_batches import bench_of, embedded, images_of, network
+
+from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation.task import RetrievalTask
+
+
+def task_of(gallery=None, queries=None, **options):
+    return RetrievalTask(network().eval(), queries or images_of(), gallery, "Linf", None, **options)
+
+
+def pixels_asked(task):
+    """The images of each call of the model from now on."""
+    asked = []
+    task.embed.model.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    return asked
+
+
+class TestOwn:
+    def test_without_a_gallery_each_query_is_the_item_at_its_place(self):
+        task = task_of()
+        assert task.items is task.queries
+        assert task.own.tolist() == list(range(24))
+        assert task.leave_one_out
+
+    def test_in_another_gallery_there_are_no_queries(self):
+        task = task_of(images_of(30, seed=1))
+        assert len(task.items) == 30
+        assert task.own.tolist() == [-1] * 24
+        assert not task.leave_one_out
+
+    @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+    def test_is_taken_as_it_is_given(self, kind):
+        own = [29, *range(22), -1]
+        task = task_of(images_of(30, seed=1), own=kind(own))
+        assert task.own.tolist() == own
+        assert task.leave_one_out
+        assert task.targets(torch.tensor([23, 0])).own.tolist() == [-1, 29]
+
+    @pytest.mark.parametrize("own", [[0] * 23, [0] * 25, [-2] * 24, [30] + [0] * 23])
+    def test_what_is_no_item_for_each_query_is_refused(self, own):
+        message = rf"own holds \[{own[0]}, .* together with a gallery, for each of 24 queries the index .* or -1\."
+        with pytest.raises(InputError, match=message):
+            task_of(images_of(30, seed=1), own=own)
+
+    def test_without_a_gallery_it_is_refused(self):
+        with pytest.raises(InputError, match="expected, together with a gallery, for each of 24 queries"):
+            task_of(own=range(24))
+
+    @pytest.mark.parametrize("own", [[0.0] * 24, "all", 3])
+    def test_what_is_no_whole_number_is_refused(self, own):
+        with pytest.raises(InputError, match=r"own.*; expected whole numbers"):
+            task_of(images_of(30, seed=1), own=own)
+
+
+class TestGallery:
+    def test_holds_the_items_with_their_labels(self):
+        task, embeddings = task_of(images_of(30, seed=1)), torch.randn(30, 6)
+        task.set_gallery(embeddings)
+        assert torch.equal(task.gallery.labels, images_of(30, seed=1)[1])
+        torch.testing.assert_close(task.gallery.embeddings, embeddings / embeddings.norm(dim=1, keepdim=True))
+
+    @pytest.mark.parametrize("count", [23, 25])
+    def test_one_embedding_per_item(self, count):
+        with pytest.raises(InputError, match=f"There are {count} embeddings for 24 items of the gallery; expected one"):
+            task_of().set_gallery(torch.randn(count, 6))
+
+    def test_finite_ones(self):
+        embeddings = torch.randn(24, 6)
+        embeddings[5, 1] = math.nan
+        with pytest.raises(InputError, match="NaN or infinite embeddings for 1 of 24 images"):
+            task_of().set_gallery(embeddings)
+
+    def test_of_two_classes_or_more(self):
+        task = task_of((images_of()[0], torch.full((24,), 3)))
+        with pytest.raises(InputError, match="All items of the gallery have one label; expected two or more"):
+            task.set_gallery(torch.randn(24, 6))
+
+
+class TestKnownEmbeddings:
+    def test_of_the_model_s_dimension_are_taken(self):
+        known = torch.randn(30, 6)
+        assert torch.equal(task_of(images_of(30, seed=1)).check_embeddings(known), known)
+
+    @pytest.mark.parametrize("shape", [(24, 7), (24,), (24, 6, 1), (24, 1, 6)])
+    def test_of_another_are_refused(self, shape):
+        found = ", ".join(map(str, shape))
+        message = rf"gallery_embeddings are \({found},?\); expected \(24, 6\), as the model gives them\."
+        with pytest.raises(InputError, match=message):
+            task_of(images_of(seed=1)).check_embeddings(torch.rand(shape))
+
+
+class TestRowsWithRightItem:
+    def made(self, labels, gallery_labels=None):
+        gallery = None if gallery_labels is None else (torch.rand(len(gallery_labels), 1, 6, 6), gallery_labels)
+        return bench_of(network(), (torch.rand(len(labels), 1, 6, 6), torch.tensor(labels)), gallery)
+
+    def test_leave_one_out_a_label_has_to_occur_twice(self):
+        task = self.made([5, 6, 5, 7, 8, 8])
+        rows, left_out = task.rows_with_right_item(None)
+        assert (rows.tolist(), left_out) == ([0, 2, 4, 5], 2)
+        rows, left_out = task.rows_with_right_item([4, 3, 0])
+        assert (rows.tolist(), left_out) == ([4, 0], 1)
+        with pytest.raises(InputError, match=r"None of 2 queries has a right item .* expected .* at least twice\."):
+            task.rows_with_right_item([1, 3])
+
+    def test_in_another_gallery_once(self):
+        task = self.made([5, 6, 5, 7], torch.tensor([6, 8, 8, 5]))
+        rows, left_out = task.rows_with_right_item(None)
+        assert (rows.tolist(), left_out) == ([0, 1, 2], 1)
+        with pytest.raises(InputError, match=r"None of 1 queries has a right item .* that occur there\.$"):
+            task.rows_with_right_item([3])
+
+
+class TestBatch:
+    ROWS = torch.tensor([20, 3, 11])
+
+    def test_holds_the_queries_and_what_they_search(self):
+        (images, labels), (pixels, _) = images_of(), images_of(30, seed=1)
+        task = bench_of(network(), (images, labels), (pixels, images_of(30, seed=1)[1]), "L2")
+        batch = task.batch(self.ROWS)
+        assert torch.equal(batch.images, images[self.ROWS])
+        assert torch.equal(batch.targets.labels, labels[self.ROWS])
+        assert batch.targets.own.tolist() == [-1] * 3
+        assert torch.equal(batch.pixels_of(torch.tensor([29, 0])), pixels[[29, 0]])
+        assert batch.gallery is task.gallery
+        assert batch.modules == (task.embed.model,)
+        assert batch.norm == "L2"
+
+    def test_queries_of_the_gallery_are_not_embedded_again(self):
+        task = bench_of(network(), images_of())
+        asked = pixels_asked(task)
+        assert torch.equal(task.batch(self.ROWS).clean, task.gallery.embeddings[self.ROWS])
+        assert asked == []
+
+    @pytest.mark.parametrize("own", [None, [*range(20), -1, -1, -1, -1]])
+    def test_others_are(self, own):
+        queries, gallery = images_of(), images_of(30, seed=1)
+        task = RetrievalTask(network().eval(), queries, gallery, "Linf", None, own)
+        task.set_gallery(torch.randn(30, 6))
+        asked = pixels_asked(task)
+        batch = task.batch(self.ROWS)
+        assert len(asked) == 1
+        assert torch.equal(asked[0], queries[0][self.ROWS])
+        torch.testing.assert_close(batch.clean, embedded(task.embed.model, queries[0][self.ROWS]))
+        assert not batch.clean.requires_grad
+
+    def test_queries_that_the_model_cannot_embed_are_refused(self):
+        images, labels = images_of()
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(0.0, math.nan))
+        images[3] = 0.0
+        task = bench_of(model, (images, labels), (images_of(seed=1)[0].clamp(min=0.1), labels))
+        with pytest.raises(InputError, match="NaN or infinite embeddings for 1 of 3 images without attack"):
+            task.batch(self.ROWS)
