@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
@@ -16,6 +17,7 @@ Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..
 """A module, several modules, the ``models`` of a PML trainer, or a function of inputs."""
 
 CHECK_EVERY = 100
+_OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=images), with AdversarialLoss(loss, model)."
 
 
 class InputCapture:
@@ -91,7 +93,51 @@ class InputCapture:
         self._watch.wants_random_state = replay.form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
 
     def _explain(self, embeddings: Tensor) -> str:
-        return "The inputs behind these embeddings are not known"
+        """What was seen of these embeddings, and what to do."""
+        seen = {how: ", ".join(sorted(names)) for how, names in self._watch.seen.items()}
+        if embeddings.grad_fn is None:
+            return (
+                "The embeddings are a tensor of their own (a leaf of autograd's graph), so it is not known which inputs gave them. If they "
+                f"were computed without gradient first, as for large batches, {_OPEN_DOOR}"
+            )
+        if "made_by" in vars(embeddings):
+            return (
+                "The embeddings were changed in place, in a way that is not seen (through a view of them, or under no_grad). Use an operation "
+                f"that makes a new tensor; or {_OPEN_DOOR}"
+            )
+        if function := _own_function(embeddings):
+            return (
+                f"Between the model and the loss the embeddings went through {function}, a function of autograd of your own, and it is not known what it does. "
+                f"Call it inside of a module; or {_OPEN_DOOR}"
+            )
+        if seen["with gradient"]:
+            return (
+                f"{seen['with gradient']} ran with gradient, and these embeddings were not made of what it returned. Pass embeddings of this forward pass; or {_OPEN_DOOR}"
+            )
+        if seen["not watched"]:
+            return (
+                f"{seen['not watched']} ran, and the model that was named did not. Name the module that the loop calls, AdversarialLoss(loss, model); or {_OPEN_DOOR}"
+            )
+        if seen["without gradient"]:
+            return f"{seen['without gradient']} ran without gradient (no_grad), so its inputs are not known. To freeze it, set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
+        return (
+            "No module ran with gradient since this loss was made. Make the loss before the forward pass; or "
+            f"{_OPEN_DOOR}"
+        )
+
+
+def _own_function(embeddings: Tensor) -> str | None:
+    """The name of an autograd function in Python that led to the embeddings, before any other that it hides."""
+    todo, seen = [embeddings.grad_fn], set[Any]()
+    while todo:
+        node: Any = todo.pop(0)
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return None
 
 
 def _has_modules(model: Models) -> bool:

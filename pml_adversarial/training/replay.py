@@ -274,6 +274,11 @@ class Replay:
 
     def _check_unchanged(self) -> None:
         for step in self._steps:
+            if step.call is not None and step.call.modes and step.call.modes != modes_of(step.function):
+                raise ReplayError(
+                    f"{name_of(step)} changed its mode (train or eval) between the forward pass and the loss, so its embeddings "
+                    "would be others now. Compute the loss before you call .eval() or .train()."
+                )
             if step.call is not None and step.call.changed:
                 raise CaptureError(
                     f"{type(step.function).__name__} changed its input in place, so the inputs that it was given are gone. Let it "
@@ -438,15 +443,23 @@ def origin_of(step: Step, place: int, candidates: list[int]) -> int | None:
     return candidates[0]
 
 
+def modes_of(module: nn.Module) -> tuple[bool, ...]:
+    """The ``training`` flags of all submodules."""
+    return tuple(submodule.training for submodule in module.modules())
+
+
 def name_of(step: Step) -> str:
     """The module or function, as the user knows it."""
     return type(step.function).__name__ if step.call is not None else getattr(step.function, "__name__", "a function")
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    size = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
-    return float((one - other).abs().max() / size)
+    """The largest difference, as a share of the largest value. Values that are not finite are left out."""
+    apart = (one - other)[other.isfinite()].abs()
+    if not len(apart):
+        return 0.0
+    size = other[other.isfinite()].abs().max().clamp(min=torch.finfo(other.dtype).tiny)
+    return float(apart.max().nan_to_num(torch.inf) / size)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -169,11 +169,13 @@ class Watch:
 
     Attributes:
         wants_random_state: whether the state of the random number generators is kept for each call.
+        seen: "with gradient", "without gradient" or "not watched" -> names of modules that were called so.
     """
 
     def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
         self.known = None if modules is None else {id(m) for module in modules for m in module.modules()}
         self.wants_random_state = False
+        self.seen: dict[str, set[str]] = {"with gradient": set(), "without gradient": set(), "not watched": set()}
         _watches.add(self)
         _kinds.clear()
         if not _handles:
@@ -195,7 +197,7 @@ _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 @torch.compiler.disable
 def _begin(module: nn.Module, args: Sequence[Any]) -> None:
     """The hook before any module: begins to note the call of an outermost one."""
-    if _here.paused or torch.compiler.is_compiling():
+    if _here.paused or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
     if not _watches:
         _handles.pop().remove()
@@ -217,13 +219,25 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
         if output is None:  # the module raised
             return
         if not torch.is_grad_enabled():
+            _tell("without gradient", module)
             for tensor in tensors_in(output):
                 tensor.without_gradient_from = type(module).__name__  # type: ignore[attr-defined]
         elif kind == "watched" or any(type(tensor) is Traced for tensor in tensors_in((args, kwargs))):
             changed = [tensor for tensor, before in zip(given, versions, strict=True) if version_of(tensor) != before]
+            _tell("with gradient", module)
             _note_call(module, args, kwargs, output, changed, random_state)
+        else:
+            _tell("not watched", module)
 
-    handle = module.register_forward_hook(end, with_kwargs=True, always_call=True)
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
+        handle = nn_module.register_module_forward_hook(end, with_kwargs=True, always_call=True)
+    else:
+        handle = module.register_forward_hook(end, with_kwargs=True, always_call=True)
+
+
+def _tell(how: str, module: nn.Module) -> None:
+    for watch in _watches:
+        watch.seen[how].add(type(module).__name__)
 
 
 def _note_call(
