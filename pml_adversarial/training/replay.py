@@ -6,6 +6,10 @@ embedding depends on is found by experiment: where an input's row becomes NaN, s
 
 from __future__ import annotations
 
+import inspect
+import sys
+import weakref
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -216,7 +220,7 @@ class Replay:
             mine = (sources == number).nonzero().flatten() if len(self._sources) > 1 else torch.arange(len(rows))
             if not len(mine):
                 continue
-            own = self._pixels.to_inputs(inputs[mine][:, : source.value[0].numel()].reshape(-1, *source.value.shape[1:]) if inputs.shape[1:] != source.value.shape[1:] else inputs[mine])
+            own = self._pixels.to_inputs(_unpadded(inputs[mine], source.value))
             for step, place in source.places:
                 given = mapped((step.args, step.kwargs), lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf)
                 args, kwargs = self._with_inputs(step, *given, number, own, row[mine])
@@ -241,28 +245,23 @@ class Replay:
     # What is found out about the steps
 
     def _find_sources(self, perturb_input: str | None) -> list[Source]:
-        used = {(ref.step, ref.place) for step in self._steps for ref in step.refs}
-        used |= {(result.step, result.place) for result in self._results if isinstance(result, Ref)}
+        refs = [ref for step in self._steps for ref in step.refs]
+        refs += [result for result in self._results if isinstance(result, Ref)]
         values: dict[int, Tensor] = {}
         places: dict[int, list[tuple[Step, int]]] = {}
-        for step in self._steps:
-            if step.call is None or step.refs:
+        for ref in refs:
+            step = ref.step
+            if step.call is None or step.refs or (step, ref.place) in self._origins:
                 continue
-            candidates = candidates_of(step, perturb_input)
-            for place in sorted(p for s, p in used if s is step):
-                origin = origin_of(step, place, candidates)
-                if origin is None:
-                    continue
-                value = list(leaves((step.args, step.kwargs)))[origin].value
-                if not len(value) == len(step.call.outputs[place]):
-                    raise CaptureError(
-                        f"{type(step.function).__name__} gave {len(step.call.outputs[place])} rows for {len(value)} "
-                        "inputs; expected one row for each input."
-                    )
-                self._origins[step, place] = origin
-                values[id(value)] = value
-                if (step, origin) not in places.setdefault(id(value), []):
-                    places[id(value)].append((step, origin))
+            origin = origin_of(step, ref.place, perturb_input)
+            if origin is None:
+                continue
+            value = list(leaves((step.args, step.kwargs)))[origin].value
+            _check_input(step, value, len(step.call.outputs[ref.place]))
+            self._origins[step, ref.place] = origin
+            values[id(value)] = value
+            if (step, origin) not in places.setdefault(id(value), []):
+                places[id(value)].append((step, origin))
         if not values:
             raise self._nothing_to_perturb()
         return [Source(values[key], tuple(found)) for key, found in places.items()]
@@ -425,22 +424,80 @@ def _autocast_of(step: Step) -> ExitStack:
     return stack
 
 
-def candidates_of(step: Step, name: str | None) -> list[int]:
-    """Numbers of the arguments that may be perturbed, among the leaves of all arguments."""
-    found = [
-        number
-        for number, leaf in enumerate(leaves((step.args, step.kwargs)))
-        if isinstance(leaf, Fixed) and leaf.value.is_floating_point() and leaf.value.ndim > 1
-        and not isinstance(leaf.value, nn.Parameter)
-    ]
-    return found
+def origin_of(step: Step, place: int, name: str | None) -> int | None:
+    """The number of the argument that is perturbed for an output of a module; None if no argument can be.
 
-
-def origin_of(step: Step, place: int, candidates: list[int]) -> int | None:
-    """Which of the candidates an output depends on; the first one where it depends on several."""
+    Of several that can be, it is the one that is named, or else the first one that the output depends on.
+    """
+    given = list(leaves((step.args, step.kwargs)))
+    candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
+    if name is not None:
+        named = {id(leaf) for leaf in leaves(_arguments(step).get(name))}
+        candidates = [number for number in candidates if id(given[number]) in named]
     if len(candidates) < 2:
         return next(iter(candidates), None)
-    return candidates[0]
+    depends = _dependence(step, candidates)[place]
+    return next((number for number in candidates if number in depends), candidates[0])
+
+
+def _can_be_perturbed(leaf: Any) -> bool:
+    if not isinstance(leaf, Fixed) or isinstance(leaf.value, nn.Parameter):
+        return False
+    return leaf.value.is_floating_point() and leaf.value.ndim > 1
+
+
+def _arguments(step: Step) -> Mapping[str, Any]:
+    """Name of an argument -> value."""
+    function = step.function.forward if isinstance(step.function, nn.Module) else step.function
+    try:
+        return inspect.signature(function).bind(*step.args, **step.kwargs).arguments
+    except (TypeError, ValueError):  # it has no signature, as modules in other languages
+        return step.kwargs
+
+
+_dependences: weakref.WeakKeyDictionary[Any, dict[Any, list[set[int]]]] = weakref.WeakKeyDictionary()
+
+
+def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
+    """For each output of a module, the candidates that it depends on: those with respect to which it has a gradient."""
+    known = _dependences.setdefault(step.function, {})
+    key = *candidates, len(step.call.outputs) if step.call else 0
+    if key not in known:
+        numbers, inputs = iter(range(sys.maxsize)), {}
+
+        def with_gradient(leaf: Any) -> Any:
+            number = next(numbers)
+            if number in candidates:
+                inputs[number] = leaf.value.detach().clone().requires_grad_()
+                return inputs[number]
+            return leaf.value if isinstance(leaf, Fixed) else leaf
+
+        modules = [step.function] if isinstance(step.function, nn.Module) else []
+        with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad():
+            outputs = apply(step, *mapped((step.args, step.kwargs), with_gradient))
+            known[key] = [_depends_on(output, inputs) for output in outputs]
+    return known[key]
+
+
+def _depends_on(output: Tensor, inputs: Mapping[int, Tensor]) -> set[int]:
+    if not output.requires_grad:
+        return set()
+    found = torch.autograd.grad(output.sum(), list(inputs.values()), retain_graph=True, allow_unused=True)
+    return {number for number, gradient in zip(inputs, found, strict=True) if gradient is not None}
+
+
+def _check_input(step: Step, value: Tensor, rows: int) -> None:
+    """Refuses what is no input: features of another module; and a module that gives other rows than it takes."""
+    base = value if value._base is None else value._base
+    before = vars(value).get("without_gradient_from") or vars(base).get("without_gradient_from")
+    if before or value.grad_fn is not None:
+        found = f"{before} computed without gradient" if before else "was computed with gradient, by modules that are not watched"
+        raise CaptureError(
+            f"{name_of(step)} took features that {found}, so the inputs stand further back. To perturb those, name all modules, "
+            "AdversarialLoss(loss, [trunk, head]), and freeze the trunk with requires_grad_(False) in place of no_grad. "
+        )
+    if len(value) != rows:
+        raise CaptureError(f"{name_of(step)} gave {rows} rows for {len(value)} inputs; expected one row for each input.")
 
 
 def modes_of(module: nn.Module) -> tuple[bool, ...]:
@@ -464,6 +521,13 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:
+    """Inputs of one of several shapes, from rows that are padded to the longest."""
+    if inputs.shape[1:] == like.shape[1:]:
+        return inputs
+    return inputs[:, : like[0].numel()].reshape(-1, *like.shape[1:])
 
 
 def _with_nan(output: Tensor, rows: Tensor) -> Tensor:
