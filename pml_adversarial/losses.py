@@ -13,12 +13,12 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
 from .attacks import adapter
-from .attacks.keywords import seed_paper_attack
 from .attacks.objective import AttackFactory
+from .attacks.presets import seed_paper_attack
 from .errors import InputError
 from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
-from .training import calls, options, records
+from .training import loss_calls, options, records
 from .training.capture import InputCapture, Models
 from .training.loss_support import Copies
 from .training.monitor import CollapseMonitor
@@ -140,7 +140,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         plugins = find_all(plugins)
         self._shown = options.shown(own.shown_options(), plugins, warmup=f"{warmup} steps", guard=guard and has_eps)
         self.loss = loss
-        self.takes_two_views = calls.takes_two_views(loss)
+        self.takes_two_views = loss_calls.takes_two_views(loss)
         self.adversary = AdversarialStep(
             Hooks(plugins, own),
             InputCapture(model),
@@ -220,8 +220,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         """
         loss: nn.Module = self.loss
         if self.takes_two_views:
-            loss, ref_emb = calls.TwoViews(loss), labels if ref_emb is None else ref_emb
-            labels, ref_labels = calls.TwoViews.labels(embeddings, ref_emb)
+            loss, ref_emb = loss_calls.TwoViews(loss), labels if ref_emb is None else ref_emb
+            labels, ref_labels = loss_calls.TwoViews.labels(embeddings, ref_emb)
         elif isinstance(loss, CrossBatchMemory) and ref_emb is not None and enqueue_mask is None:
             ref_emb, enqueue_mask = None, ref_emb
         if not self.training:
@@ -231,14 +231,14 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             return call(loss, embeddings, labels, *given)
         _check_gradient(embeddings)
         if enqueue_mask is not None:
-            calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
-            loss = calls.Enqueuing(loss)
+            loss_calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
+            loss = loss_calls.Enqueuing(loss)
         with plain((embeddings, ref_emb)), paused():
             batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask, inputs)
             if isinstance(loss, DistributedLossWrapper):
                 loss = loss.loss  # the batch is joint already
             value, answers = self.adversary.train(loss, batch)
-        calls.check_scalar(loss, value)
+        loss_calls.check_scalar(loss, value)
         if answers:
             records.write(self, answers)
         else:

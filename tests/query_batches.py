@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pml_adversarial.evaluation.task import RetrievalTask
+from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 
 RADIUS = {"Linf": 0.05, "L2": 0.3}
 both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])

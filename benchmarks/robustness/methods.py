@@ -21,7 +21,7 @@ from pml_adversarial import AdversarialLoss, InputError, attacks
 from pml_adversarial.attacks import NFGSM, FriendlyPGD
 from pml_adversarial.attacks.autocast import Autocast
 from pml_adversarial.defenses.atta import ATTA
-from pml_adversarial.defenses.free import FreeAT
+from pml_adversarial.defenses.free_at import FreeAT
 from pml_adversarial.defenses.hard_rows import HardRows
 from pml_adversarial.evaluation.checkpoint import description
 

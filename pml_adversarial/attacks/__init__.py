@@ -5,7 +5,7 @@
 
 from .adapter import budget, unchanged
 from .autocast import Autocast
-from .friendly import FriendlyPGD
+from .friendly_pgd import FriendlyPGD
 from .nfgsm import NFGSM
 from .objective import Attack, AttackFactory, Objective, Score
 from .pgd import PGD, MomentumPGD

@@ -9,7 +9,7 @@ from .act import ACT
 from .amd import AMD, RAMD
 from .atta import ATTA
 from .est import EST
-from .free import FreeAT
+from .free_at import FreeAT
 from .hard_rows import HardRows
 from .hm import HM
 from .ics import ICS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .images import ImageSet
-from .task import RetrievalTask
+from .retrieval_task import RetrievalTask
 
 _COMPARED_IMAGES = 32  # of each set
 

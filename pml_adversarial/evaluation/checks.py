@@ -27,8 +27,8 @@ from . import binomial
 from .attacks import QueryBatch
 from .gallery import Gallery, Targets, unit_or_zero
 from .results import AttackResult, Check, decode_flags
+from .retrieval_task import RetrievalTask
 from .suites import margin_score
-from .task import RetrievalTask
 
 SAMPLE = 64  #: Queries in the sample, at most.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.

@@ -20,7 +20,7 @@ from .attacks import QueryBatch, RetrievalAttack
 from .gallery import unit_or_zero
 from .metrics import PerQuery
 from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase
-from .task import RetrievalTask
+from .retrieval_task import RetrievalTask
 
 BatchResult = dict[str, Any]
 """What is known of a batch of queries, in tensors, so that it can be saved: measures, costs and examples."""

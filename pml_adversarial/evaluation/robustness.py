@@ -25,8 +25,8 @@ from .options import NORMS, to_radii, to_recall_at, to_whole_numbers
 from .progress import progress_bar
 from .report import Report
 from .results import decode_flags
+from .retrieval_task import RetrievalTask
 from .suites import find_suite
-from .task import RetrievalTask
 
 
 def evaluate_robustness(

@@ -16,12 +16,12 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..attacks import adapter, keywords
+from ..attacks import adapter, presets
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import InputError, PlanError
 from ..training.batch import Adversarial, Batch, CallSignature
-from ..training.calls import Enqueuing, check_scalar, name_of
 from ..training.isolation import random_stream
+from ..training.loss_calls import Enqueuing, check_scalar, name_of
 from ..training.loss_support import Copies, LossSupport, support_of
 from ..training.loss_trials import LossTrials, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
@@ -84,7 +84,7 @@ class FixedContext:
         for_miner: bool = False,
     ) -> None:
         _check_numbers(tuples_per_anchor, clean_weight)
-        self.attack = keywords.attack_of(attack, eps, steps)
+        self.attack = presets.attack_of(attack, eps, steps)
         self.roles = parse_roles("all" if perturb is None else perturb)
         self.given = _given(
             eps=eps,
@@ -111,7 +111,7 @@ class FixedContext:
 
     def shown_options(self) -> dict[str, Any]:
         """The options in force, by name, for a ``repr``."""
-        of_attack = keywords.shown_options(self.attack)
+        of_attack = presets.shown_options(self.attack)
         if isinstance(of_attack.get("eps"), float):
             of_attack["eps"] = levels(of_attack["eps"])
         return {

@@ -15,8 +15,8 @@ from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, QuerySample, run_checks
 from pml_adversarial.evaluation.report import Report
 from pml_adversarial.evaluation.results import AttackResult, decode_flags
+from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 from pml_adversarial.evaluation.suites import classifier_attack, quick
-from pml_adversarial.evaluation.task import RetrievalTask
 
 EPS = 0.08
 

@@ -7,7 +7,7 @@ import torch
 from query_batches import bench_of, embedded, images_of, network
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.task import RetrievalTask
+from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 
 
 def task_of(gallery=None, queries=None, **options):
