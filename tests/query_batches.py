@@ -38,6 +38,17 @@ def network(seed=5, size=6, dimension=6):
         )
 
 
+class Made(nn.Module):
+    """A model of one function."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, images):
+        return self.made(images)
+
+
 def embedded(model, images):
     """In eval mode, without gradient; the model comes back in train mode."""
     model.eval()

@@ -38,13 +38,17 @@ _GATED_BY_SUCCESS = (torchattacks.APGD, torchattacks.CW, torchattacks.Square)
 """Attacks that spend their whole budget, but return a row unchanged unless it was misclassified."""
 
 _NOT_FOR_TRAINING = {
-    "APGDT AutoAttack": "it leads toward other classes, and a score has none",
-    "DeepFool EADEN EADL1 FAB SparseFool": "it searches for the nearest decision boundary, and a score has none",
-    "JSMA OnePixel PGDRS PGDRSL2 Pixle SPSA": "it takes rows apart or repeats them; a score knows rows by their places",
-    "GN TPGD VANILA": "it does not raise the loss of a label, so the score may rise or fall",
-    "Jitter": "the noise that it adds to the output outweighs the gradient of two logits",
-    "MultiAttack": "it returns only rows that one of its attacks got misclassified; pass the strongest of them",
-    "LGV": "it trains a classifier's weights on a data loader of its own",
+    ("APGDT", "AutoAttack"): "it leads toward other classes, and a score has none",
+    ("DeepFool", "EADEN", "EADL1", "FAB", "SparseFool"): (
+        "it searches for the nearest decision boundary, and a score has none"
+    ),
+    ("JSMA", "OnePixel", "PGDRS", "PGDRSL2", "Pixle", "SPSA"): (
+        "it takes rows apart or repeats them; a score knows rows by their places"
+    ),
+    ("GN", "TPGD", "VANILA"): "it does not raise the loss of a label, so the score may rise or fall",
+    ("Jitter",): "the noise that it adds to the output outweighs the gradient of two logits",
+    ("MultiAttack",): "it returns only rows that one of its attacks got misclassified; pass the strongest of them",
+    ("LGV",): "it trains a classifier's weights on a data loader of its own",
 }
 
 
@@ -151,7 +155,7 @@ def _check_kind(kind: Any) -> None:
     bases = kind.__mro__ if isinstance(kind, type) else ()
     theirs = [base.__name__ for base in bases if base.__module__.split(".")[0] == torchattacks.__name__]
     for names, reason in _NOT_FOR_TRAINING.items():
-        if not set(names.split()).isdisjoint(theirs):
+        if not set(names).isdisjoint(theirs):
             raise AttackError(
                 f"{kind.__name__} cannot be used in training: {reason}. Use an attack that raises the loss of a whole "
                 "batch, such as PGD, APGD or Square."

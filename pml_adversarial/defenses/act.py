@@ -18,7 +18,8 @@ class ACT:
     Euclidean distance at unit length: it collapses them. The wrapped loss is taken on the triplets ``(a, p', n')``
     alone, with clean anchors. The published loss is ``TripletMarginLoss(0.2, reducer=MeanReducer())``.
 
-    See `triplets` for where they come from, and for references, processes and other losses.
+    The module `triplets` says where triplets come from, and what holds with reference rows, several processes, and
+    losses that look beyond the triplets.
 
     Args:
         source: how triplets are drawn: "random", "semihard" or "softhard", see `triplets.sample_triplets`.

@@ -28,9 +28,11 @@ class HM:
     is perturbed, and the step trains on the clean triplets. The published loss is ``TripletMarginLoss(0.2,
     reducer=MeanReducer())``, together with `ICS`.
 
-    See `triplets` for where they come from, and for references, processes and other losses. Where no
-    positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn. The published
-    attack stops where the objective changes by less than 1e-7; here it takes all its steps.
+    The module `triplets` says where triplets come from, and what holds with reference rows, several processes, and
+    losses that look beyond the triplets.
+
+    Where no positive is soft-hard, the published code may draw the anchor itself; here another positive is drawn. The
+    published attack stops where the objective changes by less than 1e-7; here it takes all its steps.
 
     Args:
         source: how triplets are drawn: "softhard", "semihard" or "random", see `triplets.sample_triplets`.
@@ -94,6 +96,7 @@ class HM:
         if self.destination == "lga":
             last = torch.as_tensor(self.last_loss, dtype=torch.float32, device=batch.context.device)
             return -self.margin * last.clamp(max=self.cap) / self.cap
+        # the triplets as rows of the batch, where a copy counts as the row that it was made from
         row = torch.arange(len(batch), device=plan.rows.device)[:, None]
         triplets = tuple(member.flatten() for member in three_members(plan, row, plan.rows[:, None]))
         harder = harder_triplets(self.destination, batch, triplets, self.margin)

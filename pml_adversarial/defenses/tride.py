@@ -46,8 +46,9 @@ class TRIDE:
     * alpha * e/E)``, and this one ``eps * e/E``, unless the attack is a factory that takes ``alpha`` and has an ``eps``
     of its own. Without ``warmup``, attack and margin have their final values.
 
-    Triplets are drawn as "semihard" ones. See `triplets` for where else they come from, and for references, processes
-    and other losses. `AdversarialMiner` refuses the method.
+    Triplets that are drawn are "semihard". The module `triplets` says where else triplets come from, and what holds
+    with reference rows, several processes, and losses that look beyond the triplets. `AdversarialMiner` refuses the
+    method.
 
     Args:
         sharpness: lambda of the weighted means; 0 gives plain means. Published: 10 on CUB, 9.5 on CARS, 2 on SOP.
@@ -147,7 +148,7 @@ class TRIDE:
         return (-self.collapseness(anchors, positives, negatives)).relu()
 
     def of_anchor(self, anchors: Tensor, positives: Tensor, negatives: Tensor, clean_anchors: Tensor) -> Tensor:
-        """The objective of an attack on anchors, likewise."""
+        """The objective of an attack on anchors, given embeddings ``(T, D)``: a scalar that the attack lowers."""
         collapseness = self.collapseness(anchors, positives, negatives)
         gamma = torch.exp(-(-collapseness.detach()).relu())
         to_negatives = self._mean_of_smallest(distance(anchors, negatives))

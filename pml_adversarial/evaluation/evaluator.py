@@ -178,17 +178,19 @@ class Evaluator:
         """Some queries with the items that they find, as `evaluate_batch` kept them."""
         kept = batch["examples"]
         names = [*(attack.name for attack in self.attacks), "none"]  # the number of no attack is -1
-        columns = (
-            kept["queries"].tolist(),
-            self.task.queries.labels[kept["queries"]].tolist(),
-            kept["eps"].tolist(),
-            [names[number] for number in kept["attack"].tolist()],
-            kept["clean"].cpu(),
-            kept["perturbed"].cpu(),
-            map(self._neighbours, kept["before"]),
-            map(self._neighbours, kept["after"]),
+        return tuple(
+            Example(
+                query=query,
+                label=int(self.task.queries.labels[query]),
+                eps=float(kept["eps"][row]),
+                attack=names[int(kept["attack"][row])],
+                clean=kept["clean"][row].cpu(),
+                perturbed=kept["perturbed"][row].cpu(),
+                before=self._neighbours(kept["before"][row]),
+                after=self._neighbours(kept["after"][row]),
+            )
+            for row, query in enumerate(kept["queries"].tolist())
         )
-        return tuple(Example(*parts) for parts in zip(*columns, strict=True))
 
     def _neighbours(self, items: Tensor) -> tuple[Neighbour, ...]:
         pixels, labels = self.task.items[items].cpu(), self.task.items.labels[items].tolist()

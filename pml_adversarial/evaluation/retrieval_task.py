@@ -85,8 +85,16 @@ class RetrievalTask:
         with torch.no_grad():
             in_gallery = bool((targets.own >= 0).all())
             clean = self.gallery.embeddings[targets.own] if in_gallery else self.embed(images)
-        model, pixels_of = (self.embed.model,), self.items.__getitem__
-        return QueryBatch(self.embed, model, self.gallery, pixels_of, images, check_finite(clean), targets, self.norm)
+        return QueryBatch(
+            embed=self.embed,
+            modules=(self.embed.model,),
+            gallery=self.gallery,
+            pixels_of=self.items.__getitem__,
+            images=images,
+            clean=check_finite(clean),
+            targets=targets,
+            norm=self.norm,
+        )
 
     def _own(self, own: Sequence[int] | Tensor | None, is_gallery: bool) -> Tensor:
         device, count = self.embed.device, len(self.queries)

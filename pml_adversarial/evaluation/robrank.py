@@ -187,7 +187,7 @@ def robrank_scores(
     """Perturbs queries by each of RobRank's attacks. Each query searches all other images, which stay clean.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It is attacked in eval mode; afterwards it is as it was.
+        model: images -> embeddings ``(N, D)``. It is attacked in eval mode, and comes back in its own mode.
         images: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
         eps: l-inf radius, in pixels of [0, 1]; in the papers 77/255 for 28x28 pixels, 8/255 for 224x224.
         alpha: length of one sign step, in pixels of [0, 1].

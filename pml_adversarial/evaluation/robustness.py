@@ -57,7 +57,7 @@ def evaluate_robustness(
     query that fails at one eps counts as failed at every larger eps, because the same perturbation is allowed there.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It is attacked in eval mode; afterwards it is as it was.
+        model: images -> embeddings ``(N, D)``. It is attacked in eval mode, and comes back in its own mode.
         queries: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
         eps: one or more radii, in pixels of [0, 1].

@@ -120,7 +120,29 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Everything but ``items``, in types that JSON knows, and the shares at all ``radii``."""
         kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii")}
-        certified = [
+        return {
+            "norm": "L2",
+            **{key: value.tolist() if isinstance(value, Tensor) else value for key, value in kept.items()},
+            "num_queries": int(self.has_right_item.sum()),
+            "left_out": int((~self.has_right_item).sum()),
+            "smoothed_recall_at_1": self.smoothed_recall_at_1,
+            "abstained": self.abstained,
+            "certified": self._certified(),
+        }
+
+    def __str__(self) -> str:
+        num_queries, left_out = int(self.has_right_item.sum()), int((~self.has_right_item).sum())
+        row = "\n{radius:>8g}{recall_at_1:>8.3f}{recall_at_1_lower_bound:>13.3f}{recall_at_1_lipschitz:>11.3f}"
+        return (
+            f"Certified R@1, l2, noise of {self.sigma:g}: {num_queries} queries "
+            f"({left_out} left out), {self.samples} samples each, alpha {self.alpha:g}\n"
+            f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius\n"
+            f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}"
+        ) + "".join(row.format(**shares) for shares in self._certified())
+
+    def _certified(self) -> list[dict[str, float]]:
+        """The shares at all ``radii``."""
+        return [
             {
                 "radius": radius,
                 "recall_at_1": self.recall_at_1(radius),
@@ -129,25 +151,6 @@ class Certificate:
             }
             for radius in self.radii
         ]
-        return {
-            "norm": "L2",
-            **{key: value.tolist() if isinstance(value, Tensor) else value for key, value in kept.items()},
-            "num_queries": int(self.has_right_item.sum()),
-            "left_out": int((~self.has_right_item).sum()),
-            "smoothed_recall_at_1": self.smoothed_recall_at_1,
-            "abstained": self.abstained,
-            "certified": certified,
-        }
-
-    def __str__(self) -> str:
-        found = self.to_dict()
-        rows = "\n{radius:>8g}{recall_at_1:>8.3f}{recall_at_1_lower_bound:>13.3f}{recall_at_1_lipschitz:>11.3f}"
-        return (
-            f"Certified R@1, l2, noise of {self.sigma:g}: {found['num_queries']} queries "
-            f"({found['left_out']} left out), {self.samples} samples each, alpha {self.alpha:g}\n"
-            f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius\n"
-            f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}"
-        ) + "".join(rows.format(**row) for row in found["certified"])
 
     def _share(self, queries: Tensor) -> float:
         return int((queries & self.has_right_item).sum()) / int(self.has_right_item.sum())
@@ -178,7 +181,7 @@ def certify(
     gallery is not attacked.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It runs in eval mode; afterwards it is as it was.
+        model: images -> embeddings ``(N, D)``. It runs in eval mode, and comes back in its own mode.
         queries: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
         sigma: standard deviation of the noise, in pixels of [0, 1].

@@ -8,7 +8,6 @@ taken on tuples that are re-pointed to the copies.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast, get_args
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import adapter, presets
+from ..attacks.checks import check_number, check_whole
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
-from ..errors import InputError, PlanError
+from ..errors import PlanError
 from ..training.batch import Adversarial, Batch, CallSignature
 from ..training.isolation import random_stream
 from ..training.loss_calls import Enqueuing, check_scalar, name_of
@@ -83,7 +83,9 @@ class FixedContext:
         copies: Copies | None = None,
         for_miner: bool = False,
     ) -> None:
-        _check_numbers(tuples_per_anchor, clean_weight)
+        if tuples_per_anchor is not None:
+            check_whole("tuples_per_anchor", tuples_per_anchor, hint=", or None to keep all tuples", error=PlanError)
+        self.clean_weight = 0.0 if clean_weight is None else check_number("clean_weight", clean_weight)
         self.attack = presets.attack_of(attack, eps, steps)
         self.roles = parse_roles("all" if perturb is None else perturb)
         self.given = _given(
@@ -97,7 +99,6 @@ class FixedContext:
             copies=copies,
         )
         self.tuples_per_anchor = tuples_per_anchor
-        self.clean_weight = 0.0 if clean_weight is None else clean_weight
         self.keep_clean = not for_miner if keep_clean is None else keep_clean
         self.for_miner = for_miner
         self.in_place = for_miner or (self.roles == ROLES and tuples_per_anchor is None)
@@ -346,17 +347,6 @@ def _given(**options: Any) -> dict[str, tuple[str, ...]]:
     """Question -> options that the user set and that count in it."""
     found = {q: tuple(name for name in names if options.get(name) is not None) for q, names in _COUNT_IN.items()}
     return {question: names for question, names in found.items() if names}
-
-
-def _check_numbers(tuples_per_anchor: Any, clean_weight: Any) -> None:
-    whole = isinstance(tuples_per_anchor, int) and not isinstance(tuples_per_anchor, bool)
-    if tuples_per_anchor is not None and not (whole and tuples_per_anchor >= 1):
-        raise PlanError(
-            f"tuples_per_anchor={tuples_per_anchor!r}; expected a whole number from 1 on, or None to keep all tuples."
-        )
-    number = isinstance(clean_weight, int | float) and not isinstance(clean_weight, bool)
-    if clean_weight is not None and not (number and 0 <= clean_weight < math.inf):
-        raise InputError(f"clean_weight={clean_weight!r}; expected a finite number from 0 on.")
 
 
 def _tells_images_apart(batch: Batch) -> bool:

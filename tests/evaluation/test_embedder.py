@@ -4,24 +4,13 @@ import math
 
 import pytest
 import torch
-from query_batches import images_of, network
+from query_batches import Made, images_of, network
 from some_galleries import some
 from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.embedder import Embedder, batches, check_finite, embed_all
 from pml_adversarial.evaluation.images import ImageSet
-
-
-class Made(nn.Module):
-    """A model of one function."""
-
-    def __init__(self, made):
-        super().__init__()
-        self.made = made
-
-    def forward(self, images):
-        return self.made(images)
 
 
 class TestEmbedder:

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 import torchattacks
-from query_batches import embedded, images_of, network
+from query_batches import Made, embedded, images_of, network
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -132,7 +132,7 @@ class TestRecomputed:
         assert list(report.clean) == ["recall_at_1", "recall_at_3", "map_at_r", "r_precision"]
 
     def test_a_collapsed_model_is_not_called_robust(self):
-        report = evaluated(Picky(lambda x: 0 * x.flatten(1) + torch.arange(36.0)), attacks=AS_CLASSES)
+        report = evaluated(Made(lambda x: 0 * x.flatten(1) + torch.arange(36.0)), attacks=AS_CLASSES)
         assert set(report.clean_flags + report.worst[0].robust_flags) == {"0"}
         assert report.collapse["mean_similarity"] == pytest.approx(1)
 
@@ -467,15 +467,6 @@ class TestLeavesNoTrace:
         assert without_times(found) == without_times(evaluated(attacks=AS_CLASSES))
 
 
-class Picky(nn.Module):
-    def __init__(self, made):
-        super().__init__()
-        self.made = made
-
-    def forward(self, images):
-        return self.made(images)
-
-
 class TestRefusals:
     def test_eps_in_levels(self):
         with pytest.raises(InputError, match=r"eps=8 is wider than all pixels; expected 1 at most in Linf, such as"):
@@ -543,10 +534,10 @@ class TestRefusals:
     )
     def test_models(self, made, message):
         with pytest.raises(InputError, match=message):
-            evaluated(Picky(made))
+            evaluated(Made(made))
 
     def test_clean_queries_that_are_not_finite(self):
-        model = Picky(lambda x: torch.where(x[:, :1, 0, 0] == 0.5, math.nan, x.flatten(1)))
+        model = Made(lambda x: torch.where(x[:, :1, 0, 0] == 0.5, math.nan, x.flatten(1)))
         images, labels = images_of()
         images[13, 0, 0, 0] = 0.5
         with pytest.raises(InputError, match="NaN or infinite embeddings for 1 of"):
