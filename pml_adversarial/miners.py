@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attacks import adapter
 from .attacks.objective import AttackFactory
@@ -21,10 +21,11 @@ from .training.batch import Batch
 from .training.capture import InputCapture, Models
 from .training.distributed import JointBatch
 from .training.monitor import CollapseMonitor
-from .training.pixels import Normalization, PixelSpace
+from .training.pixels import Bounds, Normalization, PixelSpace
 from .training.plan import Plan, untouched
 from .training.records import Records
 from .training.schedule import EpsSchedule
+from .training.sources import Choice
 from .training.step import AdversarialStep
 from .training.tracing import paused, plain
 from .training.tuples import IndicesTuple, Role, checked_tuples, map_members, shift_partners
@@ -49,7 +50,8 @@ class AdversarialMiner(Wrapper, BaseMiner):
         perturb: rows that play one of these roles in a mined tuple are perturbed in all of their tuples; default "all".
         plugins: as in `AdversarialLoss`, but ``training_loss`` is not asked.
         warmup: as in `AdversarialLoss`; default 0, as nothing is trained here.
-        model, eps, steps, attack, total_steps, normalization, seed: as in `AdversarialLoss`.
+        model, eps, steps, attack, total_steps, normalization, bounds, channel_dim, perturb_input, at, chunk, seed: as in
+            `AdversarialLoss`.
 
     Raises:
         AdversarialError: see `errors`.
@@ -81,10 +83,16 @@ class AdversarialMiner(Wrapper, BaseMiner):
         warmup: float | None = None,
         total_steps: int | None = None,
         normalization: Normalization | None = None,
+        bounds: Bounds | None = None,
+        channel_dim: int | None = None,
+        perturb_input: str | None = None,
+        at: nn.Module | None = None,
+        chunk: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         options.check_miner(miner, model)
+        options.check_inputs(perturb_input, at, bounds, chunk)
         if isinstance(miner, AdversarialMiner):
             raise InputError(
                 "miner is an AdversarialMiner already; expected a miner to be made adversarial. Perturb several roles "
@@ -96,12 +104,12 @@ class AdversarialMiner(Wrapper, BaseMiner):
             adapter.check_warmup(own.attack)
         hooks = Hooks(find_all(plugins), own)
         _check_asked(hooks)
-        self._shown = options.shown(own.shown_options(), hooks.named, warmup=f"{warmup} steps")
+        self._shown = options.shown(own.shown_options(), hooks.named, bounds=bounds, warmup=f"{warmup} steps")
         self.miner = miner
         self.adversary = AdversarialStep(
             hooks,
-            InputCapture(model),
-            PixelSpace(normalization),
+            InputCapture(model, Choice(perturb_input, at), chunk),
+            PixelSpace(normalization, bounds, channel_dim),
             EpsSchedule(warmup),
             CollapseMonitor(guarded=False),
             seed,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError, ReplayError
 from .pixels import PixelSpace
-from .replay import Replay
+from .replay import Replay, difference, tolerance
+from .sources import Choice
 from .tracing import Call, Fixed, Ref, Step, Watch, ref_of
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
 """A module, several modules, the ``models`` of a PML trainer, or a function of inputs."""
 
+logger = logging.getLogger("pml_adversarial")
+
 CHECK_EVERY = 100
-_OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=images), with AdversarialLoss(loss, model)."
+"""Steps from one check of the replay to the next."""
+
+_OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
 
 
 class InputCapture:
@@ -25,11 +31,12 @@ class InputCapture:
 
     Args:
         model: what makes embeddings of inputs; None: any module.
-        perturb_input: name of the argument of the model that is perturbed; None: the one of floating point.
+        choice: what of the inputs is perturbed.
+        chunk: how many rows are embedded at a time; None: all.
     """
 
-    def __init__(self, model: Models | None = None, perturb_input: str | None = None) -> None:
-        self.perturb_input = perturb_input
+    def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
+        self.choice, self.chunk = choice, chunk
         self._count, self._forms = 0, set[Any]()
         self._start(model)
 
@@ -47,35 +54,50 @@ class InputCapture:
     ) -> Replay:
         """The way from inputs to embeddings, and to those of a reference after them, in another order if one is given.
 
+        In the first step, whenever the form of the loop changes, and each `CHECK_EVERY` steps it is checked that it
+        leads to the embeddings that were given.
+
+        Args:
+            pixels: how inputs become pixels.
+            embeddings: ``(N, D)``.
+            reference: ``(R, D)``, or None.
+            order: ``(N + R,)``, or None.
+            inputs: ``(N, ...)`` the inputs, where the caller passed them; None: they are found.
+
         Raises:
             CaptureError: it is not known.
+            InputError: the inputs are no pixels.
             ReplayError: another way leads to the embeddings that were given.
         """
-        if inputs is not None:
-            results: list[Ref | Fixed] = [self._told(embeddings, inputs)]
-        else:
-            results = [self._found(embeddings)]
+        found = self._found(embeddings) if inputs is None else self._told(embeddings, inputs)
+        results: list[Ref | Fixed] = [found]
         if reference is not None:
             results.append(ref_of(reference) or Fixed(reference.detach()))
-        replay = Replay(results, pixels, order, self.perturb_input)
-        self._check(replay)
+        replay = Replay(results, pixels, order, self.choice, self.chunk)
+        self._check(replay, told=inputs is not None)
+        self._watch.forget()
         return replay
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, (None, self.perturb_input)  # a copy or pickle holds no model: it watches any module
+        return InputCapture, (None, self.choice._replace(at=None), self.chunk)  # a copy holds no model: it watches any
 
     def _start(self, model: Models | None) -> None:
-        self._function = model
+        self._model = model
         known = None if model is None or not _has_modules(model) else modules_of(model)
-        self._watch = Watch(known)
-        self._watch.wants_random_state = True
+        self._watch = Watch(known, self.choice.at)
+        self._watch.wants_state = True
         self._forms.clear()
 
     def _told(self, embeddings: Tensor, inputs: Tensor) -> Ref:
-        if self._function is None:
-            raise CaptureError("inputs=... was given, and no model; expected AdversarialLoss(loss, model).")
-        function = in_order(self._function)
-        step = Step(function, (inputs,), {})
+        if self._model is None:
+            raise CaptureError(
+                "inputs=... was given, and it is not known what makes embeddings of them; expected a model, or any "
+                "function of inputs: AdversarialLoss(loss, model)."
+            )
+        if not isinstance(inputs, Tensor) or inputs.shape[:1] != embeddings.shape[:1]:
+            found = f"of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+            raise InputError(f"inputs is {found}; expected a tensor of one row for each of {len(embeddings)} embeddings.")
+        step = Step(in_order(self._model), (inputs.detach(),), {})
         step.call = Call([embeddings])
         return Ref(step, 0)
 
@@ -85,45 +107,92 @@ class InputCapture:
             raise CaptureError(self._explain(embeddings))
         return found
 
-    def _check(self, replay: Replay) -> None:
+    def _check(self, replay: Replay, told: bool) -> None:
+        """Embeds the clean inputs again, and compares, where it is time to do so.
+
+        A model that draws random numbers can only be compared from the state in which it began. Where that is not
+        known, the next step remembers it.
+        """
         self._count += 1
-        due = replay.form not in self._forms or self._count % CHECK_EVERY == 0
-        if due and replay.check():
-            self._forms.add(replay.form)
-        self._watch.wants_random_state = replay.form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
+        switched = replay.was_switched
+        is_new = replay.form not in self._forms
+        if is_new or switched or self._count % CHECK_EVERY == 0:
+            given = replay.given()
+            again = replay.again()
+            limit = tolerance(given.dtype)
+            apart = difference(again, given)
+            if apart > limit and (replay.is_told or difference(replay.again(), again) <= limit):
+                raise ReplayError(_what_differs(replay, apart, limit, switched, told))
+            if apart <= limit and is_new:
+                replay.check_rows()
+            elif apart > limit and told:
+                logger.warning(
+                    "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
+                    "embeddings, in their order."
+                )
+            if apart <= limit or told:
+                self._forms.add(replay.form)
+        self._watch.wants_state = replay.form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
 
     def _explain(self, embeddings: Tensor) -> str:
         """What was seen of these embeddings, and what to do."""
         seen = {how: ", ".join(sorted(names)) for how, names in self._watch.seen.items()}
         if embeddings.grad_fn is None:
             return (
-                "The embeddings are a tensor of their own (a leaf of autograd's graph), so it is not known which inputs gave them. If they "
-                f"were computed without gradient first, as for large batches, {_OPEN_DOOR}"
+                "The embeddings are a tensor of their own (a leaf of autograd's graph, or detached), so it is not known "
+                f"which inputs gave them. Pass what the model returned, without detach; or {_OPEN_DOOR}"
             )
         if "made_by" in vars(embeddings):
             return (
-                "The embeddings were changed in place, in a way that is not seen (through a view of them, or under no_grad). Use an operation "
-                f"that makes a new tensor; or {_OPEN_DOOR}"
+                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to them "
+                f"is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
             )
         if function := _own_function(embeddings):
             return (
-                f"Between the model and the loss the embeddings went through {function}, a function of autograd of your own, and it is not known what it does. "
-                f"Call it inside of a module; or {_OPEN_DOOR}"
+                f"Between the model and the loss the embeddings went through {function}, a function of autograd in "
+                "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; or "
+                f"{_OPEN_DOOR}"
             )
         if seen["with gradient"]:
             return (
-                f"{seen['with gradient']} ran with gradient, and these embeddings were not made of what it returned. Pass embeddings of this forward pass; or {_OPEN_DOOR}"
+                f"{seen['with gradient']} ran with gradient since this loss was made, and these embeddings were not made "
+                "of what it returned. If they are older than the loss, make the loss before the forward pass; if they "
+                f"were made of something else, pass what the model returned; or {_OPEN_DOOR}"
             )
         if seen["not watched"]:
             return (
-                f"{seen['not watched']} ran, and the model that was named did not. Name the module that the loop calls, AdversarialLoss(loss, model); or {_OPEN_DOOR}"
+                f"{seen['not watched']} ran, and the model that was named did not. Name the module that the loop calls, "
+                f"AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
             )
         if seen["without gradient"]:
-            return f"{seen['without gradient']} ran without gradient (no_grad), so its inputs are not known. To freeze it, set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
+            return (
+                f"{seen['without gradient']} ran without gradient (no_grad), so its inputs are not known. To freeze it, "
+                f"set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
+            )
+        return f"No module ran since this loss was made. Make the loss before the forward pass; or {_OPEN_DOOR}"
+
+
+def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str], told: bool) -> str:
+    start = f"The clean inputs, embedded again, differ from the embeddings by {apart:.2g} of their size, so an attack "
+    if told:
         return (
-            "No module ran with gradient since this loss was made. Make the loss before the forward pass; or "
-            f"{_OPEN_DOOR}"
+            f"{start}would be on other embeddings. With inputs=..., expected inputs in the order of the embeddings, and "
+            "a model that makes exactly these embeddings of them, in the mode that it is in. If the loop does more than "
+            "the model, such as F.normalize, give a function that does it too: "
+            "AdversarialLoss(loss, lambda x: F.normalize(model(x)))."
         )
+    where = f"{start}would be on another model. {replay.first_difference(limit)} gives something else now."
+    if switched:
+        return (
+            f"{where} Likely cause: {'; '.join(switched)}. Pass what switches the model as an argument of its forward(), "
+            "or compute the loss before the switch."
+        )
+    return (
+        f"{where} Likely causes: weights or buffers were changed since the forward pass (compute the loss first); the "
+        "model changes its input in place (let it work on a copy); what it gives depends on something outside of its "
+        "arguments, such as an attribute, a counter or a global switch (pass it as an argument of forward()). Where "
+        f"none can be mended, {_OPEN_DOOR}"
+    )
 
 
 def _own_function(embeddings: Tensor) -> str | None:

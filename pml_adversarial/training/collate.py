@@ -114,6 +114,7 @@ class Collator:
             num_queries=num_queries,
             shared_labels=shared_labels,
             replay=replay,
+            known_rows=replay.known_rows,
         )
 
     def _replay(self, *given: Tensor | None) -> Replay:
@@ -142,6 +143,11 @@ class Collator:
 
 def _joined(local: Batch) -> JointBatch:
     """The batches of all processes as one. Own rows carry gradient, and the tuples are those of the first process."""
+    if local.known_rows is not None:
+        raise InputError(
+            "Rows without known inputs stand before others that have them; expected them behind, where several "
+            "processes share a batch. Change the order: torch.cat([model(x), features])."
+        )
     world_size, sizes = distributed.world_size(), (local.num_queries, len(local) - local.num_queries)
     embeddings = distributed.gather_parts(local.embeddings, sizes)
     labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)

@@ -122,7 +122,7 @@ class PixelSpace:
             raise InputError(
                 f"{given} has {self._channels} channels, and of the inputs {tuple(like.shape)} "
                 f"{'no dimension' if not fitting else 'more than one dimension'} has as many; expected one mean and one "
-                "std per channel, and channel_dim=... where it cannot be told, such as channel_dim=2 for clips "
+                "std per channel, and channel_dim=... where it cannot be told, such as channel_dim=-3 for clips "
                 "(N, T, C, H, W)."
             )
         return fitting[0]

@@ -228,7 +228,8 @@ class AdversarialStep:
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
             of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
-        embed = lambda inputs, some=None: batch.replay.embed(inputs, rows if some is None else rows[some])  # noqa: E731
+        of_replay = batch.local(rows)
+        embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
         objective = Objective(embed, of_own, clean, batch.replay.modules)
         attack = self.hooks.attack(objective, batch, plan)
         found = adapter.run(attack, inputs, objective.labels, objective)
@@ -241,6 +242,8 @@ class AdversarialStep:
         """The context ``(N, D)`` of the model in its present mode. Rows without known inputs stay as they are."""
         with torch.no_grad():
             known = batch.gather_rows(batch.replay.embed(batch.inputs))
+        if batch.known_rows is not None:
+            return batch.context.index_copy(0, batch.known_rows, known.to(batch.context.dtype))
         return torch.cat([known, batch.context[len(known) :]])
 
     def _embed_again(self, batch: Batch, plan: Plan, perturbed: Perturbed) -> Adversarial:
@@ -249,7 +252,8 @@ class AdversarialStep:
             embeddings = batch.embeddings[batch.own(plan.rows, plan.rows)]
         else:
             with undone(m for module in batch.replay.modules for m in module.modules()):
-                embeddings = self._embed_in_own_mode(batch, perturbed.inputs, batch.own(plan.rows, plan.rows))
+                rows = batch.local(batch.own(plan.rows, plan.rows))
+                embeddings = self._embed_in_own_mode(batch, perturbed.inputs, rows)
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in batch.replay.modules):
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only where its own output goes backward
         copies = batch.gather_copies(embeddings, plan.rows)

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .nested import leaves, mapped, tensors_in
 
 _numbers = count()
 _DEVICES = ("cpu", "cuda")
+_PLAIN = {bool, int, float, str, type(None)}
 
 
 class Ref:
@@ -69,25 +70,43 @@ class Step:
         return [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
 
 
+class State(NamedTuple):
+    """In which a call of a module began.
+
+    Attributes:
+        on_cpu: state of torch's random number generator.
+        on_devices: likewise, of each device.
+        buffers: (module, name, a copy of the buffer).
+    """
+
+    on_cpu: Tensor
+    on_devices: list[Tensor]
+    buffers: list[tuple[nn.Module, str, Tensor]]
+
+
 class Call:
     """What is known of the call of a module.
 
     Attributes:
         outputs: the tensors that it gave, detached, in the order of `tensors_in`.
         modes: the ``training`` flags of its submodules.
-        swapped: name -> tensor, parameters that ``torch.func.functional_call`` had put into the module.
-        changed: arguments that the module changed in place.
-        random_state: of the random number generators before the call, where a `Watch` wanted it.
+        switches: its own attributes that are numbers, strings or None, after the call.
+        swapped: name -> tensor, parameters and buffers that ``torch.func.functional_call`` had put into the module.
+        changed: whether the module changed an argument in place.
+        state_before: in which the call began, where a `Watch` wanted to know it.
+        inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("changed", "modes", "outputs", "random_state", "swapped")
+    __slots__ = ("changed", "inner", "modes", "outputs", "state_before", "swapped", "switches")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = tuple(output.detach() for output in outputs)
         self.modes: tuple[bool, ...] = ()
+        self.switches: dict[str, Any] = {}
         self.swapped: dict[str, Tensor] = {}
-        self.changed: list[Tensor] = []
-        self.random_state: Any = None
+        self.changed = False
+        self.state_before: State | None = None
+        self.inner: dict[nn.Module, list[Any]] = {}
 
 
 class Traced(Tensor):
@@ -102,6 +121,14 @@ class Traced(Tensor):
     ) -> Any:
         """Runs a function of torch, and notes it on the tensors with gradient that it returns."""
         return _run_and_note(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with plain([self]):
+            return Tensor.__repr__(self, tensor_contents=tensor_contents)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.view_as(self).__reduce_ex__(protocol)  # a tensor like others: the trace stays here
 
 
 @torch.compiler.disable
@@ -155,7 +182,8 @@ def paused() -> Iterator[None]:
     """Inside, nothing is noted in this thread."""
     before, _here.paused = _here.paused, True
     try:
-        yield
+        with _without_hook():
+            yield
     finally:
         _here.paused = before
 
@@ -166,26 +194,36 @@ class Watch:
     Args:
         modules: what is noted are calls of these modules, of their submodules, of modules that hold them, and of
             modules that take what was noted. None: all calls.
+        inner: a submodule whose outputs inside of other modules are kept; None: none.
 
     Attributes:
-        wants_random_state: whether the state of the random number generators is kept for each call.
+        wants_state: whether the `State` before each call is kept.
         seen: "with gradient", "without gradient" or "not watched" -> names of modules that were called so.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module] | None = None, inner: nn.Module | None = None) -> None:
         self.known = None if modules is None else {id(m) for module in modules for m in module.modules()}
-        self.wants_random_state = False
+        self.wants_state = False
         self.seen: dict[str, set[str]] = {"with gradient": set(), "without gradient": set(), "not watched": set()}
+        if inner is not None:
+            weakref.finalize(self, inner.register_forward_hook(_keep_inner).remove)
         _watches.add(self)
         _kinds.clear()
         if not _handles:
             _handles.append(nn_module.register_module_forward_pre_hook(_begin))
 
 
+    def forget(self) -> None:
+        """Forgets what was seen."""
+        for names in self.seen.values():
+            names.clear()
+
+
 class _Here(threading.local):
     """Of this thread: whether nothing is noted, inside a module or a replay."""
 
     paused = False
+    inner: dict[nn.Module, list[Any]] | None = None
 
 
 _here = _Here()
@@ -207,15 +245,16 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
         return
     given = tensors_in(args)
     versions = [version_of(tensor) for tensor in given]
-    random_state = _random_state() if any(watch.wants_random_state for watch in _watches) else None
+    state = _state_of(module) if any(watch.wants_state for watch in _watches) else None
     inside = ExitStack()
     inside.enter_context(plain(given))
-    inside.enter_context(paused())
-    inside.enter_context(_without_hook())  # so that submodules cost nothing
+    inside.enter_context(paused())  # so that submodules cost nothing
+    inner = _here.inner = {}
 
     def end(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         handle.remove()
         inside.close()
+        _here.inner = None
         if output is None:  # the module raised
             return
         if not torch.is_grad_enabled():
@@ -223,9 +262,10 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
             for tensor in tensors_in(output):
                 tensor.without_gradient_from = type(module).__name__  # type: ignore[attr-defined]
         elif kind == "watched" or any(type(tensor) is Traced for tensor in tensors_in((args, kwargs))):
-            changed = [tensor for tensor, before in zip(given, versions, strict=True) if version_of(tensor) != before]
             _tell("with gradient", module)
-            _note_call(module, args, kwargs, output, changed, random_state)
+            call = _note_call(module, args, kwargs, output)
+            call.changed = any(version_of(t) != before for t, before in zip(given, versions, strict=True))
+            call.state_before, call.inner = state, inner
         else:
             _tell("not watched", module)
 
@@ -240,20 +280,36 @@ def _tell(how: str, module: nn.Module) -> None:
         watch.seen[how].add(type(module).__name__)
 
 
-def _note_call(
-    module: nn.Module, args: Sequence[Any], kwargs: Any, output: Any, changed: list[Tensor], random_state: Any
-) -> None:
+def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
+    if _here.inner is not None and torch.is_grad_enabled():
+        kept = output.detach() if isinstance(output, Tensor) else output
+        _here.inner.setdefault(module, []).append(kept)
+
+
+def _note_call(module: nn.Module, args: Sequence[Any], kwargs: Any, output: Any) -> Call:
     found = tensors_in(output)
-    if not any(tensor.requires_grad and tensor.ndim for tensor in found):
-        return
-    step = Step(module, args, kwargs)
-    step.call = Call(found)
-    step.call.modes = tuple(m.training for m in module.modules())
-    step.call.swapped = {n: p for n, p in module.named_parameters() if not isinstance(p, nn.Parameter)}
-    step.call.changed, step.call.random_state = changed, random_state
-    for place, tensor in enumerate(found):
-        if tensor.ndim:
-            note(tensor, Ref(step, place))
+    call = Call(found)
+    if any(tensor.requires_grad and tensor.ndim for tensor in found):
+        step = Step(module, args, kwargs)
+        step.call = call
+        inside = list(module.modules())
+        call.modes, call.switches = modes_of(inside), switches_of(module)
+        if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
+            call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for place, tensor in enumerate(found):
+            if tensor.ndim:
+                note(tensor, Ref(step, place))
+    return call
+
+
+def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
+    """The ``training`` flags of modules."""
+    return tuple(module.training for module in modules)
+
+
+def switches_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are numbers, strings or None, but for its mode."""
+    return {name: value for name, value in vars(module).items() if type(value) in _PLAIN and name != "training"}
 
 
 def _kind_of(module: nn.Module) -> str:
@@ -271,12 +327,13 @@ def _kind_of(module: nn.Module) -> str:
 
 @contextmanager
 def _without_hook() -> Iterator[None]:
-    hooks, number = nn_module._global_forward_pre_hooks, _handles[0].id
-    hook = hooks.pop(number)
+    """Inside, no module calls the hook, so that torch.compile does not see it."""
+    hooks = nn_module._global_forward_pre_hooks
+    taken = [(handle.id, hooks.pop(handle.id)) for handle in _handles if handle.id in hooks]
     try:
         yield
     finally:
-        hooks[number] = hook
+        hooks.update(taken)
 
 
 def _argument(leaf: Any) -> Any:
@@ -302,6 +359,12 @@ def autocast() -> dict[str, torch.dtype]:
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}
 
 
-def _random_state() -> Any:
+def _state_of(module: nn.Module) -> State:
     on_devices = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else []
+    buffers = [
+        (inside, name, buffer.detach().clone())
+        for inside in module.modules()
+        for name, buffer in inside._buffers.items()
+        if buffer is not None
+    ]
+    return State(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else [], buffers)

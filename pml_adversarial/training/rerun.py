@@ -1,0 +1,96 @@
+"""Takes the steps of a trace again, see `tracing`: as they were taken, or with other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .nested import mapped, tensors_in
+from .tracing import Fixed, Ref, Step, autocast
+
+Outputs = Sequence[Tensor]
+Take = Callable[[Step, Sequence[Any], Mapping[str, Any]], Outputs]
+"""Takes one step, with these positional and keyword arguments."""
+
+
+def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
+    """The steps that led to the results, in their order."""
+    found: dict[int, Step] = {}
+    todo = [result.step for result in results if isinstance(result, Ref)]
+    while todo:
+        step = todo.pop()
+        if step.number not in found:
+            found[step.number] = step
+            todo.extend(ref.step for ref in step.refs)
+    return [found[number] for number in sorted(found)]
+
+
+def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> list[Tensor]:
+    """Takes all steps, each with what the steps before it gave now, and returns the results."""
+    made: dict[Step, Outputs] = {}
+
+    def resolved(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return made[leaf.step][leaf.place]
+        return leaf.value if isinstance(leaf, Fixed) else leaf
+
+    for step in steps:
+        made[step] = take(step, mapped(step.args, resolved), mapped(step.kwargs, resolved))
+    return [resolved(result) for result in results]
+
+
+def apply(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+    """Takes a step as it was taken: under the same autocast, and with the same swapped parameters."""
+    with _autocast_of(step):
+        if step.in_place:
+            first = args[0].clone()
+            step.function(first, *args[1:], **kwargs)
+            return [first]
+        function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
+        if step.call is not None and step.call.swapped:
+            return tensors_in(torch.func.functional_call(function, step.call.swapped, tuple(args), dict(kwargs)))
+        return tensors_in(function(*args, **kwargs))
+
+
+def apply_as_before(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+    """As `apply`, from the state in which the step began the first time, where that is known."""
+    if step.call is not None and step.call.state_before is not None:
+        on_cpu, on_devices, buffers = step.call.state_before
+        torch.set_rng_state(on_cpu)
+        for number, state in enumerate(on_devices):
+            torch.cuda.set_rng_state(state, number)
+        for module, name, value in buffers:
+            module._buffers[name] = value.clone()
+    return apply(step, args, kwargs)
+
+
+@contextmanager
+def output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """Inside, the module gives another output. What it computes still gets the gradient, as if a constant was added."""
+
+    def replace(_: nn.Module, args: Any, computed: Tensor) -> Tensor:
+        return output + (computed - computed.detach()) if computed.requires_grad else output
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def name_of(step: Step) -> str:
+    """The module or function, as the user knows it."""
+    return type(step.function).__name__ if step.call is not None else getattr(step.function, "__name__", "a function")
+
+
+def _autocast_of(step: Step) -> ExitStack:
+    stack, now = ExitStack(), autocast()
+    for kind in now.keys() | step.autocast.keys():
+        if now.get(kind) != step.autocast.get(kind):
+            stack.enter_context(torch.autocast(kind, enabled=kind in step.autocast, dtype=step.autocast.get(kind)))
+    return stack

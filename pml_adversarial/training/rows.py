@@ -1,0 +1,144 @@
+"""Finds which row of which tensor each embedding depends on, by experiment.
+
+Where the row of a module's output becomes NaN, so do the embeddings that depend on it. Modules are not run for this:
+they are taken to keep rows apart, which `Replay.check_rows` looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from .nested import leaves
+from .rerun import Outputs, Take, apply, name_of
+from .sources import Sources
+from .tracing import Ref, Step, paused
+
+Run = Callable[[Take], Tensor]
+"""Takes all steps, and gives all rows of the embeddings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which row of which source each embedding depends on.
+
+    Attributes:
+        source: ``(N,)`` number of the source; -1 where no input is known.
+        row: ``(N,)`` row of the source.
+        in_order: whether embedding i depends on row i of the only source, and all rows of it are embedded.
+        apart: whether the steps may be taken with some of the rows alone.
+    """
+
+    source: Tensor
+    row: Tensor
+    in_order: bool = False
+    apart: bool = False
+
+
+def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool) -> Rows:
+    """Which row of which source each embedding depends on.
+
+    Args:
+        steps: all steps of a trace.
+        run: takes them.
+        sources: what is perturbed.
+        is_plain: whether the steps are modules alone, one after the other, from one source.
+
+    Raises:
+        CaptureError: an embedding depends on several rows.
+    """
+    sizes = [len(source.value) for source in sources.all]
+    total, device = sum(sizes), sources.all[0].value.device
+    if is_plain:
+        return Rows(torch.zeros(total, dtype=torch.long), torch.arange(total), True, True)
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    bits = max(1, (total - 1).bit_length())
+
+    def reached(chosen: Callable[[Tensor], Tensor]) -> Tensor:
+        """``(N,)`` bool: embeddings that depend on one of the chosen rows."""
+        return run(partial(_take_with_nan, sources, starts, chosen)).flatten(1).isnan().any(1)
+
+    with torch.no_grad(), paused():
+        zero = torch.stack([reached(lambda rows, bit=bit: (rows >> bit) & 1 == 0) for bit in range(bits)])
+        one = torch.stack([reached(lambda rows, bit=bit: (rows >> bit) & 1 == 1) for bit in range(bits)])
+        if (zero & one).any():
+            first = int((zero & one).any(0).nonzero()[0])
+            among = [row for row in range(total) if reached(lambda rows, row=row: rows == row)[first]]
+            raise _several(steps, first, among, total)
+    known = (zero | one).any(0)
+    number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
+    starts = starts.to(number.device)
+    source = torch.where(known, (number[:, None] >= starts).sum(1) - 1, -1)
+    row = number - starts[source]
+    in_order = len(sizes) == 1 and total == len(row) and torch.equal(row, torch.arange(total, device=device))
+    in_order = in_order and bool(known.all())
+    return Rows(source, row, in_order, in_order and _takes_some(run, total))
+
+
+def _take_with_nan(
+    sources: Sources, starts: Tensor, chosen: Callable[[Tensor], Tensor], step: Step, args: Any, kwargs: Any
+) -> Outputs:
+    """Takes a step with NaN in the chosen rows of what is perturbed."""
+    if step.call is None:
+        return apply(step, args, kwargs)
+    outputs = list(step.call.outputs)
+    pairs = zip(leaves((step.args, step.kwargs)), leaves((args, kwargs)), strict=True)
+    taken = [leaf for kind, leaf in pairs if isinstance(kind, Ref)]
+    for place, output in enumerate(outputs):
+        if (number := sources.of_output(step, place)) is not None:
+            rows = starts[number] + torch.arange(len(output))
+            outputs[place] = _with_nan(output, chosen(rows).to(output.device))
+        elif taken:
+            is_nan = [leaf.flatten(1).isnan().any(1) for leaf in taken if leaf.ndim and len(leaf) == len(output)]
+            outputs[place] = _with_nan(output, torch.stack(is_nan).any(0)) if is_nan else output
+    return outputs
+
+
+def _with_nan(output: Tensor, rows: Tensor) -> Tensor:
+    if not (output.is_floating_point() and output.ndim and len(output) == len(rows)):
+        return output
+    return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), torch.nan)
+
+
+def _takes_some(run: Run, count: int) -> bool:
+    """Whether functions give the same of some rows alone. It is tried with every other row, from the last one."""
+    some = torch.arange(count - 1, -1, -2)
+    some = torch.cat([some, some[:1]])
+
+    def alone(step: Step, args: Any, kwargs: Any) -> Outputs:
+        if step.call is None:
+            return apply(step, args, kwargs)
+        return [o[some.to(o.device)] if o.ndim else o for o in step.call.outputs]
+
+    def beside(step: Step, args: Any, kwargs: Any) -> Outputs:
+        return apply(step, args, kwargs) if step.call is None else step.call.outputs
+
+    with torch.no_grad(), paused():
+        try:
+            found, expected = run(alone), run(beside)
+        except Exception:  # a function of the caller's may raise anything on other rows
+            return False
+        expected = expected[some.to(expected.device)]
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def _several(steps: Sequence[Step], row: int, inputs: list[int], total: int) -> CaptureError:
+    functions = list(dict.fromkeys(name_of(step) for step in steps if step.call is None))
+    between = f" Between model and loss stand {', '.join(functions)}." if functions else ""
+    if len(inputs) == total or len(inputs) > 8:
+        return CaptureError(
+            f"Embedding {row} depends on {len(inputs)} inputs, since rows of the batch are mixed between model and "
+            f"loss; expected that each embedding depends on one input.{between} Let the loss do it: "
+            "AdversarialLoss(a module whose forward mixes the rows and then calls the loss, model)."
+        )
+    return CaptureError(
+        f"Embedding {row} depends on several inputs: {', '.join(map(str, inputs))}; expected one.{between} Pass all "
+        "inputs of an embedding as one: loss_func(embeddings, labels, inputs=torch.stack([first, second], 1)), with "
+        "AdversarialLoss(loss, function), where function(inputs) gives the embeddings."
+    )
