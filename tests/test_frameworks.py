@@ -211,9 +211,7 @@ class TestColumns:
         torch.testing.assert_close(found, expected)
         assert_same(gradients_of(found, model), gradients_of(expected, model), rtol=1e-4, atol=1e-6)
         whole, in_reference = model(spy.adversarial.inputs), spy.plan.rows[:, None] >= 8
-        torch.testing.assert_close(
-            spy.adversarial.embeddings, torch.where(in_reference, whole[:, 2:], whole[:, :2])
-        )
+        torch.testing.assert_close(spy.adversarial.embeddings, torch.where(in_reference, whole[:, 2:], whole[:, :2]))
 
     def test_of_one_model_to_each_loss_its_own(self, model, images, labels):
         ranges = slice(0, 2), slice(2, 4)
@@ -617,4 +615,3 @@ class TestCompiled:
         assert columns.inputs.equal(images)
         for replay, expected in ((rows, model), (columns, Columns(model, slice(1, 3)))):
             torch.testing.assert_close(replay.embed(images.flip(0)), expected(images.flip(0)))
-

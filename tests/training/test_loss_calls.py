@@ -190,13 +190,14 @@ class TestEnqueueMask:
                 loss_func(rows, TWICE, enqueue_mask=wrong)
 
     def test_queries_and_keys_may_be_put_together_in_any_way(self, model, images):
+        options = {"attack": PGD, "warmup": 0, "seed": 1, "keep_clean": False}
+        loss_funcs = [AdversarialLoss(memory(), model, **options) for _ in range(2)]
         queries, mask = model(images[:4]), torch.tensor([True, True, False, False, False, False, True, True])
         with torch.no_grad():
             keys = model(images[4:])
-        values = []
-        for ways in ([queries, keys], [queries[:1], queries[1:], keys[:2], keys[2:]]):
-            rows = torch.cat(ways)[[4, 5, 0, 1, 2, 3, 6, 7]]
-            loss_func = AdversarialLoss(memory(), model, attack=PGD, warmup=0, seed=1, keep_clean=False)
+        ways, values = ([queries, keys], [queries[:1], queries[1:], keys[:2], keys[2:]]), []
+        for loss_func, parts in zip(loss_funcs, ways, strict=True):
+            rows = torch.cat(parts)[[4, 5, 0, 1, 2, 3, 6, 7]]
             values.append(loss_func(rows, TWICE, enqueue_mask=mask))
             assert loss_func.records.num_perturbed == 4
             assert loss_func.records.loss_before == pytest.approx(memory()(rows, TWICE, enqueue_mask=mask).item())
