@@ -1,16 +1,19 @@
 """AdversarialLoss against plain loops, hand-written attacks and hand-built batches; nothing here reuses its code."""
 
 import copy
+import gc
 import pickle
 import random
 from functools import partial
+from itertools import count
 
 import numpy
 import pytest
 import torch
 import torchattacks
+from notes import Notes
 from pytorch_metric_learning import losses, miners
-from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
@@ -68,8 +71,8 @@ class Grab(Spy):
 
 
 def counting(model):
-    """Rows, gradient and mode of every forward pass, kept outside the model."""
-    passes = []
+    """Rows, gradient and mode of every forward pass."""
+    passes = Notes()
     model.register_forward_pre_hook(
         lambda module, args: passes.append((len(args[0]), torch.is_grad_enabled(), module.training))
     )
@@ -250,14 +253,22 @@ class TestFixedContext:
 
 
 class TestCost:
+    CHECK = (8, False, True)  # the clean inputs are embedded again in the first step, and not in the second
+
     def spent(self, images, labels, *extra, frozen=False, **options):
+        """The passes of a step, and how many rows were perturbed."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
         model[2].train(not frozen)
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
-        embeddings = model(images)
-        passes = counting(model)
-        loss_func(embeddings, labels)
-        return passes, loss_func.num_perturbed
+        passes, of_steps = counting(model), []
+        for _ in range(2):
+            embeddings = model(images)
+            assert passes.taken() == [(8, True, True)]
+            loss_func(embeddings, labels)
+            of_steps.append(passes.taken())
+        first, second = of_steps
+        assert first == [self.CHECK, *second]
+        return second, loss_func.num_perturbed
 
     @pytest.mark.parametrize("perturb", ["positive", "all", ("anchor", "negative")])
     def test_steps_and_one_passes_on_the_perturbed_rows(self, perturb, images, labels):
@@ -277,6 +288,17 @@ class TestCost:
     def test_nothing_at_eps_0(self, images, labels):
         passes, _ = self.spent(images, labels, attack=NO_BUDGET)
         assert passes == []
+
+    def test_one_more_in_a_hundred_steps(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes, checked = counting(model), []
+        for step in range(1, 202):
+            embeddings = model(images)
+            passes.taken()
+            loss_func(embeddings, labels)
+            checked += [step] * (passes.taken() == [self.CHECK])
+        assert checked == [1, 100, 200]
 
 
 def everything_of(*modules):
@@ -412,11 +434,10 @@ class TestCopiesAndStates:
         written = pickle.dumps(loss_func)
         assert len(written) < 20_000  # without the model
         embeddings = model(images)
-        loaded = pickle.loads(written)
+        loaded, another = pickle.loads(written), pickle.loads(written)
         expected = loss_func(embeddings, labels)
-        with pytest.raises(CaptureError):
-            loaded(embeddings, labels)  # these embeddings are older than the loaded loss
-        assert torch.equal(loaded(model(images), labels), expected)
+        assert torch.equal(loaded(embeddings, labels), expected)  # older than the loaded loss, which is no matter
+        assert torch.equal(another(model(images), labels), expected)
 
     def test_the_model_is_no_submodule(self, model):
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
@@ -429,17 +450,17 @@ class Fails(nn.Module):
 
     def __init__(self, nth):
         super().__init__()
-        self.passes, self.nth = [], nth
+        self.passes, self.nth = count(1), nth  # a number or a list would be put back after the attack
 
     def forward(self, x):
-        self.passes.append(x)
-        if len(self.passes) == self.nth:
+        if next(self.passes) == self.nth:
             raise ZeroDivisionError
         return x
 
 
 class TestAfterAFailedStep:
-    @pytest.mark.parametrize("nth", range(2, STEPS + 3))  # 1 is the caller's own pass, the last one the re-embedding
+    # 1 is the caller's own pass, 2 that of the clean inputs again, and the last one the re-embedding
+    @pytest.mark.parametrize("nth", range(2, STEPS + 4))
     def test_a_retry_is_the_step(self, nth, model, images, labels):
         flaky = nn.Sequential(*model, Fails(nth))
         loss_func, unbroken = (
@@ -537,9 +558,10 @@ class TestOptions:
     def test_model_is_found(self, model, images, labels):
         torch.manual_seed(0)
         trunk, embedder = model[:2], model[2:]
-        loss_func = seed_paper_loss(losses.TripletMarginLoss(), attack=PGD)
+        spy = Spy()
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), attack=PGD, plugins=[spy])
         loss_func(embedder(trunk(images)), labels).backward()
-        assert loss_func.adversary.capture.modules == (trunk, embedder)
+        assert spy.batch.replay.modules == (trunk, embedder)
 
     def test_two_calls_of_the_model_each_keep_their_inputs(self, model, images, labels):
         spy = Spy()
@@ -617,6 +639,42 @@ class TestOptions:
                 seed_paper_loss(wrapped, model)(model(images), second)
 
 
+CHANGES = {
+    "multiplied": lambda e: 2 * e,
+    "each column by its own": lambda e: e * torch.tensor([1.0, 0.5, 2.0, 3.0]),
+    "put together again": lambda e: 0.5 * torch.cat([e[:4], e[4:]]),
+    "at unit length": normalize,
+    "divided by their length": lambda e: e / e.norm(dim=1, keepdim=True),
+}
+
+
+class TestWhatWasDoneToTheEmbeddings:
+    """Whatever the loop did to them on their way to the loss is done to the copies too."""
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @pytest.mark.parametrize("perturb", ["positive", "all"])
+    def test_is_done_to_copies(self, change, perturb, model, images, labels):
+        def make(watched, *spies):
+            wrapped = losses.TripletMarginLoss(2.0, distance=LpDistance(normalize_embeddings=False))  # lengths matter
+            return seed_paper_loss(wrapped, watched, attack=PGD, perturb=perturb, seed=1, plugins=spies)
+
+        class Whole(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return change(self.model(x))
+
+        whole, spies = Whole(), (Spy(), Spy())
+        expected = make(whole, spies[0])(whole(images), labels)
+        found = make(model, spies[1])(change(model(images)), labels)
+        torch.testing.assert_close(spies[1].adversarial.inputs, spies[0].adversarial.inputs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients(model, found), gradients(model, expected), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(spies[1].adversarial.embeddings, change(model(spies[1].adversarial.inputs)))
+
+
 def changing(change):
     return lambda objective: lambda inputs, labels: change(inputs)
 
@@ -655,7 +713,7 @@ class TestBadInput:
                 return self.linear(x.flatten(1).float() / 255)
 
         model = TakesBytes()
-        with pytest.raises(InputError, match=r"torch.uint8.*floating point"):
+        with pytest.raises(CaptureError, match=r"torch.uint8.*floating point"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
@@ -680,10 +738,22 @@ class TestBadInput:
         with pytest.raises(PlanError, match=message):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
 
-    @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
-    def test_embeddings_of_no_watched_model(self, change, model, images, labels):
-        with pytest.raises(CaptureError, match="not known"):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
+    def test_embeddings_that_were_cut_off_from_their_model(self, model, images, labels):
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
+        with pytest.raises(CaptureError, match="not known which inputs gave them"):
+            loss_func(model(images).detach().requires_grad_(), labels)
+
+    def test_embeddings_of_another_model_than_the_named_one(self, model, images, labels):
+        gc.collect()  # what watches any module would have the other model's embeddings known
+        other = copy.deepcopy(model)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
+        with pytest.raises(CaptureError, match="the model that was named did not"):
+            loss_func(other(images), labels)
+
+    def test_embeddings_that_no_module_made(self, model, images, labels):
+        weight = torch.rand(36, 4, requires_grad=True)
+        with pytest.raises(CaptureError, match="No module ran"):
+            seed_paper_loss(losses.TripletMarginLoss(), model)(images.flatten(1) @ weight, labels)
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_no_gradient_while_training(self, mode, model, images, labels):

@@ -29,7 +29,7 @@ KEPT_EVERY, NOTED_EVERY = 50, 25  # steps
 _OWN = 1 << 41  # a stream of random numbers that neither the attack nor the batches draw from
 
 
-@dataclass
+@dataclass(slots=True)  # without a __dict__: a step puts back the attributes of what hooks of the model reach
 class Passed:
     """How far training has come, and what it has cost.
 

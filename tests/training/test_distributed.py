@@ -12,6 +12,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from notes import Notes
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from seed_paper import seed_paper_loss
@@ -509,7 +510,7 @@ class TestOneProcess:
     def test_model_in_ddp(self, static_graph, model, images, labels):
         loss = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD, perturb="all")(model(images), labels)
         expected = torch.autograd.grad(loss, [*model.parameters()])
-        passes = []
+        passes = Notes()
         ddp = DistributedDataParallel(model, static_graph=static_graph)
         ddp.register_forward_hook(lambda *_: passes.append(1))
         seed_paper_loss(worker.Triplet(), ddp, attack=worker.PGD, perturb="all")(ddp(images), labels).backward()

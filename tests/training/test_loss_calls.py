@@ -186,10 +186,23 @@ class TestEnqueueMask:
         rows, mask = torch.cat([queries, keys]), torch.arange(8) >= 4
         assert loss_func(rows, TWICE, enqueue_mask=mask).isfinite()
         for wrong in (~mask, torch.arange(8) >= 5, torch.zeros(8, dtype=torch.bool)):
-            with pytest.raises(CaptureError, match="inputs behind these embeddings are not known"):
+            with pytest.raises(CaptureError, match="known"):
                 loss_func(rows, TWICE, enqueue_mask=wrong)
-        with pytest.raises(CaptureError):
-            loss_func(torch.cat([queries, keys[:2], keys[2:]]), TWICE, enqueue_mask=mask)
+
+    def test_queries_and_keys_may_be_put_together_in_any_way(self, model, images):
+        options = {"attack": PGD, "warmup": 0, "seed": 1, "keep_clean": False}
+        loss_funcs = [AdversarialLoss(memory(), model, **options) for _ in range(2)]
+        queries, mask = model(images[:4]), torch.tensor([True, True, False, False, False, False, True, True])
+        with torch.no_grad():
+            keys = model(images[4:])
+        ways, values = ([queries, keys], [queries[:1], queries[1:], keys[:2], keys[2:]]), []
+        for loss_func, parts in zip(loss_funcs, ways, strict=True):
+            rows = torch.cat(parts)[[4, 5, 0, 1, 2, 3, 6, 7]]
+            values.append(loss_func(rows, TWICE, enqueue_mask=mask))
+            assert loss_func.records.num_perturbed == 4
+            assert loss_func.records.loss_before == pytest.approx(memory()(rows, TWICE, enqueue_mask=mask).item())
+            assert loss_func.records.loss_after > loss_func.records.loss_before
+        assert torch.equal(*values)
 
     def test_queries_are_attacked_against_their_keys(self, model, images):
         """With one label for a query and its key, the key is the positive of the query, and no other row is."""
