@@ -11,7 +11,7 @@ import torch
 
 from pml_adversarial.training.nested import leaves, mapped, tensors_in
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["left", "right"])
 
 
 @dataclasses.dataclass(frozen=True)

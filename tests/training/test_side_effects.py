@@ -362,7 +362,7 @@ class TestHooks:
 
     def test_an_empty_cell_does_no_harm(self, module, leave):
         def hook(*_):
-            return later  # noqa: F821
+            return later
 
         module.register_forward_hook(hook)
         with leave(module):
