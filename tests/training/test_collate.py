@@ -12,7 +12,7 @@ from torch import nn
 from pml_adversarial import CaptureError, InputError, PlanError
 from pml_adversarial.training.collate import Collator
 from pml_adversarial.training.pixels import PixelSpace
-from pml_adversarial.training.replay import InputCapture
+from pml_adversarial.training.capture import InputCapture
 
 NO_BUDGET = partial(torchattacks.PGD, eps=0.0)
 
