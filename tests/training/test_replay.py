@@ -1,0 +1,573 @@
+"""Inputs are embedded as the loop embedded them: against the loop itself, run by hand with one input exchanged."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pml_adversarial.errors import CaptureError, ReplayError
+from pml_adversarial.training.pixels import PixelSpace
+from pml_adversarial.training.replay import Replay, apply, modes_of, steps_to
+from pml_adversarial.training.tracing import Fixed, Traced, Watch, ref_of
+
+
+class Multi(nn.Module):
+    """Gives its embeddings in a container, beside other things."""
+
+    def __init__(self, inner, wrap):
+        super().__init__()
+        self.inner, self.wrap = inner, wrap
+
+    def forward(self, images):
+        return self.wrap(self.inner(images))
+
+
+class Masked(nn.Module):
+    """Takes a mask and a number for each row, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(36, 4)
+
+    def forward(self, images, mask=None, scale=1.0):
+        features = self.linear(images.flatten(1))
+        return (features if mask is None else features * mask) * scale
+
+
+class Tower(nn.Module):
+    """Takes two batches, and gives two batches of embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(36, 4), nn.Linear(36, 4)
+
+    def forward(self, left, right):
+        return self.left(left.flatten(1)), self.right(right.flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def watch():
+    return Watch()
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+
+
+@pytest.fixture
+def images(images):
+    return images.double()
+
+
+def other_model():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Sigmoid()).double()
+
+
+def replay_of(embeddings, order=None, perturb_input=None):
+    results = (
+        [ref_of(embeddings)] if isinstance(embeddings, torch.Tensor) else [ref_of(e) or Fixed(e) for e in embeddings]
+    )
+    return Replay(results, PixelSpace(), order, perturb_input)
+
+
+def changed_in_place(embeddings):
+    embeddings[:, 0] = 0.5
+    embeddings.clamp_(-0.4, 0.4)
+    return embeddings
+
+
+def table_of(model, images):
+    table = torch.zeros(8, 4, dtype=images.dtype)
+    table[:4] = model(images[:4])
+    table[[5, 4, 7, 6]] = model(images[4:])
+    return table
+
+
+def listed(model, images):
+    """One image after the other."""
+    return torch.stack([model(image[None])[0] for image in images])
+
+
+def padded(model, images):
+    first, second = other_model(), nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).double()
+    torch.manual_seed(7)
+    nn.init.normal_(second[1].weight)
+    nn.init.zeros_(second[1].bias)
+    return torch.cat([first(images[:5]), second(images[5:, :, :4, :4])])
+
+
+# (model, images) -> embeddings, of which each row depends on one image
+LOOPS = {
+    "plain": lambda m, x: m(x),
+    "inside another": lambda m, x: nn.Sequential(m, nn.Tanh())(x),
+    "a chain": lambda m, x: nn.Tanh()(m[2:](m[:2](x))),
+    "a chain with an operation between": lambda m, x: m[2:](m[:2](x) * 0.5),
+    "by keyword": lambda m, x: m(input=x),
+    "normalised": lambda m, x: functional.normalize(m(x)),
+    "divided by its norm": lambda m, x: (lambda e: e / e.norm(dim=1, keepdim=True))(m(x)),
+    "multiplied": lambda m, x: m(x) @ torch.arange(8.0, dtype=x.dtype).view(4, 2),
+    "cast": lambda m, x: m(x).float(),
+    "columns": lambda m, x: m(x)[:, 1:3],
+    "picked columns": lambda m, x: m(x)[:, [3, 0]],
+    "columns from the last": lambda m, x: m(x).flip(1),
+    "split columns": lambda m, x: m(x).split([1, 3], 1)[1],
+    "rows": lambda m, x: m(x)[2:6],
+    "every other row": lambda m, x: m(x)[::2],
+    "one row": lambda m, x: m(x)[3:4],
+    "picked rows": lambda m, x: m(x)[[6, 1, 0]],
+    "rows from the last": lambda m, x: m(x).flip(0),
+    "a mask of rows": lambda m, x: m(x)[torch.arange(8) % 3 > 0],
+    "index_select": lambda m, x: m(x).index_select(0, torch.tensor([7, 2])),
+    "chunks exchanged": lambda m, x: torch.cat(m(x).chunk(2)[::-1]),
+    "chunks interleaved": lambda m, x: torch.stack(m(x).chunk(2), 1).flatten(0, 1),
+    "one of two chunks": lambda m, x: m(x).chunk(2)[1],
+    "transposed twice": lambda m, x: m(x).T.contiguous().T,
+    "one more dimension and back": lambda m, x: m(x)[:, None].expand(-1, 2, -1).flatten(1),
+    "in place": lambda m, x: changed_in_place(m[:2](x)),
+    "added to itself": lambda m, x: (lambda e: e + e.tanh())(m(x)),
+    "a constant for each row": lambda m, x: m(x) * torch.linspace(0.5, 2, 8, dtype=x.dtype)[:, None],
+    "maximum of a row": lambda m, x: (lambda e: torch.cat([e, e.max(1, keepdim=True).values], 1))(m(x)),
+    "two calls": lambda m, x: torch.cat([m(x[:4]), m(x[4:])]),
+    "two calls exchanged": lambda m, x: torch.cat([m(x[4:]), m(x[:4])]),
+    "three calls of several sizes": lambda m, x: torch.cat([m(x[:1]), m(x[1:6]), m(x[6:])]),
+    "part of two calls": lambda m, x: torch.cat([m(x[:4])[1:], m(x[4:])[:2]]),
+    "calls interleaved": lambda m, x: torch.stack([m(x[:4]), m(x[4:])], 1).flatten(0, 1),
+    "each call normalised": lambda m, x: torch.cat([functional.normalize(m(x[:4])), 2 * m(x[4:])]),
+    "one after the other": listed,
+    "two modules": lambda m, x: torch.cat([m(x[:5]), other_model()(x[5:])]),
+    "two modules of the same images": lambda m, x: torch.cat([m(x), other_model()(x)], 1),
+    "a sum of two modules": lambda m, x: m(x) + other_model()(x),
+    "a residue": lambda m, x: (lambda e: e + nn.Tanh()(e))(m(x)),
+    "a dict": lambda m, x: Multi(m, lambda e: {"ids": e.argmax(1), "pooled": e})(x)["pooled"],
+    "the second of a tuple": lambda m, x: Multi(m, lambda e: (e.sum(), e * 2))(x)[1],
+    "both of a tuple side by side": lambda m, x: torch.cat(Multi(m, lambda e: [e, e * 2])(x), 1),
+    "written into a table": table_of,
+    "shapes of several kinds": padded,
+    "three dimensions between": lambda m, x: m(x).view(8, 2, 2).softmax(1).flatten(1),
+    "unbound": lambda m, x: torch.stack([row * 2 for row in m(x)]),
+    "sorted within rows": lambda m, x: m(x).sort(1).values,
+    "einsum": lambda m, x: torch.einsum("nd,de->ne", m(x), torch.ones(4, 3, dtype=x.dtype)),
+    "a parameter of the loop": lambda m, x: functional.linear(m(x), nn.Parameter(torch.ones(3, 4, dtype=x.dtype))),
+    "padded": lambda m, x: functional.pad(m(x), (0, 2)),
+    "a row of padding after": lambda m, x: torch.cat([m(x), torch.zeros(2, 4, dtype=x.dtype)]),
+    "padding by rows": lambda m, x: functional.pad(m(x), (0, 0, 0, 2)),
+    "detached after": lambda m, x: (lambda e: torch.cat([e, e.detach()]))(m(x)),
+    "images that need gradient": lambda m, x: m(x.clone().requires_grad_()),
+    "images made of others": lambda m, x: m(x.flip(3)).flip(0),
+    "images that stand twice": lambda m, x: m(torch.cat([x, x.flip(3)])),
+}
+
+in_all_loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+
+
+def rows_by_hand(loop, model, images):
+    """For each embedding, the images on which it depends: one after the other is exchanged."""
+    with torch.no_grad():
+        clean = loop(model, images)
+        moved = []
+        for row in range(len(images)):
+            others = images.clone()
+            others[row] = 1 - others[row]
+            moved.append((loop(model, others) != clean).any(1))
+    return [column.nonzero().flatten().tolist() for column in torch.stack(moved).T]
+
+
+def embedded_by_hand(loop, model, images, inputs, rows, map_row):
+    """Runs the loop once for each copy, with its input in the place of the image that it stands for."""
+    found = []
+    with torch.no_grad():
+        for image, row in zip(inputs, rows.tolist(), strict=True):
+            others = images.clone()
+            others[map_row[row]] = image
+            found.append(loop(model, others)[row])
+    return torch.stack(found)
+
+
+@in_all_loops
+class TestEmbed:
+    """Of all rows, some, none, repeated ones, in any order."""
+
+    @pytest.fixture
+    def replay(self, loop, model, images):
+        return replay_of(loop(model, images))
+
+    @pytest.fixture
+    def known(self, loop, model, images):
+        """Number of the image behind each embedding; those that have one come first."""
+        if loop is LOOPS["images that stand twice"]:
+            return None
+        rows = rows_by_hand(loop, model, images)
+        if loop is LOOPS["detached after"]:
+            rows = rows[:8] + [[]] * 8  # a constant, as it is for the gradient
+        known = [row for row in rows if row]
+        assert all(len(row) == 1 for row in known)
+        assert rows[: len(known)] == known
+        return [row[0] for row in known]
+
+    def test_of_the_clean_inputs_gives_the_embeddings(self, loop, model, images, replay):
+        torch.testing.assert_close(replay.embed(replay.inputs), loop(model, images)[: replay.num_known].detach())
+
+    def test_again_gives_the_embeddings(self, loop, model, images, replay):
+        torch.testing.assert_close(replay.again(), loop(model, images).detach())
+        assert replay.check()
+
+    def test_inputs_are_those_behind_the_embeddings(self, loop, model, images, replay, known):
+        if known is None:
+            assert torch.equal(replay.inputs, torch.cat([images, images.flip(3)]))
+        elif loop is LOOPS["shapes of several kinds"]:
+            assert torch.equal(replay.inputs[:5].view(5, 1, 6, 6), images[:5])
+            assert torch.equal(replay.inputs[5:, :16].view(3, 1, 4, 4), images[5:, :, :4, :4])
+        elif loop is LOOPS["images made of others"]:
+            assert torch.equal(replay.inputs, images.flip(3).flip(0))
+        else:
+            assert torch.equal(replay.inputs, images[known])
+
+    @pytest.mark.parametrize("pick", ["all", "some", "one", "repeated", "from the last", "repeated and mixed"])
+    def test_of_other_inputs_gives_what_the_loop_gives(self, loop, model, images, replay, known, pick):
+        count = replay.num_known
+        rows = {
+            "all": torch.arange(count),
+            "some": torch.arange(0, count, 2),
+            "one": torch.tensor([count - 1]),
+            "repeated": torch.tensor([0, 0, 0]),
+            "from the last": torch.arange(count).flip(0),
+            "repeated and mixed": torch.tensor([count - 1, 0, count // 2, 0, count - 1, 0]),
+        }[pick]
+        if known is None:
+            given = torch.rand(len(rows), 1, 6, 6, dtype=images.dtype)
+            expected = torch.cat([model(row[None]) for row in given])
+        else:
+            given = torch.rand(len(rows), 1, 6, 6, dtype=images.dtype)
+            expected = embedded_by_hand(loop, model, images, given, rows, known)
+        if loop is LOOPS["images made of others"]:
+            given = given.flip(3)
+        if loop is LOOPS["shapes of several kinds"]:
+            cut = [
+                functional.pad(g[:, :4, :4].flatten(), (0, 20)) if r >= 5 else g.flatten()
+                for g, r in zip(given, rows, strict=True)
+            ]
+            given = torch.stack(cut)
+        torch.testing.assert_close(replay.embed(given, rows).detach(), expected.detach())
+        if pick == "all":
+            torch.testing.assert_close(replay.embed(given).detach(), expected.detach())
+
+    def test_carries_gradient_to_inputs_and_weights(self, loop, model, images, replay):
+        embeddings = loop(model, images)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        by_loop = torch.autograd.grad(embeddings[: replay.num_known].double().pow(3).sum(), weights, allow_unused=True)
+        given = replay.inputs.clone().requires_grad_()
+        again = replay.embed(given).double().pow(3).sum()
+        *by_replay, of_inputs = torch.autograd.grad(again, [*weights, given], allow_unused=True)
+        for one, other in zip(by_replay, by_loop, strict=True):
+            torch.testing.assert_close(one, other)
+        assert of_inputs.flatten(1).abs().sum(1).all()
+
+    def test_leaves_the_embeddings_as_they_are(self, loop, model, images):
+        embeddings = loop(model, images)
+        before, version = embeddings.detach().clone(), embeddings._version
+        replay = replay_of(embeddings)
+        replay.embed(1 - replay.inputs)
+        replay.check()
+        assert torch.equal(embeddings, before)
+        assert embeddings._version == version
+        assert type(embeddings) is Traced
+
+    def test_form_is_the_same_in_the_next_step(self, loop, model, images, replay):
+        if loop in (LOOPS[name] for name in ("plain", "normalised", "two calls", "picked rows")):
+            assert hash(replay_of(loop(model, 1 - images)).form) == hash(replay.form)
+            assert replay_of(loop(model, 1 - images)).form == replay.form
+        assert replay.form == replay.form
+        assert replay.form != replay_of(loop(model, images) * 1).form
+
+
+class TestOrder:
+    @pytest.mark.parametrize(
+        "change", [lambda e: e, functional.normalize, lambda e: e[[1, 0, *range(2, 8)]]], ids=range(3)
+    )
+    def test_rows_in_another_order(self, model, images, change):
+        order = torch.tensor([3, 1, 7, 0, 2, 4, 6, 5])
+        embeddings = change(model(images))
+        replay = replay_of(embeddings, order)
+        torch.testing.assert_close(replay.again(), embeddings[order].detach())
+        torch.testing.assert_close(replay.embed(replay.inputs), embeddings[order])
+        rows = torch.tensor([5, 0, 5])
+        torch.testing.assert_close(replay.embed(replay.inputs[rows], rows), embeddings[order][rows])
+
+    def test_with_rows_whose_inputs_are_unknown(self, model, images):
+        embeddings = torch.cat([torch.rand(2, 4, dtype=torch.double), model(images)])
+        order = torch.tensor([*range(2, 10), 0, 1])
+        replay = replay_of(embeddings, order)
+        assert torch.equal(replay.inputs, images)
+        torch.testing.assert_close(replay.again(), embeddings[order].detach())
+
+    def test_unknown_rows_must_come_last(self, model, images):
+        with pytest.raises(CaptureError, match="first"):
+            replay_of(torch.cat([torch.rand(2, 4, dtype=torch.double), model(images)]))
+
+
+class TestSeveralResults:
+    def test_a_reference_follows(self, model, images):
+        queries, views = functional.normalize(model(images)), other_model()(images[:3].flip(3))
+        replay = replay_of([queries, views])
+        assert torch.equal(replay.inputs, torch.cat([images, images[:3].flip(3)]))
+        torch.testing.assert_close(replay.embed(replay.inputs), torch.cat([queries, views]))
+        rows = torch.tensor([9, 2, 9, 10])
+        torch.testing.assert_close(replay.embed(replay.inputs[rows], rows), torch.cat([queries, views])[rows])
+
+    def test_a_reference_that_is_fixed(self, model, images):
+        queries, fixed = model(images), torch.rand(3, 4, dtype=torch.double)
+        replay = replay_of([queries, fixed])
+        assert replay.num_known == 8
+        torch.testing.assert_close(replay.again(), torch.cat([queries, fixed]).detach())
+        torch.testing.assert_close(replay.embed(replay.inputs), queries)
+
+    def test_two_towers_in_one_call(self, images):
+        tower, others = Tower().double(), images.flip(0) * 0.5
+        left, right = tower(images, others)
+        replay = replay_of(torch.cat([left, right]))
+        assert torch.equal(replay.inputs, torch.cat([images, others]))
+        torch.testing.assert_close(replay.embed(replay.inputs), torch.cat([left, right]))
+        rows, given = torch.tensor([12, 1]), torch.rand(2, 1, 6, 6, dtype=torch.double)
+        by_hand = torch.stack([tower.right(given[0].flatten()), tower.left(given[1].flatten())])
+        torch.testing.assert_close(replay.embed(given, rows), by_hand)
+
+
+class TestArguments:
+    """What is not perturbed is held fixed, and goes with its rows."""
+
+    def loops(self):
+        mask = torch.rand(8, 4, dtype=torch.double)
+        return [
+            lambda m, x: m(x, mask),
+            lambda m, x: m(x, mask=mask),
+            lambda m, x: m(mask=mask, images=x),
+            lambda m, x: m(x, scale=torch.arange(8, dtype=torch.double)[:, None]),
+            lambda m, x: m(x, mask[:1], 2.0),
+            lambda m, x: m(x, scale=torch.tensor(3.0, dtype=torch.double)) * 2,
+        ]
+
+    @pytest.mark.parametrize("number", range(6))
+    @pytest.mark.parametrize("tail", [lambda e: e, lambda e: e.flip(0)], ids=["plain", "flipped"])
+    def test_rows_of_other_arguments_go_along(self, images, number, tail):
+        model, loop = Masked().double(), self.loops()[number]
+        replay = Replay([ref_of(tail(loop(model, images)))], PixelSpace(), perturb_input="images")
+        assert torch.equal(replay.inputs, tail(images))
+        rows, given = torch.tensor([6, 0, 6]), torch.rand(3, 1, 6, 6, dtype=torch.double)
+        expected = []
+        for row, image in zip(rows.tolist(), given, strict=True):
+            others = tail(images).clone()
+            others[row] = image
+            expected.append(tail(loop(model, tail(others)))[row])
+        torch.testing.assert_close(replay.embed(given, rows), torch.stack(expected))
+
+    def test_the_first_that_the_output_depends_on_is_perturbed(self, images):
+        class Late(nn.Module):
+            def forward(self, unused, batch):
+                return batch.flatten(1)[:, :4] * 2
+
+        unused = torch.rand(8, 3)
+        replay = replay_of(Late()(unused, images.requires_grad_()))
+        assert torch.equal(replay.inputs, images)
+
+    def test_one_can_be_named(self, images):
+        tower, others = Tower().double(), images * 0.5
+        left, right = tower(images, right=others)
+        assert torch.equal(replay_of(left + right, perturb_input="right").inputs, others)
+        assert torch.equal(replay_of(left + right, perturb_input="left").inputs, images)
+
+
+class TestSettings:
+    """What stood around the calls is set up again."""
+
+    def test_parameters_that_were_replaced(self, model, images):
+        weights = {name: value * 2 for name, value in model.named_parameters()}
+        embeddings = torch.func.functional_call(model, weights, (images,))
+        replay = replay_of(embeddings)
+        assert replay.check()
+        torch.testing.assert_close(replay.embed(1 - images), torch.func.functional_call(model, weights, (1 - images,)))
+        assert not torch.allclose(replay.embed(images), model(images))
+
+    def test_parameters_that_were_replaced_by_ones_with_a_history(self, model, images):
+        step = torch.zeros((), dtype=torch.double, requires_grad=True)
+        weights = {name: value - step * value for name, value in model.named_parameters()}
+        replay = replay_of(torch.func.functional_call(model, weights, (images,)))
+        (gradient,) = torch.autograd.grad(replay.embed(images).sum(), step)
+        assert gradient
+
+    @pytest.mark.parametrize("tail", [lambda e: e, lambda e: e @ e.new_ones(4, 3)], ids=["model", "and after"])
+    def test_autocast(self, images, tail):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        images = images.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = tail(model(images))
+            expected = tail(model(1 - images))
+        assert embeddings.dtype == torch.bfloat16
+        replay = replay_of(embeddings)
+        assert replay.check()
+        assert torch.equal(replay.embed(1 - images), expected)
+        assert not torch.is_autocast_enabled("cpu")
+
+    def test_autocast_for_the_model_alone(self, images):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = model(images.float())
+        embeddings = embeddings.float() @ torch.rand(4, 3)
+        replay = replay_of(embeddings)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = replay.embed(images.float())
+        assert torch.equal(again, embeddings)
+
+    def test_modules_in_eval_mode(self, moody_model, images):
+        moody_model.double().eval()
+        embeddings = moody_model(images)
+        replay = replay_of(functional.normalize(embeddings))
+        assert replay.check()
+        torch.testing.assert_close(replay.embed(images[5:6], torch.tensor([5])), functional.normalize(embeddings[5:6]))
+
+    def test_pixels_of_normalised_inputs(self, model, images):
+        space = PixelSpace(((0.3,), (0.5,)))
+        replay = Replay([ref_of(functional.normalize(model((images - 0.3) / 0.5)))], space)
+        torch.testing.assert_close(replay.inputs, images)
+        torch.testing.assert_close(replay.embed(1 - images), functional.normalize(model((0.7 - images) / 0.5)))
+
+    def test_nothing_is_noted(self, model, images):
+        replay = replay_of(functional.normalize(model(images)))
+        assert type(replay.embed(images)) is type(replay.again()) is torch.Tensor
+
+
+class TestAgain:
+    def test_with_the_random_numbers_of_the_first_time(self, watch, moody_model, images):
+        watch.wants_random_state = True
+        embeddings = functional.normalize(moody_model.double()(images))
+        replay = replay_of(embeddings)
+        before = torch.get_rng_state()
+        torch.testing.assert_close(replay.again(), embeddings.detach())
+        assert torch.equal(torch.get_rng_state(), before)
+        assert replay.check()
+
+    def test_of_two_calls_each_with_its_own(self, watch, images):
+        watch.wants_random_state = True
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 4)).double()
+        embeddings = torch.cat([model(images[:4]), model(images[4:])])
+        torch.testing.assert_close(replay_of(embeddings).again(), embeddings.detach())
+
+    def test_statistics_and_gradients_stay_as_they_were(self, moody_model, images):
+        replay = replay_of(moody_model.double()(images))
+        before = {name: value.clone() for name, value in moody_model.state_dict().items()}
+        replay.again()
+        assert all(torch.equal(value, before[name]) for name, value in moody_model.state_dict().items())
+        assert all(parameter.grad is None for parameter in moody_model.parameters())
+
+    def test_values_that_are_not_finite_are_no_difference(self, images):
+        model = Multi(nn.Flatten(), lambda e: torch.cat([e[:, :3], e[:, :1] * torch.inf], 1)).requires_grad_()
+        assert replay_of(model(images.requires_grad_()) * 1).check()
+
+
+class TestCheck:
+    @pytest.mark.parametrize("change", [lambda e: e, functional.normalize, lambda e: e.flip(0)], ids=range(3))
+    def test_weights_that_were_changed(self, model, images, change):
+        replay = replay_of(change(model(images)))
+        assert replay.check()
+        with torch.no_grad():
+            model[3].weight.mul_(1.5)
+            model[3].bias.sub_(1)
+        with pytest.raises(ReplayError, match="Sequential"):
+            replay.check()
+
+    def test_a_difference_as_small_as_rounding_is_none(self, model, images):
+        replay = replay_of(model(images))
+        with torch.no_grad():
+            model[3].weight.mul_(1 + 1e-7)
+        assert replay.check()
+
+    def test_nan_where_there_was_none(self, model, images):
+        replay = replay_of(model(images))
+        with torch.no_grad():
+            model[3].bias.fill_(torch.nan)
+        with pytest.raises(ReplayError):
+            replay.check()
+
+    def test_the_mode_of_one_submodule(self, moody_model, images):
+        embeddings = moody_model.double()(images)
+        moody_model[3].eval()
+        with pytest.raises(ReplayError, match="mode"):
+            replay_of(embeddings)
+
+    @pytest.mark.parametrize("which", ["images", "mask", "tail"])
+    def test_a_tensor_that_was_changed_since(self, images, which):
+        held = {"images": images.clone(), "mask": torch.rand(8, 4).double(), "tail": torch.rand(8, 4).double()}
+        embeddings = Masked().double()(held["images"], mask=held["mask"]) + held["tail"]
+        assert replay_of(embeddings)
+        held[which].add_(0.01)
+        with pytest.raises(CaptureError, match="changed in place since"):
+            replay_of(embeddings)
+
+
+MIXED = {
+    "centred": lambda m, x: m(x) - m(x).mean(0),
+    "softmax over rows": lambda m, x: m(x).softmax(0),
+    "batch norm": lambda m, x: functional.batch_norm(m(x), None, None, training=True),
+    "pairs": lambda m, x: m(x)[:4] * m(x)[4:],
+    "two crops": lambda m, x: m(x).view(4, 2, 4).mean(1),
+    "side by side": lambda m, x: m(x).view(4, 8),
+    "one row for all": lambda m, x: m(x) + m(x)[3],
+    "similarities": lambda m, x: m(x) @ m(x).T,
+    "sum over calls": lambda m, x: m(x[:4]) + m(x[4:]),
+    "cumulative": lambda m, x: m(x).cumsum(0),
+    "transposed": lambda m, x: m(x).T,
+    "scaled by the largest": lambda m, x: m(x) / m(x).abs().max(),
+}
+
+
+class TestRowsThatMix:
+    @pytest.mark.parametrize("case", MIXED)
+    def test_are_refused_as_they_are_by_hand(self, model, images, case):
+        assert max(map(len, rows_by_hand(MIXED[case], model, images))) > 1
+        with pytest.raises(CaptureError, match="several inputs"):
+            replay_of(MIXED[case](model, images))
+
+
+class TestSources:
+    @pytest.mark.parametrize(
+        ("given", "words"), [(torch.arange(8), "int64"), (torch.rand(8, dtype=torch.double), "float64")]
+    )
+    def test_must_be_batches_of_floating_point(self, given, words):
+        class Scaled(nn.Module):
+            def forward(self, values):
+                return values[:, None] * torch.ones(4, requires_grad=True)
+
+        with pytest.raises(CaptureError, match=words):
+            replay_of(Scaled()(given))
+
+    def test_steps_are_in_the_order_in_which_they_were_taken(self, model, images):
+        first, second = model(images), model(images.flip(0))
+        made = torch.cat([second, first]) * 2
+        steps = steps_to([ref_of(made)])
+        assert [step.number for step in steps] == sorted(step.number for step in steps)
+        assert [step.call is not None for step in steps] == [True, True, False, False]
+
+    def test_steps_that_do_not_lead_to_the_embeddings_are_left_out(self, model, images):
+        embeddings = model(images)
+        _other = embeddings * 2
+        assert len(steps_to([ref_of(embeddings)])) == 1
+
+    def test_a_long_trace(self, model, images):
+        embeddings = model(images)
+        for _ in range(2000):
+            embeddings = embeddings * 1.0
+        assert len(steps_to([ref_of(embeddings)])) == 2001
+
+    def test_applied_in_place_steps_leave_their_argument(self, images):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).double()
+        step = ref_of(model(images).mul_(2)).step
+        given = torch.ones(8, 4, dtype=torch.double)
+        (result,) = apply(step, [given, 2], {})
+        assert result.eq(2).all()
+        assert given.eq(1).all()
+
+    def test_modes(self, moody_model):
+        moody_model[3].eval()
+        assert modes_of(moody_model) == tuple(module.training for module in moody_model.modules())
+        assert sum(modes_of(moody_model)) == 6
