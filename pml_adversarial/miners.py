@@ -106,6 +106,7 @@ class AdversarialMiner(Wrapper, BaseMiner):
         _check_asked(hooks)
         self._shown = options.shown(own.shown_options(), hooks.named, bounds=bounds, warmup=f"{warmup} steps")
         self.miner = miner
+        self._inputs: Tensor | None = None
         self.adversary = AdversarialStep(
             hooks,
             InputCapture(model, Choice(perturb_input, at), chunk),
@@ -121,6 +122,31 @@ class AdversarialMiner(Wrapper, BaseMiner):
     def records(self) -> Records:
         """What the last step did. Numbers that no step has measured yet are NaN."""
         return records.read(self, Records)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+    ) -> IndicesTuple:
+        """Indices of tuples among the attacked embeddings, see `mine`.
+
+        Args:
+            embeddings: ``(N, D)``.
+            labels: ``(N,)``.
+            ref_emb: ``(R, D)``, or None.
+            ref_labels: ``(R,)``, or None.
+            inputs: as in `AdversarialLoss.forward`.
+        """
+        self._inputs = inputs
+        try:
+            found: IndicesTuple = super().forward(embeddings, labels, ref_emb, ref_labels)
+        finally:
+            self._inputs = None
+        return found
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
         """Indices of tuples among the attacked embeddings.
@@ -138,7 +164,8 @@ class AdversarialMiner(Wrapper, BaseMiner):
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
-        batch = self.adversary.collate(embeddings, labels, None, *reference)
+        reference = reference or (None, None)
+        batch = self.adversary.collate(embeddings, labels, None, *reference, inputs=self._inputs)
         with self.adversary.random_numbers():  # the caller's numbers are for the tuples that are returned
             found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))

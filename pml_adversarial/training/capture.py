@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import CaptureError, InputError, ReplayError
 from .pixels import PixelSpace
 from .replay import Replay, difference, tolerance
 from .sources import Choice
-from .tracing import Call, Fixed, Ref, Step, Watch, ref_of
+from .tracing import Call, Fixed, Ref, Step, Watch, lost_of, ref_of
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
 """A module, several modules, the ``models`` of a PML trainer, or a function of inputs."""
@@ -51,6 +52,7 @@ class InputCapture:
         reference: Tensor | None = None,
         order: Tensor | None = None,
         inputs: Tensor | None = None,
+        limit: int | None = None,
     ) -> Replay:
         """The way from inputs to embeddings, and to those of a reference after them, in another order if one is given.
 
@@ -63,6 +65,7 @@ class InputCapture:
             reference: ``(R, D)``, or None.
             order: ``(N + R,)``, or None.
             inputs: ``(N, ...)`` the inputs, where the caller passed them; None: they are found.
+            limit: rows from here on are taken as if their inputs were not known; None: no such rows.
 
         Raises:
             CaptureError: it is not known.
@@ -73,8 +76,11 @@ class InputCapture:
         results: list[Ref | Fixed] = [found]
         if reference is not None:
             results.append(ref_of(reference) or Fixed(reference.detach()))
-        replay = Replay(results, pixels, order, self.choice, self.chunk)
-        self._check(replay, told=inputs is not None)
+        replay = Replay(results, pixels, order, self.choice, self.chunk, limit)
+        if not any(map(self._watch.knows, replay.modules)) and inputs is None:
+            raise CaptureError(self._another(replay.modules))
+        given = embeddings.detach() if reference is None else torch.cat([embeddings.detach(), reference.detach()])
+        self._check(replay, given if order is None else given[order], told=inputs is not None)
         self._watch.forget()
         return replay
 
@@ -83,6 +89,7 @@ class InputCapture:
 
     def _start(self, model: Models | None) -> None:
         self._model = model
+        self._function = None if model is None else in_order(model)
         known = None if model is None or not _has_modules(model) else modules_of(model)
         self._watch = Watch(known, self.choice.at)
         self._watch.wants_state = True
@@ -97,7 +104,7 @@ class InputCapture:
         if not isinstance(inputs, Tensor) or inputs.shape[:1] != embeddings.shape[:1]:
             found = f"of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
             raise InputError(f"inputs is {found}; expected a tensor of one row for each of {len(embeddings)} embeddings.")
-        step = Step(in_order(self._model), (inputs.detach(),), {})
+        step = Step(self._function, (inputs.detach(),), {})
         step.call = Call([embeddings])
         return Ref(step, 0)
 
@@ -107,7 +114,7 @@ class InputCapture:
             raise CaptureError(self._explain(embeddings))
         return found
 
-    def _check(self, replay: Replay, told: bool) -> None:
+    def _check(self, replay: Replay, given: Tensor, told: bool) -> None:
         """Embeds the clean inputs again, and compares, where it is time to do so.
 
         A model that draws random numbers can only be compared from the state in which it began. Where that is not
@@ -117,11 +124,10 @@ class InputCapture:
         switched = replay.was_switched
         is_new = replay.form not in self._forms
         if is_new or switched or self._count % CHECK_EVERY == 0:
-            given = replay.given()
-            again = replay.again()
+            again = replay.again(seed=0)
             limit = tolerance(given.dtype)
             apart = difference(again, given)
-            if apart > limit and (replay.is_told or difference(replay.again(), again) <= limit):
+            if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))
             if apart <= limit and is_new:
                 replay.check_rows()
@@ -134,6 +140,14 @@ class InputCapture:
                 self._forms.add(replay.form)
         self._watch.wants_state = replay.form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
 
+    def _another(self, names: Iterable[nn.Module] | str) -> str:
+        if not isinstance(names, str):
+            names = ", ".join(type(module).__name__ for module in names)
+        return (
+            f"{names} gave these embeddings, and the model that was named did not. Name the module that the loop calls, "
+            f"AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
+        )
+
     def _explain(self, embeddings: Tensor) -> str:
         """What was seen of these embeddings, and what to do."""
         seen = {how: ", ".join(sorted(names)) for how, names in self._watch.seen.items()}
@@ -142,7 +156,12 @@ class InputCapture:
                 "The embeddings are a tensor of their own (a leaf of autograd's graph, or detached), so it is not known "
                 f"which inputs gave them. Pass what the model returned, without detach; or {_OPEN_DOOR}"
             )
-        if "made_by" in vars(embeddings):
+        if lost := lost_of(embeddings):
+            return (
+                f"{lost} ran under no_grad, so its inputs are not kept. To freeze it, set requires_grad_(False) on its "
+                f"parameters in place of no_grad; or {_OPEN_DOOR}"
+            )
+        if "origin" in vars(embeddings):
             return (
                 "The embeddings were changed in place, through a view of them or under no_grad, so what was done to them "
                 f"is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
@@ -160,16 +179,17 @@ class InputCapture:
                 f"were made of something else, pass what the model returned; or {_OPEN_DOOR}"
             )
         if seen["not watched"]:
-            return (
-                f"{seen['not watched']} ran, and the model that was named did not. Name the module that the loop calls, "
-                f"AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
-            )
+            return self._another(seen["not watched"])
         if seen["without gradient"]:
             return (
                 f"{seen['without gradient']} ran without gradient (no_grad), so its inputs are not known. To freeze it, "
                 f"set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
             )
-        return f"No module ran since this loss was made. Make the loss before the forward pass; or {_OPEN_DOOR}"
+        return (
+            "No module was seen to run since this loss was made. Make the loss before the forward pass. If the model is "
+            "compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, model), after it was "
+            f"compiled; or {_OPEN_DOOR}"
+        )
 
 
 def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str], told: bool) -> str:
@@ -241,6 +261,6 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
 def in_order(model: Models) -> Callable[..., Any]:
     """One callable of a model or of modules in forward order."""
     if not _has_modules(model):
-        return cast(Callable[..., Any], model)
+        return partial(cast(Callable[..., Any], model))  # an object of ours, which can be hashed
     modules = modules_of(model)
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)

@@ -96,7 +96,7 @@ class Collator:
         num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
         order = None if queries is None else (~queries).long().argsort(stable=True)
         reference = None if ref_emb is embeddings else ref_emb
-        replay = self._replay(embeddings, reference, order, inputs)
+        replay = self._replay(embeddings, reference, order, inputs, None if queries is None else num_queries)
         labels = None if labels is None else labels.to(embeddings.device)
         if order is not None:
             embeddings, labels = embeddings[order], None if labels is None else labels[order]
@@ -117,7 +117,7 @@ class Collator:
             known_rows=replay.known_rows,
         )
 
-    def _replay(self, *given: Tensor | None) -> Replay:
+    def _replay(self, *given: Any) -> Replay:
         try:
             return self.capture.replay(self.pixels, *given)
         except CaptureError as error:

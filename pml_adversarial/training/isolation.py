@@ -29,7 +29,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
-    states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
+    states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules if not _is_scripted(m)]
+    scripted = [(m, m.training, [(b, b.detach().clone()) for b in m.buffers()]) for m in submodules if _is_scripted(m)]
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
     queues.enter_context(undone(submodules))
@@ -48,11 +49,20 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
+        for module, mode, buffers in scripted:  # their buffers cannot be exchanged
+            module.training = mode
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.detach().copy_(before)
         for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:
             if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
                 parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _bound(tensor: Tensor) -> tuple[Any, ...]:

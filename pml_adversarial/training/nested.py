@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -15,7 +16,7 @@ def leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         for item in value.values():
             yield from leaves(item)
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         for item in value:
             yield from leaves(item)
     elif is_dataclass(value) and not isinstance(value, type):
@@ -30,17 +31,23 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
+def outputs_in(value: Any) -> list[Tensor]:
+    """The tensors that a module returned, in order; also those that are attributes of an object of a class of one's own."""
+    found: list[Tensor] = []
+    for leaf in [value] if isinstance(value, Tensor) else leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
+            found += tensors_in(vars(leaf))
+    return found
+
+
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of a nested value with other leaves. They are changed in the order of `leaves`."""
     if isinstance(value, Mapping):
         items = {key: mapped(item, change) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        changed = copy.copy(value)
-        for key, item in items.items():
-            changed[key] = item  # type: ignore[index]
-        return changed
-    if isinstance(value, tuple | list):
+        return items if type(value) is dict else _filled(value, items)
+    if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         items = [mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
@@ -49,3 +56,14 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
             object.__setattr__(changed, field.name, mapped(getattr(value, field.name), change))
         return changed
     return change(value)
+
+
+def _filled(like: Any, items: dict[Any, Any]) -> Any:
+    """A mapping of the same class with these items; a dict where the class does not let itself be filled."""
+    try:
+        changed = copy.copy(like)
+        for key, item in items.items():
+            changed[key] = item
+    except TypeError:
+        return items
+    return changed

@@ -45,7 +45,7 @@ class PixelSpace:
         mean, std = (0.0,), (1.0,)
         if normalization is not None:
             mean, std = _numbers(normalization)
-            if not mean or min(std) <= 0:
+            if not mean or min(std) <= 0 or any(isinstance(part, int | float) for part in normalization):
                 raise InputError(
                     f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std "
                     "above 0. Pass the two values that you gave to torchvision.transforms.Normalize."

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -21,11 +23,20 @@ from ..errors import CaptureError, InputError, ReplayError
 from .isolation import isolated, preserved
 from .nested import leaves, mapped
 from .pixels import PixelSpace
-from .rerun import Outputs, apply, apply_as_before, name_of, output_replaced, rerun, steps_to
+from .rerun import (
+    Outputs,
+    apply,
+    apply_as_before,
+    checkpoints_take_gradients,
+    name_of,
+    output_replaced,
+    rerun,
+    steps_to,
+)
 from .rows import Rows, find_rows
 from .side_effects import undone
 from .sources import INNER, Choice, Sources
-from .tracing import Fixed, Ref, Step, modes_of, paused, switches_of
+from .tracing import Fixed, Ref, Step, autocast, modes_of, paused, switches_of
 from .tuples import rank_in_group
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
@@ -41,6 +52,7 @@ class Replay:
         choice: what of the inputs is perturbed.
         chunk: how many rows are embedded at a time; None: all. Of a chunk, nothing but the embeddings is kept for the
             backward pass, in which it is embedded again.
+        limit: rows from here on are taken as if their inputs were not known; None: no such rows.
 
     Attributes:
         modules: the modules that were called.
@@ -60,8 +72,10 @@ class Replay:
         order: Tensor | None = None,
         choice: Choice = Choice(),  # noqa: B008
         chunk: int | None = None,
+        limit: int | None = None,
     ) -> None:
         self._results, self._pixels, self._order, self._chunk = results, pixels, order, chunk
+        self._autocast = autocast()
         self._steps = steps_to(results)
         self.modules = tuple(dict.fromkeys(s.function for s in self._steps if isinstance(s.function, nn.Module)))
         self._check_modes()
@@ -69,7 +83,7 @@ class Replay:
         self._at = choice.at
         self._picks = True
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
-        self.inputs, self.known_rows = self._known()
+        self.inputs, self.known_rows = self._known(limit)
 
     def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
         """Embeds inputs in place of those of some rows.
@@ -90,17 +104,18 @@ class Replay:
             return torch.cat([checkpoint(self._embed_apart, *part, use_reentrant=False) for part in parts])
         return torch.cat([self._embed(*part) for part in parts])
 
-    def given(self) -> Tensor:
-        """``(N, D)`` the embeddings as they were given."""
-        with torch.no_grad(), paused():
-            return self._run(lambda s, a, k: s.call.outputs if s.call is not None else apply(s, a, k))
+    def again(self, seed: int | None = None) -> Tensor:
+        """``(N, D)`` the clean inputs, embedded again, as they were the first time as far as that is known.
 
-    def again(self) -> Tensor:
-        """``(N, D)`` the clean inputs, embedded again, as they were the first time as far as that is known."""
+        Args:
+            seed: of random numbers whose state is not known; None: the present state.
+        """
         with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed)
             if self._chunk is None:
                 return self._run(apply_as_before)
-            whole = self.given()
+            whole = self._run(lambda s, a, k: s.call.outputs if s.call is not None else apply(s, a, k))
             known = self._all_known(whole.device)
             return whole.index_copy(0, known, self.embed(self.inputs, known).to(whole.dtype))
 
@@ -121,8 +136,8 @@ class Replay:
 
     @property
     def is_told(self) -> bool:
-        """Whether it is known in which state each call of a module began."""
-        return all(step.call is None or step.call.state_before is not None for step in self._steps)
+        """Whether it is known in which state each step began."""
+        return self._chunk is None and all(step.random_state is not None for step in self._steps)
 
     @property
     def was_switched(self) -> list[str]:
@@ -163,22 +178,22 @@ class Replay:
         known = self._all_known(self.inputs.device)
         self._check_gradient(known[:2])
         some = torch.arange(len(known) - 1, -1, -2, device=known.device)
-        with torch.no_grad(), isolated(*self.modules), torch.random.fork_rng():
-            if not len(known) or self._is_same(some, known):
+        with isolated(*self.modules), torch.random.fork_rng(), torch.no_grad(), paused():
+            expected = self._whole()
+            if expected is None or not len(known):
                 return
-            self._picks = False
-            if self._is_same(some, known):
-                return
-            whole = self._alone(self.inputs, known)
-            if difference(self._alone(self.inputs, known), whole) > _APART:
-                self._picks = True  # the model draws random numbers, in eval mode too
-                return
+            for self._picks in (True, False):
+                if self._is_same(known, expected) and self._is_same(known[some], expected):
+                    return
+            self._picks = True
         raise ReplayError(
             f"{', '.join(dict.fromkeys(map(name_of, self._calls)))} embeds some rows of the batch otherwise than all of "
-            "them, in eval mode too, so embeddings depend on other rows than their own; expected a model that embeds "
-            "each input on its own. If an argument belongs to the whole batch, such as a graph or a mask between rows, "
-            "let the loss hold that part of the model: AdversarialLoss(a module whose forward does it before it calls "
-            "the loss, model)."
+            "them, in eval mode too; expected a model whose inputs have one row for each embedding, and that embeds each "
+            "row on its own. If rows are not the first dimension, as in a recurrent model without batch_first, pass the "
+            "inputs with the rows first: loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with "
+            "AdversarialLoss(loss, lambda x: model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a "
+            "module of your own do that part, whose forward(embeddings, labels) then calls the loss: "
+            "AdversarialLoss(that module, rest of the model)."
         )
 
     def _check_gradient(self, rows: Tensor) -> None:
@@ -193,16 +208,22 @@ class Replay:
             "it: AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
         )
 
-    def _is_same(self, some: Tensor, known: Tensor) -> bool:
-        whole = self._alone(self.inputs, known)[some]
+    def _whole(self) -> Tensor | None:
+        """``(N, D)`` the clean inputs, embedded again in the present mode; None where the model draws random numbers."""
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            with preserved(*self.modules):  # some modules learn ranges from what they see, in eval mode too
+                found.append(self._run(apply))
+        return found[0] if difference(*found) <= tolerance(found[0].dtype) else None
+
+    def _is_same(self, rows: Tensor, expected: Tensor) -> bool:
+        inputs = self.inputs[rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)]
         try:
-            return difference(self._alone(self.inputs[some], known[some]), whole) <= _APART
+            with preserved(*self.modules):
+                return difference(self.embed(inputs, rows), expected[rows]) <= _APART
         except Exception:  # a model may raise anything where arguments do not fit together
             return False
-
-    def _alone(self, inputs: Tensor, rows: Tensor) -> Tensor:
-        with preserved(*self.modules):  # some modules learn ranges from what they see, in eval mode too
-            return self.embed(inputs, rows)
 
     @property
     def _calls(self) -> list[Step]:
@@ -241,13 +262,20 @@ class Replay:
 
     # How the steps are taken again
 
+    def _apply(self, step: Step, args: Any, kwargs: Any) -> Outputs:
+        """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
+        return apply(step, args, kwargs, autocast_as_now=autocast() != self._autocast)
+
     def _run(self, take: Any) -> Tensor:
         results = rerun(self._steps, self._results, take)
         whole = results[0] if len(results) == 1 else torch.cat(results)
         return whole if self._order is None else whole[self._order]
 
     def _embed(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
-        with paused():
+        with ExitStack() as stack:
+            stack.enter_context(paused())
+            if inputs.requires_grad:
+                stack.enter_context(checkpoints_take_gradients())
             if self._rows.apart:
                 return self._run(partial(self._take_some, inputs, rows))
             return self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
@@ -260,46 +288,53 @@ class Replay:
     def _take_some(self, inputs: Tensor, rows: Tensor | None, step: Step, args: Any, kwargs: Any) -> Outputs:
         """Takes a step with some rows of the only source alone."""
         if step.call is None:
-            return apply(step, args, kwargs)
+            return self._apply(step, args, kwargs)
         return self._apply_to(step, args, kwargs, 0, self._pixels.to_inputs(inputs), rows)
 
     def _embed_among_clean(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Takes the steps at full size: a turn for the first copy of each input, one for the second, and so on."""
-        source = self._rows.source[rows] * max(len(source.value) for source in self._sources.all) + self._rows.row[rows]
-        given, turn, found = self._outputs_of(inputs, rows), rank_in_group(source), []
-        order = turn.argsort(stable=True)
+        source, row = self._rows.source[rows], self._rows.row[rows]
+        turn = rank_in_group(source * max(len(source.value) for source in self._sources.all) + row)
+        given = self._given(inputs, source, row)
+        found, order = [self._run(self._take_clean)[:0]], turn.argsort(stable=True)
         for count in turn.bincount().tolist():
             mine = order[sum(map(len, found)) :][:count]
             found.append(self._run(partial(self._take_among_clean, given, mine))[rows[mine]])
         return torch.cat(found)[order.argsort()]
 
-    def _outputs_of(self, inputs: Tensor, rows: Tensor) -> dict[tuple[Step, int], tuple[Tensor, Tensor, Outputs]]:
-        """For each place of a source: which of the rows are its own, of which rows of the source, and the outputs."""
-        found = {}
-        sources, row = self._rows.source[rows], self._rows.row[rows]
-        for number, source in enumerate(self._sources.all):
-            mine = (sources == number).nonzero().flatten()
-            if not len(mine):
-                continue
-            own = self._pixels.to_inputs(_unpadded(inputs[mine], source.value))
-            for step, argument in source.places:
+    def _given(self, inputs: Tensor, source: Tensor, row: Tensor) -> list[_Given]:
+        """What modules give for inputs, of each source apart."""
+        found = []
+        for number, held in enumerate(self._sources.all):
+            mine = (source == number).nonzero().flatten()
+            own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value))
+            outputs = {}
+            for step, argument in held.places if len(mine) else ():
                 given = mapped((step.args, step.kwargs), lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf)
-                found[step, argument] = mine, row[mine], self._apply_to(step, *given, number, own, row[mine])
+                outputs[step, argument] = self._apply_to(step, *given, number, own, row[mine])
+            found.append(_Given(mine, row[mine], own, outputs))
         return found
 
+    def _take_clean(self, step: Step, args: Any, kwargs: Any) -> Outputs:
+        return self._apply(step, args, kwargs) if step.call is None or step.refs else step.call.outputs
+
     def _take_among_clean(
-        self, given: Mapping[tuple[Step, int], Any], mine: Tensor, step: Step, args: Any, kwargs: Any
+        self, given: Sequence[_Given], mine: Tensor, step: Step, args: Any, kwargs: Any
     ) -> Outputs:
         """Takes a step at full size; of a source, the outputs of these rows stand among the clean ones."""
         if step.call is None or step.refs:
-            return apply(step, args, kwargs)
+            kinds = iter(leaves((step.args, step.kwargs)))
+
+            def changed(leaf: Any) -> Any:
+                number = self._sources.holding(next(kinds))
+                return leaf if number is None else given[number].among(leaf, given[number].inputs, mine)
+
+            return self._apply(step, *mapped((args, kwargs), changed))
         outputs = list(step.call.outputs)
         for place, output in enumerate(outputs):
-            key = step, self._sources.argument_of_output(step, place)
-            if key in given:
-                rows, row, new = given[key]
-                now = torch.isin(rows, mine)
-                outputs[place] = output.index_copy(0, row[now], new[place][now].to(output.dtype))
+            number, argument = self._sources.of_output(step, place), self._sources.argument_of_output(step, place)
+            if number is not None and (step, argument) in given[number].outputs:
+                outputs[place] = given[number].among(output, given[number].outputs[step, argument][place], mine)
         return outputs
 
     def _apply_to(
@@ -307,11 +342,11 @@ class Replay:
     ) -> Outputs:
         """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
         count = len(self._sources.all[number].value)
-        kinds = enumerate(leaves((step.args, step.kwargs)))
+        kinds = iter(leaves((step.args, step.kwargs)))
 
         def changed(leaf: Any) -> Any:
-            argument, kind = next(kinds)
-            if self._sources.at(step, argument) == number:
+            kind = next(kinds)
+            if self._sources.holding(kind) == number:
                 wants_gradient = kind.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
                 return inputs.detach().requires_grad_() if wants_gradient else inputs
             fixed = isinstance(kind, Fixed) and not isinstance(leaf, nn.Parameter)
@@ -321,21 +356,44 @@ class Replay:
         with ExitStack() as stack:
             if self._sources.at(step, INNER) == number:
                 stack.enter_context(output_replaced(self._at, inputs))  # type: ignore[arg-type]
-            return apply(step, *mapped((args, kwargs), changed))
+            return self._apply(step, *mapped((args, kwargs), changed))
 
-    def _known(self) -> tuple[Tensor, Tensor | None]:
+    def _known(self, limit: int | None) -> tuple[Tensor, Tensor | None]:
         pixels = [self._pixels.to_pixels(source.value.detach()) for source in self._sources.all]
-        if self._rows.in_order:
+        if self._rows.in_order and limit is None:
             return pixels[0], None
         if len({found.shape[1:] for found in pixels}) > 1:
-            width = max(found[0].numel() for found in pixels)
-            pixels = [pad(found.flatten(1), (0, width - found[0].numel())) for found in pixels]
+            width = max(prod(found.shape[1:]) for found in pixels)
+            flat = [found.reshape(len(found), prod(found.shape[1:])) for found in pixels]
+            pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
         source, row = self._rows.source, self._rows.row
         starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(row)
-        known = (source >= 0).nonzero().flatten()
+        known = (source[:limit] >= 0).nonzero().flatten()
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What modules gave for the inputs of one source.
+
+    Attributes:
+        places: ``(K,)`` which of all inputs these are.
+        row: ``(K,)`` the rows of the source in whose place they stand.
+        inputs: ``(K, ...)`` as the modules take them.
+        outputs: (step, argument) -> outputs.
+    """
+
+    places: Tensor
+    row: Tensor
+    inputs: Tensor
+    outputs: Mapping[tuple[Step, int], Outputs]
+
+    def among(self, clean: Tensor, values: Tensor, some: Tensor) -> Tensor:
+        """Clean values ``(n, ...)`` with ``values`` ``(K, ...)`` in their places, of those inputs that are ``some``."""
+        now = torch.isin(self.places, some)
+        return clean.index_copy(0, self.row[now], values[now].to(clean.dtype))
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -358,4 +416,4 @@ def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:
     """Inputs of one of several shapes, from rows that are padded to the longest."""
     if inputs.shape[1:] == like.shape[1:]:
         return inputs
-    return inputs[:, : like[0].numel()].reshape(-1, *like.shape[1:])
+    return inputs[:, : prod(like.shape[1:])].reshape(-1, *like.shape[1:])

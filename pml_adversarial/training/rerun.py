@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from .nested import mapped, tensors_in
+from .nested import mapped, outputs_in, tensors_in
 from .tracing import Fixed, Ref, Step, autocast
 
 Outputs = Sequence[Tensor]
@@ -44,29 +45,47 @@ def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> 
     return [resolved(result) for result in results]
 
 
-def apply(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
-    """Takes a step as it was taken: under the same autocast, and with the same swapped parameters."""
-    with _autocast_of(step):
+def apply(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any], autocast_as_now: bool = False) -> Outputs:
+    """Takes a step as it was taken: under the same autocast, or that of now, and with the same swapped parameters."""
+    with ExitStack() if autocast_as_now else _autocast_of(step):
         if step.in_place:
             first = args[0].clone()
             step.function(first, *args[1:], **kwargs)
             return [first]
         function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
         if step.call is not None and step.call.swapped:
-            return tensors_in(torch.func.functional_call(function, step.call.swapped, tuple(args), dict(kwargs)))
-        return tensors_in(function(*args, **kwargs))
+            return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), dict(kwargs)))
+        return outputs_in(function(*args, **kwargs)) if step.call is not None else tensors_in(function(*args, **kwargs))
 
 
 def apply_as_before(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
     """As `apply`, from the state in which the step began the first time, where that is known."""
-    if step.call is not None and step.call.state_before is not None:
-        on_cpu, on_devices, buffers = step.call.state_before
-        torch.set_rng_state(on_cpu)
-        for number, state in enumerate(on_devices):
+    if step.random_state is not None:
+        torch.set_rng_state(step.random_state.on_cpu)
+        for number, state in enumerate(step.random_state.on_devices):
             torch.cuda.set_rng_state(state, number)
-        for module, name, value in buffers:
-            module._buffers[name] = value.clone()
+    for module, name, value in step.call.buffers if step.call is not None else ():
+        module._buffers[name] = value.clone()
     return apply(step, args, kwargs)
+
+
+@contextmanager
+def checkpoints_take_gradients() -> Iterator[None]:
+    """Inside, reentrant activation checkpoints are others, since ``torch.autograd.grad`` cannot pass reentrant ones."""
+    kind: Any = CheckpointFunction
+    own = kind.__dict__.get("apply")
+
+    def other(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    kind.apply = staticmethod(other)
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.apply
+        else:
+            kind.apply = own
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Finds which row of which tensor each embedding depends on, by experiment.
 
-Where the row of a module's output becomes NaN, so do the embeddings that depend on it. Modules are not run for this:
+Where the row of a module's output becomes NaN, or another number, so do the embeddings that depend on it. Modules are not run for this:
 they are taken to keep rows apart, which `Replay.check_rows` looks at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,15 @@ from .tracing import Ref, Step, paused
 
 Run = Callable[[Take], Tensor]
 """Takes all steps, and gives all rows of the embeddings."""
+
+Chosen = Callable[[Tensor], Tensor]
+"""Numbers of rows -> bool, which of them are changed."""
+
+Change = Callable[[Tensor], Tensor]
+"""Outputs of a module -> other values."""
+
+_NAN: tuple[Change, ...] = (lambda output: torch.full_like(output, torch.nan),)
+_OTHERS: tuple[Change, ...] = (lambda output: 1.7 * output + 0.31, lambda output: -0.9 * output - 0.17)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +69,28 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
     bits = max(1, (total - 1).bit_length())
 
-    def reached(chosen: Callable[[Tensor], Tensor]) -> Tensor:
-        """``(N,)`` bool: embeddings that depend on one of the chosen rows."""
-        return run(partial(_take_with_nan, sources, starts, chosen)).flatten(1).isnan().any(1)
+    before: dict[Step, Outputs] = {}
+
+    def remember(step: Step, args: Any, kwargs: Any) -> Outputs:
+        before[step] = apply(step, args, kwargs) if step.call is None else step.call.outputs
+        return before[step]
+
+    def reached(changes: Sequence[Change], chosen: Chosen) -> Tensor:
+        """``(N,)`` bool: embeddings that change with the chosen rows."""
+        found = [run(partial(_take_changed, sources, before, starts, chosen, change)) for change in changes]
+        return torch.stack([_differ(new, embeddings) for new in found]).any(0)
+
+    def by_bits(changes: Sequence[Change], value: int) -> Tensor:
+        return torch.stack([reached(changes, lambda rows, bit=bit: (rows >> bit) & 1 == value) for bit in range(bits)])
 
     with torch.no_grad(), paused():
-        zero = torch.stack([reached(lambda rows, bit=bit: (rows >> bit) & 1 == 0) for bit in range(bits)])
-        one = torch.stack([reached(lambda rows, bit=bit: (rows >> bit) & 1 == 1) for bit in range(bits)])
+        embeddings = run(remember)
+        zero, one = by_bits(_NAN, 0), by_bits(_NAN, 1)
+        if (zero & one).any() or not (zero | one).any(0).all():  # NaN goes through products with 0, and may be removed
+            zero, one = by_bits(_OTHERS, 0), by_bits(_OTHERS, 1)
         if (zero & one).any():
             first = int((zero & one).any(0).nonzero()[0])
-            among = [row for row in range(total) if reached(lambda rows, row=row: rows == row)[first]]
+            among = [row for row in range(total) if reached(_OTHERS, lambda rows, row=row: rows == row)[first]]
             raise _several(steps, first, among, total)
     known = (zero | one).any(0)
     number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
@@ -81,35 +102,49 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     return Rows(source, row, in_order, in_order and _takes_some(run, total))
 
 
-def _take_with_nan(
-    sources: Sources, starts: Tensor, chosen: Callable[[Tensor], Tensor], step: Step, args: Any, kwargs: Any
+def _take_changed(
+    sources: Sources,
+    before: Mapping[Step, Outputs],
+    starts: Tensor,
+    chosen: Chosen,
+    change: Change,
+    step: Step,
+    args: Any,
+    kwargs: Any,
 ) -> Outputs:
-    """Takes a step with NaN in the chosen rows of what is perturbed."""
+    """Takes a step with other values in the chosen rows of what is perturbed."""
     if step.call is None:
         return apply(step, args, kwargs)
     outputs = list(step.call.outputs)
     pairs = zip(leaves((step.args, step.kwargs)), leaves((args, kwargs)), strict=True)
-    taken = [leaf for kind, leaf in pairs if isinstance(kind, Ref)]
+    taken = [(new, before[kind.step][kind.place]) for kind, new in pairs if isinstance(kind, Ref)]
     for place, output in enumerate(outputs):
         if (number := sources.of_output(step, place)) is not None:
             rows = starts[number] + torch.arange(len(output))
-            outputs[place] = _with_nan(output, chosen(rows).to(output.device))
-        elif taken:
-            is_nan = [leaf.flatten(1).isnan().any(1) for leaf in taken if leaf.ndim and len(leaf) == len(output)]
-            outputs[place] = _with_nan(output, torch.stack(is_nan).any(0)) if is_nan else output
+            outputs[place] = _changed(output, chosen(rows).to(output.device), change)
+        elif taken and output.ndim:
+            differ = [_differ(new, old) for new, old in taken if new.ndim and len(new) == len(output)]
+            outputs[place] = _changed(output, torch.stack(differ).any(0), change) if differ else output
     return outputs
 
 
-def _with_nan(output: Tensor, rows: Tensor) -> Tensor:
+def _differ(new: Tensor, old: Tensor) -> Tensor:
+    """``(N,)`` bool: rows that have another value."""
+    return ((new != old) & ~(new.isnan() & old.isnan())).reshape(len(new), -1).any(1)
+
+
+def _changed(output: Tensor, rows: Tensor, change: Change) -> Tensor:
     if not (output.is_floating_point() and output.ndim and len(output) == len(rows)):
         return output
-    return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), torch.nan)
+    return torch.where(rows.view(-1, *[1] * (output.ndim - 1)), change(output), output)
 
 
 def _takes_some(run: Run, count: int) -> bool:
     """Whether functions give the same of some rows alone. It is tried with every other row, from the last one."""
     some = torch.arange(count - 1, -1, -2)
     some = torch.cat([some, some[:1]])
+    if len(some) == count:
+        some = torch.cat([some, some[:1]])
 
     def alone(step: Step, args: Any, kwargs: Any) -> Outputs:
         if step.call is None:

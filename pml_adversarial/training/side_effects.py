@@ -2,49 +2,114 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))  # these belong to torch, and are restored where it matters
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEPTH = 3  # of what lies in one another: containers, objects, functions
 
 
 @contextmanager
 def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
     """On exit, attributes of modules and what their hooks keep are as they were, also after an exception.
 
-    Attributes name their objects again. Lists, dicts, sets and deques hold again what they held: those that modules
-    have as attributes, and those that a hook reaches by its closure, its globals, its arguments or its object.
+    Attributes name their objects again. Lists, dicts, sets and deques hold again what they held: those that modules and
+    their objects have as attributes, and those that a hook reaches by its closure, its globals, its arguments or its
+    object, up to three of them in one another.
     """
-    restore: list[Callable[[], Any]] = []
-    seen: set[int] = set()
+    keeper = _Keeper()
     for module in modules:
-        _keep_attributes(module, restore, seen, _OWN)
+        keeper.keep(module, _DEPTH)
         for name in _HOOKS:
-            for hook in vars(module)[name].values():
-                _keep_hook(hook, restore, seen)
+            for hook in vars(module).get(name, {}).values():
+                keeper.keep(hook, _DEPTH)
     try:
         yield
     finally:
-        for step in reversed(restore):
+        for step in reversed(keeper.restore):
             step()
 
 
-def _keep_attributes(owner: Any, restore: list[Callable[[], Any]], seen: set[int], left_out: frozenset[str]) -> None:
-    held = getattr(owner, "__dict__", None)
-    if not isinstance(held, dict) or id(held) in seen:
-        return
-    seen.add(id(held))
-    kept = {name: value for name, value in held.items() if name not in left_out}
-    restore.append(partial(_put_back, held, kept, left_out))
-    for value in kept.values():
-        _keep_container(value, restore, seen)
+class _Keeper:
+    """Looks at each object once, and knows how to put it back."""
+
+    def __init__(self) -> None:
+        self.restore: list[Callable[[], Any]] = []
+        self._seen: dict[int, Any] = {}
+
+    def keep(self, value: Any, depth: int) -> None:
+        """Keeps what ``value`` holds, and what that holds, down to a depth."""
+        if depth < 0 or value is None or isinstance(value, _LEAVES) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value  # held, so that its number stays its own
+        if isinstance(value, list | dict | set | deque):
+            self._keep_container(value, depth)
+        elif isinstance(value, tuple):
+            self._keep_all(value, depth)
+        elif isinstance(value, partial):
+            self._keep_all((value.func, *value.args, *value.keywords.values()), depth)
+        elif isinstance(value, MethodType):
+            self._keep_all((value.__func__, value.__self__), depth)
+        elif isinstance(value, FunctionType):
+            self._keep_function(value, depth)
+        elif isinstance(vars(value) if hasattr(value, "__dict__") else None, dict):
+            self._keep_attributes(value, depth)
+
+    def _keep_all(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            self.keep(value, depth - 1)
+
+    def _keep_attributes(self, owner: Any, depth: int) -> None:
+        held, left_out = vars(owner), _OWN if isinstance(owner, nn.Module) else frozenset()
+        kept = {name: value for name, value in held.items() if name not in left_out}
+        self.restore.append(partial(_put_back, held, kept, left_out))
+        self._keep_all(kept.values(), depth)
+
+    def _keep_container(self, value: Any, depth: int) -> None:
+        kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(value, kind))
+        before = list(value.items()) if isinstance(value, dict) else list(value)
+
+        def put_back() -> None:  # by the class of Python, as a class of one's own may count, or refuse to be changed
+            now = list(value.items()) if isinstance(value, dict) else list(value)
+            if len(now) == len(before) and all(_same(*pair) for pair in zip(now, before, strict=True)):
+                return
+            kind.clear(value)
+            if isinstance(value, dict):
+                for key, item in before:
+                    kind.__setitem__(value, key, item)
+            else:
+                (kind.update if isinstance(value, set) else kind.extend)(value, before)
+
+        self.restore.append(put_back)
+        self._keep_all([pair[1] for pair in before] if isinstance(value, dict) else before, depth)
+
+    def _keep_function(self, function: FunctionType, depth: int) -> None:
+        for cell in function.__closure__ or ():
+            self._keep_cell(cell, depth)
+        self._keep_all((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), depth)
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                self.restore.append(partial(function.__globals__.__setitem__, name, value))
+                self.keep(value, depth - 1)
+
+    def _keep_cell(self, cell: CellType, depth: int) -> None:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # it is empty
+            return
+        self.restore.append(partial(setattr, cell, "cell_contents", value))
+        self.keep(value, depth - 1)
+
+
+_LEAVES = (Tensor, ModuleType, type, str, bytes, int, float, complex)
 
 
 def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[str]) -> None:
@@ -53,50 +118,6 @@ def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[st
     held.update(kept)
 
 
-def _keep_container(value: Any, restore: list[Callable[[], Any]], seen: set[int]) -> None:
-    if not isinstance(value, list | dict | set | deque) or id(value) in seen:
-        return
-    seen.add(id(value))
-    before = list(value.items()) if isinstance(value, dict) else list(value)
-
-    def put_back() -> None:
-        value.clear()
-        value.extend(before) if isinstance(value, list | deque) else value.update(before)
-
-    restore.append(put_back)
-
-
-def _keep_hook(hook: Any, restore: list[Callable[[], Any]], seen: set[int]) -> None:
-    if isinstance(hook, partial):
-        for value in (*hook.args, *hook.keywords.values()):
-            _keep_container(value, restore, seen)
-        _keep_hook(hook.func, restore, seen)
-    elif isinstance(hook, MethodType):
-        _keep_attributes(hook.__self__, restore, seen, _OWN if isinstance(hook.__self__, nn.Module) else frozenset())
-        _keep_hook(hook.__func__, restore, seen)
-    elif isinstance(hook, FunctionType):
-        for cell in hook.__closure__ or ():
-            _keep_cell(cell, restore, seen)
-        for value in (*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()):
-            _keep_container(value, restore, seen)
-        for name in hook.__code__.co_names:
-            if name in hook.__globals__:
-                value = hook.__globals__[name]
-                restore.append(partial(hook.__globals__.__setitem__, name, value))
-                _keep_container(value, restore, seen)
-    else:
-        _keep_attributes(hook, restore, seen, frozenset())
-
-
-def _keep_cell(cell: CellType, restore: list[Callable[[], Any]], seen: set[int]) -> None:
-    try:
-        value = cell.cell_contents
-    except ValueError:  # it is empty
-        return
-    restore.append(partial(setattr, cell, "cell_contents", value))
-    if isinstance(value, FunctionType | MethodType | partial):
-        _keep_hook(value, restore, seen)
-    elif isinstance(value, list | dict | set | deque):
-        _keep_container(value, restore, seen)
-    elif not isinstance(value, nn.Module):
-        _keep_attributes(value, restore, seen, frozenset())
+def _same(one: Any, other: Any) -> bool:
+    """Whether two items are one object, or pairs of a key and one object."""
+    return one is other or (isinstance(one, tuple) and len(one) == len(other) == 2 and one[1] is other[1] and one[0] is other[0])

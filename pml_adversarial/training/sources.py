@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError, InputError
 from .isolation import preserved
 from .nested import leaves, mapped
-from .rerun import apply, name_of
+from .rerun import apply, checkpoints_take_gradients, name_of
 from .tracing import Fixed, Ref, Step, paused, version_of
 
 logger = logging.getLogger("pml_adversarial")
@@ -70,14 +70,19 @@ class Sources:
         self.all = self._found([*_refs(steps), *(r for r in results if isinstance(r, Ref))])
         if not self.all:
             raise _nothing_to_perturb(steps, choice)
+        self._by_value = {id(source.value): number for number, source in enumerate(self.all)}
         self._numbers = {place: number for number, source in enumerate(self.all) for place in source.places}
 
     def __len__(self) -> int:
         return len(self.all)
 
     def at(self, step: Step, argument: int) -> int | None:
-        """The number of the source that stands at a place; None: no source."""
+        """The number of the source that stands at a place, from which outputs come; None: no source."""
         return self._numbers.get((step, argument))
+
+    def holding(self, leaf: Any) -> int | None:
+        """The number of the source that an argument is; None: it is none."""
+        return self._by_value.get(id(leaf.value)) if isinstance(leaf, Fixed) else None
 
     def of_output(self, step: Step, place: int) -> int | None:
         """The number of the source that an output of a module comes from; None: it comes from none."""
@@ -99,10 +104,14 @@ class Sources:
             elif step.refs:
                 continue
             else:
-                origin, value = _origin_of(step, place, self._choice.argument)
+                origin, leaf = _origin_of(step, place, self._choice.argument)
+                value = None
+                if leaf is not None:
+                    value = leaf.value
+                    _check_leaf(step, leaf)
             if value is None:
                 continue
-            _check_value(step, value, step.call.outputs[place])
+            _check_rows(step, value, step.call.outputs[place])
             self._origins[step, place] = origin
             values[id(value)] = value
             places.setdefault(id(value), {})[step, origin] = None
@@ -133,13 +142,14 @@ def _inner_output(step: Step, at: nn.Module) -> Tensor | None:
     return given[0]
 
 
-def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Tensor | None]:
-    """The number of the argument that is perturbed for an output of a module, and its value; None: there is none.
+def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | None]:
+    """The number of the argument that is perturbed for an output of a module, and the argument; None: there is none.
 
     Of several that can be, it is the one that is named, or else the first one that the output depends on.
     """
     given = list(leaves((step.args, step.kwargs)))
     candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
+    candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
     arguments = _arguments(step)
     if name is not None:
         named = {id(leaf) for leaf in leaves(arguments.get(name))}
@@ -156,15 +166,15 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Tensor | 
         candidates = [number for number in candidates if number in depends] or candidates
     if not candidates:
         return 0, None
-    if len(candidates) > 1:
+    if len({id(given[number].value) for number in candidates}) > 1:
         _tell_choice(step, arguments, given[candidates[0]])
-    return candidates[0], given[candidates[0]].value
+    return candidates[0], given[candidates[0]]
 
 
 def _can_be_perturbed(leaf: Any) -> bool:
     if not isinstance(leaf, Fixed) or isinstance(leaf.value, nn.Parameter):
         return False
-    return leaf.value.is_floating_point() and leaf.value.ndim > 1
+    return leaf.value.is_floating_point() and leaf.value.ndim > 0
 
 
 def _arguments(step: Step) -> dict[str, Any]:
@@ -196,13 +206,14 @@ def _form(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-_told: weakref.WeakSet[Any] = weakref.WeakSet()
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _tell_choice(step: Step, arguments: Mapping[str, Any], chosen: Any) -> None:
-    if step.function in _told:
+    function = step.function
+    if not isinstance(function, nn.Module) or function in _told:
         return
-    _told.add(step.function)
+    _told.add(function)
     name = next(name for name, value in arguments.items() if any(leaf is chosen for leaf in leaves(value)))
     logger.warning(
         f"{name_of(step)} took {_listed(arguments)}. {name} is perturbed, and the others are held fixed. Choose with "
@@ -229,7 +240,7 @@ def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
             return leaf.value if isinstance(leaf, Fixed) else leaf
 
         modules = [step.function] if isinstance(step.function, nn.Module) else []
-        with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad():
+        with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad(), checkpoints_take_gradients():
             outputs = apply(step, *mapped((step.args, step.kwargs), with_gradient))
             known[key] = [_depends_on(output, inputs) for output in outputs]
     return known[key]
@@ -242,13 +253,12 @@ def _depends_on(output: Tensor, inputs: Mapping[int, Tensor]) -> set[int]:
     return {number for number, gradient in zip(inputs, found, strict=True) if gradient is not None}
 
 
-def _check_value(step: Step, value: Tensor, output: Tensor) -> None:
-    """Refuses what is no input: features of another module; and a module that gives other rows than it takes."""
-    base = value if value._base is None else value._base
-    before = vars(value).get("without_gradient_from") or vars(base).get("without_gradient_from")
+def _check_leaf(step: Step, leaf: Fixed) -> None:
+    """Refuses what is no input: features of another module."""
+    value, before = leaf.value, leaf.lost
     if before:
         raise CaptureError(
-            f"{name_of(step)} took features that {before} computed without gradient, so the inputs stand further back "
+            f"{name_of(step)} took features that {before} computed under no_grad, so the inputs stand further back "
             f"and are not known. To freeze {before}, set requires_grad_(False) on its parameters in place of no_grad. "
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
@@ -259,6 +269,10 @@ def _check_value(step: Step, value: Tensor, output: Tensor) -> None:
             "before the loss was made. Name all modules, AdversarialLoss(loss, [trunk, head]), or none, and make the "
             "loss before the forward pass."
         )
+
+
+def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
+    """Refuses a module that gives other rows than it takes."""
     if not output.ndim or len(value) != len(output):
         raise CaptureError(
             f"{name_of(step)} gave {tuple(output.shape)} for inputs {tuple(value.shape)}; expected one row for each "
@@ -284,7 +298,7 @@ def _check_unchanged(steps: Sequence[Step]) -> None:
                 )
 
 
-def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError:
+def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError | InputError:
     calls = [step for step in steps if step.call is not None]
     called = ", ".join(name_of(step) for step in calls)
     if choice.at is not None:
@@ -297,9 +311,13 @@ def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError:
     types = {leaf.value.dtype for step in calls for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, Fixed)}
     if torch.uint8 in types:
         cure = "Convert images with `images.float() / 255` before they enter the model."
-    else:
+    elif types:
         cure = (
             "Whole numbers, such as token ids, have no gradient. Perturb what they become, such as the token "
             "embeddings: AdversarialLoss(loss, model, at=model.embedding, bounds=(low, high))."
         )
-    return CaptureError(f"{arguments}; expected a tensor of floating point, with rows and columns. {cure}")
+    else:
+        cure = (
+            "Pass the inputs yourself: loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
+        )
+    return InputError(f"{arguments}; expected a tensor of floating point, with one row for each input. {cure}")

@@ -1,13 +1,18 @@
 """Remembers how tensors were made: which modules gave them, and what was done to their outputs since.
 
-While a `Watch` lives, the outputs of the outermost modules that run with gradient become `Traced`, a class of tensors
-that notes each further operation. So the embeddings that reach a loss tell how they were made of the modules' inputs.
-Nothing is noted inside a module: its call is one step of the trace.
+While a `Watch` lives, the outputs of the outermost modules become `Traced`, a class of tensors that notes each further
+operation. So the embeddings that reach a loss tell how they were made of the modules' inputs. Nothing is noted inside a
+module: its call is one step of the trace.
+
+A tensor with gradient holds its trace, as it holds its graph. One without holds it weakly, so that sums and memories
+that live for long do not grow; the steps themselves stay until the first module runs after a loss. What a module gives
+under ``no_grad`` is only marked with the name of the module.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .nested import leaves, mapped, tensors_in
+from .nested import leaves, mapped, outputs_in, tensors_in
 
 _numbers = count()
 _DEVICES = ("cpu", "cuda")
 _PLAIN = {bool, int, float, str, type(None)}
+_CALLS_WITHOUT_LOSS = 16  # after as many, traces of tensors without gradient are given up
 
 
 class Ref:
@@ -35,12 +41,26 @@ class Ref:
 
 
 class Fixed:
-    """A tensor that no step of the trace gave, and its version when it was used; a change in place raises it."""
+    """A tensor that no step of the trace gave.
 
-    __slots__ = ("value", "version")
+    Attributes:
+        value: the tensor.
+        version: its number of changes in place when it was used.
+        lost: the module that gave it without its trace, in words; None: it has none.
+    """
 
-    def __init__(self, value: Tensor, version: int | None = None) -> None:
-        self.value, self.version = value, version_of(value) if version is None else version
+    __slots__ = ("lost", "value", "version")
+
+    def __init__(self, value: Tensor, version: int | None = None, lost: str | None = None) -> None:
+        self.value, self.lost = value, lost
+        self.version = version_of(value) if version is None else version
+
+
+class RandomState(NamedTuple):
+    """Of torch's random number generators: on the CPU, and on each device."""
+
+    on_cpu: Tensor
+    on_devices: list[Tensor]
 
 
 class Step:
@@ -53,15 +73,20 @@ class Step:
         in_place: whether the function changes its first argument.
         number: grows from step to step.
         autocast: device -> type, where autocast was on.
+        random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
     """
 
-    __slots__ = ("args", "autocast", "call", "function", "in_place", "kwargs", "number")
+    __slots__ = ("__weakref__", "args", "autocast", "call", "function", "in_place", "kwargs", "number", "random_state")
 
     def __init__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], in_place: bool = False) -> None:
         self.function, self.in_place, self.number = function, in_place, next(_numbers)
-        self.args, self.kwargs = mapped(tuple(args), _argument), mapped(dict(kwargs), _argument)
+        try:
+            self.args, self.kwargs = mapped(tuple(args), _argument), mapped(dict(kwargs), _argument)
+        except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
+            self.args, self.kwargs = tuple(map(_argument, args)), {k: _argument(v) for k, v in kwargs.items()}
         self.autocast = autocast()
+        self.random_state: RandomState | None = None
         self.call: Call | None = None
 
     @property
@@ -70,98 +95,152 @@ class Step:
         return [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
 
 
-class State(NamedTuple):
-    """In which a call of a module began.
-
-    Attributes:
-        on_cpu: state of torch's random number generator.
-        on_devices: likewise, of each device.
-        buffers: (module, name, a copy of the buffer).
-    """
-
-    on_cpu: Tensor
-    on_devices: list[Tensor]
-    buffers: list[tuple[nn.Module, str, Tensor]]
-
-
 class Call:
     """What is known of the call of a module.
 
     Attributes:
-        outputs: the tensors that it gave, detached, in the order of `tensors_in`.
+        outputs: the tensors that it gave, detached, in the order of `outputs_in`.
         modes: the ``training`` flags of its submodules.
         switches: its own attributes that are numbers, strings or None, after the call.
         swapped: name -> tensor, parameters and buffers that ``torch.func.functional_call`` had put into the module.
         changed: whether the module changed an argument in place.
-        state_before: in which the call began, where a `Watch` wanted to know it.
+        buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("changed", "inner", "modes", "outputs", "state_before", "swapped", "switches")
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
-        self.outputs = tuple(output.detach() for output in outputs)
+        self.outputs = [output.detach() for output in outputs]
         self.modes: tuple[bool, ...] = ()
         self.switches: dict[str, Any] = {}
         self.swapped: dict[str, Tensor] = {}
         self.changed = False
-        self.state_before: State | None = None
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []
         self.inner: dict[nn.Module, list[Any]] = {}
 
 
 class Traced(Tensor):
     """A tensor that knows which step made it."""
 
-    made_by: Ref
+    origin: Any
     made_at: int
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Runs a function of torch, and notes it on the tensors with gradient that it returns."""
+        """Runs a function of torch, and notes it on the tensors that it returns."""
         return _run_and_note(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with plain([self]):
             return Tensor.__repr__(self, tensor_contents=tensor_contents)
 
+    def __format__(self, spec: str) -> str:
+        with plain([self]):
+            return Tensor.__format__(self, spec)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return self.view_as(self).__reduce_ex__(protocol)  # a tensor like others: the trace stays here
 
 
+class _Weak(NamedTuple):
+    step: weakref.ref[Step]
+    place: int
+    name: str
+
+
+class _Lost(NamedTuple):
+    name: str
+
+
 @torch.compiler.disable
 def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    noted = not _here.paused and torch.is_grad_enabled()
-    in_place = noted and _works_in_place(func, args, kwargs)
-    step = Step(func, args, kwargs, in_place=True) if in_place else None
-    if step is not None and isinstance(step.args[0], Fixed):
-        step.args = (Fixed(args[0].clone()), *step.args[1:])  # as it is before the function changes it
+    if _here.paused:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    in_place = _works_in_place(func, args, kwargs)
+    step = _before_change(func, args, kwargs) if in_place else None
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
-    if not noted or not (in_place or isinstance(result, Tensor | tuple | list)):
-        return result
-    found = [args[0]] if in_place else tensors_in(result)
-    if any(tensor.requires_grad for tensor in found):
+    if in_place:
+        found = [args[0]] if step is not None else []
+    else:
+        found = tensors_in(result) if isinstance(result, Tensor | tuple | list) else []
+    found = [tensor for tensor in found if in_place or type(tensor) is Tensor]
+    if found:
+        lost = _lost_among((args, kwargs))
+        if lost is not None:
+            for tensor in found:
+                _mark(tensor, _Lost(lost))
+            return result
         step = step or Step(func, args, kwargs)
-        for place, tensor in enumerate(found):
+        step.random_state = _random_state() if _wants_state() else None
+        for place, tensor in enumerate(found if in_place else tensors_in(result)):
             if in_place or type(tensor) is Tensor:
                 note(tensor, Ref(step, place))
     return result
 
 
+def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step | None:
+    """The step that is about to change its first argument; None where that stays a tensor without trace.
+
+    What others hold of that tensor is copied before. A memory that keeps detached embeddings is not followed.
+    """
+    target = args[0]
+    given = tensors_in((args[1:], kwargs))
+    if type(target) is not Traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return None
+    step = Step(func, args, kwargs, in_place=True)
+    if isinstance(step.args[0], Fixed):
+        step.args = (Fixed(target.clone()), *step.args[1:])
+    elif (call := step.args[0].step.call) is not None:
+        place = step.args[0].place
+        call.outputs[place] = call.outputs[place].clone()
+    return step
+
+
+def _lost_among(value: Any) -> str | None:
+    """The module whose outputs are among these tensors, where all that are traced have lost their trace."""
+    traced = [tensor for tensor in tensors_in(value) if type(tensor) is Traced]
+    lost = [lost_of(tensor) for tensor in traced]
+    return lost[0] if lost and all(name is not None for name in lost) else None
+
+
 def note(tensor: Tensor, made_by: Ref) -> None:
     """From now on, operations on the tensor are noted."""
-    if type(tensor) in (Tensor, Traced) and tensor.requires_grad:
+    if tensor.requires_grad:
+        _mark(tensor, made_by)
+    else:
+        _here.recent.append(made_by.step)
+        _mark(tensor, _Weak(weakref.ref(made_by.step), made_by.place, _name(made_by.step.function)))
+
+
+def _mark(tensor: Tensor, origin: Any) -> None:
+    if type(tensor) in (Tensor, Traced):
         tensor.__class__ = Traced
-        tensor.made_by, tensor.made_at = made_by, tensor._version  # type: ignore[attr-defined]
+        tensor.origin, tensor.made_at = origin, version_of(tensor)  # type: ignore[attr-defined]
 
 
 def ref_of(tensor: Tensor) -> Ref | None:
     """How a tensor was made; None where that is not known, or where it was changed in place since."""
-    made_by: Ref | None = vars(tensor).get("made_by")
-    return made_by if made_by is not None and tensor._version == tensor.made_at else None  # type: ignore[attr-defined]
+    origin = vars(tensor).get("origin")
+    if origin is None or version_of(tensor) != tensor.made_at:  # type: ignore[attr-defined]
+        return None
+    if isinstance(origin, _Weak):
+        step = origin.step()
+        return None if step is None else Ref(step, origin.place)
+    return origin if isinstance(origin, Ref) else None
+
+
+def lost_of(tensor: Tensor) -> str | None:
+    """The module or function that gave the tensor without its trace, or whose trace is gone; None: there is none."""
+    origin = vars(tensor).get("origin")
+    if isinstance(origin, _Weak):
+        return origin.name if origin.step() is None else None
+    return origin.name if isinstance(origin, _Lost) else None
 
 
 @contextmanager
@@ -197,87 +276,175 @@ class Watch:
         inner: a submodule whose outputs inside of other modules are kept; None: none.
 
     Attributes:
-        wants_state: whether the `State` before each call is kept.
+        wants_state: whether random states and buffers before each step are kept.
         seen: "with gradient", "without gradient" or "not watched" -> names of modules that were called so.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] | None = None, inner: nn.Module | None = None) -> None:
+    def __init__(self, modules: Sequence[nn.Module] | None = None, inner: nn.Module | None = None) -> None:
         self.known = None if modules is None else {id(m) for module in modules for m in module.modules()}
         self.wants_state = False
         self.seen: dict[str, set[str]] = {"with gradient": set(), "without gradient": set(), "not watched": set()}
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
+        for module in modules or ():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                weakref.finalize(self, _note_compiled(module))
         if inner is not None:
             weakref.finalize(self, inner.register_forward_hook(_keep_inner).remove)
         _watches.add(self)
         _kinds.clear()
+        _threads.add(threading.get_ident())
         if not _handles:
             _handles.append(nn_module.register_module_forward_pre_hook(_begin))
 
+    def knows(self, module: nn.Module) -> bool:
+        """Whether calls of the module are noted for this watch."""
+        return self.known is None or any(id(m) in self.known for m in module.modules())
 
     def forget(self) -> None:
-        """Forgets what was seen."""
+        """Forgets what was seen. Traces without gradient are given up when the next module runs."""
         for names in self.seen.values():
             names.clear()
+        _here.after_loss = True
 
 
 class _Here(threading.local):
-    """Of this thread: whether nothing is noted, inside a module or a replay."""
+    """Of this thread.
 
-    paused = False
-    inner: dict[nn.Module, list[Any]] | None = None
+    Attributes:
+        paused: whether nothing is noted, inside a module or a replay.
+        inner: see `Call`; None outside of modules.
+        recent: steps that gave tensors without gradient, which hold them weakly.
+        calls: number of outermost calls since ``recent`` was emptied.
+        after_loss: whether a loss was computed since the last call.
+    """
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.inner: dict[nn.Module, list[Any]] | None = None
+        self.recent: list[Step] = []
+        self.calls, self.after_loss = 0, False
 
 
 _here = _Here()
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 _handles: list[Any] = []
+_threads: set[int] = set()
 _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.disable
 def _begin(module: nn.Module, args: Sequence[Any]) -> None:
     """The hook before any module: begins to note the call of an outermost one."""
-    if _here.paused or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():  # first, so that torch.compile sees nothing else
+        return
+    if _here.paused or torch.jit.is_tracing():
         return
     if not _watches:
-        _handles.pop().remove()
+        if _handles:
+            _handles.pop().remove()
         return
-    kind = _kind_of(module)
-    if kind == "holds a wrapper":
+    if _kind_of(module) == "holds a wrapper":
         return
-    given = tensors_in(args)
-    versions = [version_of(tensor) for tensor in given]
-    state = _state_of(module) if any(watch.wants_state for watch in _watches) else None
-    inside = ExitStack()
-    inside.enter_context(plain(given))
-    inside.enter_context(paused())  # so that submodules cost nothing
-    inner = _here.inner = {}
+    noting = _start(module, args)
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
+        handle = nn_module.register_module_forward_hook(noting.end, with_kwargs=True, always_call=True)
+        noting.inside.callback(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)
+    else:
+        noting.inside.callback(module.register_forward_pre_hook(noting.enter).remove)
+        handle = module.register_forward_hook(noting.end, with_kwargs=True, always_call=True)
+    noting.inside.callback(handle.remove)
 
-    def end(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        handle.remove()
-        inside.close()
+
+def _note_compiled(module: nn.Module) -> Callable[[], None]:
+    """Notes the calls of a module that was compiled in place, which no hook sees. Returns what undoes it."""
+    compiled = module._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _here.paused or torch.compiler.is_compiling() or _kind_of(module) == "holds a wrapper":
+            return compiled(*args, **kwargs)
+        noting, output = _start(module, args), None
+        try:
+            output = compiled(*args, **kwargs)
+        finally:
+            noting.end(module, args, kwargs, output)
+        return output
+
+    vars(module)["_compiled_call_impl"] = call
+    kept = weakref.ref(module)
+
+    def undo() -> None:
+        if (held := kept()) is not None and vars(held).get("_compiled_call_impl") is call:
+            vars(held)["_compiled_call_impl"] = compiled
+
+    return undo
+
+
+def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
+    _threads.add(threading.get_ident())
+    _here.calls += 1
+    if _here.after_loss or _here.calls > _CALLS_WITHOUT_LOSS:
+        _here.recent.clear()
+        _here.calls, _here.after_loss = 1, False
+    return _Noting(module, args, _kind_of(module))
+
+
+class _Noting:
+    """The call of an outermost module while it runs. It has the arguments as they were before the module's own hooks."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kind: str) -> None:
+        self.module, self.args, self.kind = module, args, kind
+        self.given = tensors_in(args)
+        self.versions = [version_of(tensor) for tensor in self.given]
+        wants = _wants_state()
+        self.random_state = _random_state() if wants else None
+        self.buffers = _buffers_of(module) if wants else []
+        self.inner = _here.inner = {}
+        self.depth = 0
+        self.inside = ExitStack()
+        self.inside.enter_context(plain(self.given))
+        self.inside.enter_context(paused())  # so that submodules cost nothing
+
+    def enter(self, module: nn.Module, args: Sequence[Any]) -> None:
+        """The hook before the module calls itself."""
+        self.depth += 1
+
+    def end(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """The hook after the module."""
+        if module is not self.module:
+            return
+        if self.depth:
+            self.depth -= 1
+            return
+        self.inside.close()
         _here.inner = None
         if output is None:  # the module raised
             return
-        if not torch.is_grad_enabled():
-            _tell("without gradient", module)
-            for tensor in tensors_in(output):
-                tensor.without_gradient_from = type(module).__name__  # type: ignore[attr-defined]
-        elif kind == "watched" or any(type(tensor) is Traced for tensor in tensors_in((args, kwargs))):
-            _tell("with gradient", module)
-            call = _note_call(module, args, kwargs, output)
-            call.changed = any(version_of(t) != before for t, before in zip(given, versions, strict=True))
-            call.state_before, call.inner = state, inner
+        found = outputs_in(output)
+        name = type(module).__name__
+        if self.kind != "watched" and not any(type(tensor) is Traced for tensor in tensors_in((self.args, kwargs))):
+            _tell("not watched", name)
+        elif not torch.is_grad_enabled():
+            _tell("without gradient", name)
+            for tensor in found:
+                _mark(tensor, _Lost(name))
         else:
-            _tell("not watched", module)
+            _tell("with gradient", name)
+            self._note(kwargs, found)
 
-    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
-        handle = nn_module.register_module_forward_hook(end, with_kwargs=True, always_call=True)
-    else:
-        handle = module.register_forward_hook(end, with_kwargs=True, always_call=True)
-
-
-def _tell(how: str, module: nn.Module) -> None:
-    for watch in _watches:
-        watch.seen[how].add(type(module).__name__)
+    def _note(self, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
+        if not any(tensor.ndim for tensor in found):
+            return
+        step, module = Step(self.module, self.args, kwargs), self.module
+        step.random_state = self.random_state
+        step.call = call = Call(found)
+        inside = list(module.modules())
+        call.modes, call.switches = modes_of(inside), switches_of(module)
+        call.buffers, call.inner = self.buffers, self.inner
+        call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
+        if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
+            call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for place, tensor in enumerate(found):
+            if tensor.ndim:
+                note(tensor, Ref(step, place))
 
 
 def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
@@ -286,20 +453,9 @@ def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
         _here.inner.setdefault(module, []).append(kept)
 
 
-def _note_call(module: nn.Module, args: Sequence[Any], kwargs: Any, output: Any) -> Call:
-    found = tensors_in(output)
-    call = Call(found)
-    if any(tensor.requires_grad and tensor.ndim for tensor in found):
-        step = Step(module, args, kwargs)
-        step.call = call
-        inside = list(module.modules())
-        call.modes, call.switches = modes_of(inside), switches_of(module)
-        if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
-            call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        for place, tensor in enumerate(found):
-            if tensor.ndim:
-                note(tensor, Ref(step, place))
-    return call
+def _tell(how: str, name: str) -> None:
+    for watch in _watches:
+        watch.seen[how].add(name)
 
 
 def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
@@ -313,7 +469,7 @@ def switches_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _kind_of(module: nn.Module) -> str:
-    if module not in _kinds:
+    if _kinds.get(module, "other") == "other":  # it may have got another module since
         inside = list(module.modules())
         if any(getattr(type(m), "wraps_a_loss_or_miner", False) for m in inside):
             kind = "holds a wrapper"
@@ -327,9 +483,10 @@ def _kind_of(module: nn.Module) -> str:
 
 @contextmanager
 def _without_hook() -> Iterator[None]:
-    """Inside, no module calls the hook, so that torch.compile does not see it."""
+    """Inside, no module calls the hook. It stays where other threads run modules too."""
     hooks = nn_module._global_forward_pre_hooks
-    taken = [(handle.id, hooks.pop(handle.id)) for handle in _handles if handle.id in hooks]
+    handles = _handles if len(_threads) < 2 else []
+    taken = [(handle.id, hooks.pop(handle.id)) for handle in handles if handle.id in hooks]
     try:
         yield
     finally:
@@ -339,7 +496,9 @@ def _without_hook() -> Iterator[None]:
 def _argument(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return (ref_of(leaf) if type(leaf) is Traced else None) or Fixed(leaf)
+    if type(leaf) is not Traced:
+        return Fixed(leaf)
+    return ref_of(leaf) or Fixed(leaf, lost=lost_of(leaf))
 
 
 def version_of(tensor: Tensor) -> int:
@@ -351,7 +510,10 @@ def _works_in_place(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     name = getattr(function, "__name__", "")
     if not args or not isinstance(args[0], Tensor):
         return False
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+
+
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "pow", "mod", "matmul"))}
 
 
 def autocast() -> dict[str, torch.dtype]:
@@ -359,12 +521,25 @@ def autocast() -> dict[str, torch.dtype]:
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}
 
 
-def _state_of(module: nn.Module) -> State:
+def _wants_state() -> bool:
+    return any(watch.wants_state for watch in _watches)
+
+
+def _random_state() -> RandomState:
     on_devices = torch.cuda.is_available() and torch.cuda.is_initialized()
-    buffers = [
+    return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else [])
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [
         (inside, name, buffer.detach().clone())
         for inside in module.modules()
         for name, buffer in inside._buffers.items()
         if buffer is not None
     ]
-    return State(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else [], buffers)
+
+
+def _name(function: Any) -> str:
+    return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "a function")
