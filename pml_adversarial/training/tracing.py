@@ -438,7 +438,8 @@ class _Noting:
         step.call = call = Call(found)
         inside = list(module.modules())
         call.modes, call.switches = modes_of(inside), switches_of(module)
-        call.buffers, call.inner = self.buffers, self.inner
+        call.buffers = self.buffers
+        call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
         if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
             call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -448,9 +449,10 @@ class _Noting:
 
 
 def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
-    if _here.inner is not None and torch.is_grad_enabled():
-        kept = output.detach() if isinstance(output, Tensor) else output
-        _here.inner.setdefault(module, []).append(kept)
+    if _here.inner is not None:
+        given = _here.inner.setdefault(module, [])
+        if not any(output is other for other in given):  # several watches may want to know it
+            given.append(output)
 
 
 def _tell(how: str, name: str) -> None:
