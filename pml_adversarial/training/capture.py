@@ -38,7 +38,7 @@ class InputCapture:
 
     def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
         self.choice, self.chunk = choice, chunk
-        self._count, self._forms = 0, set[Any]()
+        self._count, self._forms = 0, dict[Any, bool]()
         self._start(model)
 
     def watch(self, model: Models) -> None:
@@ -121,8 +121,9 @@ class InputCapture:
         known, the next step remembers it.
         """
         self._count += 1
-        switched = replay.was_switched
-        is_new = replay.form not in self._forms
+        switched, form = replay.was_switched, replay.form
+        is_new = form not in self._forms
+        replay.picks = self._forms.get(form, True)
         if is_new or switched or self._count % CHECK_EVERY == 0:
             again = replay.again(seed=0)
             limit = tolerance(given.dtype)
@@ -130,15 +131,15 @@ class InputCapture:
             if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))
             if apart <= limit and is_new:
-                replay.check_rows()
+                replay.check_rows(again)
             elif apart > limit and told:
                 logger.warning(
                     "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
                     "embeddings, in their order."
                 )
             if apart <= limit or told:
-                self._forms.add(replay.form)
-        self._watch.wants_state = replay.form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
+                self._forms[form] = replay.picks
+        self._watch.wants_state = form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
 
     def _another(self, names: Iterable[nn.Module] | str) -> str:
         if not isinstance(names, str):

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import isolated, preserved
+from .isolation import depends_on_mode, isolated, preserved
 from .nested import leaves, mapped
 from .pixels import PixelSpace
 from .rerun import (
@@ -58,6 +58,7 @@ class Replay:
         modules: the modules that were called.
         inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
         known_rows: ``(P,)`` these rows; None where they are the first ones.
+        picks: whether other arguments with as many rows as the inputs belong to them row by row.
 
     Raises:
         CaptureError: there is no way back to inputs, or more than one.
@@ -81,7 +82,7 @@ class Replay:
         self._check_modes()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self._picks = True
+        self.picks = True
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
         self.inputs, self.known_rows = self._known(limit)
 
@@ -169,61 +170,72 @@ class Replay:
             self._run(compare)
         return found[0] if found else "What was done to the outputs"
 
-    def check_rows(self) -> None:
-        """Checks that inputs can be embedded without those of the other rows, in another order.
+    def check_rows(self, again: Tensor) -> None:
+        """Checks that inputs can be embedded without those of the other rows, in another order, and have a gradient.
+
+        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row.
+
+        Args:
+            again: ``(N, D)`` the clean inputs, embedded again in the model's own mode.
 
         Raises:
+            CaptureError: embeddings have no gradient with respect to the inputs.
             ReplayError: rows are not embedded each on its own.
         """
         known = self._all_known(self.inputs.device)
-        some = torch.arange(len(known) - 1, -1, -2, device=known.device)
-        with isolated(*self.modules), torch.random.fork_rng(), torch.no_grad(), paused():
-            expected = self._whole()
-            if expected is None or not len(known):
+        some = known[torch.arange(len(known) - 1, -1, -2, device=known.device)]
+        depends_on = depends_on_mode(*self.modules)
+        with isolated(*self.modules), torch.random.fork_rng(), paused():
+            expected = self._whole(seed=0) if depends_on else again
+            for self.picks in (True, False) if self._may_pick else (True,):
+                try:
+                    if all(self._is_same(rows, expected) for rows in ([some] if self._rows.apart else [known, some])):
+                        return
+                except Exception:  # a model may raise anything where arguments do not fit together
+                    if not self._may_pick:
+                        raise
+            if difference(self._whole(seed=1), self._whole(seed=2)) > _APART:
+                self.picks = True  # the model draws random numbers, in eval mode too
                 return
-            for self._picks in (True, False):
-                if self._is_same(known, expected) and self._is_same(known[some], expected):
-                    self._check_gradient(known[:2])
-                    return
-            self._picks = True
         raise ReplayError(
-            f"{', '.join(dict.fromkeys(map(name_of, self._calls)))} embeds some rows of the batch otherwise than all of "
-            "them, in eval mode too; expected a model whose inputs have one row for each embedding, and that embeds each "
-            "row on its own. If rows are not the first dimension, as in a recurrent model without batch_first, pass the "
-            "inputs with the rows first: loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with "
-            "AdversarialLoss(loss, lambda x: model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a "
-            "module of your own do that part, whose forward(embeddings, labels) then calls the loss: "
-            "AdversarialLoss(that module, rest of the model)."
+            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a model "
+            "whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not the "
+            "first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
+            "loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with AdversarialLoss(loss, lambda x: "
+            "model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a module of your own do that part, "
+            "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
         )
 
-    def _check_gradient(self, rows: Tensor) -> None:
-        inputs = self.inputs[: len(rows)].clone().requires_grad_()
-        with torch.enable_grad():
-            if self.embed(inputs, rows).requires_grad:
-                return
-        raise CaptureError(
-            f"{', '.join(dict.fromkeys(map(name_of, self._calls)))} has no gradient with respect to its inputs: inside, "
-            "something is computed under no_grad, detached, or rounded. To freeze a part of the model, set "
-            "requires_grad_(False) on its parameters in place of no_grad. To perturb what the frozen part gives, name "
-            "it: AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
-        )
-
-    def _whole(self) -> Tensor | None:
-        """``(N, D)`` the clean inputs, embedded again in the present mode; None where the model draws random numbers."""
-        found = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            with preserved(*self.modules):  # some modules learn ranges from what they see, in eval mode too
-                found.append(self._run(apply))
-        return found[0] if difference(*found) <= tolerance(found[0].dtype) else None
+    def _whole(self, seed: int) -> Tensor:
+        """``(N, D)`` the clean inputs, embedded again in the present mode."""
+        torch.manual_seed(seed)
+        with preserved(*self.modules), torch.no_grad():  # some modules learn ranges from what they see, in eval mode too
+            return self._run(apply)
 
     def _is_same(self, rows: Tensor, expected: Tensor) -> bool:
-        inputs = self.inputs[rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)]
-        try:
-            with preserved(*self.modules):
-                return difference(self.embed(inputs, rows), expected[rows]) <= _APART
-        except Exception:  # a model may raise anything where arguments do not fit together
-            return False
+        """Whether some rows are embedded as among all."""
+        places = rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
+        with preserved(*self.modules), torch.enable_grad():
+            found = self.embed(self.inputs[places].clone().requires_grad_(), rows)
+        if not found.requires_grad:
+            raise CaptureError(
+                f"{self._names} has no gradient with respect to its inputs: inside, something is computed under "
+                "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its "
+                "parameters in place of no_grad. To perturb what the frozen part gives, name it: "
+                "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
+            )
+        return difference(found, expected[rows]) <= _APART
+
+    @property
+    def _may_pick(self) -> bool:
+        """Whether a module took other tensors with as many rows as there are inputs."""
+        counts = {len(source.value) for source in self._sources.all}
+        others = [leaf.value for step in self._calls for leaf in leaves((step.args, step.kwargs)) if _is_other(leaf)]
+        return any(other.ndim and len(other) in counts for other in others) and len(others) > len(self._sources)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(map(name_of, self._calls)))
 
     @property
     def _calls(self) -> list[Step]:
@@ -307,7 +319,7 @@ class Replay:
         found = []
         for number, held in enumerate(self._sources.all):
             mine = (source == number).nonzero().flatten()
-            own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value))
+            own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value)) if len(mine) else inputs[:0]
             outputs = {}
             for step, argument in held.places if len(mine) else ():
                 given = mapped((step.args, step.kwargs), lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf)
@@ -349,8 +361,7 @@ class Replay:
             if self._sources.holding(kind) == number:
                 wants_gradient = kind.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
                 return inputs.detach().requires_grad_() if wants_gradient else inputs
-            fixed = isinstance(kind, Fixed) and not isinstance(leaf, nn.Parameter)
-            picked = self._picks and rows is not None and fixed and leaf.ndim and len(leaf) == count
+            picked = self.picks and rows is not None and _is_other(kind) and leaf.ndim and len(leaf) == count
             return leaf[rows] if picked else leaf
 
         with ExitStack() as stack:
@@ -362,12 +373,13 @@ class Replay:
         pixels = [self._pixels.to_pixels(source.value.detach()) for source in self._sources.all]
         if self._rows.in_order and limit is None:
             return pixels[0], None
+        starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
+        pixels = [found for found in pixels if len(found)] or pixels[:1]
         if len({found.shape[1:] for found in pixels}) > 1:
             width = max(prod(found.shape[1:]) for found in pixels)
             flat = [found.reshape(len(found), prod(found.shape[1:])) for found in pixels]
             pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
         source, row = self._rows.source, self._rows.row
-        starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(row)
         known = (source[:limit] >= 0).nonzero().flatten()
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
@@ -410,6 +422,11 @@ def difference(one: Tensor, other: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """By which `difference` rounding makes the same embeddings differ, as a share of their size."""
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _is_other(leaf: Any) -> bool:
+    """Whether an argument is a tensor that came from outside, and no parameter."""
+    return isinstance(leaf, Fixed) and not isinstance(leaf.value, nn.Parameter)
 
 
 def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:

@@ -71,20 +71,25 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
 
     before: dict[Step, Outputs] = {}
 
+    def taken(take: Take) -> Tensor:
+        with torch.random.fork_rng():  # functions such as dropout draw the same each time
+            torch.manual_seed(0)
+            return run(take)
+
     def remember(step: Step, args: Any, kwargs: Any) -> Outputs:
         before[step] = apply(step, args, kwargs) if step.call is None else step.call.outputs
         return before[step]
 
     def reached(changes: Sequence[Change], chosen: Chosen) -> Tensor:
         """``(N,)`` bool: embeddings that change with the chosen rows."""
-        found = [run(partial(_take_changed, sources, before, starts, chosen, change)) for change in changes]
+        found = [taken(partial(_take_changed, sources, before, starts, chosen, change)) for change in changes]
         return torch.stack([_differ(new, embeddings) for new in found]).any(0)
 
     def by_bits(changes: Sequence[Change], value: int) -> Tensor:
         return torch.stack([reached(changes, lambda rows, bit=bit: (rows >> bit) & 1 == value) for bit in range(bits)])
 
     with torch.no_grad(), paused():
-        embeddings = run(remember)
+        embeddings = taken(remember)
         zero, one = by_bits(_NAN, 0), by_bits(_NAN, 1)
         if (zero & one).any() or not (zero | one).any(0).all():  # NaN goes through products with 0, and may be removed
             zero, one = by_bits(_OTHERS, 0), by_bits(_OTHERS, 1)

@@ -91,6 +91,8 @@ class _Keeper:
         self._keep_all([pair[1] for pair in before] if isinstance(value, dict) else before, depth)
 
     def _keep_function(self, function: FunctionType, depth: int) -> None:
+        if vars(function):
+            self._keep_attributes(function, depth)
         for cell in function.__closure__ or ():
             self._keep_cell(cell, depth)
         self._keep_all((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), depth)

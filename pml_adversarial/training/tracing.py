@@ -4,8 +4,8 @@ While a `Watch` lives, the outputs of the outermost modules become `Traced`, a c
 operation. So the embeddings that reach a loss tell how they were made of the modules' inputs. Nothing is noted inside a
 module: its call is one step of the trace.
 
-A tensor with gradient holds its trace, as it holds its graph. One without holds it weakly, so that sums and memories
-that live for long do not grow; the steps themselves stay until the first module runs after a loss. What a module gives
+A tensor with gradient holds its trace, as it holds its graph. A number, or a tensor without gradient, holds it weakly,
+so that sums and memories that live for long do not grow; the steps themselves stay until the first module runs after a loss. What a module gives
 under ``no_grad`` is only marked with the name of the module.
 """
 
@@ -28,7 +28,7 @@ from .nested import leaves, mapped, outputs_in, tensors_in
 _numbers = count()
 _DEVICES = ("cpu", "cuda")
 _PLAIN = {bool, int, float, str, type(None)}
-_CALLS_WITHOUT_LOSS = 16  # after as many, traces of tensors without gradient are given up
+_CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
 
 
 class Ref:
@@ -163,6 +163,7 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
             return func(*args, **kwargs)
     in_place = _works_in_place(func, args, kwargs)
     step = _before_change(func, args, kwargs) if in_place else None
+    random_state = _random_state() if _wants_state() else None
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
     if in_place:
@@ -177,7 +178,7 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
                 _mark(tensor, _Lost(lost))
             return result
         step = step or Step(func, args, kwargs)
-        step.random_state = _random_state() if _wants_state() else None
+        step.random_state = random_state
         for place, tensor in enumerate(found if in_place else tensors_in(result)):
             if in_place or type(tensor) is Tensor:
                 note(tensor, Ref(step, place))
@@ -191,6 +192,8 @@ def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     """
     target = args[0]
     given = tensors_in((args[1:], kwargs))
+    if isinstance(target, nn.Parameter):
+        return None
     if type(target) is not Traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
         return None
     step = Step(func, args, kwargs, in_place=True)
@@ -211,7 +214,9 @@ def _lost_among(value: Any) -> str | None:
 
 def note(tensor: Tensor, made_by: Ref) -> None:
     """From now on, operations on the tensor are noted."""
-    if tensor.requires_grad:
+    if isinstance(tensor, nn.Parameter):
+        return
+    if tensor.requires_grad and tensor.ndim:  # sums of losses are often kept, beyond their backward pass
         _mark(tensor, made_by)
     else:
         _here.recent.append(made_by.step)
@@ -392,7 +397,7 @@ class _Noting:
 
     def __init__(self, module: nn.Module, args: Sequence[Any], kind: str) -> None:
         self.module, self.args, self.kind = module, args, kind
-        self.given = tensors_in(args)
+        self.given = _tensors_of(args)
         self.versions = [version_of(tensor) for tensor in self.given]
         wants = _wants_state()
         self.random_state = _random_state() if wants else None
@@ -420,15 +425,19 @@ class _Noting:
             return
         found = outputs_in(output)
         name = type(module).__name__
-        if self.kind != "watched" and not any(type(tensor) is Traced for tensor in tensors_in((self.args, kwargs))):
+        if self.kind != "watched" and not any(type(tensor) is Traced for tensor in (*self.given, *_tensors_of(kwargs))):
             _tell("not watched", name)
         elif not torch.is_grad_enabled():
             _tell("without gradient", name)
-            for tensor in found:
+            for tensor in self._new(found):
                 _mark(tensor, _Lost(name))
         else:
             _tell("with gradient", name)
             self._note(kwargs, found)
+
+    def _new(self, found: list[Tensor]) -> list[Tensor]:
+        """Without the arguments that the module handed through, which keep the trace that they have."""
+        return [tensor for tensor in found if not any(tensor is given for given in self.given)]
 
     def _note(self, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
         if not any(tensor.ndim for tensor in found):
@@ -443,9 +452,17 @@ class _Noting:
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
         if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
             call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        new = set(map(id, self._new(found)))
         for place, tensor in enumerate(found):
-            if tensor.ndim:
+            if tensor.ndim and id(tensor) in new:
                 note(tensor, Ref(step, place))
+
+
+def _tensors_of(arguments: Any) -> list[Tensor]:
+    try:
+        return tensors_in(arguments)
+    except RecursionError:  # a container that holds itself
+        return []
 
 
 def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
@@ -498,7 +515,7 @@ def _without_hook() -> Iterator[None]:
 def _argument(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    if type(leaf) is not Traced:
+    if type(leaf) is not Traced or isinstance(leaf, nn.Parameter):
         return Fixed(leaf)
     return ref_of(leaf) or Fixed(leaf, lost=lost_of(leaf))
 
