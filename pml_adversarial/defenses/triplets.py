@@ -140,7 +140,7 @@ def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) 
     plan = plan_tuples(triplets, roles, len(batch)).only_named()
     if batch.num_attackable < len(batch) and not batch.can_be_perturbed(plan.rows).all():
         raise PlanError(
-            f"Triplets have members whose inputs are not known, as in ref_emb, so {', '.join(roles)} cannot all be "
+            f"Triplets have members in ref_emb or elsewhere whose inputs are not known, so {', '.join(roles)} cannot all be "
             "perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
         )
     return plan

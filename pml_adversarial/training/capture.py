@@ -152,6 +152,12 @@ class InputCapture:
     def _explain(self, embeddings: Tensor) -> str:
         """What was seen of these embeddings, and what to do."""
         seen = {how: ", ".join(sorted(names)) for how, names in self._watch.seen.items()}
+        if not embeddings.requires_grad:
+            return (
+                "The embeddings were computed without gradient (under no_grad, or detached), so it is not known which "
+                "inputs gave them. Compute them with gradient; or call .eval() on the wrapper, which then attacks "
+                f"nothing; or {_OPEN_DOOR}"
+            )
         if embeddings.grad_fn is None:
             return (
                 "The embeddings are a tensor of their own (a leaf of autograd's graph, or detached), so it is not known "
@@ -187,7 +193,7 @@ class InputCapture:
                 f"set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
             )
         return (
-            "No module was seen to run since this loss was made. Make the loss before the forward pass. If the model is "
+            "No module ran since this loss was made, as far as can be seen. Make the loss before the forward pass. If the model is "
             "compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, model), after it was "
             f"compiled; or {_OPEN_DOOR}"
         )

@@ -183,7 +183,8 @@ class Replay:
             ReplayError: rows are not embedded each on its own.
         """
         known = self._all_known(self.inputs.device)
-        some = known[torch.arange(len(known) - 1, -1, -2, device=known.device)]
+        half = torch.arange(len(known) - 1, -1, -2, device=known.device)
+        some = known[torch.cat([half, half])[: len(known)]]  # as many rows as the model knows
         depends_on = depends_on_mode(*self.modules)
         with isolated(*self.modules), torch.random.fork_rng(), paused():
             expected = self._whole(seed=0) if depends_on else again
@@ -216,8 +217,9 @@ class Replay:
         """Whether some rows are embedded as among all."""
         places = rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
         with preserved(*self.modules), torch.enable_grad():
-            found = self.embed(self.inputs[places].clone().requires_grad_(), rows)
-        if not found.requires_grad:
+            inputs = self.inputs[places].clone().requires_grad_()
+            found = self.embed(inputs, rows)
+        if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
             raise CaptureError(
                 f"{self._names} has no gradient with respect to its inputs: inside, something is computed under "
                 "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its "
