@@ -10,10 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+_SIMPLE = (Tensor, str, int, float, type(None))
+
 
 def leaves(value: Any) -> Iterator[Any]:
     """What a nested value holds, in order: all that is no container."""
-    if isinstance(value, Mapping):
+    if isinstance(value, _SIMPLE):  # first, as most are
+        yield value
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from leaves(item)
     elif isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
@@ -28,7 +32,11 @@ def leaves(value: Any) -> Iterator[Any]:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of a nested value, in order."""
-    return [value] if isinstance(value, Tensor) else [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) is tuple and len(value) == 1 and isinstance(value[0], Tensor):  # as most arguments are
+        return [value[0]]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def outputs_in(value: Any) -> list[Tensor]:
@@ -44,6 +52,8 @@ def outputs_in(value: Any) -> list[Tensor]:
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of a nested value with other leaves. They are changed in the order of `leaves`."""
+    if isinstance(value, _SIMPLE):
+        return change(value)
     if isinstance(value, Mapping):
         items = {key: mapped(item, change) for key, item in value.items()}
         return items if type(value) is dict else _filled(value, items)

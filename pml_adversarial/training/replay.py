@@ -36,7 +36,7 @@ from .rerun import (
 from .rows import Rows, find_rows
 from .side_effects import undone
 from .sources import INNER, Choice, Sources
-from .tracing import Fixed, Ref, Step, autocast, modes_of, paused, switches_of
+from .tracing import Fixed, Ref, Step, autocast, modes_of, paused, submodules_of, switches_of
 from .tuples import rank_in_group
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
@@ -246,7 +246,7 @@ class Replay:
     def _check_modes(self) -> None:
         for step in self._calls:
             modes = step.call.modes  # type: ignore[union-attr]
-            if modes and modes != modes_of(step.function.modules()):
+            if modes and modes != modes_of(submodules_of(step.function)):
                 raise ReplayError(
                     f"{name_of(step)} changed its mode (train or eval) between the forward pass and the loss, so its "
                     "embeddings would be others now. Compute the loss before you call .eval() or .train()."

@@ -15,7 +15,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from .nested import leaves, mapped, outputs_in, tensors_in
 _numbers = count()
 _DEVICES = ("cpu", "cuda")
 _PLAIN = {bool, int, float, str, type(None)}
+_PARAMETER = (nn.Parameter, type(None))
 _CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
 
 
@@ -159,17 +161,18 @@ class _Lost(NamedTuple):
 @torch.compiler.disable
 def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if _here.paused:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    in_place = _works_in_place(func, args, kwargs)
+        return _run(func, args, kwargs)
+    name = getattr(func, "__name__", "")
+    in_place = _works_in_place(name, args, kwargs)
     step = _before_change(func, args, kwargs) if in_place else None
-    random_state = _random_state() if _wants_state() else None
-    with torch._C.DisableTorchFunctionSubclass():
-        result = func(*args, **kwargs)
+    random_state = _random_state() if name != "__get__" and _wants_state() else None
+    result = _run(func, args, kwargs)
+    if not in_place and not isinstance(result, Tensor | tuple | list):  # such as .shape
+        return result
     if in_place:
         found = [args[0]] if step is not None else []
     else:
-        found = tensors_in(result) if isinstance(result, Tensor | tuple | list) else []
+        found = tensors_in(result)
     found = [tensor for tensor in found if in_place or type(tensor) is Tensor]
     if found:
         lost = _lost_among((args, kwargs))
@@ -183,6 +186,11 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
             if in_place or type(tensor) is Tensor:
                 note(tensor, Ref(step, place))
     return result
+
+
+def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step | None:
@@ -225,8 +233,9 @@ def note(tensor: Tensor, made_by: Ref) -> None:
 
 def _mark(tensor: Tensor, origin: Any) -> None:
     if type(tensor) in (Tensor, Traced):
+        version = version_of(tensor)
         tensor.__class__ = Traced
-        tensor.origin, tensor.made_at = origin, version_of(tensor)  # type: ignore[attr-defined]
+        tensor.origin, tensor.made_at = origin, version  # type: ignore[attr-defined]
 
 
 def ref_of(tensor: Tensor) -> Ref | None:
@@ -319,7 +328,8 @@ class _Here(threading.local):
         paused: whether nothing is noted, inside a module or a replay.
         inner: see `Call`; None outside of modules.
         recent: steps that gave tensors without gradient, which hold them weakly.
-        calls: number of outermost calls since ``recent`` was emptied.
+        older: those before the last loss.
+        calls: number of outermost calls since ``recent`` was begun.
         after_loss: whether a loss was computed since the last call.
     """
 
@@ -327,6 +337,7 @@ class _Here(threading.local):
         self.paused = False
         self.inner: dict[nn.Module, list[Any]] | None = None
         self.recent: list[Step] = []
+        self.older: list[Step] = []
         self.calls, self.after_loss = 0, False
 
 
@@ -352,11 +363,13 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
     noting = _start(module, args)
     if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
         handle = nn_module.register_module_forward_hook(noting.end, with_kwargs=True, always_call=True)
-        noting.inside.callback(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)
+        noting.undo = [handle.remove, partial(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)]
     else:
-        noting.inside.callback(module.register_forward_pre_hook(noting.enter).remove)
-        handle = module.register_forward_hook(noting.end, with_kwargs=True, always_call=True)
-    noting.inside.callback(handle.remove)
+        handles = (
+            module.register_forward_pre_hook(noting.enter),
+            module.register_forward_hook(noting.end, with_kwargs=True, always_call=True),
+        )
+        noting.undo = [handle.remove for handle in handles]
 
 
 def _note_compiled(module: nn.Module) -> Callable[[], None]:
@@ -387,7 +400,7 @@ def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
     _threads.add(threading.get_ident())
     _here.calls += 1
     if _here.after_loss or _here.calls > _CALLS_WITHOUT_LOSS:
-        _here.recent.clear()
+        _here.older, _here.recent = _here.recent, []
         _here.calls, _here.after_loss = 1, False
     return _Noting(module, args, _kind_of(module))
 
@@ -403,10 +416,12 @@ class _Noting:
         self.random_state = _random_state() if wants else None
         self.buffers = _buffers_of(module) if wants else []
         self.inner = _here.inner = {}
-        self.depth = 0
-        self.inside = ExitStack()
-        self.inside.enter_context(plain(self.given))
-        self.inside.enter_context(paused())  # so that submodules cost nothing
+        self.depth, self.undo = 0, list[Callable[[], Any]]()
+        self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
+        for tensor in self.traced:
+            tensor.__class__ = Tensor
+        _here.paused, self.hook = True, _without_hook()  # so that submodules cost nothing
+        self.hook.__enter__()
 
     def enter(self, module: nn.Module, args: Sequence[Any]) -> None:
         """The hook before the module calls itself."""
@@ -419,43 +434,55 @@ class _Noting:
         if self.depth:
             self.depth -= 1
             return
-        self.inside.close()
-        _here.inner = None
+        self._close()
         if output is None:  # the module raised
             return
         found = outputs_in(output)
         name = type(module).__name__
-        if self.kind != "watched" and not any(type(tensor) is Traced for tensor in (*self.given, *_tensors_of(kwargs))):
+        if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
             _tell("not watched", name)
         elif not torch.is_grad_enabled():
             _tell("without gradient", name)
             for tensor in self._new(found):
                 _mark(tensor, _Lost(name))
         else:
-            _tell("with gradient", name)
-            self._note(kwargs, found)
+            self._note(name, kwargs, found)
+
+    def _close(self) -> None:
+        for step in self.undo:
+            step()
+        self.hook.__exit__(None, None, None)
+        for tensor in self.traced:
+            tensor.__class__ = Traced
+        _here.paused, _here.inner = False, None
 
     def _new(self, found: list[Tensor]) -> list[Tensor]:
         """Without the arguments that the module handed through, which keep the trace that they have."""
         return [tensor for tensor in found if not any(tensor is given for given in self.given)]
 
-    def _note(self, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
-        if not any(tensor.ndim for tensor in found):
+    def _note(self, name: str, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
+        if not any(map(_is_followed, found)):
             return
+        _tell("with gradient", name)
         step, module = Step(self.module, self.args, kwargs), self.module
         step.random_state = self.random_state
         step.call = call = Call(found)
-        inside = list(module.modules())
+        inside = submodules_of(module)
         call.modes, call.switches = modes_of(inside), switches_of(module)
         call.buffers = self.buffers
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
-        if any(not isinstance(p, nn.Parameter) for m in inside for p in m._parameters.values() if p is not None):
+        if any(not isinstance(p, _PARAMETER) for m in inside for p in m._parameters.values()):
             call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         new = set(map(id, self._new(found)))
         for place, tensor in enumerate(found):
-            if tensor.ndim and id(tensor) in new:
+            if _is_followed(tensor) and id(tensor) in new:
                 note(tensor, Ref(step, place))
+
+
+def _is_followed(output: Tensor) -> bool:
+    """Whether what is done to an output of a module is noted: not to a number, such as a loss, or to indices."""
+    return output.ndim > 0 and output.is_floating_point()
 
 
 def _tensors_of(arguments: Any) -> list[Tensor]:
@@ -477,6 +504,17 @@ def _tell(how: str, name: str) -> None:
         watch.seen[how].add(name)
 
 
+def submodules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and all that are inside, each once. It is faster than ``module.modules()``, and runs in each step."""
+    found, seen = [module], {id(module)}
+    for one in found:
+        for inner in one._modules.values():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
+
+
 def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
     """The ``training`` flags of modules."""
     return tuple(module.training for module in modules)
@@ -489,7 +527,7 @@ def switches_of(module: nn.Module) -> dict[str, Any]:
 
 def _kind_of(module: nn.Module) -> str:
     if _kinds.get(module, "other") == "other":  # it may have got another module since
-        inside = list(module.modules())
+        inside = submodules_of(module)
         if any(getattr(type(m), "wraps_a_loss_or_miner", False) for m in inside):
             kind = "holds a wrapper"
         elif any(watch.known is None or not watch.known.isdisjoint(map(id, inside)) for watch in _watches):
@@ -522,11 +560,13 @@ def _argument(leaf: Any) -> Any:
 
 def version_of(tensor: Tensor) -> int:
     """The number of changes in place; 0 for tensors of inference mode, which have no such number."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
-def _works_in_place(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    name = getattr(function, "__name__", "")
+def _works_in_place(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if not args or not isinstance(args[0], Tensor):
         return False
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
