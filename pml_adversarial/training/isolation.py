@@ -49,9 +49,9 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for module, mode, buffers in scripted:  # their buffers cannot be exchanged
+        for module, mode, copies in scripted:  # their buffers cannot be exchanged
             module.training = mode
-            for buffer, before in buffers:
+            for buffer, before in copies:
                 if not torch.equal(buffer, before):
                     buffer.detach().copy_(before)
         for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:

@@ -122,4 +122,6 @@ def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[st
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two items are one object, or pairs of a key and one object."""
-    return one is other or (isinstance(one, tuple) and len(one) == len(other) == 2 and one[1] is other[1] and one[0] is other[0])
+    return one is other or (
+        isinstance(one, tuple) and len(one) == len(other) == 2 and one[1] is other[1] and one[0] is other[0]
+    )
