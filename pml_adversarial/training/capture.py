@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import CaptureError, InputError, ReplayError
+from .isolation import preserved
 from .pixels import PixelSpace
 from .replay import Replay, difference, tolerance
 from .sources import Choice
 from .trace import Call, Fixed, Ref
-from .tracing import lost_of, ref_of, step_of
+from .tracing import lost_of, paused, ref_of, step_of
 from .watch import Watch
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
@@ -78,7 +81,8 @@ class InputCapture:
         results: list[Ref | Fixed] = [found]
         if reference is not None:
             results.append(ref_of(reference) or Fixed(reference.detach()))
-        replay = Replay(results, pixels, order, self.choice, self.chunk, limit)
+        inside = () if inputs is None else self._modules_inside(inputs)
+        replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
         self._check(replay, embeddings, reference, order, told=inputs is not None)
@@ -91,6 +95,7 @@ class InputCapture:
     def _start(self, model: Models | None) -> None:
         self._model = model
         self._function = None if model is None else in_order(model)
+        self._inside: tuple[nn.Module, ...] | None = None
         known = None if model is None or not _has_modules(model) else modules_of(model)
         self._watch = Watch(known, self.choice.at)
         self._watch.wants_state = True
@@ -110,6 +115,12 @@ class InputCapture:
         step = step_of(self._function, (inputs.detach(),), {})
         step.call = Call([embeddings])
         return Ref(step, 0)
+
+    def _modules_inside(self, inputs: Tensor) -> tuple[nn.Module, ...]:
+        """The modules that a function of inputs runs. They are found out once."""
+        if self._inside is None:
+            self._inside = () if isinstance(self._function, nn.Module) else modules_run_by(self._function, inputs)
+        return self._inside
 
     def _found(self, embeddings: Tensor) -> Ref:
         found = ref_of(embeddings)
@@ -270,6 +281,24 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
             "modules in forward order, or the models dict of a PML trainer."
         )
     return modules
+
+
+def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
+    """The outermost modules that a function runs, or the module whose method it is. They are left as they were."""
+    method = getattr(function, "func", function)
+    if isinstance(getattr(method, "__self__", None), nn.Module):
+        return (method.__self__,)
+    found: list[nn.Module] = []
+    with torch.no_grad(), torch.random.fork_rng(), paused(), ExitStack() as stack:
+
+        def note(module: nn.Module, args: Any) -> None:
+            if not any(module is inner for outer in found for inner in outer.modules()):
+                found.append(module)
+                stack.enter_context(preserved(module))
+
+        stack.callback(register_module_forward_pre_hook(note).remove)
+        function(inputs)
+    return tuple(found)
 
 
 def in_order(model: Models) -> Callable[..., Any]:
