@@ -253,10 +253,12 @@ class TestFixedContext:
 
 
 class TestCost:
-    CHECK = (8, False, True)  # the clean inputs are embedded again in the first step, and not in the second
+    AGAIN = (8, False, True)  # the clean rows, embedded again as they were
+    CALM = (8, False, False)  # and in eval mode
+    ASKED = (8, True, False)  # rows whose inputs get a gradient, in eval mode
 
-    def spent(self, images, labels, *extra, frozen=False, **options):
-        """The passes of a step, and how many rows were perturbed."""
+    def spent(self, images, labels, *extra, frozen=False, check=(AGAIN, ASKED), **options):
+        """The passes of a second step, and how many rows were perturbed. The first step checks the replay before."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
         model[2].train(not frozen)
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
@@ -267,7 +269,7 @@ class TestCost:
             loss_func(embeddings, labels)
             of_steps.append(passes.taken())
         first, second = of_steps
-        assert first == [self.CHECK, *second]
+        assert first == [*check, *second]
         return second, loss_func.num_perturbed
 
     @pytest.mark.parametrize("perturb", ["positive", "all", ("anchor", "negative")])
@@ -277,13 +279,14 @@ class TestCost:
 
     @pytest.mark.parametrize("extra", [nn.BatchNorm1d(16), nn.Dropout(0.1)], ids=["BatchNorm", "Dropout"])
     def test_one_more_without_gradient_where_the_mode_matters(self, extra, images, labels):
-        passes, rows = self.spent(images, labels, extra, perturb=("positive", "negative"))
+        check = self.AGAIN, self.CALM, self.ASKED
+        passes, rows = self.spent(images, labels, extra, check=check, perturb=("positive", "negative"))
         assert rows == 16
         assert passes == [(8, False, False)] + [(rows, True, False)] * STEPS + [(rows, True, True)]
 
     def test_none_more_where_batchnorm_is_frozen(self, images, labels):
         passes, _ = self.spent(images, labels, nn.BatchNorm1d(16), frozen=True)
-        assert len(passes) == STEPS + 1
+        assert passes == [(8, True, False)] * STEPS + [(8, True, True)]
 
     def test_nothing_at_eps_0(self, images, labels):
         passes, _ = self.spent(images, labels, attack=NO_BUDGET)
@@ -292,13 +295,45 @@ class TestCost:
     def test_one_more_in_a_hundred_steps(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
-        passes, checked = counting(model), []
+        passes, spent = counting(model), {}
         for step in range(1, 202):
             embeddings = model(images)
             passes.taken()
             loss_func(embeddings, labels)
-            checked += [step] * (passes.taken() == [self.CHECK])
-        assert checked == [1, 100, 200]
+            spent[step] = passes.taken()
+        checked = {step: found for step, found in spent.items() if found}
+        assert checked == {1: [self.AGAIN, self.ASKED], 100: [self.AGAIN], 200: [self.AGAIN]}
+
+    def test_the_check_is_due_again_in_the_first_step_of_each_form(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes, spent = counting(model), []
+        two_calls = lambda x: torch.cat([model(x[:4]), model(x[4:])])  # noqa: E731
+        for form in (model, lambda x: normalize(model(x)), two_calls, model, lambda x: normalize(model(x)), two_calls):
+            embeddings = form(images)
+            passes.taken()
+            loss_func(embeddings, labels)
+            spent.append(passes.taken())
+        of_two = [(4, False, True)] * 2 + [(4, True, False)] * 4  # all rows as well, since they are not embedded apart
+        assert spent == [[self.AGAIN, self.ASKED], [self.AGAIN, self.ASKED], of_two, [], [], []]
+
+    @pytest.mark.parametrize("rows", [8, 7])
+    def test_the_check_asks_for_the_gradient_of_half_of_the_inputs_twice(self, rows, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes = Notes()
+        model.register_forward_pre_hook(
+            lambda module, args: passes.append((args[0], [p.requires_grad for p in module.parameters()]))
+        )
+        loss_func(model(images[:rows]), labels[:rows])
+        (own, _), (again, _), (asked, asks) = passes
+        assert torch.equal(own, images[:rows])
+        assert torch.equal(again, images[:rows])
+        assert not again.requires_grad
+        half = [*range(rows - 1, -1, -2)]
+        assert torch.equal(asked, images[(half * 2)[:rows]])
+        assert asked.requires_grad
+        assert asks == [False, False]
 
 
 def everything_of(*modules):
@@ -459,8 +494,15 @@ class Fails(nn.Module):
 
 
 class TestAfterAFailedStep:
-    # 1 is the caller's own pass, 2 that of the clean inputs again, and the last one the re-embedding
-    @pytest.mark.parametrize("nth", range(2, STEPS + 4))
+    LAST = 3 + STEPS + 1  # 1 is the caller's own pass, 2 and 3 are those of the check, the last one is the re-embedding
+
+    def test_no_pass_comes_after_the_last(self, model, images, labels):
+        flaky = nn.Sequential(*model, Fails(self.LAST + 1))
+        seed_paper_loss(losses.TripletMarginLoss(), flaky, attack=PGD)(flaky(images), labels)
+        with pytest.raises(ZeroDivisionError):
+            flaky(images)
+
+    @pytest.mark.parametrize("nth", range(2, LAST + 1))
     def test_a_retry_is_the_step(self, nth, model, images, labels):
         flaky = nn.Sequential(*model, Fails(nth))
         loss_func, unbroken = (
@@ -713,7 +755,7 @@ class TestBadInput:
                 return self.linear(x.flatten(1).float() / 255)
 
         model = TakesBytes()
-        with pytest.raises(CaptureError, match=r"torch.uint8.*floating point"):
+        with pytest.raises(InputError, match=r"uint8 \(8, 1, 6, 6\).*floating point.*images\.float\(\) / 255"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
