@@ -407,7 +407,11 @@ MINERS = {
 def told_inputs(model, wrap_loss, wrap_miner, part):
     """A loss and a miner that are told pixels, of which a function of ours makes what the model takes."""
     embed, x, y = lambda pixels: model(3 * pixels - 1), part(images(12, 0)), part(LABELS)
-    options = {"attack": PGD, "perturb": "all", "seed": SEED if wrap_loss is DistributedLossWrapper else rank_0_seed(SEED)}
+    options = {
+        "attack": PGD,
+        "perturb": "all",
+        "seed": SEED if wrap_loss is DistributedLossWrapper else rank_0_seed(SEED),
+    }
     miner = AdversarialMiner(wrap_miner(miners.BatchHardMiner()), embed, **options)
     loss_func = seed_paper_loss(wrap_loss(Triplet()), embed, **options)
     embeddings = embed(x)

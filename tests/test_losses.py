@@ -717,6 +717,89 @@ class TestWhatWasDoneToTheEmbeddings:
         torch.testing.assert_close(spies[1].adversarial.embeddings, change(model(spies[1].adversarial.inputs)))
 
 
+class TestRowsWithoutInputs:
+    """Some rows of a batch came from elsewhere: they are held fixed, wherever they stand."""
+
+    MASKS = (torch.arange(8) >= 4, torch.arange(8) < 4, torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool())
+    TWICE = torch.arange(4).repeat(2)
+
+    def step(self, make, embed, images, labels, *, taken=slice(None), **arguments):
+        """One step of a loop, in which the rows ``taken`` of ``images`` may be perturbed."""
+        spy = Spy()
+        loss_func = make(attack=PGD, perturb="anchor", seed=1, plugins=[spy])
+        loss_func(embeddings := embed(images), labels, **arguments)
+        assert torch.equal(spy.batch.inputs, images[taken])
+        assert loss_func.num_perturbed == len(spy.plan) > 0
+        assert spy.batch.can_be_perturbed(spy.plan.rows).all()
+        torch.testing.assert_close(spy.adversarial.clean_inputs, spy.batch.inputs_of(spy.plan.rows))
+        assert (spy.adversarial.inputs != spy.adversarial.clean_inputs).flatten(1).any(1).all()
+        return spy, embeddings.detach()
+
+    @pytest.mark.parametrize("mask", MASKS, ids=["keys last", "keys first", "mixed"])
+    @pytest.mark.parametrize("form", ["model", "normalised", "two calls"])
+    def test_keys_of_a_memory_are_never_perturbed(self, form, mask, model, images):
+        forms = {
+            "model": model,
+            "normalised": lambda x: normalize(model(x)),
+            "two calls": lambda x: torch.cat([model(x[:3]), model(x[3:])]),
+        }
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make = partial(seed_paper_loss, memory, model)
+        labels = torch.zeros(8, dtype=torch.long)
+        labels[mask], labels[~mask] = torch.arange(4), torch.arange(4)
+        spy, embeddings = self.step(make, forms[form], images, labels, taken=~mask, enqueue_mask=mask)
+        assert torch.equal(spy.batch.embeddings[:4], embeddings[~mask])  # queries, then the keys
+        assert torch.equal(spy.batch.embeddings[4:], embeddings[mask])
+        again = forms[form](spy.adversarial.inputs.repeat(2, 1, 1, 1))[: len(spy.plan)]
+        torch.testing.assert_close(spy.adversarial.embeddings, again)
+
+    @pytest.mark.parametrize("keys_first", [True, False])
+    def test_keys_of_a_momentum_encoder(self, keys_first, model, images):
+        with torch.no_grad():
+            keys = copy.deepcopy(model)(images.flip(3))
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make, mask = partial(seed_paper_loss, memory, model), (torch.arange(16) < 8) == keys_first
+
+        def embed(x):
+            return torch.cat([keys, model(x)] if keys_first else [model(x), keys])
+
+        spy, _ = self.step(make, embed, images, torch.arange(8).repeat(2), enqueue_mask=mask)
+        torch.testing.assert_close(spy.batch.embeddings[8:], keys)
+        torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    @pytest.mark.parametrize("kind", ["plain", "moody"])
+    def test_before_others_and_between_them(self, kind, model, moody_model, images, labels):
+        watched = moody_model if kind == "moody" else model
+        others, place = torch.randn(3, 4), torch.tensor([8, 0, 1, 9, 2, 3, 4, 10, 5, 6, 7])  # rows 0, 3 and 7
+        embed = lambda x: torch.cat([watched(x), others])[place]  # noqa: E731
+        make = partial(seed_paper_loss, losses.TripletMarginLoss(), watched)
+        spy, embeddings = self.step(make, embed, images, torch.cat([labels, torch.tensor([0, 1, 2])])[place])
+        own = torch.tensor([1, 2, 4, 5, 6, 8, 9, 10])
+        assert torch.equal(spy.batch.known_rows, own)
+        assert {*spy.plan.rows.tolist()} <= {*own.tolist()}
+        assert torch.equal(spy.batch.embeddings.detach(), embeddings)
+        for row, inputs in zip(spy.plan.rows.tolist(), spy.adversarial.clean_inputs, strict=True):
+            assert torch.equal(inputs, images[own.tolist().index(row)])
+        if kind == "plain":
+            torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    def test_before_others_are_seen_as_they_are_in_eval_mode_too(self, moody_model, images, labels):
+        class Seen:
+            @hookimpl
+            def pml_adversarial_plan(self, batch):
+                self.context = batch.context
+
+        others, seen = torch.randn(3, 4), Seen()
+        loss_func = seed_paper_loss(
+            losses.TripletMarginLoss(), moody_model, attack=PGD, perturb="anchor", plugins=[seen]
+        )
+        embeddings = torch.cat([others, moody_model(images)])
+        expected = copy.deepcopy(moody_model).eval()(images)
+        loss_func(embeddings, torch.cat([torch.tensor([0, 1, 2]), labels]))
+        assert torch.equal(seen.context[:3], others)
+        torch.testing.assert_close(seen.context[3:], expected.detach())
+
+
 def changing(change):
     return lambda objective: lambda inputs, labels: change(inputs)
 

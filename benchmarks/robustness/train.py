@@ -132,7 +132,7 @@ class Training:
         self._check_replay()
 
     def _check_replay(self) -> None:
-        """Lets the loss check its replay now and not in the first step, since a run that goes on would pay for it again."""
+        """Lets the loss check its replay before passes are counted, since a run that goes on checks it again."""
         if not isinstance(self.loss, AdversarialLoss):
             return
         images, labels = (part.to(self.device) for part in self.batches[0])
