@@ -156,7 +156,9 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if warmup:
             adapter.check_warmup(own.attack)
         plugins = find_all(plugins)
-        self._shown = options.shown(own.shown_options(), plugins, bounds=bounds, warmup=f"{warmup} steps", guard=guard and has_eps)
+        self._shown = options.shown(
+            own.shown_options(), plugins, bounds=bounds, warmup=f"{warmup} steps", guard=guard and has_eps
+        )
         self.loss = loss
         self.takes_two_views = loss_calls.takes_two_views(loss)
         self.adversary = AdversarialStep(

@@ -164,8 +164,8 @@ class AdversarialMiner(Wrapper, BaseMiner):
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
-        reference = reference or (None, None)
-        batch = self.adversary.collate(embeddings, labels, None, *reference, inputs=self._inputs)
+        ref, of_ref = reference or (None, None)
+        batch = self.adversary.collate(embeddings, labels, None, ref, of_ref, None, self._inputs)
         with self.adversary.random_numbers():  # the caller's numbers are for the tuples that are returned
             found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))

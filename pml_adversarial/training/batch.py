@@ -67,7 +67,7 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
-    replay: Replay | None = None
+    replay: Replay = None  # type: ignore[assignment]  # a batch that is not perturbed needs none
     known_rows: Tensor | None = None
     num_rows: int = field(init=False)
     call_signature: CallSignature = field(init=False)

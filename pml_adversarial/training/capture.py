@@ -14,7 +14,9 @@ from ..errors import CaptureError, InputError, ReplayError
 from .pixels import PixelSpace
 from .replay import Replay, difference, tolerance
 from .sources import Choice
-from .tracing import Call, Fixed, Ref, Step, Watch, lost_of, ref_of
+from .trace import Call, Fixed, Ref
+from .tracing import lost_of, ref_of, step_of
+from .watch import Watch
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
 """A module, several modules, the ``models`` of a PML trainer, or a function of inputs."""
@@ -79,8 +81,7 @@ class InputCapture:
         replay = Replay(results, pixels, order, self.choice, self.chunk, limit)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
-        given = embeddings.detach() if reference is None else torch.cat([embeddings.detach(), reference.detach()])
-        self._check(replay, given if order is None else given[order], told=inputs is not None)
+        self._check(replay, embeddings, reference, order, told=inputs is not None)
         self._watch.forget()
         return replay
 
@@ -103,8 +104,10 @@ class InputCapture:
             )
         if not isinstance(inputs, Tensor) or inputs.shape[:1] != embeddings.shape[:1]:
             found = f"of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
-            raise InputError(f"inputs is {found}; expected a tensor of one row for each of {len(embeddings)} embeddings.")
-        step = Step(self._function, (inputs.detach(),), {})
+            raise InputError(
+                f"inputs is {found}; expected a tensor of one row for each of {len(embeddings)} embeddings."
+            )
+        step = step_of(self._function, (inputs.detach(),), {})
         step.call = Call([embeddings])
         return Ref(step, 0)
 
@@ -114,7 +117,9 @@ class InputCapture:
             raise CaptureError(self._explain(embeddings))
         return found
 
-    def _check(self, replay: Replay, given: Tensor, told: bool) -> None:
+    def _check(
+        self, replay: Replay, embeddings: Tensor, reference: Tensor | None, order: Tensor | None, told: bool
+    ) -> None:
         """Embeds the clean inputs again, and compares, where it is time to do so.
 
         A model that draws random numbers can only be compared from the state in which it began. Where that is not
@@ -125,6 +130,8 @@ class InputCapture:
         is_new = form not in self._forms
         replay.picks = self._forms.get(form, True)
         if is_new or switched or self._count % CHECK_EVERY == 0:
+            given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
+            given = given if order is None else given[order]
             again = replay.again(seed=0)
             limit = tolerance(given.dtype)
             apart = difference(again, given)

@@ -57,6 +57,8 @@ class Collator:
             enqueue_mask: ``(N,)`` bool, of a batch without a reference: these rows become the reference, of which no
                 inputs are known. None: no such rows.
 
+            inputs: ``(N, ...)`` the inputs of the embeddings; None: they are found.
+
         Returns:
             The batch, and the state of the first process; None where this process has the batch for itself.
 

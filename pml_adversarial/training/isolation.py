@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType, MethodType
@@ -34,6 +34,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
     queues.enter_context(undone(submodules))
+    for _, _, copies in scripted:
+        queues.enter_context(_versions_kept([buffer for buffer, _ in copies]))
     try:
         for module, _, buffers in states:
             if _enqueues_as_pml(module):
@@ -43,22 +45,31 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 module._buffers[name] = None if buffer is None else buffer.detach().clone()
         yield
     finally:
+        for module, mode, copies in scripted:  # their buffers cannot be exchanged
+            module.training = mode
+            for buffer, before in copies:
+                buffer.detach().copy_(before)
         queues.close()
         for module, state, buffers in states:
             vars(module).clear()
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for module, mode, buffers in scripted:  # their buffers cannot be exchanged
-            module.training = mode
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.detach().copy_(before)
         for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:
             if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
                 parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+@contextmanager
+def _versions_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Afterwards the versions of tensors are what they were, so that graphs made before can be walked backward."""
+    keep: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for tensor in tensors:
+            stack.enter_context(keep(tensor))
+        yield
 
 
 def _is_scripted(module: nn.Module) -> bool:
@@ -96,8 +107,7 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
         else:  # a copy of the memory, which carries this function along
             CrossBatchMemory.add_to_memory(self, embeddings, labels, batch_size)
 
-    version_of: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-    with version_of(memory.embedding_memory), version_of(memory.label_memory):
+    with _versions_kept((memory.embedding_memory, memory.label_memory)):
         memory.add_to_memory = MethodType(keep_and_enqueue, memory)
         try:
             yield

@@ -58,8 +58,8 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         items = {key: mapped(item, change) for key, item in value.items()}
         return items if type(value) is dict else _filled(value, items)
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
-        items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        parts = [mapped(item, change) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
         changed = copy.copy(value)
         for field in fields(value):

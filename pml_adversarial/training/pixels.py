@@ -42,7 +42,8 @@ class PixelSpace:
         channel_dim: int | None = None,
     ) -> None:
         self.normalization, self.bounds, self.channel_dim = normalization, bounds, channel_dim
-        mean, std = (0.0,), (1.0,)
+        mean: tuple[float, ...] = (0.0,)
+        std: tuple[float, ...] = (1.0,)
         if normalization is not None:
             mean, std = _numbers(normalization)
             if not mean or min(std) <= 0 or any(isinstance(part, int | float) for part in normalization):
@@ -50,7 +51,8 @@ class PixelSpace:
                     f"normalization={normalization!r}; expected (mean, std), each with one number per channel, std "
                     "above 0. Pass the two values that you gave to torchvision.transforms.Normalize."
                 )
-        low, high = (0.0,), (1.0,)
+        low: tuple[float, ...] = (0.0,)
+        high: tuple[float, ...] = (1.0,)
         if bounds is not None:
             low, high = _numbers(bounds)
             if not low or any(least >= most for least, most in zip(low, high, strict=True)):

@@ -21,23 +21,28 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError, InputError, ReplayError
 from .isolation import depends_on_mode, isolated, preserved
-from .nested import leaves, mapped
 from .pixels import PixelSpace
 from .rerun import (
     Outputs,
+    Resolve,
+    Take,
     apply,
     apply_as_before,
     checkpoints_take_gradients,
     name_of,
     output_replaced,
+    recorded,
     rerun,
     steps_to,
+    value_of,
 )
 from .rows import Rows, find_rows
 from .side_effects import undone
 from .sources import INNER, Choice, Sources
-from .tracing import Fixed, Ref, Step, autocast, modes_of, paused, submodules_of, switches_of
+from .trace import Fixed, Ref, Step, autocast
+from .tracing import paused
 from .tuples import rank_in_group
+from .watch import modes_of, submodules_of, switches_of
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
 
@@ -116,7 +121,7 @@ class Replay:
                 torch.manual_seed(seed)
             if self._chunk is None:
                 return self._run(apply_as_before)
-            whole = self._run(lambda s, a, k: s.call.outputs if s.call is not None else apply(s, a, k))
+            whole = self._run(recorded)
             known = self._all_known(whole.device)
             return whole.index_copy(0, known, self.embed(self.inputs, known).to(whole.dtype))
 
@@ -130,10 +135,7 @@ class Replay:
                 return number[leaf.step], leaf.place
             return (leaf.value.dtype, leaf.value.ndim) if isinstance(leaf, Fixed) else type(leaf)
 
-        return tuple(
-            (name_of(step), step.call and step.call.modes, *map(kind, leaves((step.args, step.kwargs))))
-            for step in self._steps
-        )
+        return tuple((name_of(step), step.call and step.call.modes, *map(kind, step.leaves)) for step in self._steps)
 
     @property
     def is_told(self) -> bool:
@@ -155,8 +157,8 @@ class Replay:
         """The first call that gives something else now, in words."""
         found: list[str] = []
 
-        def compare(step: Step, args: Any, kwargs: Any) -> Outputs:
-            outputs = apply_as_before(step, args, kwargs)
+        def compare(step: Step, resolve: Resolve) -> Outputs:
+            outputs = apply_as_before(step, resolve)
             if step.call is not None:
                 calls.append(step)
                 apart = max(map(difference, outputs, step.call.outputs), default=0.0)
@@ -188,13 +190,12 @@ class Replay:
         depends_on = depends_on_mode(*self.modules)
         with isolated(*self.modules), torch.random.fork_rng(), paused():
             expected = self._whole(seed=0) if depends_on else again
-            for self.picks in (True, False) if self._may_pick else (True,):
-                try:
-                    if all(self._is_same(rows, expected) for rows in ([some] if self._rows.apart else [known, some])):
-                        return
-                except Exception:  # a model may raise anything where arguments do not fit together
-                    if not self._may_pick:
-                        raise
+            compared = [some] if self._rows.apart else [known, some]
+            if all(self._is_same(rows, expected) for rows in compared):
+                return
+            self.picks = False
+            if self._may_pick and all(self._is_same(rows, expected) for rows in compared):
+                return
             if difference(self._whole(seed=1), self._whole(seed=2)) > _APART:
                 self.picks = True  # the model draws random numbers, in eval mode too
                 return
@@ -210,15 +211,23 @@ class Replay:
     def _whole(self, seed: int) -> Tensor:
         """``(N, D)`` the clean inputs, embedded again in the present mode."""
         torch.manual_seed(seed)
-        with preserved(*self.modules), torch.no_grad():  # some modules learn ranges from what they see, in eval mode too
+        with (
+            preserved(*self.modules),
+            torch.no_grad(),
+        ):  # some modules learn ranges from what they see, in eval mode too
             return self._run(apply)
 
     def _is_same(self, rows: Tensor, expected: Tensor) -> bool:
         """Whether some rows are embedded as among all."""
         places = rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
+        inputs = self.inputs[places].clone().requires_grad_()
         with preserved(*self.modules), torch.enable_grad():
-            inputs = self.inputs[places].clone().requires_grad_()
-            found = self.embed(inputs, rows)
+            try:
+                found = self.embed(inputs, rows)
+            except Exception:  # a model may raise anything where arguments do not fit together
+                if self._may_pick:
+                    return False
+                raise
         if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
             raise CaptureError(
                 f"{self._names} has no gradient with respect to its inputs: inside, something is computed under "
@@ -232,7 +241,7 @@ class Replay:
     def _may_pick(self) -> bool:
         """Whether a module took other tensors with as many rows as there are inputs."""
         counts = {len(source.value) for source in self._sources.all}
-        others = [leaf.value for step in self._calls for leaf in leaves((step.args, step.kwargs)) if _is_other(leaf)]
+        others = [leaf.value for step in self._calls for leaf in step.leaves if _is_other(leaf)]
         return any(other.ndim and len(other) in counts for other in others) and len(others) > len(self._sources)
 
     @property
@@ -252,7 +261,7 @@ class Replay:
                     "embeddings would be others now. Compute the loss before you call .eval() or .train()."
                 )
         if self._chunk is not None:
-            for module in (m for module in self.modules for m in module.modules()):
+            for module in [inner for outer in self.modules for inner in outer.modules()]:
                 if isinstance(module, _BatchNorm) and module.training:
                     raise InputError(
                         f"chunk={self._chunk}, and {type(module).__name__} is in train mode, so that it would take its "
@@ -276,11 +285,11 @@ class Replay:
 
     # How the steps are taken again
 
-    def _apply(self, step: Step, args: Any, kwargs: Any) -> Outputs:
+    def _apply(self, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
-        return apply(step, args, kwargs, autocast_as_now=autocast() != self._autocast)
+        return apply(step, resolve, autocast_as_now=autocast() != self._autocast)
 
-    def _run(self, take: Any) -> Tensor:
+    def _run(self, take: Take) -> Tensor:
         results = rerun(self._steps, self._results, take)
         whole = results[0] if len(results) == 1 else torch.cat(results)
         return whole if self._order is None else whole[self._order]
@@ -291,19 +300,17 @@ class Replay:
             if inputs.requires_grad:
                 stack.enter_context(checkpoints_take_gradients())
             if self._rows.apart:
-                return self._run(partial(self._take_some, inputs, rows))
+                return self._run(partial(self._take_some, self._pixels.to_inputs(inputs), rows))
             return self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
 
     def _embed_apart(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Embeds a chunk, the second time in the backward pass of the caller."""
-        with undone(m for module in self.modules for m in module.modules()):
+        with undone([m for module in self.modules for m in module.modules()]):
             return self._embed(inputs, rows)
 
-    def _take_some(self, inputs: Tensor, rows: Tensor | None, step: Step, args: Any, kwargs: Any) -> Outputs:
+    def _take_some(self, inputs: Tensor, rows: Tensor | None, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step with some rows of the only source alone."""
-        if step.call is None:
-            return self._apply(step, args, kwargs)
-        return self._apply_to(step, args, kwargs, 0, self._pixels.to_inputs(inputs), rows)
+        return self._apply(step, resolve) if step.call is None else self._apply_to(step, resolve, 0, inputs, rows)
 
     def _embed_among_clean(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Takes the steps at full size: a turn for the first copy of each input, one for the second, and so on."""
@@ -324,55 +331,50 @@ class Replay:
             own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value)) if len(mine) else inputs[:0]
             outputs = {}
             for step, argument in held.places if len(mine) else ():
-                given = mapped((step.args, step.kwargs), lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf)
-                outputs[step, argument] = self._apply_to(step, *given, number, own, row[mine])
+                outputs[step, argument] = self._apply_to(step, value_of, number, own, row[mine])
             found.append(_Given(mine, row[mine], own, outputs))
         return found
 
-    def _take_clean(self, step: Step, args: Any, kwargs: Any) -> Outputs:
-        return self._apply(step, args, kwargs) if step.call is None or step.refs else step.call.outputs
+    def _take_clean(self, step: Step, resolve: Resolve) -> Outputs:
+        return self._apply(step, resolve) if step.call is None or step.refs else step.call.outputs
 
-    def _take_among_clean(
-        self, given: Sequence[_Given], mine: Tensor, step: Step, args: Any, kwargs: Any
-    ) -> Outputs:
+    def _take_among_clean(self, given: Sequence[_Given], mine: Tensor, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step at full size; of a source, the outputs of these rows stand among the clean ones."""
         if step.call is None or step.refs:
-            kinds = iter(leaves((step.args, step.kwargs)))
 
             def changed(leaf: Any) -> Any:
-                number = self._sources.holding(next(kinds))
-                return leaf if number is None else given[number].among(leaf, given[number].inputs, mine)
+                number = self._sources.holding(leaf)
+                if number is None:
+                    return resolve(leaf)
+                return given[number].among(leaf.value, given[number].inputs, mine)
 
-            return self._apply(step, *mapped((args, kwargs), changed))
+            return self._apply(step, changed)
         outputs = list(step.call.outputs)
         for place, output in enumerate(outputs):
             number, argument = self._sources.of_output(step, place), self._sources.argument_of_output(step, place)
-            if number is not None and (step, argument) in given[number].outputs:
+            if number is not None and argument is not None and (step, argument) in given[number].outputs:
                 outputs[place] = given[number].among(output, given[number].outputs[step, argument][place], mine)
         return outputs
 
-    def _apply_to(
-        self, step: Step, args: Any, kwargs: Any, number: int, inputs: Tensor, rows: Tensor | None
-    ) -> Outputs:
+    def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
         """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
         count = len(self._sources.all[number].value)
-        kinds = iter(leaves((step.args, step.kwargs)))
 
         def changed(leaf: Any) -> Any:
-            kind = next(kinds)
-            if self._sources.holding(kind) == number:
-                wants_gradient = kind.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
+            if self._sources.holding(leaf) == number:
+                wants_gradient = leaf.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
                 return inputs.detach().requires_grad_() if wants_gradient else inputs
-            picked = self.picks and rows is not None and _is_other(kind) and leaf.ndim and len(leaf) == count
-            return leaf[rows] if picked else leaf
+            value = resolve(leaf)
+            picked = self.picks and rows is not None and _is_other(leaf) and value.ndim and len(value) == count
+            return value[rows] if picked else value
 
-        with ExitStack() as stack:
-            if self._sources.at(step, INNER) == number:
-                stack.enter_context(output_replaced(self._at, inputs))  # type: ignore[arg-type]
-            return self._apply(step, *mapped((args, kwargs), changed))
+        if self._sources.at(step, INNER) != number:
+            return self._apply(step, changed)
+        with output_replaced(self._at, inputs):  # type: ignore[arg-type]
+            return self._apply(step, changed)
 
     def _known(self, limit: int | None) -> tuple[Tensor, Tensor | None]:
-        pixels = [self._pixels.to_pixels(source.value.detach()) for source in self._sources.all]
+        pixels = [self._pixels.to_pixels(_without_graph(source.value)) for source in self._sources.all]
         if self._rows.in_order and limit is None:
             return pixels[0], None
         starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
@@ -424,6 +426,10 @@ def difference(one: Tensor, other: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """By which `difference` rounding makes the same embeddings differ, as a share of their size."""
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _without_graph(value: Tensor) -> Tensor:
+    return value.detach() if value.requires_grad else value
 
 
 def _is_other(leaf: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .nested import mapped, outputs_in, tensors_in
-from .tracing import Fixed, Ref, Step, autocast
+from .trace import Fixed, Ref, Step, autocast
 
 Outputs = Sequence[Tensor]
-Take = Callable[[Step, Sequence[Any], Mapping[str, Any]], Outputs]
-"""Takes one step, with these positional and keyword arguments."""
+Resolve = Callable[[Any], Any]
+"""An argument as a step holds it -> what is passed to the function."""
+Take = Callable[[Step, Resolve], Outputs]
+"""Takes one step. What the steps before it gave now is known to the function that comes with it."""
 
 
 def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
@@ -36,29 +38,40 @@ def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> 
     made: dict[Step, Outputs] = {}
 
     def resolved(leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
-            return made[leaf.step][leaf.place]
-        return leaf.value if isinstance(leaf, Fixed) else leaf
+        return made[leaf.step][leaf.place] if isinstance(leaf, Ref) else value_of(leaf)
 
     for step in steps:
-        made[step] = take(step, mapped(step.args, resolved), mapped(step.kwargs, resolved))
+        made[step] = take(step, resolved)
     return [resolved(result) for result in results]
 
 
-def apply(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any], autocast_as_now: bool = False) -> Outputs:
+def value_of(leaf: Any) -> Any:
+    """An argument as it was given, if no step gave it."""
+    return leaf.value if isinstance(leaf, Fixed) else leaf
+
+
+def apply(step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False) -> Outputs:
     """Takes a step as it was taken: under the same autocast, or that of now, and with the same swapped parameters."""
-    with ExitStack() if autocast_as_now else _autocast_of(step):
+    with ExitStack() if autocast_as_now or autocast() == step.autocast else _autocast_of(step):
+        args = [_filled(argument, resolve) for argument in step.args]
+        kwargs = {name: _filled(argument, resolve) for name, argument in step.kwargs.items()}
         if step.in_place:
             first = args[0].clone()
             step.function(first, *args[1:], **kwargs)
             return [first]
+        if step.call is None:
+            return tensors_in(step.function(*args, **kwargs))
         function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
-        if step.call is not None and step.call.swapped:
-            return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), dict(kwargs)))
-        return outputs_in(function(*args, **kwargs)) if step.call is not None else tensors_in(function(*args, **kwargs))
+        if step.call.swapped:
+            return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))
+        return outputs_in(function(*args, **kwargs))
 
 
-def apply_as_before(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+def _filled(argument: Any, resolve: Resolve) -> Any:
+    return resolve(argument) if isinstance(argument, Ref | Fixed) else mapped(argument, resolve)
+
+
+def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
     """As `apply`, from the state in which the step began the first time, where that is known."""
     if step.random_state is not None:
         torch.set_rng_state(step.random_state.on_cpu)
@@ -66,7 +79,12 @@ def apply_as_before(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) 
             torch.cuda.set_rng_state(state, number)
     for module, name, value in step.call.buffers if step.call is not None else ():
         module._buffers[name] = value.clone()
-    return apply(step, args, kwargs)
+    return apply(step, resolve)
+
+
+def recorded(step: Step, resolve: Resolve) -> Outputs:
+    """Takes a step without running a module: what it gave is known."""
+    return apply(step, resolve) if step.call is None else step.call.outputs
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Finds which row of which tensor each embedding depends on, by experiment.
 
-Where the row of a module's output becomes NaN, or another number, so do the embeddings that depend on it. Modules are not run for this:
-they are taken to keep rows apart, which `Replay.check_rows` looks at.
+Where the row of a module's output becomes NaN, or another number, so do the embeddings that depend on it. Modules are
+not run for this: they are taken to keep rows apart, which `Replay.check_rows` looks at.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CaptureError
-from .nested import leaves
-from .rerun import Outputs, Take, apply, name_of
+from .rerun import Outputs, Resolve, Take, apply, name_of, recorded
 from .sources import Sources
-from .tracing import Ref, Step, paused
+from .trace import Step
+from .tracing import paused
 
 Run = Callable[[Take], Tensor]
 """Takes all steps, and gives all rows of the embeddings."""
@@ -65,7 +64,8 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     sizes = [len(source.value) for source in sources.all]
     total, device = sum(sizes), sources.all[0].value.device
     if is_plain:
-        return Rows(torch.zeros(total, dtype=torch.long), torch.arange(total), True, True)
+        none = torch.empty(0, dtype=torch.long)
+        return Rows(none, none, True, True)  # nobody asks for them
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
     bits = max(1, (total - 1).bit_length())
 
@@ -76,8 +76,8 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
             torch.manual_seed(0)
             return run(take)
 
-    def remember(step: Step, args: Any, kwargs: Any) -> Outputs:
-        before[step] = apply(step, args, kwargs) if step.call is None else step.call.outputs
+    def remember(step: Step, resolve: Resolve) -> Outputs:
+        before[step] = recorded(step, resolve)
         return before[step]
 
     def reached(changes: Sequence[Change], chosen: Chosen) -> Tensor:
@@ -86,7 +86,7 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
         return torch.stack([_differ(new, embeddings) for new in found]).any(0)
 
     def by_bits(changes: Sequence[Change], value: int) -> Tensor:
-        return torch.stack([reached(changes, lambda rows, bit=bit: (rows >> bit) & 1 == value) for bit in range(bits)])
+        return torch.stack([reached(changes, partial(_has_bit, bit, value)) for bit in range(bits)])
 
     with torch.no_grad(), paused():
         embeddings = taken(remember)
@@ -95,7 +95,7 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
             zero, one = by_bits(_OTHERS, 0), by_bits(_OTHERS, 1)
         if (zero & one).any():
             first = int((zero & one).any(0).nonzero()[0])
-            among = [row for row in range(total) if reached(_OTHERS, lambda rows, row=row: rows == row)[first]]
+            among = [row for row in range(total) if reached(_OTHERS, partial(torch.eq, other=row))[first]]
             raise _several(steps, first, among, total)
     known = (zero | one).any(0)
     number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
@@ -107,6 +107,10 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     return Rows(source, row, in_order, in_order and _takes_some(run, total))
 
 
+def _has_bit(bit: int, value: int, rows: Tensor) -> Tensor:
+    return (rows >> bit) & 1 == value
+
+
 def _take_changed(
     sources: Sources,
     before: Mapping[Step, Outputs],
@@ -114,15 +118,13 @@ def _take_changed(
     chosen: Chosen,
     change: Change,
     step: Step,
-    args: Any,
-    kwargs: Any,
+    resolve: Resolve,
 ) -> Outputs:
     """Takes a step with other values in the chosen rows of what is perturbed."""
     if step.call is None:
-        return apply(step, args, kwargs)
+        return apply(step, resolve)
     outputs = list(step.call.outputs)
-    pairs = zip(leaves((step.args, step.kwargs)), leaves((args, kwargs)), strict=True)
-    taken = [(new, before[kind.step][kind.place]) for kind, new in pairs if isinstance(kind, Ref)]
+    taken = [(resolve(ref), before[ref.step][ref.place]) for ref in step.refs]
     for place, output in enumerate(outputs):
         if (number := sources.of_output(step, place)) is not None:
             rows = starts[number] + torch.arange(len(output))
@@ -151,17 +153,14 @@ def _takes_some(run: Run, count: int) -> bool:
     if len(some) == count:
         some = torch.cat([some, some[:1]])
 
-    def alone(step: Step, args: Any, kwargs: Any) -> Outputs:
+    def alone(step: Step, resolve: Resolve) -> Outputs:
         if step.call is None:
-            return apply(step, args, kwargs)
+            return apply(step, resolve)
         return [o[some.to(o.device)] if o.ndim else o for o in step.call.outputs]
-
-    def beside(step: Step, args: Any, kwargs: Any) -> Outputs:
-        return apply(step, args, kwargs) if step.call is None else step.call.outputs
 
     with torch.no_grad(), paused():
         try:
-            found, expected = run(alone), run(beside)
+            found, expected = run(alone), run(recorded)
         except Exception:  # a function of the caller's may raise anything on other rows
             return False
         expected = expected[some.to(expected.device)]

@@ -9,6 +9,7 @@ from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))  # these belong to torch, and are restored where it matters
@@ -27,8 +28,8 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
     keeper = _Keeper()
     for module in modules:
         keeper.keep(module, _DEPTH)
-        for name in _HOOKS:
-            for hook in vars(module).get(name, {}).values():
+        for hooks in [found for name in _HOOKS if (found := vars(module).get(name))]:
+            for hook in hooks.values():
                 keeper.keep(hook, _DEPTH)
     try:
         yield
@@ -64,11 +65,13 @@ class _Keeper:
 
     def _keep_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
-            self.keep(value, depth - 1)
+            kind = type(value)
+            if kind not in _PLAIN and not (kind is tuple and all(type(part) in _PLAIN for part in value)):
+                self.keep(value, depth - 1)
 
     def _keep_attributes(self, owner: Any, depth: int) -> None:
         held, left_out = vars(owner), _OWN if isinstance(owner, nn.Module) else frozenset()
-        kept = {name: value for name, value in held.items() if name not in left_out}
+        kept = {name: held[name] for name in held.keys() - left_out}
         self.restore.append(partial(_put_back, held, kept, left_out))
         self._keep_all(kept.values(), depth)
 
@@ -111,15 +114,18 @@ class _Keeper:
         self.keep(value, depth - 1)
 
 
+_PLAIN = {type(None), bool, int, float, str, Tensor, torch.dtype, torch.device}  # most attributes are, so they go first
 _LEAVES = (Tensor, ModuleType, type, str, bytes, int, float, complex)
 
 
 def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[str]) -> None:
-    for name in [name for name in held if name not in kept and name not in left_out]:
+    for name in held.keys() - kept.keys() - left_out:
         del held[name]
     held.update(kept)
 
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two items are one object, or pairs of a key and one object."""
-    return one is other or (isinstance(one, tuple) and len(one) == len(other) == 2 and one[1] is other[1] and one[0] is other[0])
+    return one is other or (
+        isinstance(one, tuple) and len(one) == len(other) == 2 and one[1] is other[1] and one[0] is other[0]
+    )

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError
 from .isolation import preserved
-from .nested import leaves, mapped
-from .rerun import apply, checkpoints_take_gradients, name_of
-from .tracing import Fixed, Ref, Step, paused, version_of
+from .nested import leaves
+from .rerun import apply, checkpoints_take_gradients, name_of, value_of
+from .trace import Call, Fixed, Ref, Step, version_of
+from .tracing import paused
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -67,7 +68,9 @@ class Sources:
         self._choice = choice
         self._origins: dict[tuple[Step, int], int] = {}
         _check_unchanged(steps)
-        self.all = self._found([*_refs(steps), *(r for r in results if isinstance(r, Ref))])
+        self.all = self._found(
+            [*(ref for step in steps for ref in step.refs), *(r for r in results if isinstance(r, Ref))]
+        )
         if not self.all:
             raise _nothing_to_perturb(steps, choice)
         self._by_value = {id(source.value): number for number, source in enumerate(self.all)}
@@ -100,7 +103,7 @@ class Sources:
             if step.call is None:
                 continue
             if self._choice.at is not None:
-                origin, value = INNER, _inner_output(step, self._choice.at)
+                origin, value = INNER, _inner_output(step, step.call, self._choice.at)
             elif step.refs:
                 continue
             else:
@@ -118,14 +121,8 @@ class Sources:
         return [Source(values[key], tuple(found)) for key, found in places.items()]
 
 
-def _refs(steps: Sequence[Step]) -> Iterator[Ref]:
-    for step in steps:
-        yield from step.refs
-
-
-def _inner_output(step: Step, at: nn.Module) -> Tensor | None:
-    assert step.call is not None
-    given = step.call.inner.get(at, [])
+def _inner_output(step: Step, call: Call, at: nn.Module) -> Tensor | None:
+    given = call.inner.get(at, [])
     if not given:
         return None
     if len(given) > 1 or not isinstance(given[0], Tensor):
@@ -147,7 +144,7 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
 
     Of several that can be, it is the one that is named, or else the first one that the output depends on.
     """
-    given = list(leaves((step.args, step.kwargs)))
+    given = step.leaves
     candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
     candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
     arguments = _arguments(step)
@@ -226,22 +223,14 @@ _dependences: weakref.WeakKeyDictionary[Any, dict[Any, list[set[int]]]] = weakre
 
 def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
     """For each output of a module, the candidates that it depends on: those with respect to which it has a gradient."""
-    assert step.call is not None
     known = _dependences.setdefault(step.function, {})
-    key = *candidates, len(step.call.outputs)
+    key = tuple(candidates)
     if key not in known:
-        numbers, inputs = iter(range(sys.maxsize)), {}
-
-        def with_gradient(leaf: Any) -> Any:
-            number = next(numbers)
-            if number in candidates:
-                inputs[number] = leaf.value.detach().clone().requires_grad_()
-                return inputs[number]
-            return leaf.value if isinstance(leaf, Fixed) else leaf
-
+        inputs = {number: step.leaves[number].value.detach().clone().requires_grad_() for number in candidates}
+        by_leaf = {id(step.leaves[number]): value for number, value in inputs.items()}
         modules = [step.function] if isinstance(step.function, nn.Module) else []
         with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad(), checkpoints_take_gradients():
-            outputs = apply(step, *mapped((step.args, step.kwargs), with_gradient))
+            outputs = apply(step, lambda leaf: by_leaf.get(id(leaf), value_of(leaf)))
             known[key] = [_depends_on(output, inputs) for output in outputs]
     return known[key]
 
@@ -289,7 +278,7 @@ def _check_unchanged(steps: Sequence[Step]) -> None:
                 f"{name_of(step)} changed its input in place, so the inputs that it was given are gone. Let it work on "
                 "a copy, as in `x = x - mean` for `x -= mean` or with inplace=False in its first layer."
             )
-        for leaf in leaves((step.args, step.kwargs)):
+        for leaf in step.leaves:
             if isinstance(leaf, Fixed) and version_of(leaf.value) != leaf.version:
                 raise CaptureError(
                     f"A tensor {tuple(leaf.value.shape)} that {name_of(step)} took was changed in place since, such as "
@@ -308,7 +297,7 @@ def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError |
             "that the loop calls. A copy, a compiled or a scripted module holds others: name the one that runs."
         )
     arguments = "; ".join(f"{name_of(step)} took {_listed(_arguments(step))}" for step in calls if not step.refs)
-    types = {leaf.value.dtype for step in calls for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, Fixed)}
+    types = {leaf.value.dtype for step in calls for leaf in step.leaves if isinstance(leaf, Fixed)}
     if torch.uint8 in types:
         cure = "Convert images with `images.float() / 255` before they enter the model."
     elif types:

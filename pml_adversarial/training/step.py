@@ -251,7 +251,7 @@ class AdversarialStep:
         if perturbed.inputs is perturbed.clean_inputs:  # copies are their rows: no pass is spent, dropout draws nothing
             embeddings = batch.embeddings[batch.own(plan.rows, plan.rows)]
         else:
-            with undone(m for module in batch.replay.modules for m in module.modules()):
+            with undone([m for module in batch.replay.modules for m in module.modules()]):
                 rows = batch.local(batch.own(plan.rows, plan.rows))
                 embeddings = self._embed_in_own_mode(batch, perturbed.inputs, rows)
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in batch.replay.modules):
