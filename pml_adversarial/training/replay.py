@@ -84,6 +84,7 @@ class Replay:
         self._autocast = autocast()
         self._steps = steps_to(results)
         self.modules = tuple(dict.fromkeys(s.function for s in self._steps if isinstance(s.function, nn.Module)))
+        self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
         self._check_modes()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
@@ -287,7 +288,7 @@ class Replay:
 
     def _apply(self, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
-        return apply(step, resolve, autocast_as_now=autocast() != self._autocast)
+        return apply(step, resolve, self._stays_as_now or autocast() != self._autocast)
 
     def _run(self, take: Take) -> Tensor:
         results = rerun(self._steps, self._results, take)
@@ -358,10 +359,11 @@ class Replay:
 
     def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
         """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
-        count = len(self._sources.all[number].value)
+        source = self._sources.all[number].value
+        count = len(source)
 
         def changed(leaf: Any) -> Any:
-            if self._sources.holding(leaf) == number:
+            if isinstance(leaf, Fixed) and leaf.value is source:
                 wants_gradient = leaf.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
                 return inputs.detach().requires_grad_() if wants_gradient else inputs
             value = resolve(leaf)
