@@ -29,6 +29,9 @@ logger = logging.getLogger("pml_adversarial")
 CHECK_EVERY = 100
 """Steps from one check of the replay to the next."""
 
+# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
+_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
+
 _OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
 
 
@@ -80,11 +83,14 @@ class InputCapture:
         found = self._found(embeddings) if inputs is None else self._told(embeddings, inputs)
         results: list[Ref | Fixed] = [found]
         if reference is not None:
-            results.append(ref_of(reference) or Fixed(reference.detach()))
+            made_by = ref_of(reference) if reference.requires_grad else None
+            results.append(made_by or Fixed(reference.detach()))
         inside = () if inputs is None else self._modules_inside(inputs)
         replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
+        if _COMPILES_BUFFERS_IN:
+            _check_compiled(replay.modules)
         self._check(replay, embeddings, reference, order, told=inputs is not None)
         self._watch.forget()
         return replay
@@ -97,6 +103,8 @@ class InputCapture:
         self._function = None if model is None else in_order(model)
         self._inside: tuple[nn.Module, ...] | None = None
         known = None if model is None or not _has_modules(model) else modules_of(model)
+        if _COMPILES_BUFFERS_IN:
+            _check_compiled(known or ())
         self._watch = Watch(known, self.choice.at)
         self._watch.wants_state = True
         self._forms.clear()
@@ -124,7 +132,7 @@ class InputCapture:
 
     def _found(self, embeddings: Tensor) -> Ref:
         found = ref_of(embeddings)
-        if found is None:
+        if found is None or embeddings.grad_fn is None:
             raise CaptureError(self._explain(embeddings))
         return found
 
@@ -252,6 +260,16 @@ def _own_function(embeddings: Tensor) -> str | None:
         seen.add(node)
         todo += [following for following, _ in node.next_functions]
     return None
+
+
+def _check_compiled(modules: Iterable[nn.Module]) -> None:
+    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if any(True for module in compiled for _ in module.buffers()):
+        raise CaptureError(
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
+            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
+            "that is not compiled."
+        )
 
 
 def _has_modules(model: Models) -> bool:

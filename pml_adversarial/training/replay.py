@@ -129,6 +129,10 @@ class Replay:
             known = self._all_known(whole.device)
             return whole.index_copy(0, known, self.embed(self.inputs, known).to(whole.dtype))
 
+    def knows_first(self, count: int) -> bool:
+        """Whether the inputs of the first rows are known."""
+        return self.known_rows is None and len(self.inputs) >= count
+
     @property
     def form(self) -> Any:
         """What two replays have in common that embed in the same way. It can be hashed."""
@@ -390,6 +394,11 @@ class Replay:
             pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
+        if not len(known):
+            raise CaptureError(
+                f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}; expected "
+                "embeddings of inputs, as the model gave them, without detach."
+            )
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known
