@@ -201,9 +201,9 @@ class Replay:
                 self.picks = True  # the model draws random numbers, in eval mode too
                 return
         raise ReplayError(
-            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a model "
-            "whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not the "
-            "first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
+            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a "
+            "model whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not "
+            "the first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
             "loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with AdversarialLoss(loss, lambda x: "
             "model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a module of your own do that part, "
             "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
@@ -358,7 +358,8 @@ class Replay:
         return outputs
 
     def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
-        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
+        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to "
+        "them."""
         source = self._sources.all[number].value
         count = len(source)
 
