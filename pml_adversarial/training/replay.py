@@ -358,8 +358,7 @@ class Replay:
         return outputs
 
     def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
-        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to "
-        "them."""
+        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
         source = self._sources.all[number].value
         count = len(source)
 
