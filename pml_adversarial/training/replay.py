@@ -231,9 +231,9 @@ class Replay:
                 raise
         if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
             raise CaptureError(
-                f"{self._names} has no gradient with respect to its inputs: inside, something is computed under "
-                "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its "
-                "parameters in place of no_grad. To perturb what the frozen part gives, name it: "
+                f"{self._names} has no gradient with respect to its inputs: inside of it, or in the loop, something is "
+                "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
+                "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
                 "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
             )
         return difference(found, expected[rows]) <= _APART
