@@ -610,6 +610,13 @@ def part_of_the_model_under_no_grad(wrap, cure):
     return loss_func(model(x), LABELS), [model]
 
 
+@case(CaptureError, "has no gradient with respect to its inputs", r"in place of no_grad and detach")
+def features_are_detached_in_the_loop(wrap, cure):
+    trunk, head, x = net().requires_grad_(False), nn.Linear(8, 8), images()
+    loss_func, features = wrap(loss_of_pml()), trunk(x)
+    return loss_func(head(features if cure else features.detach()), LABELS), [head]
+
+
 # Rows
 
 
