@@ -9,6 +9,7 @@ from torch import nn
 from pml_adversarial import AdversarialLoss, hookimpl
 
 EPS, ROWS = 0.05, 12
+CHECK = [ROWS, ROWS]  # in the first step: the clean rows embedded again, and half of them, twice, among themselves
 
 
 class Counted(nn.Module):

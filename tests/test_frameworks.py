@@ -576,15 +576,20 @@ class TestCompiled:
             next(training)
         assert_same(list(model.state_dict().values()), list(expected.values()), rtol=1e-5, atol=1e-6)
 
-    @GIVEN_OR_FOUND
-    def test_in_place(self, expected, given):
+    def test_in_place(self, expected):
         model = convolutional()
         model.compile(backend="eager")
-        training = steps(model, model if given else None, model.parameters())
+        training = steps(model, model, model.parameters())
         for _ in range(8):
             next(training)
         assert counters["stats"]["unique_graphs"] > 0
         assert_same(list(model.state_dict().values()), list(expected.values()), rtol=1e-5, atol=1e-6)
+
+    def test_in_place_it_has_to_be_named(self, model, images):
+        model.compile(backend="eager")
+        watching = InputCapture()
+        with pytest.raises(CaptureError, match=r"model\.compile\(\).*name it"):
+            watching.replay(PixelSpace(), model(images))
 
     @pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential], ids=["model", "part of it"])
     def test_buffers_that_are_compiled_in_are_refused(self, monkeypatch, model, moody_model, outer):
@@ -603,9 +608,11 @@ class TestCompiled:
         replay = watching.replay(PixelSpace(), embeddings)
         assert replay.inputs.equal(images)
         assert replay.modules == (compiled,)
-        assert counters["stats"]["unique_graphs"] == 2  # without gradient, to be checked
+        # in the check: without gradient, with weights as they are and frozen; then with gradient of the inputs
+        assert counters["stats"]["unique_graphs"] == 4
         assert not counters["graph_break"]
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch hides it from users
     def test_rows_and_columns(self, model, images):
         compiled = torch.compile(model, backend="aot_eager")
         watching = InputCapture(compiled)

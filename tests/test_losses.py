@@ -253,10 +253,12 @@ class TestFixedContext:
 
 
 class TestCost:
-    CHECK = (8, False, True)  # the clean inputs are embedded again in the first step, and not in the second
+    AGAIN = (8, False, True)  # the clean rows, embedded again as they were
+    CALM = (8, False, False)  # and in eval mode
+    ASKED = (8, True, False)  # rows whose inputs get a gradient, in eval mode
 
-    def spent(self, images, labels, *extra, frozen=False, **options):
-        """The passes of a step, and how many rows were perturbed."""
+    def spent(self, images, labels, *extra, frozen=False, check=(AGAIN, ASKED), **options):
+        """The passes of a second step, and how many rows were perturbed. The first step checks the replay before."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
         model[2].train(not frozen)
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
@@ -267,7 +269,7 @@ class TestCost:
             loss_func(embeddings, labels)
             of_steps.append(passes.taken())
         first, second = of_steps
-        assert first == [self.CHECK, *second]
+        assert first == [*check, *second]
         return second, loss_func.num_perturbed
 
     @pytest.mark.parametrize("perturb", ["positive", "all", ("anchor", "negative")])
@@ -277,13 +279,14 @@ class TestCost:
 
     @pytest.mark.parametrize("extra", [nn.BatchNorm1d(16), nn.Dropout(0.1)], ids=["BatchNorm", "Dropout"])
     def test_one_more_without_gradient_where_the_mode_matters(self, extra, images, labels):
-        passes, rows = self.spent(images, labels, extra, perturb=("positive", "negative"))
+        check = self.AGAIN, self.CALM, self.ASKED
+        passes, rows = self.spent(images, labels, extra, check=check, perturb=("positive", "negative"))
         assert rows == 16
         assert passes == [(8, False, False)] + [(rows, True, False)] * STEPS + [(rows, True, True)]
 
     def test_none_more_where_batchnorm_is_frozen(self, images, labels):
         passes, _ = self.spent(images, labels, nn.BatchNorm1d(16), frozen=True)
-        assert len(passes) == STEPS + 1
+        assert passes == [(8, True, False)] * STEPS + [(8, True, True)]
 
     def test_nothing_at_eps_0(self, images, labels):
         passes, _ = self.spent(images, labels, attack=NO_BUDGET)
@@ -292,13 +295,45 @@ class TestCost:
     def test_one_more_in_a_hundred_steps(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
-        passes, checked = counting(model), []
+        passes, spent = counting(model), {}
         for step in range(1, 202):
             embeddings = model(images)
             passes.taken()
             loss_func(embeddings, labels)
-            checked += [step] * (passes.taken() == [self.CHECK])
-        assert checked == [1, 100, 200]
+            spent[step] = passes.taken()
+        checked = {step: found for step, found in spent.items() if found}
+        assert checked == {1: [self.AGAIN, self.ASKED], 100: [self.AGAIN], 200: [self.AGAIN]}
+
+    def test_the_check_is_due_again_in_the_first_step_of_each_form(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes, spent = counting(model), []
+        two_calls = lambda x: torch.cat([model(x[:4]), model(x[4:])])  # noqa: E731
+        for form in (model, lambda x: normalize(model(x)), two_calls, model, lambda x: normalize(model(x)), two_calls):
+            embeddings = form(images)
+            passes.taken()
+            loss_func(embeddings, labels)
+            spent.append(passes.taken())
+        of_two = [(4, False, True)] * 2 + [(4, True, False)] * 4  # all rows as well, since they are not embedded apart
+        assert spent == [[self.AGAIN, self.ASKED], [self.AGAIN, self.ASKED], of_two, [], [], []]
+
+    @pytest.mark.parametrize("rows", [8, 7])
+    def test_the_check_asks_for_the_gradient_of_half_of_the_inputs_twice(self, rows, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes = Notes()
+        model.register_forward_pre_hook(
+            lambda module, args: passes.append((args[0], [p.requires_grad for p in module.parameters()]))
+        )
+        loss_func(model(images[:rows]), labels[:rows])
+        (own, _), (again, _), (asked, asks) = passes
+        assert torch.equal(own, images[:rows])
+        assert torch.equal(again, images[:rows])
+        assert not again.requires_grad
+        half = [*range(rows - 1, -1, -2)]
+        assert torch.equal(asked, images[(half * 2)[:rows]])
+        assert asked.requires_grad
+        assert asks == [False, False]
 
 
 def everything_of(*modules):
@@ -459,8 +494,15 @@ class Fails(nn.Module):
 
 
 class TestAfterAFailedStep:
-    # 1 is the caller's own pass, 2 that of the clean inputs again, and the last one the re-embedding
-    @pytest.mark.parametrize("nth", range(2, STEPS + 4))
+    LAST = 3 + STEPS + 1  # 1 is the caller's own pass, 2 and 3 are those of the check, the last one is the re-embedding
+
+    def test_no_pass_comes_after_the_last(self, model, images, labels):
+        flaky = nn.Sequential(*model, Fails(self.LAST + 1))
+        seed_paper_loss(losses.TripletMarginLoss(), flaky, attack=PGD)(flaky(images), labels)
+        with pytest.raises(ZeroDivisionError):
+            flaky(images)
+
+    @pytest.mark.parametrize("nth", range(2, LAST + 1))
     def test_a_retry_is_the_step(self, nth, model, images, labels):
         flaky = nn.Sequential(*model, Fails(nth))
         loss_func, unbroken = (
@@ -675,6 +717,89 @@ class TestWhatWasDoneToTheEmbeddings:
         torch.testing.assert_close(spies[1].adversarial.embeddings, change(model(spies[1].adversarial.inputs)))
 
 
+class TestRowsWithoutInputs:
+    """Some rows of a batch came from elsewhere: they are held fixed, wherever they stand."""
+
+    MASKS = (torch.arange(8) >= 4, torch.arange(8) < 4, torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool())
+    TWICE = torch.arange(4).repeat(2)
+
+    def step(self, make, embed, images, labels, *, taken=slice(None), **arguments):
+        """One step of a loop, in which the rows ``taken`` of ``images`` may be perturbed."""
+        spy = Spy()
+        loss_func = make(attack=PGD, perturb="anchor", seed=1, plugins=[spy])
+        loss_func(embeddings := embed(images), labels, **arguments)
+        assert torch.equal(spy.batch.inputs, images[taken])
+        assert loss_func.num_perturbed == len(spy.plan) > 0
+        assert spy.batch.can_be_perturbed(spy.plan.rows).all()
+        torch.testing.assert_close(spy.adversarial.clean_inputs, spy.batch.inputs_of(spy.plan.rows))
+        assert (spy.adversarial.inputs != spy.adversarial.clean_inputs).flatten(1).any(1).all()
+        return spy, embeddings.detach()
+
+    @pytest.mark.parametrize("mask", MASKS, ids=["keys last", "keys first", "mixed"])
+    @pytest.mark.parametrize("form", ["model", "normalised", "two calls"])
+    def test_keys_of_a_memory_are_never_perturbed(self, form, mask, model, images):
+        forms = {
+            "model": model,
+            "normalised": lambda x: normalize(model(x)),
+            "two calls": lambda x: torch.cat([model(x[:3]), model(x[3:])]),
+        }
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make = partial(seed_paper_loss, memory, model)
+        labels = torch.zeros(8, dtype=torch.long)
+        labels[mask], labels[~mask] = torch.arange(4), torch.arange(4)
+        spy, embeddings = self.step(make, forms[form], images, labels, taken=~mask, enqueue_mask=mask)
+        assert torch.equal(spy.batch.embeddings[:4], embeddings[~mask])  # queries, then the keys
+        assert torch.equal(spy.batch.embeddings[4:], embeddings[mask])
+        again = forms[form](spy.adversarial.inputs.repeat(2, 1, 1, 1))[: len(spy.plan)]
+        torch.testing.assert_close(spy.adversarial.embeddings, again)
+
+    @pytest.mark.parametrize("keys_first", [True, False])
+    def test_keys_of_a_momentum_encoder(self, keys_first, model, images):
+        with torch.no_grad():
+            keys = copy.deepcopy(model)(images.flip(3))
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make, mask = partial(seed_paper_loss, memory, model), (torch.arange(16) < 8) == keys_first
+
+        def embed(x):
+            return torch.cat([keys, model(x)] if keys_first else [model(x), keys])
+
+        spy, _ = self.step(make, embed, images, torch.arange(8).repeat(2), enqueue_mask=mask)
+        torch.testing.assert_close(spy.batch.embeddings[8:], keys)
+        torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    @pytest.mark.parametrize("kind", ["plain", "moody"])
+    def test_before_others_and_between_them(self, kind, model, moody_model, images, labels):
+        watched = moody_model if kind == "moody" else model
+        others, place = torch.randn(3, 4), torch.tensor([8, 0, 1, 9, 2, 3, 4, 10, 5, 6, 7])  # rows 0, 3 and 7
+        embed = lambda x: torch.cat([watched(x), others])[place]  # noqa: E731
+        make = partial(seed_paper_loss, losses.TripletMarginLoss(), watched)
+        spy, embeddings = self.step(make, embed, images, torch.cat([labels, torch.tensor([0, 1, 2])])[place])
+        own = torch.tensor([1, 2, 4, 5, 6, 8, 9, 10])
+        assert torch.equal(spy.batch.known_rows, own)
+        assert {*spy.plan.rows.tolist()} <= {*own.tolist()}
+        assert torch.equal(spy.batch.embeddings.detach(), embeddings)
+        for row, inputs in zip(spy.plan.rows.tolist(), spy.adversarial.clean_inputs, strict=True):
+            assert torch.equal(inputs, images[own.tolist().index(row)])
+        if kind == "plain":
+            torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    def test_before_others_are_seen_as_they_are_in_eval_mode_too(self, moody_model, images, labels):
+        class Seen:
+            @hookimpl
+            def pml_adversarial_plan(self, batch):
+                self.context = batch.context
+
+        others, seen = torch.randn(3, 4), Seen()
+        loss_func = seed_paper_loss(
+            losses.TripletMarginLoss(), moody_model, attack=PGD, perturb="anchor", plugins=[seen]
+        )
+        embeddings = torch.cat([others, moody_model(images)])
+        expected = copy.deepcopy(moody_model).eval()(images)
+        loss_func(embeddings, torch.cat([torch.tensor([0, 1, 2]), labels]))
+        assert torch.equal(seen.context[:3], others)
+        torch.testing.assert_close(seen.context[3:], expected.detach())
+
+
 def changing(change):
     return lambda objective: lambda inputs, labels: change(inputs)
 
@@ -713,7 +838,7 @@ class TestBadInput:
                 return self.linear(x.flatten(1).float() / 255)
 
         model = TakesBytes()
-        with pytest.raises(CaptureError, match=r"torch.uint8.*floating point"):
+        with pytest.raises(InputError, match=r"uint8 \(8, 1, 6, 6\).*floating point.*images\.float\(\) / 255"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):

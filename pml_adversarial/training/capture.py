@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import CaptureError, InputError, ReplayError
+from .isolation import preserved
 from .pixels import PixelSpace
 from .replay import Replay, difference, tolerance
 from .sources import Choice
 from .trace import Call, Fixed, Ref
-from .tracing import lost_of, ref_of, step_of
+from .tracing import lost_of, paused, ref_of, step_of
 from .watch import Watch
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
@@ -25,6 +28,9 @@ logger = logging.getLogger("pml_adversarial")
 
 CHECK_EVERY = 100
 """Steps from one check of the replay to the next."""
+
+# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
+_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
 
 _OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
 
@@ -77,10 +83,14 @@ class InputCapture:
         found = self._found(embeddings) if inputs is None else self._told(embeddings, inputs)
         results: list[Ref | Fixed] = [found]
         if reference is not None:
-            results.append(ref_of(reference) or Fixed(reference.detach()))
-        replay = Replay(results, pixels, order, self.choice, self.chunk, limit)
+            made_by = ref_of(reference) if reference.requires_grad else None
+            results.append(made_by or Fixed(reference.detach()))
+        inside = () if inputs is None else self._modules_inside(inputs)
+        replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
+        if _COMPILES_BUFFERS_IN:
+            _check_compiled(replay.modules)
         self._check(replay, embeddings, reference, order, told=inputs is not None)
         self._watch.forget()
         return replay
@@ -91,7 +101,10 @@ class InputCapture:
     def _start(self, model: Models | None) -> None:
         self._model = model
         self._function = None if model is None else in_order(model)
+        self._inside: tuple[nn.Module, ...] | None = None
         known = None if model is None or not _has_modules(model) else modules_of(model)
+        if _COMPILES_BUFFERS_IN:
+            _check_compiled(known or ())
         self._watch = Watch(known, self.choice.at)
         self._watch.wants_state = True
         self._forms.clear()
@@ -111,9 +124,15 @@ class InputCapture:
         step.call = Call([embeddings])
         return Ref(step, 0)
 
+    def _modules_inside(self, inputs: Tensor) -> tuple[nn.Module, ...]:
+        """The modules that a function of inputs runs. They are found out once."""
+        if self._inside is None:
+            self._inside = () if isinstance(self._function, nn.Module) else modules_run_by(self._function, inputs)
+        return self._inside
+
     def _found(self, embeddings: Tensor) -> Ref:
         found = ref_of(embeddings)
-        if found is None:
+        if found is None or embeddings.grad_fn is None:
             raise CaptureError(self._explain(embeddings))
         return found
 
@@ -250,6 +269,16 @@ def _own_function(embeddings: Tensor) -> str | None:
     return None
 
 
+def _check_compiled(modules: Iterable[nn.Module]) -> None:
+    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if any(True for module in compiled for _ in module.buffers()):
+        raise CaptureError(
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
+            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
+            "that is not compiled."
+        )
+
+
 def _has_modules(model: Models) -> bool:
     return isinstance(model, nn.Module | Mapping) or not callable(model)
 
@@ -277,6 +306,24 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
             "modules in forward order, or the models dict of a PML trainer."
         )
     return modules
+
+
+def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
+    """The outermost modules that a function runs, or the module whose method it is. They are left as they were."""
+    method = getattr(function, "func", function)
+    if isinstance(getattr(method, "__self__", None), nn.Module):
+        return (method.__self__,)
+    found: list[nn.Module] = []
+    with torch.no_grad(), torch.random.fork_rng(), paused(), ExitStack() as stack:
+
+        def note(module: nn.Module, args: Any) -> None:
+            if not any(module is inner for outer in found for inner in outer.modules()):
+                found.append(module)
+                stack.enter_context(preserved(module))
+
+        stack.callback(register_module_forward_pre_hook(note).remove)
+        function(inputs)
+    return tuple(found)
 
 
 def in_order(model: Models) -> Callable[..., Any]:

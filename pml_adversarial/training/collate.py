@@ -121,7 +121,10 @@ class Collator:
 
     def _replay(self, *given: Any) -> Replay:
         try:
-            return self.capture.replay(self.pixels, *given)
+            replay = self.capture.replay(self.pixels, *given)
+            if self.joint or distributed.world_size() == 1 or replay.knows_first(len(given[0])):
+                return replay
+            raise CaptureError("The inputs of some of the embeddings are not known.")
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise
@@ -138,6 +141,7 @@ class Collator:
             "labels": None if batch.labels is None else batch.labels.dtype,
             "queries": batch.num_queries,
             "known inputs": len(batch.inputs),
+            "inputs of the first rows are known": batch.known_rows is None,
             "one tensor of labels": batch.shared_labels,
             "model depends on its mode": depends_on_mode(*batch.replay.modules),
         }

@@ -6,7 +6,7 @@ which tensor an embedding depends on is found by experiment, see `rows`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,7 @@ class Replay:
         chunk: how many rows are embedded at a time; None: all. Of a chunk, nothing but the embeddings is kept for the
             backward pass, in which it is embedded again.
         limit: rows from here on are taken as if their inputs were not known; None: no such rows.
+        modules: modules that run inside of functions of the trace.
 
     Attributes:
         modules: the modules that were called.
@@ -79,11 +80,13 @@ class Replay:
         choice: Choice = Choice(),  # noqa: B008
         chunk: int | None = None,
         limit: int | None = None,
+        modules: Iterable[nn.Module] = (),
     ) -> None:
         self._results, self._pixels, self._order, self._chunk = results, pixels, order, chunk
         self._autocast = autocast()
         self._steps = steps_to(results)
-        self.modules = tuple(dict.fromkeys(s.function for s in self._steps if isinstance(s.function, nn.Module)))
+        called = [step.function for step in self._steps if isinstance(step.function, nn.Module)]
+        self.modules = tuple(dict.fromkeys([*called, *modules]))
         self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
         self._check_modes()
         self._sources = Sources(self._steps, results, choice)
@@ -125,6 +128,10 @@ class Replay:
             whole = self._run(recorded)
             known = self._all_known(whole.device)
             return whole.index_copy(0, known, self.embed(self.inputs, known).to(whole.dtype))
+
+    def knows_first(self, count: int) -> bool:
+        """Whether the inputs of the first rows are known."""
+        return self.known_rows is None and len(self.inputs) >= count
 
     @property
     def form(self) -> Any:
@@ -387,6 +394,11 @@ class Replay:
             pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
+        if not len(known):
+            raise CaptureError(
+                f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}; expected "
+                "embeddings of inputs, as the model gave them, without detach."
+            )
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known

@@ -121,6 +121,8 @@ def _take_changed(
     resolve: Resolve,
 ) -> Outputs:
     """Takes a step with other values in the chosen rows of what is perturbed."""
+    if step.cuts_gradient:
+        return before[step]
     if step.call is None:
         return apply(step, resolve)
     outputs = list(step.call.outputs)

@@ -57,6 +57,7 @@ class Step:
         in_place: whether the function changes its first argument.
         number: grows from step to step.
         autocast: device -> type, where autocast was on.
+        cuts_gradient: whether no gradient flows from the outputs back to the arguments.
         random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
     """
@@ -67,6 +68,7 @@ class Step:
         "args",
         "autocast",
         "call",
+        "cuts_gradient",
         "function",
         "in_place",
         "kwargs",
@@ -78,6 +80,7 @@ class Step:
         self.function, self.in_place, self.number = function, in_place, next(_numbers)
         self.args, self.kwargs = tuple(args), dict(kwargs)
         self.autocast = autocast()
+        self.cuts_gradient = False
         self.random_state: RandomState | None = None
         self.call: Call | None = None
         self._leaves: list[Any] | None = None

@@ -11,6 +11,7 @@ under ``no_grad`` is only marked with the name of the module.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from .nested import mapped, tensors_in
 from .trace import Fixed, RandomState, Ref, Step, version_of
 
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "mod", "matmul"))}
+
+
+_DETACH = {"detach", "detach_"}
 
 
 class WantsTraces(Protocol):
@@ -87,6 +91,10 @@ class Traced(Tensor):
         with plain([self]):
             return Tensor.__format__(self, spec)
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return copy.deepcopy(self.view_as(self) if self.requires_grad else self.detach(), memo)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return self.view_as(self).__reduce_ex__(protocol)  # a tensor like others: the trace stays here
@@ -123,6 +131,9 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         return result
     step = step or step_of(func, args, kwargs)
     step.random_state = before
+    step.cuts_gradient = (
+        name in _DETACH or getattr(func, "__self__", None) is Tensor.data or not torch.is_grad_enabled()
+    )
     for place, tensor in found:
         note(tensor, Ref(step, place))
     return result

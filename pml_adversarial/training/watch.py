@@ -191,8 +191,14 @@ class _Noting:
         """Without the arguments that the module handed through, which keep the trace that they have."""
         return [tensor for tensor in found if not any(tensor is given for given in self.given)]
 
+    def _is_model(self, found: list[Tensor]) -> bool:
+        """Whether a module is more than a step of preparing data, such as a transform of images."""
+        if any(tensor.requires_grad for tensor in found) or next(self.module.parameters(), None) is not None:
+            return True
+        return any(watch.known is not None and id(self.module) in watch.known for watch in watches)
+
     def _note(self, name: str, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
-        if not any(map(_is_followed, found)):
+        if not any(map(_is_followed, found)) or not self._is_model(found):
             return
         _tell("with gradient", name)
         step, module = step_of(self.module, self.args, kwargs), self.module

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from few_passes import (  # noqa: F401
+    CHECK,
     EPS,
     ROWS,
     counted_model,
@@ -34,7 +35,7 @@ class TestFreeAT:
         loss_func, _ = wrapped(model, FreeAT(eps=EPS))
         first, second = passed_in_two_steps(loss_func, model, images, labels)
         assert second == [ROWS]  # the perturbed rows
-        assert first == [ROWS, *second]  # and once, the clean rows again
+        assert first == [*CHECK, *second]
 
     def test_raises_the_loss_from_time_to_time(self, model, images, labels):
         loss_func, _ = wrapped(model, FreeAT(eps=EPS, alpha=0.02), keep_clean=False)
