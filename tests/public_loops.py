@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import lightning
 import torch
-from pytorch_metric_learning import distances, losses, miners, reducers
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from torch import nn
 from torch.nn import functional
@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 STEPS = 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZATION = MEAN, STD
-STANDARDISED = (0.5,), (0.1,)
-"""Says of values from -5 to 5 how they become values from 0 to 1."""
 
 
 def photographs(rows, precision=torch.float32):
@@ -423,7 +421,7 @@ def sets_of_cells(wrap, seen):
     model = OfSets()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)
     loss_func = losses.SupConLoss(distance=distances.CosineSimilarity(), temperature=0.1)
-    loss_func = wrap(loss_func, model, normalization=STANDARDISED)
+    loss_func = wrap(loss_func, model, bounds=(-5, 5))
     model.train()
     for cells in range(5, 5 + STEPS):
         points, labels = measurements(12, cells, 6), torch.arange(12) % 4
@@ -435,6 +433,75 @@ def sets_of_cells(wrap, seen):
         optimizer.zero_grad()
 
 
+class Night(nn.Module):
+    """Embeds each part of a recording; what it knows of a part depends on its neighbours."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.of_part, self.of_night = (
+            nn.LSTM(6, 4, batch_first=True),
+            nn.LSTM(4, 4, batch_first=True, bidirectional=True),
+        )
+        self.norm, self.classifier = nn.LayerNorm(8), nn.Linear(8, classes)
+
+    def encode(self, x):
+        nights, parts, times, frequencies = x.size()
+        x, _ = self.of_part(x.reshape(nights * parts, times, frequencies))
+        x, _ = self.of_night(x.mean(1).reshape(nights, parts, -1))
+        x = self.norm(nn.ReLU()(x))
+        return x, self.classifier(x)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+class Combined(nn.Module):
+    """Cross-entropy, and triplets that are weighted by class."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.miner, self.ce_loss = miners.MultiSimilarityMiner(), nn.CrossEntropyLoss()
+        self.contr_loss = losses.TripletMarginLoss(
+            distance=distances.CosineSimilarity(),
+            reducer=reducers.ClassWeightedReducer(weights=torch.tensor([1.0, 0.5, 1.0])),
+            embedding_regularizer=regularizers.LpRegularizer(),
+        )
+        self.contr_loss = wrap(self.contr_loss, bounds=(-5, 5))
+
+    def forward(self, embeddings, predictions, targets):
+        loss = self.ce_loss(predictions, targets)
+        hard_pairs = self.miner(embeddings, targets)
+        return loss + self.contr_loss(embeddings, targets, hard_pairs)
+
+
+class Sleep(lightning.LightningModule):
+    def __init__(self, wrap, seen):
+        super().__init__()
+        self.nn, self.loss, self.seen = Night(classes=3), Combined(wrap), seen
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        embeddings, outputs = self.nn(inputs)
+        nights, parts, classes = outputs.size()
+        embeddings, outputs = embeddings.reshape(nights * parts, -1), outputs.reshape(-1, classes)
+        loss = self.loss(embeddings, outputs, targets.reshape(-1))
+        self.log("train_loss", loss)
+        self.latest = loss.detach()
+        return loss
+
+    def on_after_backward(self):
+        self.seen(self.latest, self.nn)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.nn.parameters(), lr=1e-3, weight_decay=1e-3)
+
+
+def parts_of_a_recording(wrap, seen):
+    """Each row of the input has several embeddings, one for each part, and the loss takes them all as a batch."""
+    targets = torch.tensor([0, 0, 1, 1, 2, 2]).repeat(2 * STEPS, 1)[:, torch.randperm(6)]
+    fit(Sleep(wrap, seen), measurements(2 * STEPS, 6, 5, 6), targets, batch_size=2)
+
+
 class Tabular(lightning.LightningModule):
     """Two corrupted views of each row, through layers that learn their width from the first batch."""
 
@@ -443,7 +510,7 @@ class Tabular(lightning.LightningModule):
         self.encoder = nn.Sequential(nn.LazyLinear(16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
         self.projector = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
         self.loss_fn = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=1.0))
-        self.loss_fn = wrap(self.loss_fn, normalization=STANDARDISED)
+        self.loss_fn = wrap(self.loss_fn, bounds=(-5, 5))
         self.seen = seen
 
     def corrupt(self, x):
@@ -619,6 +686,17 @@ def half_without_labels(wrap, seen, precision=torch.float32):
         optimizer.step()
 
 
+class InParts(nn.Module):
+    """Embeds images as the loop does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return torch.cat([self.model({"images": part})["global"] for part in images.split(4)])
+
+
 def gradient_in_stages(wrap, seen, cure=False):
     """The gradient of the embeddings first, then, part by part, that of the model.
 
@@ -626,11 +704,7 @@ def gradient_in_stages(wrap, seen, cure=False):
     loss, whose backward pass reaches the model by the copies.
     """
     model = Global()
-
-    def embed(images):
-        return torch.cat([model({"images": part})["global"] for part in images.split(4)])
-
-    loss_fn = HardTriplets(wrap, embed if cure else model, normalization=NORMALIZATION)
+    loss_fn = HardTriplets(wrap, InParts(model) if cure else model, normalization=NORMALIZATION)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(STEPS):
@@ -706,7 +780,7 @@ class Pairs(torch.utils.data.Dataset):
 def class_of_the_loss(wrap, seen, cure=False):
     """Takes one way for one class of losses, and another for all others. The cure: it asks the wrapped loss."""
     encoder, loss_function = Stack(), losses.NTXentLoss(temperature=0.5)
-    loss_function = wrap(loss_function, encoder, normalization=STANDARDISED)
+    loss_function = wrap(loss_function, encoder, bounds=(-5, 5))
     fit_on(Volumes(encoder, loss_function, seen, cure), Pairs(), batch_size=4)
 
 
@@ -721,6 +795,7 @@ LOOPS = (
     objective_with_weights,
     frozen_statistics,
     sets_of_cells,
+    parts_of_a_recording,
     corrupted_rows,
     sketches_and_objects,
     dicts_and_masks,
@@ -728,5 +803,5 @@ LOOPS = (
 )
 """All that run with the line and the import alone."""
 
-WITHOUT_MODEL = (places_in_lightning, corrupted_rows)
+WITHOUT_MODEL = (places_in_lightning, parts_of_a_recording, corrupted_rows)
 """Of these, those whose line has no model at hand."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,6 +126,13 @@ def tail(name, change, make=net):
 
     build.__name__ = name
     return shape(in_order=True)(build)
+
+
+def quietly(function, *args):
+    """Without the warnings that torch gives of what is old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args)
 
 
 # What is done to the embeddings
@@ -1183,6 +1191,116 @@ def open_door_for_a_function_of_parameters_alone():
     return Loop(weights, lambda loss: loss(embed(x), LABELS, inputs=x), model=embed)
 
 
+# Frozen parts, other modules, rows that stand twice
+
+
+@shape()
+def frozen_trunk():
+    trunk, embedder, x = net(out=16).requires_grad_(False), nn.Linear(16, 8), images()
+    return Loop(nn.ModuleList([trunk, embedder]), lambda loss: loss(embedder(trunk(x)), LABELS))
+
+
+@shape()
+def two_towers_of_one_class_with_the_same_input():
+    left, right, x = net(), net(), images()
+    step = lambda loss: loss(torch.cat([left(x), right(x)]), LABELS.repeat(2))  # noqa: E731
+    return Loop(nn.ModuleList([left, right]), step)
+
+
+@shape()
+def rows_that_stand_twice():
+    model, x, index = net(), images(), torch.tensor([0, 1, 2, 3, 0, 1])
+    return Loop(model, lambda loss: loss(model(x)[index], LABELS[index]))
+
+
+@shape()
+def checkpointing_reentrant():
+    model, x = Checkpointed(use_reentrant=True), images().requires_grad_()
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS))
+
+
+@shape(second_pass=True)
+def fake_quantisation():
+    observer = torch.ao.quantization.MovingAverageMinMaxObserver.with_args(quant_min=0, quant_max=255)
+    quantised = torch.ao.quantization.FakeQuantize(observer=observer)
+    model, x = nn.Sequential(*net(), quantised), images()
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS))
+
+
+@shape()
+def scripted():
+    model, x = quietly(torch.jit.script, net()), images()
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS))
+
+
+@shape()
+def scripted_part():
+    model, x = nn.Sequential(quietly(torch.jit.script, net()), nn.Linear(8, 8)), images()
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS))
+
+
+@shape()
+def traced():
+    model, x = quietly(torch.jit.trace, net(), images()), images()
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS))
+
+
+@shape(in_order=True)
+def frozen_trunk_with_features_in_0_to_1():
+    trunk, embedder, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Sigmoid()).requires_grad_(False),
+        nn.Linear(16, 8),
+        images(),
+    )
+    with torch.no_grad():
+        trunk[1].weight.mul_(4)  # so that images differ in their features
+    return Loop(nn.ModuleList([trunk, embedder]), lambda loss: loss(embedder(trunk(x)), LABELS), x=x)
+
+
+@shape(in_order=True)
+def features_of_a_frozen_model_beside_it():
+    model, frozen, x = net(), net().requires_grad_(False), images()
+    step = lambda loss: loss(torch.cat([model(x), frozen(x)], dim=1), LABELS)  # noqa: E731
+    return Loop(nn.ModuleList([model, frozen]), step, x=x)
+
+
+@shape(in_order=True)
+def inputs_that_a_second_module_takes_too():
+    class Fuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(36, 8)
+
+        def forward(self, e, x):
+            return self.one(e) + self.other(x.flatten(1))
+
+    model, fuse, x = net(), Fuses(), images()
+    return Loop(nn.ModuleList([model, fuse]), lambda loss: loss(fuse(model(x), x), LABELS), x=x)
+
+
+@shape()
+def same_images_twice_through_dropout():
+    model, x = nn.Sequential(*net()[:3], nn.Dropout(0.0), net()[3]), images()
+    make = lambda: losses.SelfSupervisedLoss(losses.NTXentLoss(0.5))  # noqa: E731
+    return Loop(model, lambda loss: loss(model(x), model(x)), losses=(make,))
+
+
+@shape(in_order=True)
+def pre_hook_that_changes_the_input():
+    model, x = net(), images()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS), x=x)
+
+
+tail("in_place_division_of_the_output", lambda e: e.div_(e.detach().norm(dim=1, keepdim=True)))
+tail("mul_in_place", lambda e: e.mul_(1.5))
+tail("where_and_clamp", lambda e: torch.where(e > 0, e, 0.1 * e).clamp(-5, 5))
+tail("relu_by_a_mask", lambda e: e * (e > 0))
+tail("straight_through", lambda e: e + (e.sign() - e).detach())
+tail("division_by_the_detached_norm", lambda e: e / e.detach().norm(dim=1, keepdim=True) + 0.3)
+tail("strongest_part", lambda e: e.view(8, 2, 4)[torch.arange(8), e.view(8, 2, 4).norm(dim=2).argmax(1)])
+
+
 # What is refused
 
 
@@ -1208,17 +1326,49 @@ def _changed_mode(model, x):
 
 
 SEVERAL = CaptureError, "depends on several inputs"
+MIXED = CaptureError, "depends on 8 inputs"
 refused_tail("mean_of_two_crops", lambda model, x: (model(x) + model(x.flip(-1))) / 2, *SEVERAL)
-refused_tail("embeddings_less_their_mean", lambda model, x: model(x) - model(x).mean(0), *SEVERAL)
-refused_tail("batchnorm_as_a_function", lambda m, x: functional.batch_norm(m(x), None, None, training=True), *SEVERAL)
+refused_tail("embeddings_less_their_mean", lambda model, x: model(x) - model(x).mean(0), *MIXED)
+refused_tail("batchnorm_as_a_function", lambda m, x: functional.batch_norm(m(x), None, None, training=True), *MIXED)
 refused_tail("mixed_embeddings", lambda model, x: 0.7 * model(x) + 0.3 * model(x).flip(0), *SEVERAL)
-refused_tail("similarities_within_the_batch", lambda model, x: model(x) @ model(x).T, *SEVERAL)
-refused_tail("own_autograd_function_in_the_loop", lambda m, x: Flipped.apply(m(x)), CaptureError, "Flipped")
+refused_tail("similarities_within_the_batch", lambda model, x: model(x) @ model(x).T, *MIXED)
 refused_tail("changed_in_place_through_a_view", _changed_through_a_view, CaptureError, "changed in place")
 refused_tail("mode_changed_before_the_loss", _changed_mode, ReplayError, "mode")
-refused_tail("detached_embeddings", lambda m, x: m(x).detach().requires_grad_(), CaptureError, "leaf")
+refused_tail(
+    "detached_embeddings", lambda m, x: m(x).detach().requires_grad_(), CaptureError, "no gradient with respect to"
+)
 refused_tail("pixels_up_to_255", lambda model, x: model(x * 255), InputError, "255")
 refused_tail("embeddings_without_gradient", lambda model, x: model(x).detach(), InputError, "without gradient")
+
+
+@refused(CaptureError, "a leaf of autograd")
+def embeddings_under_no_grad_that_then_get_a_gradient():
+    model, x = net(), images()
+
+    def step(loss):
+        with torch.no_grad():
+            e = model(x)
+        return loss(e.requires_grad_(), LABELS)
+
+    return Loop(model, step)
+
+
+@refused(ReplayError, "some rows of the batch otherwise")
+def recurrent_with_time_first():
+    model, x = nn.LSTM(6, 8), images(shape=(5, 6))
+    return Loop(model, lambda loss: loss(functional.normalize(model(x.transpose(0, 1))[0][-1]), LABELS))
+
+
+@refused(CaptureError, "PackedSequence")
+def packed_sequence():
+    model, x = nn.GRU(6, 8, batch_first=True), images(shape=(6, 6))
+
+    def step(loss):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((8,), 6), batch_first=True)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(model(packed)[0], batch_first=True)
+        return loss(functional.normalize(padded[:, -1]), LABELS)
+
+    return Loop(model, step)
 
 
 @refused(CaptureError, "No module ran")
@@ -1227,7 +1377,7 @@ def no_module_at_all():
     return Loop(weights, lambda loss: loss(functional.linear(x.flatten(1), weights[0]), LABELS))
 
 
-@refused(CaptureError, "without gradient")
+@refused(CaptureError, "computed under no_grad")
 def trunk_under_no_grad():
     trunk, head, x = net(), nn.Linear(8, 8), images()
 
@@ -1251,13 +1401,13 @@ def another_model_named():
     return Loop(nn.ModuleList([model, other]), lambda loss: loss(model(x), LABELS), model=other)
 
 
-@refused(CaptureError, "floating point")
+@refused(InputError, "floating point")
 def ids_of_words():
     model, ids = nn.Embedding(10, 8), torch.arange(8)
     return Loop(model, lambda loss: loss(model(ids), LABELS))
 
 
-@refused(CaptureError, "gave 1 rows for 8")
+@refused(CaptureError, r"gave \(1, 8, 8\) for inputs \(8, 6, 6\)")
 def last_hidden_state_of_layers_by_rows():
     model, x = nn.GRU(6, 8, batch_first=True), images(shape=(6, 6))
     return Loop(model, lambda loss: loss(model(x)[1][-1], LABELS))

@@ -171,8 +171,8 @@ class InputCapture:
         if not isinstance(names, str):
             names = ", ".join(type(module).__name__ for module in names)
         return (
-            f"{names} gave these embeddings, and the model that was named did not. Name the module that the loop calls, "
-            f"AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
+            f"{names} gave these embeddings, and the model that was named did not. Name the module that the loop "
+            f"calls, AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
         )
 
     def _explain(self, embeddings: Tensor) -> str:
@@ -186,8 +186,12 @@ class InputCapture:
             )
         if embeddings.grad_fn is None:
             return (
-                "The embeddings are a tensor of their own (a leaf of autograd's graph, or detached), so it is not known "
-                f"which inputs gave them. Pass what the model returned, without detach; or {_OPEN_DOOR}"
+                "The embeddings are a tensor of their own (a leaf of autograd's graph), so it is not known which "
+                "inputs gave them. Pass what the model returned, without detach. If you hand gradients on yourself, as "
+                "GradCache does, pass the inputs, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, "
+                "function), where function(x) makes the embeddings, such as `lambda x: model({'images': x})`, and set "
+                "gradients to zero before loss.backward(), not after it, since the perturbed rows reach the model "
+                "there."
             )
         if lost := lost_of(embeddings):
             return (
@@ -196,32 +200,34 @@ class InputCapture:
             )
         if "origin" in vars(embeddings):
             return (
-                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to them "
-                f"is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
+                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to "
+                f"them is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
             )
         if function := _own_function(embeddings):
             return (
                 f"Between the model and the loss the embeddings went through {function}, a function of autograd in "
-                "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; or "
-                f"{_OPEN_DOOR}"
+                "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; "
+                f"or {_OPEN_DOOR}"
             )
         if seen["with gradient"]:
             return (
-                f"{seen['with gradient']} ran with gradient since this loss was made, and these embeddings were not made "
-                "of what it returned. If they are older than the loss, make the loss before the forward pass; if they "
-                f"were made of something else, pass what the model returned; or {_OPEN_DOOR}"
+                f"{seen['with gradient']} ran with gradient since this loss was made, and these embeddings were not "
+                "made of what it returned, or in a way that cannot be followed, such as through a PackedSequence. If "
+                "they are older than the loss, make the loss before the forward pass; if they were made of something "
+                f"else, pass what the model returned; or {_OPEN_DOOR}"
             )
         if seen["not watched"]:
             return self._another(seen["not watched"])
         if seen["without gradient"]:
             return (
-                f"{seen['without gradient']} ran without gradient (no_grad), so its inputs are not known. To freeze it, "
-                f"set requires_grad_(False) on its parameters in place of no_grad; or {_OPEN_DOOR}"
+                f"{seen['without gradient']} ran under no_grad, and no module ran with gradient since this loss was "
+                "made, as far as can be seen. Make the loss before the forward pass. If a compiled model gave the "
+                f"embeddings, name it, AdversarialLoss(loss, model), after it was compiled; or {_OPEN_DOOR}"
             )
         return (
-            "No module ran since this loss was made, as far as can be seen. Make the loss before the forward pass. If the model is "
-            "compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, model), after it was "
-            f"compiled; or {_OPEN_DOOR}"
+            "No module ran since this loss was made, as far as can be seen. Make the loss before the forward pass. If "
+            "the model is compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, "
+            f"model), after it was compiled; or {_OPEN_DOOR}"
         )
 
 
@@ -229,22 +235,23 @@ def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str
     start = f"The clean inputs, embedded again, differ from the embeddings by {apart:.2g} of their size, so an attack "
     if told:
         return (
-            f"{start}would be on other embeddings. With inputs=..., expected inputs in the order of the embeddings, and "
-            "a model that makes exactly these embeddings of them, in the mode that it is in. If the loop does more than "
-            "the model, such as F.normalize, give a function that does it too: "
+            f"{start}would be on other embeddings. With inputs=..., expected inputs in the order of the embeddings, "
+            "and a model that makes exactly these embeddings of them, in the mode that it is in. If the loop does more "
+            "than the model, such as F.normalize, give a function that does it too: "
             "AdversarialLoss(loss, lambda x: F.normalize(model(x)))."
         )
     where = f"{start}would be on another model. {replay.first_difference(limit)} gives something else now."
     if switched:
         return (
-            f"{where} Likely cause: {'; '.join(switched)}. Pass what switches the model as an argument of its forward(), "
-            "or compute the loss before the switch."
+            f"{where} Likely cause: {'; '.join(switched)}. Pass what switches the model as an argument of its "
+            "forward(), or compute the loss before the switch."
         )
     return (
         f"{where} Likely causes: weights or buffers were changed since the forward pass (compute the loss first); the "
         "model changes its input in place (let it work on a copy); what it gives depends on something outside of its "
         "arguments, such as an attribute, a counter or a global switch (pass it as an argument of forward()). Where "
-        f"none can be mended, {_OPEN_DOOR}"
+        "none can be mended, pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with "
+        "AdversarialLoss(loss, function), where function(x) makes exactly these embeddings."
     )
 
 

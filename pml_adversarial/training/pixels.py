@@ -79,8 +79,9 @@ class PixelSpace:
         """
         if not inputs.is_floating_point():
             raise InputError(
-                f"The model's inputs are {inputs.dtype}; expected floating point in [0, 1]. Convert the images with "
-                "`images.float() / 255` before they enter the model."
+                f"The inputs are {inputs.dtype}; expected floating point in [0, 1]. Convert images with "
+                "`images.float() / 255` before they enter the model; with at=..., name a module that gives floating "
+                "point."
             )
         if inputs.layout != torch.strided or (len(inputs) and not inputs.numel()):
             raise InputError(
@@ -123,8 +124,8 @@ class PixelSpace:
             given = "normalization" if self.normalization is not None else "bounds"
             raise InputError(
                 f"{given} has {self._channels} channels, and of the inputs {tuple(like.shape)} "
-                f"{'no dimension' if not fitting else 'more than one dimension'} has as many; expected one mean and one "
-                "std per channel, and channel_dim=... where it cannot be told, such as channel_dim=-3 for clips "
+                f"{'no dimension' if not fitting else 'more than one dimension'} has as many; expected one mean and "
+                "one std per channel, and channel_dim=... where it cannot be told, such as channel_dim=-3 for clips "
                 "(N, T, C, H, W)."
             )
         return fitting[0]

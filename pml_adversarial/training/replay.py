@@ -208,9 +208,9 @@ class Replay:
                 self.picks = True  # the model draws random numbers, in eval mode too
                 return
         raise ReplayError(
-            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a model "
-            "whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not the "
-            "first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
+            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a "
+            "model whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not "
+            "the first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
             "loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with AdversarialLoss(loss, lambda x: "
             "model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a module of your own do that part, "
             "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
@@ -238,9 +238,9 @@ class Replay:
                 raise
         if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
             raise CaptureError(
-                f"{self._names} has no gradient with respect to its inputs: inside, something is computed under "
-                "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its "
-                "parameters in place of no_grad. To perturb what the frozen part gives, name it: "
+                f"{self._names} has no gradient with respect to its inputs: inside of it, or in the loop, something is "
+                "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
+                "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
                 "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
             )
         return difference(found, expected[rows]) <= _APART

@@ -129,7 +129,7 @@ def _inner_output(step: Step, call: Call, at: nn.Module) -> Tensor | None:
         found = f"ran {len(given)} times" if len(given) > 1 else f"gave {type(given[0]).__name__}"
         raise CaptureError(
             f"at={type(at).__name__}(...) {found} in one forward pass of {name_of(step)}; expected one tensor from one "
-            "call. Call the model once for each of its inputs, or name a module that runs once."
+            "call. Call the model once for each of its inputs, or name a module that runs once and gives a tensor."
         )
     if step.refs:
         raise CaptureError(
@@ -153,8 +153,8 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
         candidates = [number for number in candidates if id(given[number]) in named]
         if not candidates:
             raise InputError(
-                f"perturb_input={name!r}, and {name_of(step)} took {_listed(arguments)}; expected the name of an argument "
-                "of its forward() that holds a tensor of floating point with one row for each embedding."
+                f"perturb_input={name!r}, and {name_of(step)} took {_listed(arguments)}; expected the name of an "
+                "argument of its forward() that holds a tensor of floating point with one row for each embedding."
             )
     if len(candidates) > 1:
         order = {id(leaf): number for number, leaf in enumerate(leaves(arguments))}
@@ -248,7 +248,8 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
     if before:
         raise CaptureError(
             f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, so the "
-            f"inputs stand further back and are not known. To freeze {before}, set requires_grad_(False) on its parameters in place of no_grad. "
+            f"inputs stand further back and are not known. To freeze {before}, set requires_grad_(False) on its "
+            "parameters in place of no_grad. "
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )
