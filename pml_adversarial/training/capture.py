@@ -196,7 +196,8 @@ class InputCapture:
         if lost := lost_of(embeddings):
             return (
                 f"{lost} ran under no_grad, so its inputs are not kept. To freeze it, set requires_grad_(False) on its "
-                f"parameters in place of no_grad; or {_OPEN_DOOR}"
+                "parameters in place of no_grad. If an activation checkpoint ran it so, use use_reentrant=False; or "
+                f"{_OPEN_DOOR}"
             )
         if "origin" in vars(embeddings):
             return (
@@ -218,16 +219,11 @@ class InputCapture:
             )
         if seen["not watched"]:
             return self._another(seen["not watched"])
-        if seen["without gradient"]:
-            return (
-                f"{seen['without gradient']} ran under no_grad, and no module ran with gradient since this loss was "
-                "made, as far as can be seen. Make the loss before the forward pass. If a compiled model gave the "
-                f"embeddings, name it, AdversarialLoss(loss, model), after it was compiled; or {_OPEN_DOOR}"
-            )
+        ran = f"{seen['without gradient']} ran under no_grad, and no" if seen["without gradient"] else "No"
         return (
-            "No module ran since this loss was made, as far as can be seen. Make the loss before the forward pass. If "
-            "the model is compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, "
-            f"model), after it was compiled; or {_OPEN_DOOR}"
+            f"{ran} module ran with gradient since this loss was made, as far as can be seen. Make the loss before the "
+            "forward pass. If the model is compiled by model.compile(), name it, AdversarialLoss(loss, model), after "
+            f"that; if a compiled function calls it, or else, {_OPEN_DOOR}"
         )
 
 
