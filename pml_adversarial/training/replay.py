@@ -237,13 +237,17 @@ class Replay:
                     return False
                 raise
         if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
-            raise CaptureError(
-                f"{self._names} has no gradient with respect to its inputs: inside of it, or in the loop, something is "
-                "computed under no_grad, detached, or rounded. To freeze a part of the model, set "
-                "requires_grad_(False) on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
-                "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
-            )
+            raise self._no_gradient
         return difference(found, expected[rows]) <= _APART
+
+    @property
+    def _no_gradient(self) -> CaptureError:
+        return CaptureError(
+            f"{self._names} has no gradient with respect to its inputs: inside of it, or in the loop, something is "
+            "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on "
+            "its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
+            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
+        )
 
     @property
     def _may_pick(self) -> bool:
@@ -395,10 +399,7 @@ class Replay:
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
         if not len(known):
-            raise CaptureError(
-                f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}; expected "
-                "embeddings of inputs, as the model gave them, without detach."
-            )
+            raise self._no_gradient
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known
