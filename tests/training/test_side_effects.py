@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 from itertools import count
 
@@ -16,6 +16,29 @@ from pml_adversarial.training.side_effects import undone
 SEEN_BY_A_HOOK = []
 CALLS_SEEN_BY_A_HOOK = 0
 NOT_SEEN_BY_ANY_HOOK = []
+SAVED = []
+
+
+class Recorder:
+    def __init__(self):
+        self.seen = []
+
+
+RECORDER = Recorder()
+
+
+def save(value):
+    SAVED.append(value)
+
+
+class Frozen(OrderedDict):
+    """A dict that forbids to be updated, as outputs of transformers and configurations of diffusers."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("frozen")
+
+    def pop(self, *args):
+        raise TypeError("frozen")
 
 
 class Stop(Exception):
@@ -134,6 +157,30 @@ class TestContainersOfModules:
             assert (list(held.items()) if isinstance(held, dict) else list(held)) != before
         assert (list(held.items()) if isinstance(held, dict) else list(held)) == before
         assert module.held is held
+
+    def test_a_counter(self, module, leave):
+        module.counts = Counter(a=2)
+        with leave(module):
+            module(torch.rand(2, 2))
+        assert module.counts == {"a": 2}
+        with leave(module):
+            module.counts.update(a=1, b=1)
+        assert module.counts == {"a": 2}
+
+    def test_a_dict_that_forbids_changes(self, module, leave):
+        module.config = Frozen(a=2)
+        with leave(module):
+            module.config["b"] = 1
+        assert dict(module.config) == {"a": 2}
+
+    def test_of_an_object_that_a_module_has(self, module, leave):
+        module.recorder = recorder = Recorder()
+        module.register_forward_hook(lambda module, *_: module.recorder.seen.append(1))
+        with leave(module):
+            module(torch.rand(2, 2))
+            module.recorder = Recorder()
+        assert module.recorder is recorder
+        assert recorder.seen == []
 
     def test_a_bounded_deque_stays_bounded(self, module, leave):
         module.held = deque([1, 2], maxlen=2)
@@ -286,7 +333,56 @@ def counts_in_a_global():
     return hook, lambda: CALLS_SEEN_BY_A_HOOK
 
 
+def by_an_object_that_is_global():
+    return (lambda *_: RECORDER.seen.append(1)), lambda: list(RECORDER.seen)
+
+
+def by_a_function_that_is_global():
+    return (lambda *_: save(1)), lambda: list(SAVED)
+
+
+def by_itself():
+    def hook(*_):
+        hook.calls += 1
+
+    hook.calls = 0
+    return hook, lambda: hook.calls
+
+
+def by_a_list_in_a_dict():
+    kept = {"a": [], "b": {"c": set()}}
+
+    def hook(*_):
+        kept["a"].append(1)
+        kept["b"]["c"].add(len(kept["a"]))
+
+    return hook, lambda: (list(kept["a"]), set(kept["b"]["c"]))
+
+
+def by_an_outer_module():
+    """As ``self`` of a module that holds the model."""
+    outer = nn.Module()
+    outer.seen = []
+    return (lambda *_: outer.seen.append(1)), lambda: list(outer.seen)
+
+
+def by_a_helper_that_calls_itself():
+    seen = []
+
+    def visit(depth):
+        seen.append(depth)
+        return depth and visit(depth - 1)
+
+    return (lambda *_: visit(2) and None), lambda: list(seen)
+
+
 HOOKS = [
+    by_an_object_that_is_global,
+    by_a_function_that_is_global,
+    by_itself,
+    by_a_list_in_a_dict,
+    by_an_outer_module,
+    by_a_helper_that_calls_itself,
     appends_to_closure,
     counts_in_closure,
     keeps_in_object_of_closure,
@@ -328,6 +424,18 @@ class TestHooks:
         module(torch.rand(2, 2))
         with leave(module):
             module(torch.rand(2, 2))
+        assert kept() == [1]
+
+    @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    def test_what_a_hook_of_the_backward_pass_kept_is_undone(self, module, leave, register):
+        hook, kept = appends_to_closure()
+        getattr(module, register)(hook)
+        run = lambda: module(torch.rand(2, 2, requires_grad=True)).sum().backward()  # noqa: E731
+        run()
+        assert kept() == [1]
+        with leave(module):
+            run()
+            assert kept() == [1, 1]
         assert kept() == [1]
 
     def test_hooks_stand_as_they_stood(self, module, leave):
