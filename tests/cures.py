@@ -237,6 +237,44 @@ def own_function_of_autograd(wrap, cure):
     return loss_func(ByNumpy.apply(model(x)), LABELS, **{"inputs": x} if cure else {}), [model]
 
 
+class Slowed(torch.autograd.Function):
+    """Makes the gradient smaller."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.1 * gradient
+
+
+class Slows(nn.Module):
+    def forward(self, x):
+        return Slowed.apply(x)
+
+
+@case(CaptureError, "function of autograd in Python", "inside of a module, as a last layer", "inputs=x")
+def gradient_is_made_smaller_in_the_loop(wrap, cure):
+    model, x = net(), images()
+    if cure == "inside of a module, as a last layer":
+        whole = nn.Sequential(model, Slows())
+        return wrap(loss_of_pml(), whole)(whole(x), LABELS), [model]
+    loss_func = wrap(loss_of_pml(), (lambda x: Slowed.apply(model(x))) if cure else model)
+    return loss_func(Slowed.apply(model(x)), LABELS, **{"inputs": x} if cure else {}), [model]
+
+
+@case(CaptureError, "changed under no_grad", "without detach and no_grad", changes=("without detach and no_grad",))
+def changed_in_place_under_no_grad(wrap, cure):
+    model, x = net(), images()
+    loss_func, e = wrap(loss_of_pml(), model), model(x)
+    if cure:
+        return loss_func(e * 0.5, LABELS), [model]
+    with torch.no_grad():
+        e.mul_(0.5)
+    return loss_func(e, LABELS), [model]
+
+
 @case(
     CaptureError,
     "not made of what it returned",
@@ -610,7 +648,7 @@ def part_of_the_model_under_no_grad(wrap, cure):
     return loss_func(model(x), LABELS), [model]
 
 
-@case(CaptureError, "has no gradient with respect to its inputs", r"in place of no_grad and detach")
+@case(CaptureError, "they were detached", "without detach and no_grad")
 def features_are_detached_in_the_loop(wrap, cure):
     trunk, head, x = net().requires_grad_(False), nn.Linear(8, 8), images()
     loss_func, features = wrap(loss_of_pml()), trunk(x)

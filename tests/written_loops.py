@@ -1334,9 +1334,8 @@ refused_tail("mixed_embeddings", lambda model, x: 0.7 * model(x) + 0.3 * model(x
 refused_tail("similarities_within_the_batch", lambda model, x: model(x) @ model(x).T, *MIXED)
 refused_tail("changed_in_place_through_a_view", _changed_through_a_view, CaptureError, "changed in place")
 refused_tail("mode_changed_before_the_loss", _changed_mode, ReplayError, "mode")
-refused_tail(
-    "detached_embeddings", lambda m, x: m(x).detach().requires_grad_(), CaptureError, "no gradient with respect to"
-)
+refused_tail("detached_embeddings", lambda m, x: m(x).detach().requires_grad_(), CaptureError, "a leaf of autograd")
+refused_tail("own_autograd_function_in_the_loop", lambda m, x: Flipped.apply(m(x)), CaptureError, "of autograd in")
 refused_tail("pixels_up_to_255", lambda model, x: model(x * 255), InputError, "255")
 refused_tail("embeddings_without_gradient", lambda model, x: model(x).detach(), InputError, "without gradient")
 
