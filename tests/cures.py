@@ -545,6 +545,15 @@ class Words(nn.Module):
         return self.head(found if other is None else found - self.rnn(self.embedding(other))[0][:, -1])
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, ids, mask):
+        return self.head((self.embedding(ids) * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
+
+
 IDS = torch.arange(32).reshape(8, 4) % 10
 INNER = {"bounds": (-5, 5)}
 
@@ -554,6 +563,13 @@ def ids_of_words(wrap, cure):
     model = Words()
     loss_func = wrap(loss_of_pml(), model, **({"at": model.embedding, **INNER} if cure else {}))
     return loss_func(model(IDS), LABELS), [model]
+
+
+@case(InputError, "mask: int64", "at=model.embedding")
+def ids_of_words_with_a_mask(wrap, cure):
+    model = Masked()
+    loss_func = wrap(loss_of_pml(), model, **({"at": model.embedding, **INNER} if cure else {}))
+    return loss_func(model(IDS, mask=torch.tensor([[1, 1, 1, 0]] * 4 + [[1, 1, 0, 0]] * 4)), LABELS), [model]
 
 
 @case(CaptureError, "ran 2 times", "once for each of its inputs", "a module that runs once")
