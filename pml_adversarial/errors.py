@@ -32,4 +32,4 @@ class PluginError(AdversarialError, ValueError):
 
 
 class ReplayError(AdversarialError, RuntimeError):
-    """The inputs, embedded again, do not give the embeddings that were given, so the attack would be on another model."""
+    """The inputs, embedded again, give other embeddings than in the loop: the attack would be on another model."""

@@ -50,8 +50,9 @@ class AdversarialMiner(Wrapper, BaseMiner):
         perturb: rows that play one of these roles in a mined tuple are perturbed in all of their tuples; default "all".
         plugins: as in `AdversarialLoss`, but ``training_loss`` is not asked.
         warmup: as in `AdversarialLoss`; default 0, as nothing is trained here.
-        model, eps, steps, attack, total_steps, normalization, bounds, channel_dim, perturb_input, at, chunk, seed: as in
+        model, eps, steps, attack, total_steps, normalization, bounds, channel_dim, perturb_input, at: as in
             `AdversarialLoss`.
+        chunk, seed: as in `AdversarialLoss`.
 
     Raises:
         AdversarialError: see `errors`.

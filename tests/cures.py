@@ -471,6 +471,19 @@ def trunk_under_no_grad(wrap, cure):
     return loss_func(head(features), LABELS, **{"inputs": features} if of_features else {}), [head]
 
 
+@case(CaptureError, "or in an earlier step", "run it in each step", "inputs=features")
+def features_of_an_earlier_step(wrap, cure):
+    trunk, head, x, others = net().requires_grad_(False), nn.Linear(8, 8), images(), images(2)
+    of_features = cure == "inputs=features"
+    loss_func = wrap(loss_of_pml(), head, bounds=(-5, 5)) if of_features else wrap(loss_of_pml())
+    kept = trunk(x)
+    for _ in range(3):  # other steps
+        given = trunk(others)
+        loss_func(head(given), LABELS, **{"inputs": given} if of_features else {})
+    features = trunk(x) if cure == "run it in each step" else kept
+    return loss_func(head(features), LABELS, **{"inputs": features} if of_features else {}), [head]
+
+
 @case(CaptureError, "features that were computed with gradient", r"\[trunk, head\]", "or none")
 def head_is_named_alone(wrap, cure):
     trunk, head, x = net(), nn.Linear(8, 8), images()

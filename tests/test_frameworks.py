@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial import AdversarialMiner, CaptureError, hookimpl
-from pml_adversarial.training import capture
+from pml_adversarial.training import isolation
 from pml_adversarial.training.capture import InputCapture
 from pml_adversarial.training.pixels import PixelSpace
 
@@ -593,7 +593,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential], ids=["model", "part of it"])
     def test_buffers_that_are_compiled_in_are_refused(self, monkeypatch, model, moody_model, outer):
-        monkeypatch.setattr(capture, "_COMPILES_BUFFERS_IN", True)
+        monkeypatch.setattr(isolation, "_COMPILES_BUFFERS_IN", True)
         InputCapture(outer(torch.compile(model, backend="eager")))
         InputCapture(moody_model)
         with pytest.raises(CaptureError, match=r"torch .* compiles the buffers .*2\.5"):

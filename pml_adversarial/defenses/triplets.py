@@ -140,8 +140,8 @@ def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) 
     plan = plan_tuples(triplets, roles, len(batch)).only_named()
     if batch.num_attackable < len(batch) and not batch.can_be_perturbed(plan.rows).all():
         raise PlanError(
-            f"Triplets have members in ref_emb or elsewhere whose inputs are not known, so {', '.join(roles)} cannot all be "
-            "perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
+            f"Triplets have members in ref_emb or elsewhere whose inputs are not known, so {', '.join(roles)} cannot "
+            "all be perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
         )
     return plan
 

@@ -341,8 +341,8 @@ class FixedContext:
             return
         if not batch.can_be_perturbed(queries).all():
             self._warn_once(
-                f"The inputs of {batch.num_rows - batch.num_attackable} of {batch.num_rows} rows are not known, such as "
-                "features of a cache or of a model under no_grad. These rows stay as they are."
+                f"The inputs of {batch.num_rows - batch.num_attackable} of {batch.num_rows} rows are not known, such "
+                "as features of a cache or of a model under no_grad. These rows stay as they are."
             )
         else:
             raise PlanError(

@@ -43,8 +43,8 @@ class Batch:
     This class is the batch of one process. `distributed.JointBatch` is the batch that several processes share.
 
     Attributes:
-        inputs: ``(P, ...)`` in [0, 1], the inputs of ``P`` of the rows. ``P < N`` where the inputs of the others, such as
-            the reference embeddings, are not known. In a joint batch, each process holds the inputs of its own rows.
+        inputs: ``(P, ...)`` in [0, 1], the inputs of ``P`` of the rows. ``P < N`` where those of others, such as the
+            reference embeddings, are not known. In a joint batch, each process holds the inputs of its own rows.
         embeddings: ``(N, D)`` with gradient, as the caller computed them.
         context: ``(N, D)`` the same rows as the attack sees them: detached, and of the model in eval mode.
         labels: ``(N,)``, or None for a loss without labels.

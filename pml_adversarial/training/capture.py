@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import preserved
+from .isolation import check_compiled, preserved
 from .pixels import PixelSpace
 from .replay import Replay, difference, tolerance
 from .sources import Choice
@@ -28,9 +28,6 @@ logger = logging.getLogger("pml_adversarial")
 
 CHECK_EVERY = 100
 """Steps from one check of the replay to the next."""
-
-# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
-_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
 
 _OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
 
@@ -89,8 +86,7 @@ class InputCapture:
         replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
-        if _COMPILES_BUFFERS_IN:
-            _check_compiled(replay.modules)
+        check_compiled(replay.modules)
         self._check(replay, embeddings, reference, order, told=inputs is not None)
         self._watch.forget()
         return replay
@@ -103,8 +99,7 @@ class InputCapture:
         self._function = None if model is None else in_order(model)
         self._inside: tuple[nn.Module, ...] | None = None
         known = None if model is None or not _has_modules(model) else modules_of(model)
-        if _COMPILES_BUFFERS_IN:
-            _check_compiled(known or ())
+        check_compiled(known or ())
         self._watch = Watch(known, self.choice.at)
         self._watch.wants_state = True
         self._forms.clear()
@@ -196,7 +191,8 @@ class InputCapture:
         if lost := lost_of(embeddings):
             return (
                 f"{lost} ran under no_grad, so its inputs are not kept. To freeze it, set requires_grad_(False) on its "
-                f"parameters in place of no_grad; or {_OPEN_DOOR}"
+                "parameters in place of no_grad. If an activation checkpoint ran it so, use use_reentrant=False; or "
+                f"{_OPEN_DOOR}"
             )
         if "origin" in vars(embeddings):
             return (
@@ -218,16 +214,11 @@ class InputCapture:
             )
         if seen["not watched"]:
             return self._another(seen["not watched"])
-        if seen["without gradient"]:
-            return (
-                f"{seen['without gradient']} ran under no_grad, and no module ran with gradient since this loss was "
-                "made, as far as can be seen. Make the loss before the forward pass. If a compiled model gave the "
-                f"embeddings, name it, AdversarialLoss(loss, model), after it was compiled; or {_OPEN_DOOR}"
-            )
+        ran = f"{seen['without gradient']} ran under no_grad, and no" if seen["without gradient"] else "No"
         return (
-            "No module ran since this loss was made, as far as can be seen. Make the loss before the forward pass. If "
-            "the model is compiled, by model.compile() or in a compiled function, name it, AdversarialLoss(loss, "
-            f"model), after it was compiled; or {_OPEN_DOOR}"
+            f"{ran} module ran with gradient since this loss was made, as far as can be seen. Make the loss before the "
+            "forward pass. If the model is compiled by model.compile(), name it, AdversarialLoss(loss, model), after "
+            f"it was compiled. Where neither helps, {_OPEN_DOOR}"
         )
 
 
@@ -267,16 +258,6 @@ def _own_function(embeddings: Tensor) -> str | None:
         seen.add(node)
         todo += [following for following, _ in node.next_functions]
     return None
-
-
-def _check_compiled(modules: Iterable[nn.Module]) -> None:
-    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
-    if any(True for module in compiled for _ in module.buffers()):
-        raise CaptureError(
-            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
-            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
-            "that is not compiled."
-        )
 
 
 def _has_modules(model: Models) -> bool:

@@ -14,7 +14,11 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
+from ..errors import CaptureError
 from .side_effects import undone
+
+# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
+_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
 
@@ -155,6 +159,23 @@ def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
 
         restart()
         yield restart
+
+
+def check_compiled(modules: Iterable[nn.Module]) -> None:
+    """Refuses compiled modules that could not be preserved.
+
+    Raises:
+        CaptureError: torch is older than 2.5, and a compiled module has buffers.
+    """
+    if not _COMPILES_BUFFERS_IN:
+        return
+    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if any(True for module in compiled for _ in module.buffers()):
+        raise CaptureError(
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
+            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
+            "that is not compiled."
+        )
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:

@@ -40,7 +40,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def outputs_in(value: Any) -> list[Tensor]:
-    """The tensors that a module returned, in order; also those that are attributes of an object of a class of one's own."""
+    """The tensors that a module returned, in order; also those that are attributes of an object."""
     found: list[Tensor] = []
     for leaf in [value] if isinstance(value, Tensor) else leaves(value):
         if isinstance(leaf, Tensor):

@@ -1,6 +1,6 @@
 """Embeds other inputs in the way in which the embeddings of a batch were made.
 
-A trace is followed back from the embeddings to the tensors that are perturbed, see `tracing` and `sources`. Which row of
+A trace is followed back from the embeddings to the tensors that are perturbed, see `trace` and `sources`. Which row of
 which tensor an embedding depends on is found by experiment, see `rows`.
 """
 
@@ -237,13 +237,17 @@ class Replay:
                     return False
                 raise
         if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
-            raise CaptureError(
-                f"{self._names} has no gradient with respect to its inputs: inside of it, something is "
-                "computed under no_grad, detached, or rounded. To freeze a part of the model, set "
-                "requires_grad_(False) on its parameters in place of no_grad. To perturb what the frozen part gives, "
-                "name it: AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
-            )
+            raise self._no_gradient
         return difference(found, expected[rows]) <= _APART
+
+    @property
+    def _no_gradient(self) -> CaptureError:
+        return CaptureError(
+            f"{self._names} has no gradient with respect to its inputs: inside of it, something is computed under "
+            "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its parameters "
+            "in place of no_grad and detach. To perturb what the frozen part gives, name it: "
+            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
+        )
 
     @property
     def _may_pick(self) -> bool:
@@ -365,7 +369,7 @@ class Replay:
         return outputs
 
     def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
-        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to them."""
+        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to it."""
         source = self._sources.all[number].value
         count = len(source)
 

@@ -5,8 +5,8 @@ operation. So the embeddings that reach a loss tell how they were made of the mo
 module: its call is one step of the trace.
 
 A tensor with gradient holds its trace, as it holds its graph. A number, or a tensor without gradient, holds it weakly,
-so that sums and memories that live for long do not grow; the steps themselves stay until the first module runs after a loss. What a module gives
-under ``no_grad`` is only marked with the name of the module.
+so that sums and memories that live for long do not grow; the steps themselves stay for the present iteration and the
+last one. What a module gives under ``no_grad`` is only marked with the name of the module.
 """
 
 from __future__ import annotations
