@@ -237,6 +237,44 @@ def own_function_of_autograd(wrap, cure):
     return loss_func(ByNumpy.apply(model(x)), LABELS, **{"inputs": x} if cure else {}), [model]
 
 
+class Slowed(torch.autograd.Function):
+    """Makes the gradient smaller."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.1 * gradient
+
+
+class Slows(nn.Module):
+    def forward(self, x):
+        return Slowed.apply(x)
+
+
+@case(CaptureError, "function of autograd in Python", "inside of a module, as a last layer", "inputs=x")
+def gradient_is_made_smaller_in_the_loop(wrap, cure):
+    model, x = net(), images()
+    if cure == "inside of a module, as a last layer":
+        whole = nn.Sequential(model, Slows())
+        return wrap(loss_of_pml(), whole)(whole(x), LABELS), [model]
+    loss_func = wrap(loss_of_pml(), (lambda x: Slowed.apply(model(x))) if cure else model)
+    return loss_func(Slowed.apply(model(x)), LABELS, **{"inputs": x} if cure else {}), [model]
+
+
+@case(CaptureError, "changed under no_grad", "without detach and no_grad", changes=("without detach and no_grad",))
+def changed_in_place_under_no_grad(wrap, cure):
+    model, x = net(), images()
+    loss_func, e = wrap(loss_of_pml(), model), model(x)
+    if cure:
+        return loss_func(e * 0.5, LABELS), [model]
+    with torch.no_grad():
+        e.mul_(0.5)
+    return loss_func(e, LABELS), [model]
+
+
 @case(
     CaptureError,
     "not made of what it returned",
@@ -433,6 +471,19 @@ def trunk_under_no_grad(wrap, cure):
     return loss_func(head(features), LABELS, **{"inputs": features} if of_features else {}), [head]
 
 
+@case(CaptureError, "or in an earlier step", "run it in each step", "inputs=features")
+def features_of_an_earlier_step(wrap, cure):
+    trunk, head, x, others = net().requires_grad_(False), nn.Linear(8, 8), images(), images(2)
+    of_features = cure == "inputs=features"
+    loss_func = wrap(loss_of_pml(), head, bounds=(-5, 5)) if of_features else wrap(loss_of_pml())
+    kept = trunk(x)
+    for _ in range(3):  # other steps
+        given = trunk(others)
+        loss_func(head(given), LABELS, **{"inputs": given} if of_features else {})
+    features = trunk(x) if cure == "run it in each step" else kept
+    return loss_func(head(features), LABELS, **{"inputs": features} if of_features else {}), [head]
+
+
 @case(CaptureError, "features that were computed with gradient", r"\[trunk, head\]", "or none")
 def head_is_named_alone(wrap, cure):
     trunk, head, x = net(), nn.Linear(8, 8), images()
@@ -507,6 +558,15 @@ class Words(nn.Module):
         return self.head(found if other is None else found - self.rnn(self.embedding(other))[0][:, -1])
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, ids, mask):
+        return self.head((self.embedding(ids) * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
+
+
 IDS = torch.arange(32).reshape(8, 4) % 10
 INNER = {"bounds": (-5, 5)}
 
@@ -516,6 +576,13 @@ def ids_of_words(wrap, cure):
     model = Words()
     loss_func = wrap(loss_of_pml(), model, **({"at": model.embedding, **INNER} if cure else {}))
     return loss_func(model(IDS), LABELS), [model]
+
+
+@case(InputError, "mask: int64", "at=model.embedding")
+def ids_of_words_with_a_mask(wrap, cure):
+    model = Masked()
+    loss_func = wrap(loss_of_pml(), model, **({"at": model.embedding, **INNER} if cure else {}))
+    return loss_func(model(IDS, mask=torch.tensor([[1, 1, 1, 0]] * 4 + [[1, 1, 0, 0]] * 4)), LABELS), [model]
 
 
 @case(CaptureError, "ran 2 times", "once for each of its inputs", "a module that runs once")
@@ -610,7 +677,7 @@ def part_of_the_model_under_no_grad(wrap, cure):
     return loss_func(model(x), LABELS), [model]
 
 
-@case(CaptureError, "has no gradient with respect to its inputs", r"in place of no_grad and detach")
+@case(CaptureError, "they were detached", "without detach and no_grad")
 def features_are_detached_in_the_loop(wrap, cure):
     trunk, head, x = net().requires_grad_(False), nn.Linear(8, 8), images()
     loss_func, features = wrap(loss_of_pml()), trunk(x)

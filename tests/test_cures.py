@@ -132,6 +132,7 @@ SOURCES = {  # file -> functions whose texts are held here; None: all
     "training/options.py": {"check_inputs"},
     "losses.py": {"_check_gradient"},
 }
+ELSEWHERE = "Expected torch 2.5 or newer"  # in what this torch does not do
 
 
 def texts(tree, functions):
@@ -152,5 +153,6 @@ def test_each_text_of_an_error_is_that_of_a_case():
     said = "\n".join(map(message, CASES))
     package = Path(pml_adversarial.__file__).parent
     for name, functions in SOURCES.items():
-        missing = [text for text in texts(ast.parse((package / name).read_text()), functions) if text not in said]
+        told = texts(ast.parse((package / name).read_text()), functions)
+        missing = [text for text in told if text not in said and ELSEWHERE not in text]
         assert not missing, name

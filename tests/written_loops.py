@@ -1168,6 +1168,165 @@ def gradient_hooks():
     return Loop(model, step)
 
 
+# Stems, switches, hooks, what is detached
+
+
+class TwoStems(nn.Module):
+    """Takes photographs or infrared images, each through a stem of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.photographs, self.infrared, self.shared = net(), net(), nn.Linear(8, 8)
+
+    def forward(self, photographs=None, infrared=None):
+        return self.shared(self.photographs(photographs) if infrared is None else self.infrared(infrared))
+
+
+@shape(in_order=True)
+def second_stem_by_keyword():
+    model, x = TwoStems(), images()
+    return Loop(model, lambda loss: loss(model(infrared=x), LABELS), x=x)
+
+
+@shape()
+def both_stems_in_one_batch():
+    model, x, others = TwoStems(), images(), images(2)
+    step = lambda loss: loss(torch.cat([model(x), model(infrared=others)]), LABELS.repeat(2))  # noqa: E731
+    return Loop(model, step)
+
+
+@shape()
+def stem_of_each_row():
+    model, x = TwoStems(), images()
+    takes = ("photographs", "infrared")
+    embed = lambda: torch.cat([model(**{takes[row % 2]: x[row : row + 1]}) for row in range(8)])  # noqa: E731
+    return Loop(model, lambda loss: loss(embed(), LABELS))
+
+
+@shape(in_order=True)
+def functional_call_with_weights_and_statistics_of_their_own():
+    model, x = nn.Sequential(*net()[:2], nn.BatchNorm1d(16), *net()[2:]).eval(), images()
+    fast = nn.ParameterDict({name.replace(".", "_"): p.detach() * 1.5 for name, p in model.named_parameters()})
+    statistics = {"2.running_mean": torch.rand(16), "2.running_var": torch.rand(16) + 0.5}
+
+    def step(loss):
+        given = {name: 1.0 * fast[name.replace(".", "_")] for name, _ in model.named_parameters()} | statistics
+        return loss(functional.normalize(functional_call(model, given, (x,))), LABELS)
+
+    return Loop(nn.ModuleList([model, fast]), step, x=x)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter of low rank, which can be switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.down, self.up, self.is_on = nn.Linear(36, 8), nn.Linear(36, 2), nn.Linear(2, 8), True
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.base(x) + self.up(self.down(x)) if self.is_on else self.base(x)
+
+
+@shape(in_order=True)
+def adapter_that_is_switched_off():
+    model, x = nn.Sequential(Adapted(), nn.Tanh()), images()
+    model[0].is_on = False
+    return Loop(model, lambda loss: loss(model(x), LABELS), x=x)
+
+
+@shape(in_order=True)
+def hook_that_puts_the_output_into_a_dict():
+    model, x = net(), images()
+    model.register_forward_hook(lambda module, args, output: {"embedding": output})
+    return Loop(model, lambda loss: loss(model(x)["embedding"], LABELS), x=x)
+
+
+@shape(in_order=True)
+def hook_with_keywords_that_changes_the_input():
+    model, x = net(), images()
+    model.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] - 0.5,), kwargs), with_kwargs=True)
+    return Loop(model, lambda loss: loss(model(x), LABELS), x=x)
+
+
+@shape()
+def rows_that_are_detached_in_part():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        return loss(torch.cat([e[:4], e[4:].detach()]), LABELS)
+
+    return Loop(model, step)
+
+
+@shape(in_order=True)
+def part_that_is_frozen_before_the_loss():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model.requires_grad_(True)(x)
+        model[1].requires_grad_(False)
+        return loss(e, LABELS)
+
+    return Loop(model, step, x=x)
+
+
+@shape()
+def embeddings_that_go_into_one_loss_twice():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        return loss(e, LABELS) + 0.5 * loss(e, LABELS.flip(0))
+
+    return Loop(model, step)
+
+
+@shape(in_order=True)
+def embeddings_that_keep_their_gradient():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        e.retain_grad()
+        return loss(e, LABELS)
+
+    return Loop(model, step, x=x)
+
+
+@shape()
+def embeddings_written_into_a_buffer():
+    model, x = net(), images()
+    return Loop(model, lambda loss: loss(torch.empty(8, 8).copy_(model(x)), LABELS))
+
+
+@shape()
+def sorted_by_what_was_detached():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        order = e.detach()[:, 0].argsort()
+        return loss(e[order], LABELS[order])
+
+    return Loop(model, step)
+
+
+tail("less_the_detached_mean", lambda e: functional.normalize(e) - functional.normalize(e).mean(0).detach() * 0.1)
+
+
+@shape()
+def divided_by_the_largest_number():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        return loss(e / e.abs().max().item() + 0.2, LABELS)
+
+    return Loop(model, step)
+
+
 # The open door
 
 
@@ -1335,8 +1494,110 @@ refused_tail("similarities_within_the_batch", lambda model, x: model(x) @ model(
 refused_tail("changed_in_place_through_a_view", _changed_through_a_view, CaptureError, "changed in place")
 refused_tail("mode_changed_before_the_loss", _changed_mode, ReplayError, "mode")
 refused_tail("detached_embeddings", lambda m, x: m(x).detach().requires_grad_(), CaptureError, "a leaf of autograd")
+refused_tail("own_autograd_function_in_the_loop", lambda m, x: Flipped.apply(m(x)), CaptureError, "of autograd in")
 refused_tail("pixels_up_to_255", lambda model, x: model(x * 255), InputError, "255")
 refused_tail("embeddings_without_gradient", lambda model, x: model(x).detach(), InputError, "without gradient")
+
+
+def _clone(module):
+    """A module with weights of its own that can be adapted, as libraries for meta-learning make it."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = vars(module).copy()
+    clone._parameters = {name: None if p is None else p.clone() for name, p in module._parameters.items()}
+    clone._modules = {name: _clone(inner) for name, inner in module._modules.items()}
+    return clone
+
+
+@refused(CaptureError, "model that was named did not")
+def clone_of_the_model_that_was_named():
+    model, x = net(), images()
+    return Loop(model, lambda loss: loss(_clone(model)(x), LABELS))
+
+
+@refused(CaptureError, "model that was named did not")
+def model_that_is_another_since_the_loss_was_made():
+    model, other, x = net(), net(), images()
+    return Loop(nn.ModuleList([model, other]), lambda loss: loss(other(x), LABELS), model=model)
+
+
+@refused(CaptureError, "no_grad")
+def pooled_features_of_a_trunk_under_no_grad():
+    trunk, head, x = nn.Conv2d(1, 4, 3), nn.Linear(4, 8), images()
+
+    def step(loss):
+        with torch.no_grad():
+            features = trunk(x)
+        return loss(head(features.mean((2, 3))), LABELS)
+
+    return Loop(nn.ModuleList([trunk, head]), step)
+
+
+@refused(ReplayError, "changed its mode")
+def part_whose_mode_is_changed_before_the_loss():
+    model, x = nn.Sequential(net(), nn.BatchNorm1d(8)), images()
+
+    def step(loss):
+        e = model(x)
+        model[1].eval()
+        return loss(e, LABELS)
+
+    return Loop(model, step)
+
+
+@refused(ReplayError, "differ")
+def weights_that_are_swapped_for_the_forward_pass():
+    model, x = net(), images()
+
+    def step(loss):
+        own = [p.data for p in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.3
+        e = model(x)
+        for parameter, before in zip(model.parameters(), own, strict=True):
+            parameter.data = before
+        return loss(e, LABELS)
+
+    return Loop(model, step)
+
+
+@refused(ReplayError, "differ")
+def step_of_the_optimizer_before_the_loss():
+    model, x = net(), images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+
+    def step(loss):
+        losses.ContrastiveLoss()(model(x), LABELS).backward()
+        e = model(x)
+        optimizer.step()
+        return loss(e, LABELS)
+
+    return Loop(model, step)
+
+
+@refused(ReplayError, "differ")
+def adapter_that_is_switched_off_for_the_forward_pass():
+    model, x = nn.Sequential(Adapted(), nn.Tanh()), images()
+
+    def step(loss):
+        model[0].is_on = False
+        e = model(x)
+        model[0].is_on = True
+        return loss(e, LABELS)
+
+    return Loop(model, step)
+
+
+@refused(ReplayError, "differ")
+def hook_that_is_removed_before_the_loss():
+    model, x = net(), images()
+
+    def step(loss):
+        handle = model[1].register_forward_hook(lambda module, args, output: output.sin() * 2)
+        e = model(x)
+        handle.remove()
+        return loss(e, LABELS)
+
+    return Loop(model, step)
 
 
 @refused(CaptureError, "a leaf of autograd")

@@ -243,9 +243,9 @@ class Replay:
     @property
     def _no_gradient(self) -> CaptureError:
         return CaptureError(
-            f"{self._names} has no gradient with respect to its inputs: inside of it, or in the loop, something is "
-            "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on "
-            "its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
+            f"{self._names} has no gradient with respect to its inputs: inside of it, something is computed under "
+            "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its parameters "
+            "in place of no_grad and detach. To perturb what the frozen part gives, name it: "
             "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
         )
 
@@ -399,7 +399,13 @@ class Replay:
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
         if not len(known):
-            raise self._no_gradient
+            raise CaptureError(
+                f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}: between "
+                "model and loss they were detached, changed under no_grad, or given to a function of autograd in "
+                "Python. Pass what the model gave, without detach and no_grad; call such a function inside of a "
+                "module, as a last layer of the model; or pass the inputs yourself, loss_func(embeddings, labels, "
+                "inputs=x), with AdversarialLoss(loss, function), where function(x) makes the embeddings."
+            )
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known

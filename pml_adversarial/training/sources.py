@@ -249,7 +249,7 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
         raise CaptureError(
             f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, so the "
             f"inputs stand further back and are not known. To freeze {before}, set requires_grad_(False) on its "
-            "parameters in place of no_grad. "
+            "parameters in place of no_grad, and run it in each step. "
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )
