@@ -264,7 +264,12 @@ def gradient_is_made_smaller_in_the_loop(wrap, cure):
     return loss_func(Slowed.apply(model(x)), LABELS, **{"inputs": x} if cure else {}), [model]
 
 
-@case(CaptureError, "changed under no_grad", "without detach and no_grad", changes=("without detach and no_grad",))
+@case(
+    CaptureError,
+    "changed in place under no_grad",
+    "without detach and no_grad",
+    changes=("without detach and no_grad",),
+)
 def changed_in_place_under_no_grad(wrap, cure):
     model, x = net(), images()
     loss_func, e = wrap(loss_of_pml(), model), model(x)

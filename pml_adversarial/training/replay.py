@@ -401,8 +401,8 @@ class Replay:
         if not len(known):
             raise CaptureError(
                 f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}: between "
-                "model and loss they were detached, changed under no_grad, or given to a function of autograd in "
-                "Python. Pass what the model gave, without detach and no_grad; call such a function inside of a "
+                "model and loss they were detached, changed in place under no_grad, or given to a function of autograd "
+                "in Python. Pass what the model gave, without detach and no_grad; call such a function inside of a "
                 "module, as a last layer of the model; or pass the inputs yourself, loss_func(embeddings, labels, "
                 "inputs=x), with AdversarialLoss(loss, function), where function(x) makes the embeddings."
             )
