@@ -187,7 +187,6 @@ LOOPS = {
     "without nan": lambda m, x: torch.nan_to_num(m(x)),
     "without nan, mixed with zeros": lambda m, x: torch.eye(8, dtype=x.dtype)[[5, 3, 3, 0]] @ m(x).nan_to_num(),
     "a detached norm": lambda m, x: (lambda e: e / e.detach().norm(dim=1, keepdim=True))(m(x)),
-    "a norm under no_grad": lambda m, x: norm_without_gradient(m(x)),
     "a condition": lambda m, x: (lambda e: torch.where(e > 0, e, 0.1 * e))(m(x)),
     "a mask of values": lambda m, x: (lambda e: e * ((e > 0) + 0.5))(m(x)),
     "the largest alone": lambda m, x: (lambda e: e * functional.one_hot(e.argmax(1), 4))(m(x)),
@@ -334,6 +333,15 @@ class TestEmbed:
             assert hash(replay_of(loop(model, 1 - images)).form) == hash(replay.form)
             assert replay_of(loop(model, 1 - images)).form == replay.form
         assert replay.form != replay_of(loop(model, images) * 1).form
+
+
+class TestWhatWasDoneUnderNoGrad:
+    def test_is_done_again_for_the_copy(self, model, images):
+        replay = replay_of(norm_without_gradient(model(images)))
+        rows = torch.tensor([6, 6, 0])
+        found = replay.embed(1 - images[rows], rows)
+        torch.testing.assert_close(found, functional.normalize(model(1 - images[rows])))
+        torch.testing.assert_close(replay.embed(images), functional.normalize(model(images)))
 
 
 class TestOrder:
