@@ -62,7 +62,7 @@ class PixelSpace:
                 )
         self._is_identity = normalization is None and bounds is None
         self._channels = max(len(mean), len(low))
-        if {len(mean), len(low)} > {1, self._channels}:
+        if not {len(mean), len(low)} <= {1, self._channels}:
             raise InputError(
                 f"normalization has {len(mean)} channels, and bounds have {len(low)}; expected as many, or one."
             )

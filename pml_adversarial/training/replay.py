@@ -42,7 +42,7 @@ from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast
 from .tracing import paused
 from .tuples import rank_in_group
-from .watch import modes_of, submodules_of, switches_of
+from .watch import modes_of, submodules_of, switches_of, weights_of
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
 
@@ -152,14 +152,22 @@ class Replay:
 
     @property
     def was_switched(self) -> list[str]:
-        """Attributes of modules that have another value now than after the call, in words."""
-        return [
-            f"{name_of(step)}.{name}, which was {value!r} and is {vars(step.function).get(name)!r}"
-            for step in self._steps
-            if step.call is not None and isinstance(step.function, nn.Module)
-            for name, value in step.call.switches.items()
-            if switches_of(step.function).get(name, value) != value
-        ]
+        """What is otherwise now than after the calls of modules, in words."""
+        found: dict[str, None] = {}
+        for step in self._calls:
+            call, inside = step.call, submodules_of(step.function) if isinstance(step.function, nn.Module) else []
+            if call is None or not call.modes or call.swapped:
+                continue
+            now = switches_of(inside)
+            for (number, name), value in call.switches.items():
+                if now.get((number, name), value) != value:
+                    named = type(inside[number]).__name__
+                    found[f"{named}.{name}, which was {value!r} and is {now[number, name]!r}"] = None
+            if call.weights != weights_of(inside):
+                found[f"weights, buffers, submodules or hooks of {name_of(step)}, which were changed or exchanged"] = (
+                    None
+                )
+        return list(found)
 
     def first_difference(self, tolerance: float) -> str:
         """The first call that gives something else now, in words."""
@@ -329,7 +337,9 @@ class Replay:
         source, row = self._rows.source[rows], self._rows.row[rows]
         turn = rank_in_group(source * max(len(source.value) for source in self._sources.all) + row)
         given = self._given(inputs, source, row)
-        found, order = [self._run(self._take_clean)[:0]], turn.argsort(stable=True)
+        if not len(rows):
+            return self._run(self._take_clean)[:0]
+        found, order = list[Tensor](), turn.argsort(stable=True)
         for count in turn.bincount().tolist():
             mine = order[sum(map(len, found)) :][:count]
             found.append(self._run(partial(self._take_among_clean, given, mine))[rows[mine]])

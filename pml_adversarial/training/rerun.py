@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +60,8 @@ def apply(step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False
             step.function(first, *args[1:], **kwargs)
             return [first]
         if step.call is None:
-            return tensors_in(step.function(*args, **kwargs))
+            with torch.no_grad() if step.cuts_gradient else nullcontext():
+                return tensors_in(step.function(*args, **kwargs))
         function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
         if step.call.swapped:
             return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))

@@ -121,7 +121,7 @@ def _take_changed(
     resolve: Resolve,
 ) -> Outputs:
     """Takes a step with other values in the chosen rows of what is perturbed."""
-    if step.cuts_gradient:
+    if step.cuts_gradient or not any(output.is_floating_point() for output in before[step]):
         return before[step]
     if step.call is None:
         return apply(step, resolve)

@@ -58,6 +58,7 @@ class Step:
         number: grows from step to step.
         autocast: device -> type, where autocast was on.
         cuts_gradient: whether no gradient flows from the outputs back to the arguments.
+        has_hook: whether the user registered a hook on one of its outputs.
         random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
     """
@@ -69,6 +70,7 @@ class Step:
         "autocast",
         "call",
         "cuts_gradient",
+        "has_hook",
         "function",
         "in_place",
         "kwargs",
@@ -80,7 +82,7 @@ class Step:
         self.function, self.in_place, self.number = function, in_place, next(_numbers)
         self.args, self.kwargs = tuple(args), dict(kwargs)
         self.autocast = autocast()
-        self.cuts_gradient = False
+        self.cuts_gradient = self.has_hook = False
         self.random_state: RandomState | None = None
         self.call: Call | None = None
         self._leaves: list[Any] | None = None
@@ -104,19 +106,21 @@ class Call:
     Attributes:
         outputs: the tensors that it gave, detached, in the order of `outputs_in`.
         modes: the ``training`` flags of its submodules.
-        switches: its own attributes that are numbers, strings or None, after the call.
+        switches: attributes that are numbers, strings or None after the call, see `watch.switches_of`.
+        weights: which weights it had, see `watch.weights_of`.
         swapped: name -> tensor, parameters and buffers that ``torch.func.functional_call`` had put into the module.
         changed: whether the module changed an argument in place.
         buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches")
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "weights")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
         self.modes: tuple[bool, ...] = ()
-        self.switches: dict[str, Any] = {}
+        self.switches: dict[tuple[int, str], Any] = {}
+        self.weights: list[Any] = []
         self.swapped: dict[str, Tensor] = {}
         self.changed = False
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []

@@ -29,6 +29,8 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "
 
 
 _DETACH = {"detach", "detach_"}
+_REGISTER_HOOK = {"register_hook", "register_post_accumulate_grad_hook"}
+_PICK_ROWS = {"__getitem__", "index_select"}
 
 
 class WantsTraces(Protocol):
@@ -48,6 +50,7 @@ class Here(threading.local):
         recent: steps that gave tensors without gradient, which hold them weakly.
         older: those before the last loss.
         calls: number of outermost calls since ``recent`` was begun.
+        generation: how often ``recent`` was begun.
         after_loss: whether a loss was computed since the last call.
     """
 
@@ -56,7 +59,7 @@ class Here(threading.local):
         self.inner: dict[nn.Module, list[Any]] | None = None
         self.recent: list[Step] = []
         self.older: list[Step] = []
-        self.calls, self.after_loss = 0, False
+        self.calls, self.generation, self.after_loss = 0, 0, False
 
 
 here = Here()
@@ -104,6 +107,7 @@ class _Weak(NamedTuple):
     step: weakref.ref[Step]
     place: int
     name: str
+    generation: int
 
 
 class _Lost(NamedTuple):
@@ -115,6 +119,10 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if here.paused:
         return _run(func, args, kwargs)
     name = getattr(func, "__name__", "")
+    if name in _REGISTER_HOOK and (ref := ref_of(args[0])) is not None:
+        ref.step.has_hook = True
+    if name in _PICK_ROWS:
+        args = (args[0], *mapped(tuple(args[1:]), _which_rows))
     in_place = _works_in_place(name, args, kwargs)
     step = _before_change(func, args, kwargs) if in_place else None
     before = random_state() if name != "__get__" and wants_state() else None
@@ -129,7 +137,8 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         for _, tensor in found:
             mark_lost(tensor, lost)
         return result
-    step = step or step_of(func, args, kwargs)
+    is_weak = not any(tensor.requires_grad and tensor.ndim for _, tensor in found)
+    step = step or step_of(func, args, kwargs, recent_only=is_weak)
     step.random_state = before
     step.cuts_gradient = (
         name in _DETACH or getattr(func, "__self__", None) is Tensor.data or not torch.is_grad_enabled()
@@ -155,7 +164,8 @@ def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
         return None
     if type(target) is not Traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
         return None
-    step = step_of(func, args, kwargs, in_place=True)
+    is_weak = not target.ndim or not (target.requires_grad or any(tensor.requires_grad for tensor in given))
+    step = step_of(func, args, kwargs, in_place=True, recent_only=is_weak)
     if isinstance(step.args[0], Fixed):
         step.args = (Fixed(target.clone()), *step.args[1:])
     elif (call := step.args[0].step.call) is not None:
@@ -177,12 +187,38 @@ def _lost_among(value: Any) -> str | None:
     return lost[0] if lost and all(name is not None for name in lost) else None
 
 
-def step_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], in_place: bool = False) -> Step:
-    """A step, with the traces of its arguments in their places."""
+def step_of(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], in_place: bool = False, recent_only: bool = False
+) -> Step:
+    """A step, with the traces of its arguments in their places.
+
+    Args:
+        function: a module, or a function of torch.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        in_place: whether the function changes its first argument.
+        recent_only: whether traces without gradient from before the last loss are left out, so that what is summed up
+            from step to step holds no chain of them.
+    """
+    trace_of = _recent_argument if recent_only else _argument
     try:
-        return Step(function, mapped(tuple(args), _argument), mapped(dict(kwargs), _argument), in_place)
+        return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
     except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
-        return Step(function, tuple(map(_argument, args)), {k: _argument(v) for k, v in kwargs.items()}, in_place)
+        return Step(function, tuple(map(trace_of, args)), {k: trace_of(v) for k, v in kwargs.items()}, in_place)
+
+
+def _recent_argument(leaf: Any) -> Any:
+    origin = vars(leaf).get("origin") if type(leaf) is Traced else None
+    is_older = isinstance(origin, _Weak) and origin.generation != here.generation
+    return Fixed(leaf, lost=origin.name) if is_older else _argument(leaf)
+
+
+def _which_rows(leaf: Any) -> Any:
+    """An index of rows as it is: which rows are picked stays, whatever becomes of the embeddings."""
+    if type(leaf) is not Traced or leaf.is_floating_point() or leaf.ndim != 1:
+        return leaf
+    with torch._C.DisableTorchFunctionSubclass():
+        return leaf.detach()
 
 
 def _argument(leaf: Any) -> Any:
@@ -201,7 +237,8 @@ def note(tensor: Tensor, made_by: Ref) -> None:
         _mark(tensor, made_by)
     else:
         here.recent.append(made_by.step)
-        _mark(tensor, _Weak(weakref.ref(made_by.step), made_by.place, _name(made_by.step.function)))
+        name = _name(made_by.step.function)
+        _mark(tensor, _Weak(weakref.ref(made_by.step), made_by.place, name, here.generation))
 
 
 def _mark(tensor: Tensor, origin: Any) -> None:

@@ -133,6 +133,7 @@ def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
     if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
         here.older, here.recent = here.recent, []
         here.calls, here.after_loss = 1, False
+        here.generation += 1
     return _Noting(module, args, _kind_of(module))
 
 
@@ -171,7 +172,8 @@ class _Noting:
         found = outputs_in(output)
         name = type(module).__name__
         if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
-            _tell("not watched", name)
+            if any(map(_is_followed, found)):
+                _tell("not watched", name)
         elif not torch.is_grad_enabled():
             _tell("without gradient", name)
             for tensor in self._new(found):
@@ -205,7 +207,7 @@ class _Noting:
         step.random_state = self.random_state
         step.call = call = Call(found)
         inside = submodules_of(module)
-        call.modes, call.switches = modes_of(inside), switches_of(module)
+        call.modes, call.switches, call.weights = modes_of(inside), switches_of(inside), weights_of(inside)
         call.buffers = self.buffers
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
@@ -270,9 +272,36 @@ def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
     return tuple(module.training for module in modules)
 
 
-def switches_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes that are numbers, strings or None, but for its mode."""
-    return {name: value for name, value in vars(module).items() if type(value) in _PLAIN and name != "training"}
+def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
+    """(number of a module, attribute) -> value, of what modules of the user's own classes have as plain attributes."""
+    found = {}
+    for number, module in enumerate(modules):
+        if not type(module).__module__.startswith("torch."):
+            for name, value in vars(module).items():
+                if type(value) in _PLAIN and name != "training":
+                    found[number, name] = value
+    return found
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What is another list where a module, a weight, a buffer or a hook was exchanged, or a weight was changed."""
+    found: list[Any] = []
+    for number, module in enumerate(modules):
+        found.append(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found += id(parameter), parameter._version, _address(parameter)
+        found += map(id, module._buffers.values())
+        if number:  # the outermost one has a hook of the watch
+            found.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+    return found
+
+
+def _address(parameter: Tensor) -> int:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # it has no storage, as parameters on the meta device or of some subclasses
+        return 0
 
 
 def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
