@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -95,6 +95,7 @@ class InputCapture:
         return InputCapture, (None, self.choice._replace(at=None), self.chunk)  # a copy holds no model: it watches any
 
     def _start(self, model: Models | None) -> None:
+        model = tuple(model) if isinstance(model, Iterator) else model
         self._model = model
         self._function = None if model is None else in_order(model)
         self._inside: tuple[nn.Module, ...] | None = None
@@ -194,16 +195,16 @@ class InputCapture:
                 "parameters in place of no_grad. If an activation checkpoint ran it so, use use_reentrant=False; or "
                 f"{_OPEN_DOOR}"
             )
-        if "origin" in vars(embeddings):
-            return (
-                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to "
-                f"them is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
-            )
         if function := _own_function(embeddings):
             return (
                 f"Between the model and the loss the embeddings went through {function}, a function of autograd in "
                 "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; "
                 f"or {_OPEN_DOOR}"
+            )
+        if "origin" in vars(embeddings):
+            return (
+                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to "
+                f"them is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
             )
         if seen["with gradient"]:
             return (

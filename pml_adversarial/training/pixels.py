@@ -118,7 +118,7 @@ class PixelSpace:
         else:
             fitting = list(range(1, like.ndim))
         fitting = [dim for dim in fitting if like.shape[dim] == self._channels]
-        if len(fitting) > 1 and like.ndim <= 4 and fitting[0] == 1:
+        if len(fitting) > 1 and like.ndim == 4 and fitting[0] == 1:
             return 1  # images (N, C, H, W), whose height or width is the number of channels by chance
         if len(fitting) != 1:
             given = "normalization" if self.normalization is not None else "bounds"

@@ -83,7 +83,7 @@ class Replay:
         modules: Iterable[nn.Module] = (),
     ) -> None:
         self._results, self._pixels, self._order, self._chunk = results, pixels, order, chunk
-        self._autocast = autocast()
+        self._autocast, self._limit = autocast(), limit
         self._steps = steps_to(results)
         called = [step.function for step in self._steps if isinstance(step.function, nn.Module)]
         self.modules = tuple(dict.fromkeys([*called, *modules]))
@@ -292,7 +292,7 @@ class Replay:
     @property
     def _is_plain(self) -> bool:
         """Whether the embeddings are the output of modules alone, one after the other."""
-        if len(self._sources) > 1 or len(self._results) > 1 or self._order is not None:
+        if len(self._sources) > 1 or len(self._results) > 1 or self._order is not None or self._limit is not None:
             return False
         total = len(self._sources.all[0].value)
         return all(

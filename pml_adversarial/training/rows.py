@@ -104,7 +104,7 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     row = number - starts[source]
     in_order = len(sizes) == 1 and total == len(row) and torch.equal(row, torch.arange(total, device=device))
     in_order = in_order and bool(known.all())
-    return Rows(source, row, in_order, in_order and _takes_some(run, total))
+    return Rows(source, row, in_order, in_order and _takes_some(taken, total))
 
 
 def _has_bit(bit: int, value: int, rows: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def _check_unchanged(steps: Sequence[Step]) -> None:
     for step in steps:
         if step.has_hook:
             raise CaptureError(
-                f"A hook was registered on what {name_of(step)} gave, tensor.register_hook(...), and it would not act on "
+                f"A hook was registered on what {name_of(step)} gave, tensor.register_hook(...), and would not act on "
                 "the perturbed copies. Register it inside of the model's forward(), where it acts on all passes."
             )
         if step.call is not None and step.call.changed:

@@ -210,7 +210,7 @@ def step_of(
 def _recent_argument(leaf: Any) -> Any:
     origin = vars(leaf).get("origin") if type(leaf) is Traced else None
     is_older = isinstance(origin, _Weak) and origin.generation != here.generation
-    return Fixed(leaf, lost=origin.name) if is_older else _argument(leaf)
+    return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
 
 
 def _which_rows(leaf: Any) -> Any:
@@ -260,8 +260,10 @@ def ref_of(tensor: Tensor) -> Ref | None:
         return None
     if isinstance(origin, _Weak):
         step = origin.step()
-        return None if step is None else Ref(step, origin.place)
-    return origin if isinstance(origin, Ref) else None
+        origin = None if step is None else Ref(step, origin.place)
+    if not isinstance(origin, Ref) or (origin.step.cuts_gradient and tensor.requires_grad):
+        return None  # something that was not noted has given it a gradient
+    return origin
 
 
 def lost_of(tensor: Tensor) -> str | None:

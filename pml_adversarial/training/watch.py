@@ -100,7 +100,7 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
             module.register_forward_pre_hook(noting.enter),
             module.register_forward_hook(noting.end, with_kwargs=True, always_call=True),
         )
-        noting.undo = [handle.remove for handle in handles]
+        noting.undo, noting.keys = [handle.remove for handle in handles], [handle.id for handle in handles]
 
 
 def _note_compiled(module: nn.Module) -> Callable[[], None]:
@@ -148,12 +148,15 @@ class _Noting:
         self.random_state = random_state() if wants else None
         self.buffers = _buffers_of(module) if wants else []
         self.inner = here.inner = {}
-        self.depth, self.undo = 0, list[Callable[[], Any]]()
+        self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
         self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
         for tensor in self.traced:
             tensor.__class__ = Tensor  # type: ignore[assignment]
         here.paused, self.hook = True, hook_taken_out()  # so that submodules cost nothing
         self.hook.__enter__()
+
+    def __deepcopy__(self, memo: Any) -> _Noting:
+        return self
 
     def enter(self, module: nn.Module, args: Sequence[Any]) -> None:
         """The hook before the module calls itself."""
@@ -161,7 +164,10 @@ class _Noting:
 
     def end(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """The hook after the module."""
-        if module is not self.module:
+        if module is not self.module:  # it is a copy, made while the module ran
+            for key in self.keys:
+                module._forward_hooks.pop(key, None)
+                module._forward_pre_hooks.pop(key, None)
             return
         if self.depth:
             self.depth -= 1
