@@ -266,9 +266,9 @@ def gradient_is_made_smaller_in_the_loop(wrap, cure):
 
 @case(
     CaptureError,
-    "changed in place under no_grad",
-    "without detach and no_grad",
-    changes=("without detach and no_grad",),
+    "changed in place, through a view of them or under no_grad",
+    "that makes a new tensor",
+    changes=("that makes a new tensor",),
 )
 def changed_in_place_under_no_grad(wrap, cure):
     model, x = net(), images()
@@ -682,7 +682,7 @@ def part_of_the_model_under_no_grad(wrap, cure):
     return loss_func(model(x), LABELS), [model]
 
 
-@case(CaptureError, "they were detached", "without detach and no_grad")
+@case(CaptureError, "has no gradient with respect to its inputs", "in place of no_grad and detach")
 def features_are_detached_in_the_loop(wrap, cure):
     trunk, head, x = net().requires_grad_(False), nn.Linear(8, 8), images()
     loss_func, features = wrap(loss_of_pml()), trunk(x)

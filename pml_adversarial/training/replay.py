@@ -91,7 +91,7 @@ class Replay:
         self._check_modes()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self.picks = True
+        self.picks, self._attacks = True, False
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
         self.inputs, self.known_rows = self._known(limit)
 
@@ -251,9 +251,9 @@ class Replay:
     @property
     def _no_gradient(self) -> CaptureError:
         return CaptureError(
-            f"{self._names} has no gradient with respect to its inputs: inside of it, something is computed under "
-            "no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) on its parameters "
-            "in place of no_grad and detach. To perturb what the frozen part gives, name it: "
+            f"{self._names} has no gradient with respect to its inputs: inside of it or in the loop, something is "
+            "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
+            "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
             "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
         )
 
@@ -307,7 +307,10 @@ class Replay:
 
     def _apply(self, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
-        return apply(step, resolve, self._stays_as_now or autocast() != self._autocast)
+        outputs = apply(step, resolve, self._stays_as_now or autocast() != self._autocast)
+        if step.hooks and not self._attacks:
+            _hook(step, outputs)
+        return outputs
 
     def _run(self, take: Take) -> Tensor:
         results = rerun(self._steps, self._results, take)
@@ -315,6 +318,7 @@ class Replay:
         return whole if self._order is None else whole[self._order]
 
     def _embed(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
+        self._attacks = inputs.requires_grad
         with ExitStack() as stack:
             stack.enter_context(paused())
             if inputs.requires_grad:
@@ -409,13 +413,7 @@ class Replay:
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
         if not len(known):
-            raise CaptureError(
-                f"No embedding that may be perturbed has a gradient with respect to inputs of {self._names}: between "
-                "model and loss they were detached, changed in place under no_grad, or given to a function of autograd "
-                "in Python. Pass what the model gave, without detach and no_grad; call such a function inside of a "
-                "module, as a last layer of the model; or pass the inputs yourself, loss_func(embeddings, labels, "
-                "inputs=x), with AdversarialLoss(loss, function), where function(x) makes the embeddings."
-            )
+            raise self._no_gradient
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
         return inputs, None if first else known
@@ -457,6 +455,14 @@ def difference(one: Tensor, other: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """By which `difference` rounding makes the same embeddings differ, as a share of their size."""
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _hook(step: Step, outputs: Outputs) -> None:
+    """Registers the hooks that the user registered on what a step gave, and did not remove."""
+    for place, handle in step.hooks:
+        hook = (handle.hooks_dict_ref() or {}).get(handle.id)
+        if hook is not None and outputs[place].requires_grad:
+            outputs[place].register_hook(hook)
 
 
 def _without_graph(value: Tensor) -> Tensor:

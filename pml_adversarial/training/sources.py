@@ -274,11 +274,6 @@ def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
 def _check_unchanged(steps: Sequence[Step]) -> None:
     """Refuses a trace whose tensors were changed in place since they were used."""
     for step in steps:
-        if step.has_hook:
-            raise CaptureError(
-                f"A hook was registered on what {name_of(step)} gave, tensor.register_hook(...), and would not act on "
-                "the perturbed copies. Register it inside of the model's forward(), where it acts on all passes."
-            )
         if step.call is not None and step.call.changed:
             raise CaptureError(
                 f"{name_of(step)} changed its input in place, so the inputs that it was given are gone. Let it work on "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .nested import leaves
 
@@ -58,7 +59,7 @@ class Step:
         number: grows from step to step.
         autocast: device -> type, where autocast was on.
         cuts_gradient: whether no gradient flows from the outputs back to the arguments.
-        has_hook: whether the user registered a hook on one of its outputs.
+        hooks: (place of an output, handle of a hook that the user registered on it).
         random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
     """
@@ -71,7 +72,7 @@ class Step:
         "call",
         "cuts_gradient",
         "function",
-        "has_hook",
+        "hooks",
         "in_place",
         "kwargs",
         "number",
@@ -82,7 +83,8 @@ class Step:
         self.function, self.in_place, self.number = function, in_place, next(_numbers)
         self.args, self.kwargs = tuple(args), dict(kwargs)
         self.autocast = autocast()
-        self.cuts_gradient = self.has_hook = False
+        self.cuts_gradient = False
+        self.hooks: list[tuple[int, RemovableHandle]] = []
         self.random_state: RandomState | None = None
         self.call: Call | None = None
         self._leaves: list[Any] | None = None

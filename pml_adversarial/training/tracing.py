@@ -29,7 +29,6 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "
 
 
 _DETACH = {"detach", "detach_"}
-_REGISTER_HOOK = {"register_hook", "register_post_accumulate_grad_hook"}
 _PICK_ROWS = {"__getitem__", "index_select"}
 
 
@@ -119,8 +118,10 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if here.paused:
         return _run(func, args, kwargs)
     name = getattr(func, "__name__", "")
-    if name in _REGISTER_HOOK and (ref := ref_of(args[0])) is not None:
-        ref.step.has_hook = True
+    if name == "register_hook" and (ref := ref_of(args[0])) is not None:
+        handle = _run(func, args, kwargs)
+        ref.step.hooks.append((ref.place, handle))
+        return handle
     if name in _PICK_ROWS:
         args = (args[0], *mapped(tuple(args[1:]), _which_rows))
     in_place = _works_in_place(name, args, kwargs)
