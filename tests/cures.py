@@ -689,6 +689,16 @@ def features_are_detached_in_the_loop(wrap, cure):
     return loss_func(head(features if cure else features.detach()), LABELS), [head]
 
 
+@case(ReplayError, "weights, buffers, submodules or hooks of Sequential", "compute the loss before the switch")
+def weights_change_between_forward_pass_and_loss(wrap, cure):
+    model, x = net(), images()
+    loss_func, embeddings = wrap(loss_of_pml(), model), model(x)
+    if not cure:
+        for parameter in model.parameters():
+            parameter.data = 1.5 * parameter.data
+    return loss_func(embeddings, LABELS), [model]
+
+
 # Rows
 
 
@@ -1025,3 +1035,18 @@ def evaluation_in_training_mode(wrap, cure):
         loss_func.eval()
     with torch.set_grad_enabled(cure == "loss with gradient"):
         return loss_func(model(x), LABELS), [model]
+
+
+options_case(
+    "bounds_of_other_channels_than_normalization",
+    InputError,
+    "normalization has 3 channels, and bounds have 2",
+    ("expected as many", "or one"),
+    lambda cure: (colours() - 0.5) / 0.5,
+    {
+        None: {"normalization": HALVES, "bounds": ([0, 0], [1, 1])},
+        "expected as many": {"normalization": HALVES, "bounds": ([0, 0, 0], [1, 1, 1])},
+        "or one": {"normalization": HALVES, "bounds": (0, 1)},
+    },
+    net_of_colours,
+)

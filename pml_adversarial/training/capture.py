@@ -233,17 +233,19 @@ def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str
             "AdversarialLoss(loss, lambda x: F.normalize(model(x)))."
         )
     where = f"{start}would be on another model. {replay.first_difference(limit)} gives something else now."
+    last = (
+        "Where none can be mended, pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with "
+        "AdversarialLoss(loss, function), where function(x) makes exactly these embeddings."
+    )
     if switched:
         return (
             f"{where} Likely cause: {'; '.join(switched)}. Pass what switches the model as an argument of its "
-            "forward(), or compute the loss before the switch."
+            f"forward(), or compute the loss before the switch. {last}"
         )
     return (
         f"{where} Likely causes: weights or buffers were changed since the forward pass (compute the loss first); the "
         "model changes its input in place (let it work on a copy); what it gives depends on something outside of its "
-        "arguments, such as an attribute, a counter or a global switch (pass it as an argument of forward()). Where "
-        "none can be mended, pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with "
-        "AdversarialLoss(loss, function), where function(x) makes exactly these embeddings."
+        f"arguments, such as an attribute, a counter or a global switch (pass it as an argument of forward()). {last}"
     )
 
 
