@@ -19,6 +19,7 @@ from benchmarks.robustness.table import markdown
 COLUMNS = {
     "ratio": "ratio (quartiles)",
     "ms": "ms",
+    "more_ms": "ms more",
     "image_passes": "image passes",
     "mebibytes": "MiB",
     "queries_per_second": "queries / s",

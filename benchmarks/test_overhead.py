@@ -20,8 +20,9 @@ from benchmarks.measure import DEVICE
 from benchmarks.test_step import resnet
 from pml_adversarial import hookimpl
 from pml_adversarial.plugins.manager import make_manager
+from pml_adversarial.training.capture import InputCapture
 from pml_adversarial.training.isolation import isolated, random_stream
-from pml_adversarial.training.replay import InputCapture
+from pml_adversarial.training.pixels import PixelSpace
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "small CNN": small_cnn,
@@ -59,7 +60,7 @@ def small_pass(watched: bool) -> Callable[[], Any]:
     """A forward pass that costs hardly anything; what it gave is asked for if it is watched."""
     model, inputs = nn.Linear(4, 4).to(DEVICE), torch.rand(4, 4, device=DEVICE)
     capture = InputCapture(model) if watched else None
-    return lambda: model(inputs) if capture is None else capture.source_of(model(inputs))
+    return lambda: model(inputs) if capture is None else capture.replay(PixelSpace(), model(inputs))
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["bare", "captured"])

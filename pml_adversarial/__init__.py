@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import attacks, plugins
-from .errors import AdversarialError, AttackError, CaptureError, InputError, PlanError, PluginError
+from .errors import AdversarialError, AttackError, CaptureError, InputError, PlanError, PluginError, ReplayError
 from .losses import AdversarialLoss
 from .miners import AdversarialMiner
 from .plugins import FixedContext, hookimpl
@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PluginError",
+    "ReplayError",
     "Report",
     "attacks",
     "defenses",

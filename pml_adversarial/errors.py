@@ -4,7 +4,7 @@ Each error derives from `AdversarialError` and from the builtin error that fits,
 ``except ValueError`` clauses keep working. Each message says what was found, what was expected and what to do.
 """
 
-__all__ = ["AdversarialError", "AttackError", "CaptureError", "InputError", "PlanError", "PluginError"]
+__all__ = ["AdversarialError", "AttackError", "CaptureError", "InputError", "PlanError", "PluginError", "ReplayError"]
 
 
 class AdversarialError(Exception):
@@ -29,3 +29,7 @@ class AttackError(AdversarialError, RuntimeError):
 
 class PluginError(AdversarialError, ValueError):
     """A plugin cannot be used: it is unknown, given twice or never asked, or gives a wrong answer."""
+
+
+class ReplayError(AdversarialError, RuntimeError):
+    """The inputs, embedded again, give other embeddings than in the loop: the attack would be on another model."""

@@ -19,14 +19,16 @@ from .errors import InputError
 from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
 from .training import loss_calls, options, records
+from .training.capture import InputCapture, Models
 from .training.loss_support import Copies
 from .training.monitor import CollapseMonitor
-from .training.pixels import Normalization, PixelSpace
+from .training.pixels import Bounds, Normalization, PixelSpace
 from .training.plan import call
 from .training.records import LossRecords
-from .training.replay import InputCapture, Models
 from .training.schedule import DEFAULT_WARMUP, EpsSchedule
+from .training.sources import Choice
 from .training.step import AdversarialStep
+from .training.tracing import paused, plain
 from .training.tuples import IndicesTuple, Role
 from .training.wrapper import Wrapper
 
@@ -52,7 +54,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
     Args:
         loss: a loss of PML, or a module of your own with ``forward(embeddings, labels)``. It is available as ``.loss``.
         model: the module that turns inputs into embeddings, or modules in forward order, or the ``models`` of a PML
-            trainer. None: the modules are found at the first call. The model is not a submodule of the loss.
+            trainer, or any function of inputs. None: whatever module gave the embeddings. The model is not a submodule
+            of the loss.
         eps: radius of the attack, in pixels of [0, 1]; default 8/255.
         steps: attack steps; default 3.
         attack: a factory that is called with the objective and returns a callable ``(inputs, labels) -> inputs``, such
@@ -77,6 +80,16 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         guard: whether eps and alpha are reduced while the embedding is collapsing, see `monitor`. An attack without
             ``eps`` cannot be reduced.
         normalization: ``(mean, std)`` per channel if the model takes normalised inputs. eps still counts in pixels.
+        bounds: ``(low, high)`` of inputs that are no pixels in [0, 1]: two numbers, or one pair per channel as two
+            lists. eps then counts as a share of the range: with bounds=(-1, 1), eps=0.1 allows a change of 0.2.
+        channel_dim: the dimension that holds the channels, where ``normalization`` or ``bounds`` have several and it
+            cannot be told from the shape, such as -3 for clips ``(N, T, C, H, W)``.
+        perturb_input: name of the argument of the model that is perturbed, such as "pixel_values". By default it is the
+            first one that holds floating point.
+        at: a module inside of the model whose output is perturbed in place of inputs, such as the ``nn.Embedding`` of a
+            text model. It needs ``bounds``.
+        chunk: how many rows are embedded at a time, where a batch does not fit into memory. Each chunk is embedded once
+            more in the backward pass.
         seed: of the attack's random numbers; None: ``torch.initial_seed()``.
 
     Raises:
@@ -115,10 +128,16 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         total_steps: int | None = None,
         guard: bool = True,
         normalization: Normalization | None = None,
+        bounds: Bounds | None = None,
+        channel_dim: int | None = None,
+        perturb_input: str | None = None,
+        at: nn.Module | None = None,
+        chunk: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         options.check_loss(loss, model)
+        options.check_inputs(perturb_input, at, bounds, chunk)
         _check_not_adversarial(loss)
         options.check_processes(loss)
         own = _method(
@@ -137,13 +156,15 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if warmup:
             adapter.check_warmup(own.attack)
         plugins = find_all(plugins)
-        self._shown = options.shown(own.shown_options(), plugins, warmup=f"{warmup} steps", guard=guard and has_eps)
+        self._shown = options.shown(
+            own.shown_options(), plugins, bounds=bounds, warmup=f"{warmup} steps", guard=guard and has_eps
+        )
         self.loss = loss
         self.takes_two_views = loss_calls.takes_two_views(loss)
         self.adversary = AdversarialStep(
             Hooks(plugins, own),
-            InputCapture(model),
-            PixelSpace(normalization),
+            InputCapture(model, Choice(perturb_input, at), chunk),
+            PixelSpace(normalization, bounds, channel_dim),
             EpsSchedule(warmup),
             CollapseMonitor(guard and has_eps),
             seed,
@@ -199,18 +220,22 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
         enqueue_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """The adversarial loss while training, the wrapped loss in ``.eval()``.
 
         Args:
-            embeddings: ``(N, D)`` as the model returned them: its output, outputs of several calls concatenated by
-                rows, or a range of an output's columns.
+            embeddings: ``(N, D)``, whatever was done to the model's outputs before, as long as each row comes from one
+                input.
             labels: ``(N,)``.
             indices_tuple: triplets or pairs from a miner; None: the loss's own.
             ref_emb: ``(R, D)`` reference embeddings, where the loss knows them.
             ref_labels: ``(R,)``.
             enqueue_mask: ``(N,)`` bool, of a `CrossBatchMemory`: the rows that join the memory, which are never
                 perturbed; the others are the queries. As in PML, it may also be the fourth argument.
+            inputs: ``(N, ...)`` the inputs of the embeddings, where they shall not be found. They are embedded by the
+                ``model`` that was given, which may be any function of inputs.
 
         Returns:
             A scalar.
@@ -230,10 +255,11 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         if enqueue_mask is not None:
             loss_calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
             loss = loss_calls.Enqueuing(loss)
-        batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
-        if isinstance(loss, DistributedLossWrapper):
-            loss = loss.loss  # the batch is joint already
-        value, answers = self.adversary.train(loss, batch)
+        with plain((embeddings, ref_emb)), paused():
+            batch = self.adversary.collate(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask, inputs)
+            if isinstance(loss, DistributedLossWrapper):
+                loss = loss.loss  # the batch is joint already
+            value, answers = self.adversary.train(loss, batch)
         loss_calls.check_scalar(loss, value)
         if answers:
             records.write(self, answers)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attacks import adapter
 from .attacks.objective import AttackFactory
@@ -18,14 +18,16 @@ from .plugins.fixed_context import FixedContext
 from .plugins.manager import Hooks, find_all
 from .training import distributed, options, records
 from .training.batch import Batch
+from .training.capture import InputCapture, Models
 from .training.distributed import JointBatch
 from .training.monitor import CollapseMonitor
-from .training.pixels import Normalization, PixelSpace
+from .training.pixels import Bounds, Normalization, PixelSpace
 from .training.plan import Plan, untouched
 from .training.records import Records
-from .training.replay import InputCapture, Models
 from .training.schedule import EpsSchedule
+from .training.sources import Choice
 from .training.step import AdversarialStep
+from .training.tracing import paused, plain
 from .training.tuples import IndicesTuple, Role, checked_tuples, map_members, shift_partners
 from .training.wrapper import Wrapper
 
@@ -48,7 +50,9 @@ class AdversarialMiner(Wrapper, BaseMiner):
         perturb: rows that play one of these roles in a mined tuple are perturbed in all of their tuples; default "all".
         plugins: as in `AdversarialLoss`, but ``training_loss`` is not asked.
         warmup: as in `AdversarialLoss`; default 0, as nothing is trained here.
-        model, eps, steps, attack, total_steps, normalization, seed: as in `AdversarialLoss`.
+        model, eps, steps, attack, total_steps, normalization, bounds, channel_dim, perturb_input, at: as in
+            `AdversarialLoss`.
+        chunk, seed: as in `AdversarialLoss`.
 
     Raises:
         AdversarialError: see `errors`.
@@ -80,10 +84,16 @@ class AdversarialMiner(Wrapper, BaseMiner):
         warmup: float | None = None,
         total_steps: int | None = None,
         normalization: Normalization | None = None,
+        bounds: Bounds | None = None,
+        channel_dim: int | None = None,
+        perturb_input: str | None = None,
+        at: nn.Module | None = None,
+        chunk: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         options.check_miner(miner, model)
+        options.check_inputs(perturb_input, at, bounds, chunk)
         if isinstance(miner, AdversarialMiner):
             raise InputError(
                 "miner is an AdversarialMiner already; expected a miner to be made adversarial. Perturb several roles "
@@ -95,12 +105,13 @@ class AdversarialMiner(Wrapper, BaseMiner):
             adapter.check_warmup(own.attack)
         hooks = Hooks(find_all(plugins), own)
         _check_asked(hooks)
-        self._shown = options.shown(own.shown_options(), hooks.named, warmup=f"{warmup} steps")
+        self._shown = options.shown(own.shown_options(), hooks.named, bounds=bounds, warmup=f"{warmup} steps")
         self.miner = miner
+        self._inputs: Tensor | None = None
         self.adversary = AdversarialStep(
             hooks,
-            InputCapture(model),
-            PixelSpace(normalization),
+            InputCapture(model, Choice(perturb_input, at), chunk),
+            PixelSpace(normalization, bounds, channel_dim),
             EpsSchedule(warmup),
             CollapseMonitor(guarded=False),
             seed,
@@ -113,6 +124,31 @@ class AdversarialMiner(Wrapper, BaseMiner):
         """What the last step did. Numbers that no step has measured yet are NaN."""
         return records.read(self, Records)
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+    ) -> IndicesTuple:
+        """Indices of tuples among the attacked embeddings, see `mine`.
+
+        Args:
+            embeddings: ``(N, D)``.
+            labels: ``(N,)``.
+            ref_emb: ``(R, D)``, or None.
+            ref_labels: ``(R,)``, or None.
+            inputs: as in `AdversarialLoss.forward`.
+        """
+        self._inputs = inputs
+        try:
+            found: IndicesTuple = super().forward(embeddings, labels, ref_emb, ref_labels)
+        finally:
+            self._inputs = None
+        return found
+
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
         """Indices of tuples among the attacked embeddings.
 
@@ -122,10 +158,15 @@ class AdversarialMiner(Wrapper, BaseMiner):
             ref_emb: ``(R, D)``, or ``embeddings`` itself where there is no reference.
             ref_labels: ``(R,)``.
         """
+        with plain((embeddings, ref_emb)), paused():
+            return self._mined(embeddings, labels, ref_emb, ref_labels)
+
+    def _mined(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
         reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
-        batch = self.adversary.collate(embeddings, labels, None, *reference)
+        ref, of_ref = reference or (None, None)
+        batch = self.adversary.collate(embeddings, labels, None, ref, of_ref, None, self._inputs)
         with self.adversary.random_numbers():  # the caller's numbers are for the tuples that are returned
             found = self._mine(untouched(batch, None), batch, batch.embeddings[:0])
         batch = replace(batch, indices_tuple=_in_batch_rows(found, batch))

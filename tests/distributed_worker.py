@@ -17,6 +17,7 @@ from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from seed_paper import seed_paper_loss
 from torch import nn
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_adversarial import AdversarialMiner, Plan, hookimpl
@@ -82,6 +83,14 @@ class Norms(losses.BaseMetricLossFunction):
         return {"loss": {"losses": squared, "indices": torch.arange(len(squared)), "reduction_type": "element"}}
 
 
+FORMS = {
+    "normalised": lambda model, x: normalize(model(x)),
+    "two calls": lambda model, x: torch.cat([model(x[:2]), model(x[2:])]),
+    "in another order": lambda model, x: model(x.flip(0)).flip(0),
+    "some of more rows": lambda model, x: model(torch.cat([1 - x, x]))[len(x) :],
+}
+
+
 @dataclass
 class Case:
     """One way to train; ``ref`` is None, "known" (embedded by the model, with gradient) or "unknown"."""
@@ -97,6 +106,7 @@ class Case:
     steps: int = 1
     tuples: object = None
     labelled: bool = True
+    form: object = lambda model, x: model(x)
 
 
 ONE_SIDED = tuple(torch.tensor(m) for m in ([6, 7, 8, 10], [0, 2, 4, 5], [2, 0, 1, 3]))  # all positives on rank 0
@@ -148,6 +158,10 @@ CASES = {
     "static_graph": Case(Triplet, ddp={"static_graph": True}, steps=3),
     "static_graph, all": Case(Triplet, perturb="all", ddp={"static_graph": True}, steps=3),
     "gradient_as_bucket_view": Case(Triplet, ddp={"gradient_as_bucket_view": True}, steps=3),
+    **{name: Case(Triplet, perturb="all", form=form, steps=2) for name, form in FORMS.items()},
+    "two calls, positive": Case(Triplet, miners.BatchHardMiner, form=FORMS["two calls"]),
+    "in another order, reference": Case(Triplet, perturb="all", form=FORMS["in another order"], ref="known"),
+    "one rank alone has copies, two calls": Case(Triplet, tuples=ONE_SIDED, form=FORMS["two calls"], steps=2),
 }
 
 
@@ -165,13 +179,13 @@ def train(case, model, wrap, part, first_rank=0):
     for step in range(case.steps):
         optimizer.zero_grad()
         labels = part(LABELS)
-        embeddings = model(part(images(len(LABELS), step)))
+        embeddings = case.form(model, part(images(len(LABELS), step)))
         reference = ()
         if case.ref:
             ref_images, ref_labels = images(len(REF_LABELS), 50 + step), REF_LABELS
             if case.shared:
                 ref_images, ref_labels = images(len(LABELS), 50 + step), labels
-            ref_emb = model(part(ref_images))
+            ref_emb = case.form(model, part(ref_images))
             reference = (
                 ref_emb if case.ref == "known" else ref_emb.detach(),
                 ref_labels if case.shared else part(ref_labels),
@@ -297,7 +311,8 @@ def errors():
     return {
         "sizes": message(lambda: loss_func(ddp(x[fewer]), y[fewer])),
         "no labels": message(lambda: loss_func(ddp(x), None if rank else y)),
-        "unknown": message(lambda: loss_func(ddp(x) * 1 if rank else ddp(x), y)),
+        "unknown": message(lambda: loss_func(torch.rand(6, 4).double().requires_grad_() if rank else ddp(x), y)),
+        "rows without inputs first": message(lambda: loss_func(torch.cat([torch.rand(2, 4).double(), ddp(x[2:])]), y)),
         "range": message(lambda: loss_func(ddp(x * (1 + 9 * rank)), y)),
         "tuples": message(lambda: loss_func(ddp(x), y, other_tuples)),
         "attack": message(with_options(attack=failing_attack)),
@@ -305,11 +320,19 @@ def errors():
         "plan elsewhere": message(with_options(plugins=[Unhappy("plan", 1)])),
         "score": message(with_options(plugins=[Unhappy("score", 1)])),
         "mode": message(one_mode_apart),
+        "mode since": message(one_mode_changed),
         "after all": message(lambda: loss_func(ddp(x), y).backward()),
     }
 
 
 def one_mode_apart():
+    ddp, loss_func, _ = setting(model="BatchNorm")
+    if dist.get_rank():
+        ddp.eval()
+    loss_func(ddp(own_part(images(12, 0))), own_part(LABELS))
+
+
+def one_mode_changed():
     ddp, loss_func, _ = setting(model="BatchNorm")
     embeddings = ddp(own_part(images(12, 0)))
     if dist.get_rank():
@@ -379,6 +402,28 @@ MINERS = {
     "multi-similarity": miners.MultiSimilarityMiner,
     "triplet margin": partial(miners.TripletMarginMiner, margin=0.5),
 }
+
+
+def told_inputs(model, wrap_loss, wrap_miner, part):
+    """A loss and a miner that are told pixels, of which a function of ours makes what the model takes."""
+    embed, x, y = lambda pixels: model(3 * pixels - 1), part(images(12, 0)), part(LABELS)
+    options = {
+        "attack": PGD,
+        "perturb": "all",
+        "seed": SEED if wrap_loss is DistributedLossWrapper else rank_0_seed(SEED),
+    }
+    miner = AdversarialMiner(wrap_miner(miners.BatchHardMiner()), embed, **options)
+    loss_func = seed_paper_loss(wrap_loss(Triplet()), embed, **options)
+    embeddings = embed(x)
+    mined = miner(embeddings, y, inputs=x)
+    loss = loss_func(embeddings, y, inputs=x)
+    loss.backward()
+    return {
+        "mined": mined,
+        "loss": loss.detach(),
+        "gradients": [p.grad for p in model.parameters()],
+        "perturbed": (miner.num_perturbed, loss_func.num_perturbed),
+    }
 
 
 def mine(name, perturb, model, wrap, part, ref=False, attack=PGD):
@@ -519,6 +564,7 @@ def main(folder):
         "proxies, no budget": proxies(adversarial_proxies, partial(PGD, eps=0.0)),
         "proxies, PML": proxies(*plainly),
         "miners": joint_mining(),
+        "told inputs": told_inputs(parallel(make_model()), DistributedLossWrapper, DistributedMinerWrapper, own_part),
         "BatchNorm": batchnorm_in_train_mode(),
         "gathering": gathering(),
         "others": others(),

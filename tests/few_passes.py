@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from notes import Notes
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 
 from pml_adversarial import AdversarialLoss, hookimpl
 
 EPS, ROWS = 0.05, 12
+CHECK = [ROWS, ROWS]  # in the first step: the clean rows embedded again, and half of them, twice, among themselves
 
 
 class Counted(nn.Module):
@@ -16,7 +18,7 @@ class Counted(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 4))
-        self.passed, self.types = [], []
+        self.passed, self.types = Notes(), Notes()
 
     def forward(self, images):
         self.passed.append(len(images))
@@ -48,6 +50,17 @@ def twelve_images():
 @pytest.fixture(name="labels")
 def four_labels():
     return torch.arange(ROWS) // 3
+
+
+def passed_in_two_steps(loss_func, model, images, labels):
+    """The rows of each pass after the batch's own, in a first step and in a second."""
+    found = []
+    for _ in range(2):
+        loss_func(model(images), labels).backward()
+        own, *rest = model.passed.taken()
+        assert own == len(images)
+        found.append(rest)
+    return found
 
 
 def wrapped(model, *plugins, attack=None, loss=None, **options):

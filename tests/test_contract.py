@@ -26,6 +26,7 @@ from contract import (
     situations,
     table,
 )
+from notes import Notes
 from pytorch_metric_learning import losses
 from torch import nn
 
@@ -139,10 +140,15 @@ class TestIsTheWrappedLoss:
     # Without labels, DynamicSoftMarginLoss has a value, and fails in the backward pass.
     @cases(ways=refused_by_pml, but=lambda name, situation: name == "DynamicSoftMarginLoss")
     def test_refuses_what_the_loss_refuses_before_anything_is_spent(self, name, situation):
-        scene, passes = Scene(name, situation), []
+        scene, passes = Scene(name, situation), Notes()
         loss_func = scene.adversarial("all")
+        scene.model.register_forward_pre_hook(
+            lambda module, args: passes.append((len(args[0]), torch.is_grad_enabled(), module.training))
+        )
         arguments = scene.arguments()
-        scene.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        own = passes.taken()
+        # the clean rows, embedded again; then half of them, twice, and before that all where several calls gave them
+        check = [(12, False, True)] * len(own) + [(12, True, False)] * (1 if len(own) == 1 else 2 * len(own))
         refusal, found = error_of(copy.deepcopy(scene.loss), arguments), error_of(loss_func, arguments)
         if isinstance(refusal, TypeError):  # it has no such argument, of which the wrapper says more than Python
             assert isinstance(found, InputError | PlanError)
@@ -150,7 +156,8 @@ class TestIsTheWrappedLoss:
         else:
             assert refusal is not None
             assert (type(found), str(found)) == (type(refusal), str(refusal))
-        assert not passes
+        assert own == [(12, True, True)] * (2 if situation.reference else 1)
+        assert passes == ([] if isinstance(found, InputError) else check)
 
 
 def error_of(loss, arguments):

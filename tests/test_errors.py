@@ -13,6 +13,7 @@ BUILTIN = {
     "InputError": ValueError,
     "PlanError": ValueError,
     "PluginError": ValueError,
+    "ReplayError": RuntimeError,
 }
 EVERY = ["AdversarialError", *BUILTIN]
 MESSAGE = "eps=8; expected a number up to 1. Divide it by 255."

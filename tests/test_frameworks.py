@@ -11,17 +11,20 @@ import torch
 import torch._dynamo
 import torchattacks
 from accelerate.state import AcceleratorState
+from notes import Notes
 from pytorch_metric_learning import distances, losses, miners
 from seed_paper import seed_paper_loss
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
-from pml_adversarial import AdversarialMiner, CaptureError, PlanError
-from pml_adversarial.training import replay as capture
-from pml_adversarial.training.replay import InputCapture
+from pml_adversarial import AdversarialMiner, CaptureError, hookimpl
+from pml_adversarial.training import isolation
+from pml_adversarial.training.capture import InputCapture
+from pml_adversarial.training.pixels import PixelSpace
 
 EPS = 0.1
+COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)  # those of the first call
 GIVEN_OR_FOUND = pytest.mark.parametrize("given", [True, False], ids=["given model", "found model"])
 
 
@@ -56,6 +59,14 @@ def assert_same(found, expected, **tolerance):
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+class Spy:
+    """Keeps what the last step did."""
+
+    @hookimpl
+    def pml_adversarial_record(self, batch, plan, adversarial):
+        self.batch, self.plan, self.adversarial = batch, plan, adversarial
 
 
 class Columns(nn.Module):
@@ -103,13 +114,15 @@ class TestRowsOfSeveralCalls:
         found = mine(lambda: torch.cat([model(part) for part in images.split(2)]))
         assert all(mine.equal(theirs) for mine, theirs in zip(found, expected, strict=True))
 
-    def test_copies_of_all_calls_are_one_batch_to_batchnorm(self, moody_model, images, labels):
-        batchnorm, seen = moody_model[1], []
+    def test_copies_of_each_call_are_a_batch_of_their_own_to_batchnorm(self, moody_model, images, labels):
+        batchnorm, seen = moody_model[1], Notes()
         batchnorm.register_forward_hook(lambda module, args, output: seen.append((module.training, len(args[0]))))
         loss_func = wrapped(moody_model, perturb="all")
-        loss_func(torch.cat([moody_model(images[:4]), moody_model(images[4:])]), labels)
-        assert [rows for training, rows in seen if training] == [4, 4, 8]
-        assert batchnorm.num_batches_tracked == 3
+        for tracked, checks in ((4, [3, 5]), (8, [])):
+            loss_func(torch.cat([moody_model(images[:3]), moody_model(images[3:])]), labels)
+            # as they came, in the first step again to be checked, and with the copies in their places
+            assert [rows for training, rows in seen.taken() if training] == [3, 5, *checks, 3, 5]
+            assert batchnorm.num_batches_tracked == tracked  # the check leaves no trace
 
     def test_sides_of_a_pair_as_queries_and_reference(self, model, images, labels):
         loss_func = wrapped(model, losses.ContrastiveLoss(), perturb=("anchor", "positive"))
@@ -181,11 +194,24 @@ class TestColumns:
 
         torch.testing.assert_close(loss_of(lambda reference: reference), loss_of(torch.clone))
 
-    def test_of_other_columns_as_the_reference_cannot_be_perturbed(self, model, images, labels):
-        loss_func = wrapped(model, losses.ContrastiveLoss(), perturb="positive")
-        queries, reference = model(images).split(2, 1)
-        with pytest.raises(PlanError, match="anchor"):
-            loss_func(queries, labels, ref_emb=reference, ref_labels=labels)
+    @GIVEN_OR_FOUND
+    @pytest.mark.parametrize("perturb", ["positive", "anchor"])
+    def test_other_columns_as_the_reference_are_perturbed_as_the_other_columns(
+        self, model, images, labels, given, perturb
+    ):
+        def loss_of(loss_func, queries, reference):
+            return loss_func(queries, labels, ref_emb=reference, ref_labels=labels.clone())
+
+        own, other, spy = Columns(model, slice(0, 2)), Columns(model, slice(2, 4)), Spy()
+        options = {"loss": losses.ContrastiveLoss(), "perturb": perturb, "attack": pgd(0.02)}
+        expected = loss_of(wrapped(**options), own(images), other(images.clone()))
+        loss_func = wrapped(model if given else None, **options, plugins=[spy])
+        found = loss_of(loss_func, *model(images).split(2, 1))
+        check(loss_func, eps=0.02, rose=0.6)
+        torch.testing.assert_close(found, expected)
+        assert_same(gradients_of(found, model), gradients_of(expected, model), rtol=1e-4, atol=1e-6)
+        whole, in_reference = model(spy.adversarial.inputs), spy.plan.rows[:, None] >= 8
+        torch.testing.assert_close(spy.adversarial.embeddings, torch.where(in_reference, whole[:, 2:], whole[:, :2]))
 
     def test_of_one_model_to_each_loss_its_own(self, model, images, labels):
         ranges = slice(0, 2), slice(2, 4)
@@ -288,14 +314,16 @@ class TestSeveralLosses:
     @GIVEN_OR_FOUND
     def test_one_per_head(self, images, labels, given):
         trunk, heads = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh()), (nn.Linear(8, 4), nn.Linear(8, 3))
+        spies = Spy(), Spy()
         loss_funcs = [
-            wrapped([trunk, head] if given else None, **kind) for head, kind in zip(heads, self.KINDS[:2], strict=True)
+            wrapped([trunk, head] if given else None, plugins=[spy], **kind)
+            for head, kind, spy in zip(heads, self.KINDS[:2], spies, strict=True)
         ]
         features = trunk(images)
         total = sum(loss_func(head(features), labels) for head, loss_func in zip(heads, loss_funcs, strict=True))
-        for head, loss_func in zip(heads, loss_funcs, strict=True):
+        for head, loss_func, spy in zip(heads, loss_funcs, spies, strict=True):
             check(loss_func)
-            assert loss_func.adversary.capture.modules == (trunk, head)
+            assert spy.batch.replay.modules == (trunk, head)
         total.backward()
         whole = [nn.Sequential(trunk, head) for head in heads]
         alone = [
@@ -446,7 +474,7 @@ class TestAccelerate:
     @pytest.mark.parametrize("accelerator", [{"mixed_precision": "bf16"}], indirect=True)
     @GIVEN_OR_FOUND
     def test_in_mixed_precision(self, model, train_loader, accelerator, given):
-        inner = []
+        inner = Notes()
         model[1].register_forward_hook(lambda module, args, output: inner.append(output.dtype))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         prepared, optimizer, loader = accelerator.prepare(model, optimizer, train_loader)
@@ -477,7 +505,7 @@ def _fresh_compiler():
 
 def convolutional():
     torch.manual_seed(0)
-    normalise = nn.Identity() if capture._COMPILES_BUFFERS_IN else nn.BatchNorm2d(4)
+    normalise = nn.Identity() if COMPILES_BUFFERS_IN else nn.BatchNorm2d(4)
     return nn.Sequential(nn.Conv2d(1, 4, 3), normalise, nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
 
 
@@ -554,34 +582,43 @@ class TestCompiled:
         training = steps(model, model, model.parameters())
         for _ in range(8):
             next(training)
+        assert counters["stats"]["unique_graphs"] > 0
         assert_same(list(model.state_dict().values()), list(expected.values()), rtol=1e-5, atol=1e-6)
+
+    def test_in_place_it_has_to_be_named(self, model, images):
+        model.compile(backend="eager")
+        watching = InputCapture()
+        with pytest.raises(CaptureError, match=r"model\.compile\(\).*name it"):
+            watching.replay(PixelSpace(), model(images))
 
     @pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential], ids=["model", "part of it"])
     def test_buffers_that_are_compiled_in_are_refused(self, monkeypatch, model, moody_model, outer):
-        monkeypatch.setattr(capture, "_COMPILES_BUFFERS_IN", True)
+        monkeypatch.setattr(isolation, "_COMPILES_BUFFERS_IN", True)
         InputCapture(outer(torch.compile(model, backend="eager")))
         InputCapture(moody_model)
         with pytest.raises(CaptureError, match=r"torch .* compiles the buffers .*2\.5"):
             InputCapture(outer(torch.compile(moody_model, backend="eager")))
 
-    def test_in_place_has_to_be_named(self, model, images):
-        model.compile(backend="eager")
-        watching = InputCapture()
-        with pytest.raises(CaptureError, match="name the model"):
-            watching.inputs_of(model(images))
-
     @GLOBAL_HOOKS
     def test_search_does_not_cut_it_to_pieces(self, model, images):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         watching = InputCapture()
-        assert watching.inputs_of(compiled(images)).equal(images)
-        assert watching.modules == (compiled,)
+        embeddings = compiled(images)
         assert counters["stats"]["unique_graphs"] == 1
+        replay = watching.replay(PixelSpace(), embeddings)
+        assert replay.inputs.equal(images)
+        assert replay.modules == (compiled,)
+        # in the check: without gradient, with weights as they are and frozen; then with gradient of the inputs
+        assert counters["stats"]["unique_graphs"] == 4
+        assert not counters["graph_break"]
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch hides it from users
     def test_rows_and_columns(self, model, images):
         compiled = torch.compile(model, backend="aot_eager")
         watching = InputCapture(compiled)
-        assert watching.inputs_of(torch.cat([compiled(images[:4]), compiled(images[4:])])).equal(images)
-        source = watching.source_of(compiled(images)[:, 1:3])
-        assert source.inputs.equal(images)
-        assert source.columns == slice(1, 3)
+        rows = watching.replay(PixelSpace(), torch.cat([compiled(images[:4]), compiled(images[4:])]))
+        assert rows.inputs.equal(images)
+        columns = watching.replay(PixelSpace(), compiled(images)[:, 1:3])
+        assert columns.inputs.equal(images)
+        for replay, expected in ((rows, model), (columns, Columns(model, slice(1, 3)))):
+            torch.testing.assert_close(replay.embed(images.flip(0)), expected(images.flip(0)))

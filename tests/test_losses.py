@@ -1,16 +1,19 @@
 """AdversarialLoss against plain loops, hand-written attacks and hand-built batches; nothing here reuses its code."""
 
 import copy
+import gc
 import pickle
 import random
 from functools import partial
+from itertools import count
 
 import numpy
 import pytest
 import torch
 import torchattacks
+from notes import Notes
 from pytorch_metric_learning import losses, miners
-from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import normalize
@@ -68,8 +71,8 @@ class Grab(Spy):
 
 
 def counting(model):
-    """Rows, gradient and mode of every forward pass, kept outside the model."""
-    passes = []
+    """Rows, gradient and mode of every forward pass."""
+    passes = Notes()
     model.register_forward_pre_hook(
         lambda module, args: passes.append((len(args[0]), torch.is_grad_enabled(), module.training))
     )
@@ -250,14 +253,24 @@ class TestFixedContext:
 
 
 class TestCost:
-    def spent(self, images, labels, *extra, frozen=False, **options):
+    AGAIN = (8, False, True)  # the clean rows, embedded again as they were
+    CALM = (8, False, False)  # and in eval mode
+    ASKED = (8, True, False)  # rows whose inputs get a gradient, in eval mode
+
+    def spent(self, images, labels, *extra, frozen=False, check=(AGAIN, ASKED), **options):
+        """The passes of a second step, and how many rows were perturbed. The first step checks the replay before."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), *extra, nn.Tanh(), nn.Linear(16, 4))
         model[2].train(not frozen)
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, **{"attack": PGD, **options})
-        embeddings = model(images)
-        passes = counting(model)
-        loss_func(embeddings, labels)
-        return passes, loss_func.num_perturbed
+        passes, of_steps = counting(model), []
+        for _ in range(2):
+            embeddings = model(images)
+            assert passes.taken() == [(8, True, True)]
+            loss_func(embeddings, labels)
+            of_steps.append(passes.taken())
+        first, second = of_steps
+        assert first == [*check, *second]
+        return second, loss_func.num_perturbed
 
     @pytest.mark.parametrize("perturb", ["positive", "all", ("anchor", "negative")])
     def test_steps_and_one_passes_on_the_perturbed_rows(self, perturb, images, labels):
@@ -266,17 +279,61 @@ class TestCost:
 
     @pytest.mark.parametrize("extra", [nn.BatchNorm1d(16), nn.Dropout(0.1)], ids=["BatchNorm", "Dropout"])
     def test_one_more_without_gradient_where_the_mode_matters(self, extra, images, labels):
-        passes, rows = self.spent(images, labels, extra, perturb=("positive", "negative"))
+        check = self.AGAIN, self.CALM, self.ASKED
+        passes, rows = self.spent(images, labels, extra, check=check, perturb=("positive", "negative"))
         assert rows == 16
         assert passes == [(8, False, False)] + [(rows, True, False)] * STEPS + [(rows, True, True)]
 
     def test_none_more_where_batchnorm_is_frozen(self, images, labels):
         passes, _ = self.spent(images, labels, nn.BatchNorm1d(16), frozen=True)
-        assert len(passes) == STEPS + 1
+        assert passes == [(8, True, False)] * STEPS + [(8, True, True)]
 
     def test_nothing_at_eps_0(self, images, labels):
         passes, _ = self.spent(images, labels, attack=NO_BUDGET)
         assert passes == []
+
+    def test_one_more_in_a_hundred_steps(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes, spent = counting(model), {}
+        for step in range(1, 202):
+            embeddings = model(images)
+            passes.taken()
+            loss_func(embeddings, labels)
+            spent[step] = passes.taken()
+        checked = {step: found for step, found in spent.items() if found}
+        assert checked == {1: [self.AGAIN, self.ASKED], 100: [self.AGAIN], 200: [self.AGAIN]}
+
+    def test_the_check_is_due_again_in_the_first_step_of_each_form(self, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes, spent = counting(model), []
+        two_calls = lambda x: torch.cat([model(x[:4]), model(x[4:])])  # noqa: E731
+        for form in (model, lambda x: normalize(model(x)), two_calls, model, lambda x: normalize(model(x)), two_calls):
+            embeddings = form(images)
+            passes.taken()
+            loss_func(embeddings, labels)
+            spent.append(passes.taken())
+        of_two = [(4, False, True)] * 2 + [(4, True, False)] * 4  # all rows as well, since they are not embedded apart
+        assert spent == [[self.AGAIN, self.ASKED], [self.AGAIN, self.ASKED], of_two, [], [], []]
+
+    @pytest.mark.parametrize("rows", [8, 7])
+    def test_the_check_asks_for_the_gradient_of_half_of_the_inputs_twice(self, rows, images, labels):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
+        passes = Notes()
+        model.register_forward_pre_hook(
+            lambda module, args: passes.append((args[0], [p.requires_grad for p in module.parameters()]))
+        )
+        loss_func(model(images[:rows]), labels[:rows])
+        (own, _), (again, _), (asked, asks) = passes
+        assert torch.equal(own, images[:rows])
+        assert torch.equal(again, images[:rows])
+        assert not again.requires_grad
+        half = [*range(rows - 1, -1, -2)]
+        assert torch.equal(asked, images[(half * 2)[:rows]])
+        assert asked.requires_grad
+        assert asks == [False, False]
 
 
 def everything_of(*modules):
@@ -412,11 +469,10 @@ class TestCopiesAndStates:
         written = pickle.dumps(loss_func)
         assert len(written) < 20_000  # without the model
         embeddings = model(images)
-        loaded = pickle.loads(written)
+        loaded, another = pickle.loads(written), pickle.loads(written)
         expected = loss_func(embeddings, labels)
-        with pytest.raises(CaptureError):
-            loaded(embeddings, labels)  # these embeddings are older than the loaded loss
-        assert torch.equal(loaded(model(images), labels), expected)
+        assert torch.equal(loaded(embeddings, labels), expected)  # older than the loaded loss, which is no matter
+        assert torch.equal(another(model(images), labels), expected)
 
     def test_the_model_is_no_submodule(self, model):
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
@@ -429,17 +485,24 @@ class Fails(nn.Module):
 
     def __init__(self, nth):
         super().__init__()
-        self.passes, self.nth = [], nth
+        self.passes, self.nth = count(1), nth  # a number or a list would be put back after the attack
 
     def forward(self, x):
-        self.passes.append(x)
-        if len(self.passes) == self.nth:
+        if next(self.passes) == self.nth:
             raise ZeroDivisionError
         return x
 
 
 class TestAfterAFailedStep:
-    @pytest.mark.parametrize("nth", range(2, STEPS + 3))  # 1 is the caller's own pass, the last one the re-embedding
+    LAST = 3 + STEPS + 1  # 1 is the caller's own pass, 2 and 3 are those of the check, the last one is the re-embedding
+
+    def test_no_pass_comes_after_the_last(self, model, images, labels):
+        flaky = nn.Sequential(*model, Fails(self.LAST + 1))
+        seed_paper_loss(losses.TripletMarginLoss(), flaky, attack=PGD)(flaky(images), labels)
+        with pytest.raises(ZeroDivisionError):
+            flaky(images)
+
+    @pytest.mark.parametrize("nth", range(2, LAST + 1))
     def test_a_retry_is_the_step(self, nth, model, images, labels):
         flaky = nn.Sequential(*model, Fails(nth))
         loss_func, unbroken = (
@@ -537,9 +600,10 @@ class TestOptions:
     def test_model_is_found(self, model, images, labels):
         torch.manual_seed(0)
         trunk, embedder = model[:2], model[2:]
-        loss_func = seed_paper_loss(losses.TripletMarginLoss(), attack=PGD)
+        spy = Spy()
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), attack=PGD, plugins=[spy])
         loss_func(embedder(trunk(images)), labels).backward()
-        assert loss_func.adversary.capture.modules == (trunk, embedder)
+        assert spy.batch.replay.modules == (trunk, embedder)
 
     def test_two_calls_of_the_model_each_keep_their_inputs(self, model, images, labels):
         spy = Spy()
@@ -617,6 +681,125 @@ class TestOptions:
                 seed_paper_loss(wrapped, model)(model(images), second)
 
 
+CHANGES = {
+    "multiplied": lambda e: 2 * e,
+    "each column by its own": lambda e: e * torch.tensor([1.0, 0.5, 2.0, 3.0]),
+    "put together again": lambda e: 0.5 * torch.cat([e[:4], e[4:]]),
+    "at unit length": normalize,
+    "divided by their length": lambda e: e / e.norm(dim=1, keepdim=True),
+}
+
+
+class TestWhatWasDoneToTheEmbeddings:
+    """Whatever the loop did to them on their way to the loss is done to the copies too."""
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @pytest.mark.parametrize("perturb", ["positive", "all"])
+    def test_is_done_to_copies(self, change, perturb, model, images, labels):
+        def make(watched, *spies):
+            wrapped = losses.TripletMarginLoss(2.0, distance=LpDistance(normalize_embeddings=False))  # lengths matter
+            return seed_paper_loss(wrapped, watched, attack=PGD, perturb=perturb, seed=1, plugins=spies)
+
+        class Whole(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return change(self.model(x))
+
+        whole, spies = Whole(), (Spy(), Spy())
+        expected = make(whole, spies[0])(whole(images), labels)
+        found = make(model, spies[1])(change(model(images)), labels)
+        torch.testing.assert_close(spies[1].adversarial.inputs, spies[0].adversarial.inputs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients(model, found), gradients(model, expected), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(spies[1].adversarial.embeddings, change(model(spies[1].adversarial.inputs)))
+
+
+class TestRowsWithoutInputs:
+    """Some rows of a batch came from elsewhere: they are held fixed, wherever they stand."""
+
+    MASKS = (torch.arange(8) >= 4, torch.arange(8) < 4, torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool())
+    TWICE = torch.arange(4).repeat(2)
+
+    def step(self, make, embed, images, labels, *, taken=slice(None), **arguments):
+        """One step of a loop, in which the rows ``taken`` of ``images`` may be perturbed."""
+        spy = Spy()
+        loss_func = make(attack=PGD, perturb="anchor", seed=1, plugins=[spy])
+        loss_func(embeddings := embed(images), labels, **arguments)
+        assert torch.equal(spy.batch.inputs, images[taken])
+        assert loss_func.num_perturbed == len(spy.plan) > 0
+        assert spy.batch.can_be_perturbed(spy.plan.rows).all()
+        torch.testing.assert_close(spy.adversarial.clean_inputs, spy.batch.inputs_of(spy.plan.rows))
+        assert (spy.adversarial.inputs != spy.adversarial.clean_inputs).flatten(1).any(1).all()
+        return spy, embeddings.detach()
+
+    @pytest.mark.parametrize("mask", MASKS, ids=["keys last", "keys first", "mixed"])
+    @pytest.mark.parametrize("form", ["model", "normalised", "two calls"])
+    def test_keys_of_a_memory_are_never_perturbed(self, form, mask, model, images):
+        forms = {
+            "model": model,
+            "normalised": lambda x: normalize(model(x)),
+            "two calls": lambda x: torch.cat([model(x[:3]), model(x[3:])]),
+        }
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make = partial(seed_paper_loss, memory, model)
+        labels = torch.zeros(8, dtype=torch.long)
+        labels[mask], labels[~mask] = torch.arange(4), torch.arange(4)
+        spy, embeddings = self.step(make, forms[form], images, labels, taken=~mask, enqueue_mask=mask)
+        assert torch.equal(spy.batch.embeddings[:4], embeddings[~mask])  # queries, then the keys
+        assert torch.equal(spy.batch.embeddings[4:], embeddings[mask])
+        again = forms[form](spy.adversarial.inputs.repeat(2, 1, 1, 1))[: len(spy.plan)]
+        torch.testing.assert_close(spy.adversarial.embeddings, again)
+
+    @pytest.mark.parametrize("keys_first", [True, False])
+    def test_keys_of_a_momentum_encoder(self, keys_first, model, images):
+        with torch.no_grad():
+            keys = copy.deepcopy(model)(images.flip(3))
+        memory = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32)
+        make, mask = partial(seed_paper_loss, memory, model), (torch.arange(16) < 8) == keys_first
+
+        def embed(x):
+            return torch.cat([keys, model(x)] if keys_first else [model(x), keys])
+
+        spy, _ = self.step(make, embed, images, torch.arange(8).repeat(2), enqueue_mask=mask)
+        torch.testing.assert_close(spy.batch.embeddings[8:], keys)
+        torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    @pytest.mark.parametrize("kind", ["plain", "moody"])
+    def test_before_others_and_between_them(self, kind, model, moody_model, images, labels):
+        watched = moody_model if kind == "moody" else model
+        others, place = torch.randn(3, 4), torch.tensor([8, 0, 1, 9, 2, 3, 4, 10, 5, 6, 7])  # rows 0, 3 and 7
+        embed = lambda x: torch.cat([watched(x), others])[place]  # noqa: E731
+        make = partial(seed_paper_loss, losses.TripletMarginLoss(), watched)
+        spy, embeddings = self.step(make, embed, images, torch.cat([labels, torch.tensor([0, 1, 2])])[place])
+        own = torch.tensor([1, 2, 4, 5, 6, 8, 9, 10])
+        assert torch.equal(spy.batch.known_rows, own)
+        assert {*spy.plan.rows.tolist()} <= {*own.tolist()}
+        assert torch.equal(spy.batch.embeddings.detach(), embeddings)
+        for row, inputs in zip(spy.plan.rows.tolist(), spy.adversarial.clean_inputs, strict=True):
+            assert torch.equal(inputs, images[own.tolist().index(row)])
+        if kind == "plain":
+            torch.testing.assert_close(spy.adversarial.embeddings, model(spy.adversarial.inputs))
+
+    def test_before_others_are_seen_as_they_are_in_eval_mode_too(self, moody_model, images, labels):
+        class Seen:
+            @hookimpl
+            def pml_adversarial_plan(self, batch):
+                self.context = batch.context
+
+        others, seen = torch.randn(3, 4), Seen()
+        loss_func = seed_paper_loss(
+            losses.TripletMarginLoss(), moody_model, attack=PGD, perturb="anchor", plugins=[seen]
+        )
+        embeddings = torch.cat([others, moody_model(images)])
+        expected = copy.deepcopy(moody_model).eval()(images)
+        loss_func(embeddings, torch.cat([torch.tensor([0, 1, 2]), labels]))
+        assert torch.equal(seen.context[:3], others)
+        torch.testing.assert_close(seen.context[3:], expected.detach())
+
+
 def changing(change):
     return lambda objective: lambda inputs, labels: change(inputs)
 
@@ -655,7 +838,7 @@ class TestBadInput:
                 return self.linear(x.flatten(1).float() / 255)
 
         model = TakesBytes()
-        with pytest.raises(InputError, match=r"torch.uint8.*floating point"):
+        with pytest.raises(InputError, match=r"uint8 \(8, 1, 6, 6\).*floating point.*images\.float\(\) / 255"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model((images * 255).byte()), labels)
 
     def test_embeddings_that_are_no_tensor(self, model, images, labels):
@@ -680,10 +863,22 @@ class TestBadInput:
         with pytest.raises(PlanError, match=message):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels, tuples)
 
-    @pytest.mark.parametrize("change", [lambda e: e * 1, lambda e: torch.cat([e[:4], e[4:]]), normalize])
-    def test_embeddings_of_no_watched_model(self, change, model, images, labels):
-        with pytest.raises(CaptureError, match="not known"):
-            seed_paper_loss(losses.TripletMarginLoss(), model)(change(model(images)), labels)
+    def test_embeddings_that_were_cut_off_from_their_model(self, model, images, labels):
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
+        with pytest.raises(CaptureError, match="not known which inputs gave them"):
+            loss_func(model(images).detach().requires_grad_(), labels)
+
+    def test_embeddings_of_another_model_than_the_named_one(self, model, images, labels):
+        gc.collect()  # what watches any module would have the other model's embeddings known
+        other = copy.deepcopy(model)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model)
+        with pytest.raises(CaptureError, match="the model that was named did not"):
+            loss_func(other(images), labels)
+
+    def test_embeddings_that_no_module_made(self, model, images, labels):
+        weight = torch.rand(36, 4, requires_grad=True)
+        with pytest.raises(CaptureError, match="No module ran"):
+            seed_paper_loss(losses.TripletMarginLoss(), model)(images.flatten(1) @ weight, labels)
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_no_gradient_while_training(self, mode, model, images, labels):

@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -7,7 +9,16 @@ import torchattacks
 from pytorch_metric_learning import losses, miners
 from torch.nn.functional import normalize
 
-from pml_adversarial import AdversarialMiner, CaptureError, InputError, Plan, PlanError, PluginError, hookimpl
+from pml_adversarial import (
+    AdversarialMiner,
+    CaptureError,
+    InputError,
+    Plan,
+    PlanError,
+    PluginError,
+    ReplayError,
+    hookimpl,
+)
 
 PGD = partial(torchattacks.PGD, eps=0.1, alpha=0.05, steps=4)
 MINERS = {
@@ -114,6 +125,67 @@ def test_states_and_copies(model, images, labels):
     assert same(copied(embeddings, labels), expected)
     assert same(loaded(embeddings, labels), expected)
     assert (miner.strength, loaded.strength) == (0.5, 0.5)
+
+
+def told(model, **options):
+    """A miner that is told pixels, of which a function of ours makes what the model takes."""
+    embed = lambda pixels: normalize(model(4 * pixels - 1))  # noqa: E731
+    return AdversarialMiner(miners.BatchHardMiner(), embed, attack=PGD, seed=1, **options), embed
+
+
+def test_inputs_may_be_told(model, images, labels):
+    spy = Spy()
+    miner, embed = told(model, plugins=[spy])
+    found = miner(embeddings := embed(images), labels, inputs=images)
+    assert miner.num_perturbed == 8
+    assert torch.equal(spy.adversarial.clean_inputs, images)  # pixels, and not what the model took
+    with torch.no_grad():
+        torch.testing.assert_close(spy.adversarial.embeddings, embed(spy.adversarial.inputs))
+        assert same(found, miners.BatchHardMiner()(embed(spy.adversarial.inputs), labels))
+    assert same(miner.eval()(embeddings, labels, inputs=images), miners.BatchHardMiner()(embeddings, labels))
+
+
+def test_inputs_are_told_of_one_batch_alone(model, images, labels):
+    miner, embed = told(model)
+    miner(embed(images), labels, inputs=images)
+    with pytest.raises(InputError, match="range from"):  # what the model took is found, and is no pixels
+        miner(embed(images), labels)
+    with pytest.raises(ValueError, match="must equal number of labels"):
+        miner(embed(images), labels[:7], inputs=images)
+    with pytest.raises(InputError, match="range from"):  # after a call that failed, too
+        miner(embed(images), labels)
+
+
+def test_inputs_are_not_held_after_the_call(model, labels):
+    miner, embed = told(model)
+    pixels = torch.rand(8, 1, 6, 6)
+    embeddings, held = embed(pixels), weakref.ref(pixels)
+    miner(embeddings, labels, inputs=pixels)
+    assert held() is pixels
+    del pixels, embeddings
+    gc.collect()
+    assert held() is None
+
+
+def test_inputs_of_the_queries_beside_a_reference(model, images, labels):
+    spy = Spy()
+    miner, embed = told(model, plugins=[spy], perturb="anchor")
+    reference, ref_labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    miner(embed(images), labels, reference, ref_labels, inputs=images)
+    assert miner.num_perturbed == 8
+    assert torch.equal(spy.adversarial.clean_inputs, images)
+
+
+def test_other_inputs_than_those_of_the_embeddings_are_refused(model, images, labels):
+    miner, embed = told(model)
+    with pytest.raises(ReplayError, match="in the order of the embeddings"):
+        miner(embed(images), labels, inputs=images.flip(0))
+    with pytest.raises(InputError, match="one row for each of 8 embeddings"):
+        miner(embed(images), labels, inputs=images[:7])
+    with pytest.raises(InputError, match="inputs is a list"):
+        miner(embed(images), labels, inputs=[images])
+    with pytest.raises(CaptureError, match="not known what makes embeddings"):
+        AdversarialMiner(miners.BatchHardMiner())(embed(images), labels, inputs=images)
 
 
 def test_bad_input(model, images, labels):

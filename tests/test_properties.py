@@ -7,6 +7,7 @@ import copy
 import random
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import numpy
 import pytest
@@ -19,7 +20,8 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AdversarialError, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialError, AdversarialMiner, AttackError, hookimpl
+from pml_adversarial.errors import ReplayError
 
 EPS, STEPS = 0.05, 2
 PGD = partial(torchattacks.PGD, eps=EPS, alpha=0.03, steps=STEPS)
@@ -473,24 +475,22 @@ class Faulty(nn.Module):
 
     def __init__(self, fault, nth):
         super().__init__()
-        self.fault, self.left = fault, [nth]  # a list: an attribute would come back with the others
+        self.fault, self.nth, self.passes = fault, nth, count(1)  # a number or a list would be put back with the others
 
     def forward(self, x):
-        self.left[0] -= 1
-        return self.fault(x) if self.left[0] == 0 else x
+        return self.fault(x) if next(self.passes) == self.nth else x
 
 
 def faulty_loss(nth):
     """A loss that raises in its n-th evaluation."""
-    left = [nth]
+    evaluations = count(1)
 
-    def count(*_):
-        left[0] -= 1
-        if left[0] == 0:
+    def fail_in_its_turn(*_):
+        if next(evaluations) == nth:
             raise Injected
 
     loss = losses.ContrastiveLoss()
-    loss.register_forward_pre_hook(count)
+    loss.register_forward_pre_hook(fail_in_its_turn)
     return loss
 
 
@@ -550,7 +550,7 @@ def test_a_model_that_raises_in_any_pass(kind, name, options):
         make = partial(wrap, kind, name=name, **options)
         if fails_and_retries(kind, make, broken, model, images, labels) is not None:
             break
-    assert nth == 2 + STEPS + 1  # the attack's passes and the re-embedding
+    assert nth == 2 + 2 + STEPS + 1  # the two passes of the check, the attack's passes, and the re-embedding
 
 
 @kinds
@@ -561,12 +561,14 @@ def test_a_model_that_gives_nan_in_any_pass(kind, where):
     def spoiled(x):
         return torch.cat([x[rows] * torch.nan, x[rows.stop :]]) if rows.stop else x * torch.nan
 
-    last = 2 + STEPS  # the re-embedding
+    check, last = (2, 3), 4 + STEPS  # the first pass is the loop's own, the last one the re-embedding
     for nth in range(2, last + 2):
         model, images, labels = ordinary()
         broken = nn.Sequential(model, Faulty(spoiled, nth))
         make = partial(wrap, kind)
-        value = fails_and_retries(kind, make, broken, model, images, labels, expected=AdversarialError)
+        expected = ReplayError if nth in check else AttackError
+        value = fails_and_retries(kind, make, broken, model, images, labels, expected)
+        assert value is None or nth not in check
         if nth > last:
             assert value is not None  # no pass was spoiled
         if value is not None and kind == "loss" and nth != last:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss
 from pml_adversarial.defenses.atta import ATTA
-from pml_adversarial.training.isolation import random_stream
+from pml_adversarial.training.isolation import preserved, random_stream
 
 from .backbones import build, start_as_thresholds
 from .batches import Batches
@@ -29,14 +29,14 @@ KEPT_EVERY, NOTED_EVERY = 50, 25  # steps
 _OWN = 1 << 41  # a stream of random numbers that neither the attack nor the batches draw from
 
 
-@dataclass
+@dataclass(slots=True)  # without a __dict__: a step puts back the attributes of what hooks of the model reach
 class Passed:
     """How far training has come, and what it has cost.
 
     Attributes:
         steps: of the optimiser.
-        forward: images that went forward with gradient: the clean ones, those of each attack step, the perturbed ones.
-            These are the image passes that a budget counts.
+        forward: images that went forward with gradient, other than in a check of the replay: the clean ones, those of
+            each attack step, the perturbed ones. These are the image passes that a budget counts.
         backward: images that a gradient came back to.
         seconds: wall-clock.
         losses: every `NOTED_EVERY` steps.
@@ -129,6 +129,19 @@ class Training:
             weight_decay=self.protocol.weight_decay,
         )
         self._set_mode()
+        self._check_replay()
+
+    def _check_replay(self) -> None:
+        """Lets the loss check its replay before passes are counted, since a run that goes on checks it again."""
+        if not isinstance(self.loss, AdversarialLoss):
+            return
+        images, labels = (part.to(self.device) for part in self.batches[0])
+        with random_stream(self.seed, -1), preserved(self.model), self._precision():
+            embeddings = self.model(images.contiguous(memory_format=torch.channels_last))
+            self.loss.adversary.collate(embeddings, labels, None)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.precision == "bfloat16")
 
     def _set_mode(self) -> None:
         self.model.train()
@@ -159,14 +172,13 @@ class Training:
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Everything random in it is drawn from a stream of this step's own."""
-        bfloat16 = self.protocol.precision == "bfloat16"
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         images = images.contiguous(memory_format=torch.channels_last)
         for reuse in self._reusing:
             reuse.next(self.batches.rows(self.passed.steps // self.method.replays))
         with random_stream(self.seed + _OWN, self.passed.steps), counted(self.model, self.passed):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            with self._precision():
                 embeddings = self.model(images)
                 tuples = None if self.miner is None else self.miner(embeddings, labels)
                 loss: Tensor = self.loss(embeddings, labels, tuples)

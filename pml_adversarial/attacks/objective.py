@@ -39,7 +39,8 @@ class Objective(nn.Module):
     one, so no attack takes a row for misclassified and stops early. No score is so large that the gradient vanishes.
 
     Args:
-        embed: inputs of the attack ``(M, ...)`` -> embeddings ``(M, D)``.
+        embed: inputs of the attack ``(M, ...)`` -> embeddings ``(M, D)``; with a second argument ``(K,)``, inputs
+            ``(K, ...)`` of some of the rows.
         score: what is raised, see `Score`.
         clean: ``(M, D)`` embeddings of the unperturbed rows. The logits depend on the difference from their score.
         modules: the modules that ``embed`` runs through. Attacks ask for their parameters and mode.
@@ -51,7 +52,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, embed: Callable[[Tensor], Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
+        self, embed: Callable[..., Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.watched = nn.ModuleList(modules)
@@ -126,7 +127,7 @@ class Objective(nn.Module):
         """
         if inputs.requires_grad:
             inputs.register_hook(partial(self._watch_gradient, rows))
-        embeddings = self._embed(inputs)
+        embeddings = self._embed(inputs) if rows is None else self._embed(inputs, rows)
         if rows is None:
             return self._per_row(self._score(embeddings))
         embeddings = self._latest.index_copy(0, rows, embeddings.to(self._latest.dtype))

@@ -11,7 +11,7 @@ from ..attacks.objective import Score
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Batch
 from ..training.numeric import unit_length
-from ..training.plan import Plan, replace_rows
+from ..training.plan import Plan, attackable_rows, replace_rows
 
 
 class EST:
@@ -39,8 +39,7 @@ class EST:
 
 def perturb_all_rows(batch: Batch) -> Plan:
     """A plan in which each row with known inputs is replaced by its copy, in all tuples; the tuples stay as given."""
-    rows = torch.arange(batch.num_attackable, device=batch.embeddings.device)
-    return replace_rows(rows, len(batch), batch.indices_tuple).split(batch.num_queries)
+    return replace_rows(attackable_rows(batch), len(batch), batch.indices_tuple).split(batch.num_queries)
 
 
 def embedding_shift(left: Tensor, right: Tensor) -> Tensor:

@@ -138,10 +138,10 @@ def draw_columns(mask: Tensor) -> Tensor:
 def perturb_members(triplets: IndicesTuple, roles: Iterable[str], batch: Batch) -> Plan:
     """A plan in which each triplet has its own copies of these roles. The loss sees only rows that triplets name."""
     plan = plan_tuples(triplets, roles, len(batch)).only_named()
-    if batch.num_attackable < len(batch) and len(plan) and int(plan.rows.max()) >= batch.num_attackable:
+    if batch.num_attackable < len(batch) and not batch.can_be_perturbed(plan.rows).all():
         raise PlanError(
-            f"Triplets have members in ref_emb, whose inputs are not known, so {', '.join(roles)} cannot all be "
-            "perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
+            f"Triplets have members in ref_emb or elsewhere whose inputs are not known, so {', '.join(roles)} cannot "
+            "all be perturbed. Compute ref_emb with the watched model and with gradient, or leave it out."
         )
     return plan
 

@@ -27,7 +27,7 @@ from ..training.loss_trials import LossTrials, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
 from ..training.options import levels, shown
-from ..training.plan import Plan, clean_loss, consecutive, plan_rows, replace_rows
+from ..training.plan import Plan, attackable_rows, clean_loss, plan_rows, replace_rows
 from ..training.records import nobody_perturbed
 from ..training.tuples import ROLES, IndicesTuple, Role, keep_tuples, parse_roles
 from .hookspecs import hookimpl
@@ -140,6 +140,8 @@ class FixedContext:
             if self.tuples_per_anchor is not None:
                 tuples = keep_tuples(tuples, self.tuples_per_anchor)
             plan = self._plan_of_tuples(wrapped, batch, tuples)
+        if batch.num_attackable < batch.num_rows and not (known := batch.can_be_perturbed(plan.rows)).all():
+            plan = plan.keep(known.nonzero().flatten(), batch.num_rows)
         return replace(plan, keeps_clean=self.keep_clean)
 
     @hookimpl(trylast=True)
@@ -202,8 +204,7 @@ class FixedContext:
             self._warn_once(
                 f"perturb={self.roles}: without labels and tuples there are no roles, so all rows are perturbed."
             )
-        known = consecutive(0, batch.num_attackable, batch.embeddings.device)
-        return replace_rows(known, batch.num_rows, None).split(batch.num_queries)
+        return replace_rows(attackable_rows(batch), batch.num_rows, None).split(batch.num_queries)
 
     def _plan_of_tuples(self, wrapped: nn.Module, batch: Batch, tuples: IndicesTuple) -> Plan:
         """The plan with copies for the chosen roles; where the loss does not take it, the one that replaces rows."""
@@ -335,7 +336,15 @@ class FixedContext:
             logger.warning(message)
 
     def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
-        if batch.num_attackable < batch.num_rows and len(rows) and int(rows.max()) >= batch.num_attackable:
+        queries = torch.arange(batch.num_queries, device=rows.device)
+        if batch.num_attackable == batch.num_rows or batch.can_be_perturbed(rows).all():
+            return
+        if not batch.can_be_perturbed(queries).all():
+            self._warn_once(
+                f"The inputs of {batch.num_rows - batch.num_attackable} of {batch.num_rows} rows are not known, such "
+                "as features of a cache or of a model under no_grad. These rows stay as they are."
+            )
+        else:
             raise PlanError(
                 f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with "
                 "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "

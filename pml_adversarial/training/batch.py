@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .replay import Replay
 from .tuples import IndicesTuple
 
 T = TypeVar("T")
@@ -42,8 +43,8 @@ class Batch:
     This class is the batch of one process. `distributed.JointBatch` is the batch that several processes share.
 
     Attributes:
-        inputs: ``(P, ...)`` in [0, 1], the inputs of the first ``P`` rows. ``P < N`` where the inputs of the reference
-            embeddings are not known. In a joint batch, each process holds the inputs of its own rows.
+        inputs: ``(P, ...)`` in [0, 1], the inputs of ``P`` of the rows. ``P < N`` where those of others, such as the
+            reference embeddings, are not known. In a joint batch, each process holds the inputs of its own rows.
         embeddings: ``(N, D)`` with gradient, as the caller computed them.
         context: ``(N, D)`` the same rows as the attack sees them: detached, and of the model in eval mode.
         labels: ``(N,)``, or None for a loss without labels.
@@ -52,7 +53,8 @@ class Batch:
         strength: share of the attack's full budget that this step may spend, in [0, 1].
         shared_labels: whether one tensor was given as ``labels`` and ``ref_labels``. PML then takes row i of the
             reference for another view of query i, and puts the two in no tuple together.
-        columns: which columns of the model's output the embeddings are; None: all.
+        replay: the way from inputs to embeddings.
+        known_rows: ``(P,)`` the rows with known inputs, in order; None where they are the first ones.
         num_rows: ``N``.
         call_signature: how the loss is called.
     """
@@ -65,7 +67,8 @@ class Batch:
     num_queries: int
     strength: float = 1.0
     shared_labels: bool = False
-    columns: slice | None = None
+    replay: Replay = None  # type: ignore[assignment]  # a batch that is not perturbed needs none
+    known_rows: Tensor | None = None
     num_rows: int = field(init=False)
     call_signature: CallSignature = field(init=False)
 
@@ -87,8 +90,12 @@ class Batch:
 
     @property
     def num_attackable(self) -> int:
-        """How many rows, from the first on, have known inputs. A plan may perturb these rows only."""
+        """How many rows have known inputs. A plan may perturb these rows only, see `can_be_perturbed`."""
         return len(self.inputs)
+
+    def can_be_perturbed(self, rows: Tensor) -> Tensor:
+        """``(K,)`` bool: which of the rows ``(K,)`` have known inputs."""
+        return rows < self.num_attackable if self.known_rows is None else torch.isin(rows, self.known_rows)
 
     def own(self, values: Tensor, rows: Tensor) -> Tensor:
         """Of values ``(M, ...)``, one for each of some batch rows, those of this process's own rows ``(K, ...)``.
@@ -103,6 +110,10 @@ class Batch:
 
     def places_of(self, rows: Tensor) -> Tensor:
         """``(K,)`` places in ``inputs`` of rows that are this process's own."""
+        return rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
+
+    def local(self, rows: Tensor) -> Tensor:
+        """``(K,)`` rows that are this process's own, as its ``replay`` counts them."""
         return rows
 
     def inputs_of(self, rows: Tensor) -> Tensor:

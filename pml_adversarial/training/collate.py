@@ -12,10 +12,11 @@ from torch import Tensor
 from ..errors import CaptureError, InputError
 from . import distributed
 from .batch import Batch
+from .capture import InputCapture
 from .distributed import JointBatch
 from .isolation import depends_on_mode
 from .pixels import PixelSpace
-from .replay import InputCapture, Source
+from .replay import Replay
 from .tuples import IndicesTuple, checked_tuples, shift_partners
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Collator:
         ref_labels: Tensor | None,
         state: Callable[[], T],
         enqueue_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> tuple[Batch, T | None]:
         """The arguments of a PML loss as one batch, and the state of the first of the processes that share it.
 
@@ -55,6 +57,8 @@ class Collator:
             enqueue_mask: ``(N,)`` bool, of a batch without a reference: these rows become the reference, of which no
                 inputs are known. None: no such rows.
 
+            inputs: ``(N, ...)`` the inputs of the embeddings; None: they are found.
+
         Returns:
             The batch, and the state of the first process; None where this process has the batch for itself.
 
@@ -66,9 +70,9 @@ class Collator:
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         world_size = distributed.world_size() if self.joint else 1
         if world_size == 1:
-            return self._local(*given, world_size, enqueue_mask), None
+            return self._local(*given, world_size, enqueue_mask, inputs), None
         local, told = distributed.agree(
-            lambda: self._local(*given, world_size), lambda batch: (self._form_of(batch), state())
+            lambda: self._local(*given, world_size, inputs=inputs), lambda batch: (self._form_of(batch), state())
         )
         _check_forms([form for form, _ in told])
         return _joined(local), told[0][1]
@@ -82,6 +86,7 @@ class Collator:
         ref_labels: Tensor | None,
         world_size: int,
         enqueue_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Batch:
         """What this process was given. Tuples name rows of all processes."""
         _check_rows("embeddings", embeddings, "labels", labels)
@@ -91,36 +96,35 @@ class Collator:
             indices_tuple = checked_tuples(indices_tuple, world_size * len(embeddings), world_size * len(partners))
         queries = None if enqueue_mask is None else ~enqueue_mask.to(embeddings.device)
         num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
-        inputs, columns = self._source_of(embeddings, queries)
-        if len(inputs) != num_queries:
-            raise InputError(
-                f"{len(inputs)} inputs gave {num_queries} embeddings; expected a model that gives one per input."
-            )
+        order = None if queries is None else (~queries).long().argsort(stable=True)
+        reference = None if ref_emb is embeddings else ref_emb
+        replay = self._replay(embeddings, reference, order, inputs, None if queries is None else num_queries)
         labels = None if labels is None else labels.to(embeddings.device)
-        if queries is not None:
-            order = (~queries).long().argsort(stable=True)
+        if order is not None:
             embeddings, labels = embeddings[order], None if labels is None else labels[order]
         if ref_emb is not None and ref_emb is not embeddings:
-            if self.capture.knows(ref_emb, columns):
-                inputs = torch.cat([inputs, self._source_of(ref_emb).inputs])
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])
             indices_tuple = None if indices_tuple is None else shift_partners(indices_tuple, world_size * num_queries)
         return Batch(
-            inputs=self.pixels.to_pixels(inputs),
+            inputs=replay.inputs,
             embeddings=embeddings,
             context=embeddings.detach(),
             labels=labels,
             indices_tuple=indices_tuple,
             num_queries=num_queries,
             shared_labels=shared_labels,
-            columns=None if columns == slice(None) else columns,
+            replay=replay,
+            known_rows=replay.known_rows,
         )
 
-    def _source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
+    def _replay(self, *given: Any) -> Replay:
         try:
-            source = self.capture.source_of(embeddings, needed)
+            replay = self.capture.replay(self.pixels, *given)
+            if self.joint or distributed.world_size() == 1 or replay.knows_first(len(given[0])):
+                return replay
+            raise CaptureError("The inputs of some of the embeddings are not known.")
         except CaptureError as error:
             if self.joint or distributed.world_size() == 1:
                 raise
@@ -128,7 +132,6 @@ class Collator:
                 f"{error} Among several processes, PML's wrapper hands over rows of all ranks: put it inside, as in "
                 "AdversarialMiner(DistributedMinerWrapper(miner), model)."
             ) from error
-        return source._replace(inputs=source.inputs.to(embeddings.device))
 
     def _form_of(self, batch: Batch) -> dict[str, Any]:
         """What has to be the same in all processes."""
@@ -138,13 +141,19 @@ class Collator:
             "labels": None if batch.labels is None else batch.labels.dtype,
             "queries": batch.num_queries,
             "known inputs": len(batch.inputs),
+            "inputs of the first rows are known": batch.known_rows is None,
             "one tensor of labels": batch.shared_labels,
-            "model depends on its mode": depends_on_mode(*self.capture.modules),
+            "model depends on its mode": depends_on_mode(*batch.replay.modules),
         }
 
 
 def _joined(local: Batch) -> JointBatch:
     """The batches of all processes as one. Own rows carry gradient, and the tuples are those of the first process."""
+    if local.known_rows is not None:
+        raise InputError(
+            "Rows without known inputs stand before others that have them; expected them behind, where several "
+            "processes share a batch. Change the order: torch.cat([model(x), features])."
+        )
     world_size, sizes = distributed.world_size(), (local.num_queries, len(local) - local.num_queries)
     embeddings = distributed.gather_parts(local.embeddings, sizes)
     labels = None if local.labels is None else distributed.gather_parts(local.labels, sizes)

@@ -65,6 +65,10 @@ class JointBatch(Batch):
         in_reference = rows - self.num_queries - self.rank * reference + queries
         return torch.where(rows < self.num_queries, rows - self.rank * queries, in_reference)
 
+    def local(self, rows: Tensor) -> Tensor:
+        """As in `Batch`."""
+        return self.places_of(rows)
+
     def decide(self, work: Callable[[], Any]) -> Any:
         """The result of ``work`` in the first process, for all of them. It has to have a method ``to(device)``."""
         return decide(lambda: work().to("cpu")).to(self.embeddings.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType, FunctionType, MethodType
@@ -14,6 +14,12 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
+from ..errors import CaptureError
+from .side_effects import undone
+
+# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
+_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
+
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get far-apart seeds
 
 
@@ -22,14 +28,18 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restores the state of modules and all of their submodules on exit, also after an exception.
 
     - Buffers: the original tensors come back, so an autograd graph that saved them can still be walked backward.
-    - Attributes, the mode among them: each names its object again. An object that was changed in place stays changed.
+    - Attributes, the mode among them, and what hooks keep, see `side_effects.undone`.
     - Each parameter's ``.grad``, ``requires_grad`` and ``.data``, which some losses bind to another tensor.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
     parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
-    states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules]
+    states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules if not _is_scripted(m)]
+    scripted = [(m, m.training, [(b, b.detach().clone()) for b in m.buffers()]) for m in submodules if _is_scripted(m)]
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
+    queues.enter_context(undone(submodules))
+    for _, _, copies in scripted:
+        queues.enter_context(_versions_kept([buffer for buffer, _ in copies]))
     try:
         for module, _, buffers in states:
             if _enqueues_as_pml(module):
@@ -39,6 +49,10 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 module._buffers[name] = None if buffer is None else buffer.detach().clone()
         yield
     finally:
+        for module, mode, copies in scripted:  # their buffers cannot be exchanged
+            module.training = mode
+            for buffer, before in copies:
+                buffer.detach().copy_(before)
         queues.close()
         for module, state, buffers in states:
             vars(module).clear()
@@ -50,6 +64,20 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+@contextmanager
+def _versions_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Afterwards the versions of tensors are what they were, so that graphs made before can be walked backward."""
+    keep: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for tensor in tensors:
+            stack.enter_context(keep(tensor))
+        yield
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _bound(tensor: Tensor) -> tuple[Any, ...]:
@@ -83,8 +111,7 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
         else:  # a copy of the memory, which carries this function along
             CrossBatchMemory.add_to_memory(self, embeddings, labels, batch_size)
 
-    version_of: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-    with version_of(memory.embedding_memory), version_of(memory.label_memory):
+    with _versions_kept((memory.embedding_memory, memory.label_memory)):
         memory.add_to_memory = MethodType(keep_and_enqueue, memory)
         try:
             yield
@@ -132,6 +159,23 @@ def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
 
         restart()
         yield restart
+
+
+def check_compiled(modules: Iterable[nn.Module]) -> None:
+    """Refuses compiled modules that could not be preserved.
+
+    Raises:
+        CaptureError: torch is older than 2.5, and a compiled module has buffers.
+    """
+    if not _COMPILES_BUFFERS_IN:
+        return
+    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if any(True for module in compiled for _ in module.buffers()):
+        raise CaptureError(
+            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
+            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
+            "that is not compiled."
+        )
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:

@@ -91,6 +91,8 @@ class Enqueuing(PMLCall):
             PlanError: tuples were given.
         """
         self._refuse_tuples(indices_tuple, "with enqueue_mask it pairs all queries with its memory")
+        if ref_emb is None:  # no row joins the memory
+            ref_emb, ref_labels = embeddings[:0], labels[:0]
         mask = torch.arange(len(embeddings) + len(ref_emb), device=embeddings.device) >= len(embeddings)
         rows, classes = torch.cat([embeddings, ref_emb]), torch.cat([labels, ref_labels])
         return self.loss(rows, classes, enqueue_mask=mask)

@@ -12,6 +12,7 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, Di
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..attacks.checks import check_whole
 from ..errors import InputError
 
 _LOSSES = (
@@ -144,6 +145,35 @@ def check_processes(loss: nn.Module) -> None:
             "those of one batch. Use efficient=False to share one batch, or leave out the wrapper to have a batch in "
             "each process."
         )
+
+
+def check_inputs(perturb_input: Any, at: Any, bounds: Any, chunk: Any) -> None:
+    """Refuses what cannot say which inputs are perturbed.
+
+    Raises:
+        InputError: an option has the wrong type, or two of them exclude each other.
+    """
+    if perturb_input is not None and not isinstance(perturb_input, str):
+        raise InputError(
+            f"perturb_input={perturb_input!r}; expected the name of an argument of the model's forward(), such as "
+            "perturb_input='pixel_values'."
+        )
+    if at is not None and not isinstance(at, nn.Module):
+        raise InputError(
+            f"at={at!r}; expected the module of the model whose output is perturbed, such as at=model.embedding."
+        )
+    if at is not None and perturb_input is not None:
+        raise InputError(
+            "at=... and perturb_input=... were both given; expected one of them: the output of a module inside of the "
+            "model, or an argument of the model."
+        )
+    if at is not None and bounds is None:
+        raise InputError(
+            "at=... was given without bounds; expected the range of what the module gives, of which eps is a share: "
+            "bounds=(low, high), such as bounds=(-5, 5)."
+        )
+    if chunk is not None:
+        check_whole("chunk", chunk, hint=", as the number of rows that are embedded at a time")
 
 
 def positional(module: nn.Module) -> list[str]:

@@ -47,6 +47,13 @@ def take(values: Tensor, rows: Tensor) -> Tensor:
     return values if part == slice(0, len(values)) else values[part]
 
 
+def attackable_rows(batch: Batch) -> Tensor:
+    """``(P,)`` the rows of a batch that can be perturbed."""
+    if batch.known_rows is not None:
+        return batch.known_rows
+    return consecutive(0, batch.num_attackable, batch.embeddings.device)
+
+
 def call(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a loss with ``embeddings, labels`` and what PML's losses take after them.
 

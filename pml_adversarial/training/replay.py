@@ -1,457 +1,481 @@
-"""Finds the inputs that gave embeddings and the modules that they passed, and embeds other inputs in the same way."""
+"""Embeds other inputs in the way in which the embeddings of a batch were made.
+
+A trace is followed back from the embeddings to the tensors that are perturbed, see `trace` and `sources`. Which row of
+which tensor an embedding depends on is found by experiment, see `rows`.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from inspect import signature
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.functional import pad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError, ReplayError
+from .isolation import depends_on_mode, isolated, preserved
+from .pixels import PixelSpace
+from .rerun import (
+    Outputs,
+    Resolve,
+    Take,
+    apply,
+    apply_as_before,
+    checkpoints_take_gradients,
+    name_of,
+    output_replaced,
+    recorded,
+    rerun,
+    steps_to,
+    value_of,
+)
+from .rows import Rows, find_rows
+from .side_effects import undone
+from .sources import INNER, Choice, Sources
+from .trace import Fixed, Ref, Step, autocast
+from .tracing import paused
+from .tuples import rank_in_group
+from .watch import modes_of, submodules_of, switches_of, weights_of
 
-# Older releases of torch do not pass the keyword arguments of a call to global hooks.
-_WITH_KWARGS: Any = {"with_kwargs": True} if "with_kwargs" in signature(register_module_forward_hook).parameters else {}
-# Here torch notes which global hooks want them. It does not remove the note when the hook is removed.
-_ASK_FOR_KWARGS: dict[int, bool] = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
-
-# Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
-_COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
-
-Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
-
-
-class Edge(NamedTuple):
-    """A tensor's place in autograd's graph: a node and the number of its output. The tensor may be gone already."""
-
-    node: Any
-    output_nr: int
-
-
-class Call(NamedTuple):
-    """One forward pass of a watched module.
-
-    Attributes:
-        module: the module that was called.
-        arguments: a tensor argument is kept as the tensor or as its edge, any other argument as its type. None: the
-            output was one of the arguments.
-        output: the output, detached. It shares memory and version counter with the output, but keeps no graph alive.
-        version: the output's version counter after the call; a change in place increases it.
-    """
-
-    module: nn.Module
-    arguments: tuple[Tensor | Edge | type, ...] | None
-    output: Tensor
-    version: int
+_APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
 
 
-class Source(NamedTuple):
-    """The inputs ``(N, ...)`` that gave embeddings, and which columns of the model's output the embeddings are."""
-
-    inputs: Tensor
-    columns: slice
-
-
-class _Token:
-    """A key for an edge of autograd's graph. The node holds it, because a node cannot be referenced weakly."""
-
-
-class _Tap:
-    """A forward hook that remembers which call gave which output.
-
-    It remembers a call as long as the output exists, or as long as the output's graph exists: after outputs were
-    concatenated, the graph may be all that is left of them. A backward pass through the graph ends it. A copied or
-    pickled model carries a tap that does nothing, because no wrapper watches the copy.
-    """
-
-    def __init__(self) -> None:
-        self.calls: WeakTensorKeyDictionary | None = WeakTensorKeyDictionary()
-        self.by_token: weakref.WeakKeyDictionary[_Token, Call] = weakref.WeakKeyDictionary()
-        self.paused = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        kwargs, output = _with_kwargs(rest)
-        if self.calls is None or self.paused or not torch.is_grad_enabled() or not isinstance(output, Tensor):
-            return
-        # No output is kept here, nor a container that could hold one: the entry would keep its own key alive.
-        arguments = tuple(a if isinstance(a, Tensor) else type(a) for a in (*args, *kwargs.values()))
-        passed_through = any(argument is output for argument in arguments)
-        call = Call(module, None if passed_through else arguments, output.detach(), output._version)
-        self.calls[output] = call
-        if output.grad_fn is not None:
-            # For the same reason, a tensor of the graph is kept as its edge.
-            inputs = None if passed_through else tuple(_edge_of(a) or a for a in arguments)
-            self.by_token[_token(output.grad_fn, output.output_nr)] = call._replace(arguments=inputs)
-
-    def call_of(self, output: Tensor | Edge) -> Call | None:
-        """The call that gave this tensor, or the tensor at this edge of autograd's graph; None if it is not known."""
-        calls = cast(WeakTensorKeyDictionary, self.calls)
-        if isinstance(output, Tensor):
-            return calls.get(output)
-        token = output.node and output.node.metadata.get((_Token, output.output_nr))
-        known = self.by_token.get(token) if token else None
-        return known or next((call for tensor, call in calls.items() if _edge_of(tensor) == output), None)
-
-    def take_over(self, other: _Tap, module: nn.Module) -> None:
-        """Copies what another tap remembers of the calls of a module."""
-        for mine, theirs in ((self.calls, other.calls), (self.by_token, other.by_token)):
-            for key, call in cast(Any, theirs).items():
-                if call.module is module:
-                    cast(Any, mine)[key] = call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, ()
-
-
-@cache
-def _untraced() -> None:
-    """Tells torch.compile to leave the taps alone: it cannot trace their weak dictionaries.
-
-    It runs with the first capture and not with the import, because it imports the compiler, which takes as long as the
-    rest of torch.
-    """
-    _Tap.__call__ = torch.compiler.disable(_Tap.__call__)  # type: ignore[method-assign]
-
-
-def _inert_tap() -> _Tap:
-    tap = _Tap()
-    tap.calls = None
-    return tap
-
-
-class InputCapture:
-    """Watches a chain of modules and finds the inputs that gave a tensor of embeddings.
-
-    It recognises embeddings by identity or by autograd's graph, never by value. Embeddings may be an output of the last
-    module, several of its outputs concatenated by rows, or a range of an output's columns. Any other operation on them
-    (a normalisation, a cast) has to be moved into a module. Forward passes without gradient are ignored.
-
-    Without ``model``, it watches every module until the first embeddings arrive, and from then on the chain of modules
-    that led to them.
+class Replay:
+    """The way from inputs to embeddings.
 
     Args:
-        model: a module, modules in forward order, a PML trainer's ``models`` dict, or None.
-    """
+        results: what together are the embeddings ``(N, D)``, in the order of their rows.
+        pixels: how inputs become pixels.
+        order: ``(N,)`` the order in which the rows of the results are the embeddings; None: as they are.
+        choice: what of the inputs is perturbed.
+        chunk: how many rows are embedded at a time; None: all. Of a chunk, nothing but the embeddings is kept for the
+            backward pass, in which it is embedded again.
+        limit: rows from here on are taken as if their inputs were not known; None: no such rows.
+        modules: modules that run inside of functions of the trace.
 
-    def __init__(self, model: Models | None = None) -> None:
-        self.modules: tuple[nn.Module, ...] = ()
-        self._taps: list[_Tap] = []
-        self._release: Callable[[], Any]
-        self._start(() if model is None else chain_of(model))
-
-    def watch(self, model: Models) -> None:
-        """Watches ``model`` from now on, and no longer what was watched before."""
-        modules = chain_of(model)
-        self._release()
-        self._start(modules)
-
-    def inputs_of(self, embeddings: Tensor) -> Tensor:
-        """The inputs ``(N, ...)`` that gave these embeddings, see `source_of`."""
-        return self.source_of(embeddings).inputs
-
-    def source_of(self, embeddings: Tensor, needed: Tensor | None = None) -> Source:
-        """Finds where embeddings come from.
-
-        Args:
-            embeddings: ``(N, D)``: an output of the watched modules, several concatenated by rows, or columns of one.
-            needed: ``(N,)`` bool, the rows whose inputs are asked for; None: all. The other rows may be a tensor
-                without gradient, as those of a momentum encoder are.
-
-        Raises:
-            CaptureError: no watched forward pass gave the embeddings, or that pass cannot be repeated.
-        """
-        if not self.modules:
-            self._bind(embeddings)
-        if self._taps[-1].call_of(embeddings) is not None:
-            return Source(_rows(self._trace(embeddings).detach(), needed), slice(None))
-        parts = _parts(embeddings)
-        if not parts:
-            raise self._not_known()
-        if type(embeddings.grad_fn) is not _concatenation():
-            return Source(_rows(self._trace(parts[0]).detach(), needed), self._columns(embeddings, parts[0]))
-        known = parts if needed is None else [part for part in parts if part.node is not None]
-        inputs = [self._trace(part).detach() for part in known]
-        if len(known) == len(parts):
-            self._check_rows(embeddings, known, inputs)
-            return Source(_rows(torch.cat(inputs), needed), slice(None))
-        return Source(self._inputs_needed(embeddings, parts, inputs, cast(Tensor, needed)), slice(None))
-
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Passes inputs ``(K, ...)`` through the watched modules, one after the other.
-
-        Of a `DistributedDataParallel` it calls the module inside: the wrapper would communicate with the other ranks in
-        each pass. Gradients are averaged nevertheless, since that is done by hooks on the parameters.
-        """
-        with self._paused():
-            for module in self.modules:
-                inputs = module.module(inputs) if isinstance(module, DistributedDataParallel) else module(inputs)
-        return inputs
-
-    def knows(self, embeddings: Tensor, columns: slice | None = None) -> bool:
-        """Whether `source_of` finds the inputs of these embeddings, and finds ``columns`` if they are given."""
-        try:
-            found = self.source_of(embeddings).columns
-        except CaptureError:
-            return False
-        return columns is None or columns == found
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, ()  # a copy or pickle holds no model: it finds its chain of modules at its first call
-
-    def _start(self, modules: tuple[nn.Module, ...]) -> None:
-        _untraced()
-        if _COMPILES_BUFFERS_IN:
-            _check_compiled(modules)
-        self.modules = modules
-        self._taps = [_Tap() for _ in modules or (None,)]
-        if modules:
-            handles = [
-                module.register_forward_hook(tap, with_kwargs=True)
-                for module, tap in zip(modules, self._taps, strict=True)
-            ]
-        else:
-            handles = [register_module_forward_hook(_outermost(self._taps[0]), **_WITH_KWARGS)]
-        self._release = weakref.finalize(self, _remove, handles)
-
-    def _bind(self, embeddings: Tensor) -> None:
-        """Finds the chain of outermost modules that led to the embeddings, and watches it from now on."""
-        search = self._taps[0]
-        chain: list[nn.Module] = []
-        output: Any = embeddings if search.call_of(embeddings) else next(iter(_parts(embeddings)), None)
-        while isinstance(output, Tensor | Edge) and (call := search.call_of(output)):
-            chain.insert(0, call.module)
-            output = _only_tensor(call, output)
-        if not chain:
-            raise CaptureError(_unknown("a module that ran with gradient since this wrapper was made"))
-        if isinstance(output, Edge) or output.grad_fn is not None:
-            raise CaptureError(
-                f"{_names(chain)} gave these embeddings from a tensor that was itself computed with gradient, so the "
-                "images stand further back than the chain of modules can be followed. Expected modules of which each "
-                "takes the unchanged output of the one before; name the model: AdversarialLoss(loss, model)."
-            )
-        self.watch(chain)
-        for module, tap in zip(self.modules, self._taps, strict=True):
-            tap.take_over(search, module)
-
-    def _trace(self, output: Tensor | Edge) -> Tensor:
-        """Goes from an output of the last module back to the input of the first module."""
-        for tap in reversed(self._taps):
-            output = _only_tensor(self._call_of(tap, output), output)
-        if isinstance(output, Edge):
-            raise self._not_known()
-        return output
-
-    def _call_of(self, tap: _Tap, output: Tensor | Edge) -> Call:
-        call = tap.call_of(output)
-        if call is None:
-            raise self._not_known()
-        if call.output._version != call.version:
-            raise CaptureError(
-                f"The output of {type(call.module).__name__} was changed in place after its forward pass; "
-                "expected the tensor as the module returned it. Inside the model, use an operation that makes a new "
-                "tensor, or make the module that works in place a part of the watched model."
-            )
-        return call
-
-    def _inputs_needed(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], needed: Tensor) -> Tensor:
-        """The inputs of the needed rows, where one of the parts has no gradient and takes the rows that are left."""
-        lengths = iter(map(len, inputs))
-        missing = len(embeddings) - sum(map(len, inputs))
-        if not inputs or len(parts) != len(inputs) + 1 or missing < 0:
-            raise self._not_known()
-        self._check_rows(embeddings, [part for part in parts if part.node is not None], inputs, missing)
-        known = [torch.full((missing if p.node is None else next(lengths),), p.node is not None) for p in parts]
-        is_known, needed = torch.cat(known), needed.cpu()
-        if (needed & ~is_known).any():
-            raise self._not_known()
-        return torch.cat(inputs)[needed[is_known].to(inputs[0].device)]
-
-    def _check_rows(self, embeddings: Tensor, parts: list[Edge], inputs: list[Tensor], missing: int = 0) -> None:
-        """Refuses embeddings that are not the rows of the parts in order, and inputs that cannot be concatenated."""
-        outputs = [self._call_of(self._taps[-1], part).output for part in parts]
-        whole = (sum(map(len, outputs)) + missing, *embeddings.shape[1:]) == embeddings.shape
-        whole = whole and all(output.shape[1:] == embeddings.shape[1:] for output in outputs)
-        if not whole or embeddings._version or any(out.dtype != embeddings.dtype for out in outputs):
-            raise self._not_known()
-        if len({(batch.shape[1:], batch.dtype, batch.device) for batch in inputs}) > 1:
-            found = ", ".join(f"{tuple(batch.shape)} {batch.dtype} on {batch.device}" for batch in inputs)
-            raise CaptureError(
-                f"The embeddings were concatenated from calls with inputs of {found}; expected inputs that can be "
-                "concatenated too, since their perturbed copies are embedded as one batch. Compute one loss per call."
-            )
-
-    def _columns(self, embeddings: Tensor, part: Edge) -> slice:
-        """Which columns of the output the embeddings are: both are views of the same memory."""
-        output = self._call_of(self._taps[-1], part).output
-        same_rows = embeddings.ndim == output.ndim == 2 and len(embeddings) == len(output)
-        step, offset = output.stride(-1), embeddings.storage_offset() - output.storage_offset()
-        if (
-            not same_rows
-            or embeddings.dtype != output.dtype
-            or embeddings.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
-            or embeddings.stride() != output.stride()
-            or not step
-            or offset % step
-            or not 0 <= offset // step <= output.shape[1] - embeddings.shape[1]
-        ):
-            raise self._not_known()
-        return slice(offset // step, offset // step + embeddings.shape[1])
-
-    def _not_known(self) -> CaptureError:
-        return CaptureError(_unknown(f"the watched {_names(self.modules)}"))
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        before = [tap.paused for tap in self._taps]
-        for tap in self._taps:
-            tap.paused = True
-        try:
-            yield
-        finally:
-            for tap, paused in zip(self._taps, before, strict=True):
-                tap.paused = paused
-
-
-def chain_of(model: Models) -> tuple[nn.Module, ...]:
-    """The modules of ``model`` in forward order.
+    Attributes:
+        modules: the modules that were called.
+        inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
+        known_rows: ``(P,)`` these rows; None where they are the first ones.
+        picks: whether other arguments with as many rows as the inputs belong to them row by row.
 
     Raises:
-        CaptureError: it is no module, sequence of modules, or dict with a "trunk".
-    """
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList | nn.ModuleDict):
-        return (model,)
-    if isinstance(model, Mapping | nn.ModuleDict):
-        named = cast(Mapping[str, nn.Module], model)
-        if "trunk" not in named:
-            raise CaptureError(
-                f"model is a dict with the keys {sorted(named)}; expected a trainer's models with a 'trunk' and, "
-                "if there is one, an 'embedder'. Pass the modules in forward order instead."
-            )
-        return tuple(named[name] for name in ("trunk", "embedder") if name in named)
-    modules = tuple(model) if isinstance(model, Iterable) else (model,)
-    if not modules or not all(isinstance(module, nn.Module) for module in modules):
-        raise CaptureError(
-            f"model is {type(model).__name__} of {[type(m).__name__ for m in modules]}; expected a torch.nn.Module, "
-            "modules in forward order, or the models dict of a PML trainer."
-        )
-    return modules
-
-
-def _outermost(tap: _Tap) -> Any:
-    """A global hook that keeps the call of the outermost module.
-
-    Where nested modules return the same tensor, the outermost returns last, so its call replaces the others. Modules
-    inside a compiled module are not watched: a hook would split the compiled graph.
+        CaptureError: there is no way back to inputs, or more than one.
+        InputError: the inputs are no pixels.
+        ReplayError: the model changed its mode since.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        kwargs, output = _with_kwargs(rest)
-        if not any(argument is output for argument in (*args, *kwargs.values())):
-            tap(module, args, kwargs, output)
+    def __init__(
+        self,
+        results: Sequence[Ref | Fixed],
+        pixels: PixelSpace,
+        order: Tensor | None = None,
+        choice: Choice = Choice(),  # noqa: B008
+        chunk: int | None = None,
+        limit: int | None = None,
+        modules: Iterable[nn.Module] = (),
+    ) -> None:
+        self._results, self._pixels, self._order, self._chunk = results, pixels, order, chunk
+        self._autocast, self._limit = autocast(), limit
+        self._steps = steps_to(results)
+        called = [step.function for step in self._steps if isinstance(step.function, nn.Module)]
+        self.modules = tuple(dict.fromkeys([*called, *modules]))
+        self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
+        self._check_modes()
+        self._sources = Sources(self._steps, results, choice)
+        self._at = choice.at
+        self.picks, self._attacks = True, False
+        self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
+        self.inputs, self.known_rows = self._known(limit)
 
-    return hook
+    def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Embeds inputs in place of those of some rows.
+
+        Args:
+            inputs: ``(K, ...)`` in [0, 1].
+            rows: ``(K,)`` the rows whose place they take; None: all with known inputs, in order.
+
+        Returns:
+            ``(K, D)``.
+        """
+        if self._chunk is None or len(inputs) <= self._chunk:
+            return self._embed(inputs, rows)
+        if rows is None:
+            rows = self._all_known(inputs.device)
+        parts = zip(inputs.split(self._chunk), rows.split(self._chunk), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self._embed_apart, *part, use_reentrant=False) for part in parts])
+        return torch.cat([self._embed(*part) for part in parts])
+
+    def again(self, seed: int | None = None) -> Tensor:
+        """``(N, D)`` the clean inputs, embedded again, as they were the first time as far as that is known.
+
+        Args:
+            seed: of random numbers whose state is not known; None: the present state.
+        """
+        with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed)
+            if self._chunk is None:
+                return self._run(apply_as_before)
+            whole = self._run(recorded)
+            known = self._all_known(whole.device)
+            return whole.index_copy(0, known, self.embed(self.inputs, known).to(whole.dtype))
+
+    def knows_first(self, count: int) -> bool:
+        """Whether the inputs of the first rows are known."""
+        return self.known_rows is None and len(self.inputs) >= count
+
+    @property
+    def form(self) -> Any:
+        """What two replays have in common that embed in the same way. It can be hashed."""
+        number = {step: place for place, step in enumerate(self._steps)}
+
+        def kind(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return number[leaf.step], leaf.place
+            return (leaf.value.dtype, leaf.value.ndim) if isinstance(leaf, Fixed) else type(leaf)
+
+        return tuple((name_of(step), step.call and step.call.modes, *map(kind, step.leaves)) for step in self._steps)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it is known in which state each step began."""
+        return self._chunk is None and all(step.random_state is not None for step in self._steps)
+
+    @property
+    def was_switched(self) -> list[str]:
+        """What is otherwise now than after the calls of modules, in words."""
+        found: dict[str, None] = {}
+        for step in self._calls:
+            call, inside = step.call, submodules_of(step.function) if isinstance(step.function, nn.Module) else []
+            if call is None or not call.modes or call.swapped:
+                continue
+            now = switches_of(inside)
+            for (number, name), value in call.switches.items():
+                if now.get((number, name), value) != value:
+                    named = type(inside[number]).__name__
+                    found[f"{named}.{name}, which was {value!r} and is {now[number, name]!r}"] = None
+            if call.weights != weights_of(inside):
+                found[f"weights, buffers, submodules or hooks of {name_of(step)}, which were changed or exchanged"] = (
+                    None
+                )
+        return list(found)
+
+    def first_difference(self, tolerance: float) -> str:
+        """The first call that gives something else now, in words."""
+        found: list[str] = []
+
+        def compare(step: Step, resolve: Resolve) -> Outputs:
+            outputs = apply_as_before(step, resolve)
+            if step.call is not None:
+                calls.append(step)
+                apart = max(map(difference, outputs, step.call.outputs), default=0.0)
+                if apart > tolerance and not found:
+                    found.append(f"{name_of(step)} (call {len(calls)} of {total})")
+            return outputs
+
+        calls: list[Step] = []
+        total = sum(step.call is not None for step in self._steps)
+        with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+            self._run(compare)
+        return found[0] if found else "What was done to the outputs"
+
+    def check_rows(self, again: Tensor) -> None:
+        """Checks that inputs can be embedded without those of the other rows, in another order, and have a gradient.
+
+        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row.
+
+        Args:
+            again: ``(N, D)`` the clean inputs, embedded again in the model's own mode.
+
+        Raises:
+            CaptureError: embeddings have no gradient with respect to the inputs.
+            ReplayError: rows are not embedded each on its own.
+        """
+        known = self._all_known(self.inputs.device)
+        half = torch.arange(len(known) - 1, -1, -2, device=known.device)
+        some = known[torch.cat([half, half])[: len(known)]]  # as many rows as the model knows
+        depends_on = depends_on_mode(*self.modules)
+        with isolated(*self.modules), torch.random.fork_rng(), paused():
+            expected = self._whole(seed=0) if depends_on else again
+            compared = [some] if self._rows.apart else [known, some]
+            if all(self._is_same(rows, expected) for rows in compared):
+                return
+            self.picks = False
+            if self._may_pick and all(self._is_same(rows, expected) for rows in compared):
+                return
+            if difference(self._whole(seed=1), self._whole(seed=2)) > _APART:
+                self.picks = True  # the model draws random numbers, in eval mode too
+                return
+        raise ReplayError(
+            f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a "
+            "model whose inputs have one row for each embedding, and that embeds each row on its own. If rows are not "
+            "the first dimension, as in a recurrent model without batch_first, pass the inputs with the rows first: "
+            "loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with AdversarialLoss(loss, lambda x: "
+            "model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a module of your own do that part, "
+            "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
+        )
+
+    def _whole(self, seed: int) -> Tensor:
+        """``(N, D)`` the clean inputs, embedded again in the present mode."""
+        torch.manual_seed(seed)
+        with (
+            preserved(*self.modules),
+            torch.no_grad(),
+        ):  # some modules learn ranges from what they see, in eval mode too
+            return self._run(apply)
+
+    def _is_same(self, rows: Tensor, expected: Tensor) -> bool:
+        """Whether some rows are embedded as among all."""
+        places = rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
+        inputs = self.inputs[places].clone().requires_grad_()
+        with preserved(*self.modules), torch.enable_grad():
+            try:
+                found = self.embed(inputs, rows)
+            except Exception:  # a model may raise anything where arguments do not fit together
+                if self._may_pick:
+                    return False
+                raise
+        if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
+            raise self._no_gradient
+        return difference(found, expected[rows]) <= _APART
+
+    @property
+    def _no_gradient(self) -> CaptureError:
+        return CaptureError(
+            f"{self._names} has no gradient with respect to its inputs: inside of it or in the loop, something is "
+            "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
+            "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
+            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
+        )
+
+    @property
+    def _may_pick(self) -> bool:
+        """Whether a module took other tensors with as many rows as there are inputs."""
+        counts = {len(source.value) for source in self._sources.all}
+        others = [leaf.value for step in self._calls for leaf in step.leaves if _is_other(leaf)]
+        return any(other.ndim and len(other) in counts for other in others) and len(others) > len(self._sources)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(map(name_of, self._calls)))
+
+    @property
+    def _calls(self) -> list[Step]:
+        return [step for step in self._steps if step.call is not None]
+
+    def _check_modes(self) -> None:
+        for step in self._calls:
+            modes = step.call.modes  # type: ignore[union-attr]
+            if modes and modes != modes_of(submodules_of(step.function)):
+                raise ReplayError(
+                    f"{name_of(step)} changed its mode (train or eval) between the forward pass and the loss, so its "
+                    "embeddings would be others now. Compute the loss before you call .eval() or .train()."
+                )
+        if self._chunk is not None:
+            for module in [inner for outer in self.modules for inner in outer.modules()]:
+                if isinstance(module, _BatchNorm) and module.training:
+                    raise InputError(
+                        f"chunk={self._chunk}, and {type(module).__name__} is in train mode, so that it would take its "
+                        "statistics from each chunk; expected statistics that stay. Freeze it: set it to eval mode "
+                        "after model.train()."
+                    )
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the embeddings are the output of modules alone, one after the other."""
+        if len(self._sources) > 1 or len(self._results) > 1 or self._order is not None or self._limit is not None:
+            return False
+        total = len(self._sources.all[0].value)
+        return all(
+            step.call is not None and len(step.refs) <= 1 and all(len(o) == total for o in step.call.outputs if o.ndim)
+            for step in self._steps
+        )
+
+    def _all_known(self, device: torch.device) -> Tensor:
+        return torch.arange(len(self.inputs), device=device) if self.known_rows is None else self.known_rows
+
+    # How the steps are taken again
+
+    def _apply(self, step: Step, resolve: Resolve) -> Outputs:
+        """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
+        outputs = apply(step, resolve, self._stays_as_now or autocast() != self._autocast)
+        if step.hooks and not self._attacks:
+            _hook(step, outputs)
+        return outputs
+
+    def _run(self, take: Take) -> Tensor:
+        results = rerun(self._steps, self._results, take)
+        whole = results[0] if len(results) == 1 else torch.cat(results)
+        return whole if self._order is None else whole[self._order]
+
+    def _embed(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
+        self._attacks = inputs.requires_grad
+        with ExitStack() as stack:
+            stack.enter_context(paused())
+            if inputs.requires_grad:
+                stack.enter_context(checkpoints_take_gradients())
+            if self._rows.apart:
+                return self._run(partial(self._take_some, self._pixels.to_inputs(inputs), rows))
+            return self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
+
+    def _embed_apart(self, inputs: Tensor, rows: Tensor) -> Tensor:
+        """Embeds a chunk, the second time in the backward pass of the caller."""
+        with undone([m for module in self.modules for m in module.modules()]):
+            return self._embed(inputs, rows)
+
+    def _take_some(self, inputs: Tensor, rows: Tensor | None, step: Step, resolve: Resolve) -> Outputs:
+        """Takes a step with some rows of the only source alone."""
+        return self._apply(step, resolve) if step.call is None else self._apply_to(step, resolve, 0, inputs, rows)
+
+    def _embed_among_clean(self, inputs: Tensor, rows: Tensor) -> Tensor:
+        """Takes the steps at full size: a turn for the first copy of each input, one for the second, and so on."""
+        source, row = self._rows.source[rows], self._rows.row[rows]
+        turn = rank_in_group(source * max(len(source.value) for source in self._sources.all) + row)
+        given = self._given(inputs, source, row)
+        if not len(rows):
+            return self._run(self._take_clean)[:0]
+        found, order = list[Tensor](), turn.argsort(stable=True)
+        for count in turn.bincount().tolist():
+            mine = order[sum(map(len, found)) :][:count]
+            found.append(self._run(partial(self._take_among_clean, given, mine))[rows[mine]])
+        return torch.cat(found)[order.argsort()]
+
+    def _given(self, inputs: Tensor, source: Tensor, row: Tensor) -> list[_Given]:
+        """What modules give for inputs, of each source apart."""
+        found = []
+        for number, held in enumerate(self._sources.all):
+            mine = (source == number).nonzero().flatten()
+            own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value)) if len(mine) else inputs[:0]
+            outputs = {}
+            for step, argument in held.places if len(mine) else ():
+                outputs[step, argument] = self._apply_to(step, value_of, number, own, row[mine])
+            found.append(_Given(mine, row[mine], own, outputs))
+        return found
+
+    def _take_clean(self, step: Step, resolve: Resolve) -> Outputs:
+        return self._apply(step, resolve) if step.call is None or step.refs else step.call.outputs
+
+    def _take_among_clean(self, given: Sequence[_Given], mine: Tensor, step: Step, resolve: Resolve) -> Outputs:
+        """Takes a step at full size; of a source, the outputs of these rows stand among the clean ones."""
+        if step.call is None or step.refs:
+
+            def changed(leaf: Any) -> Any:
+                number = self._sources.holding(leaf)
+                if number is None:
+                    return resolve(leaf)
+                return given[number].among(leaf.value, given[number].inputs, mine)
+
+            return self._apply(step, changed)
+        outputs = list(step.call.outputs)
+        for place, output in enumerate(outputs):
+            number, argument = self._sources.of_output(step, place), self._sources.argument_of_output(step, place)
+            if number is not None and argument is not None and (step, argument) in given[number].outputs:
+                outputs[place] = given[number].among(output, given[number].outputs[step, argument][place], mine)
+        return outputs
+
+    def _apply_to(self, step: Step, resolve: Resolve, number: int, inputs: Tensor, rows: Tensor | None) -> Outputs:
+        """Applies a module to other inputs; of arguments with one row for each input, to the rows that belong to it."""
+        source = self._sources.all[number].value
+        count = len(source)
+
+        def changed(leaf: Any) -> Any:
+            if isinstance(leaf, Fixed) and leaf.value is source:
+                wants_gradient = leaf.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
+                return inputs.detach().requires_grad_() if wants_gradient else inputs
+            value = resolve(leaf)
+            picked = self.picks and rows is not None and _is_other(leaf) and value.ndim and len(value) == count
+            return value[rows] if picked else value
+
+        if self._sources.at(step, INNER) != number:
+            return self._apply(step, changed)
+        with output_replaced(self._at, inputs):  # type: ignore[arg-type]
+            return self._apply(step, changed)
+
+    def _known(self, limit: int | None) -> tuple[Tensor, Tensor | None]:
+        pixels = [self._pixels.to_pixels(_without_graph(source.value)) for source in self._sources.all]
+        if self._rows.in_order and limit is None:
+            return pixels[0], None
+        starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
+        pixels = [found for found in pixels if len(found)] or pixels[:1]
+        if len({found.shape[1:] for found in pixels}) > 1:
+            width = max(prod(found.shape[1:]) for found in pixels)
+            flat = [found.reshape(len(found), prod(found.shape[1:])) for found in pixels]
+            pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
+        source, row = self._rows.source, self._rows.row
+        known = (source[:limit] >= 0).nonzero().flatten()
+        if not len(known):
+            raise self._no_gradient
+        inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
+        first = torch.equal(known, torch.arange(len(known), device=known.device))
+        return inputs, None if first else known
 
 
-def _with_kwargs(rest: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """The keyword arguments and the output of a call, from the last arguments of a hook.
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What modules gave for the inputs of one source.
 
-    A hook that is removed while its module runs, for example by the garbage collector, gets no keyword arguments.
+    Attributes:
+        places: ``(K,)`` which of all inputs these are.
+        row: ``(K,)`` the rows of the source in whose place they stand.
+        inputs: ``(K, ...)`` as the modules take them.
+        outputs: (step, argument) -> outputs.
     """
-    kwargs, output = rest if len(rest) == 2 else ({}, *rest)
-    return kwargs, output
+
+    places: Tensor
+    row: Tensor
+    inputs: Tensor
+    outputs: Mapping[tuple[Step, int], Outputs]
+
+    def among(self, clean: Tensor, values: Tensor, some: Tensor) -> Tensor:
+        """Clean values ``(n, ...)`` with ``values`` ``(K, ...)`` in their places, of those inputs that are ``some``."""
+        now = torch.isin(self.places, some)
+        return clean.index_copy(0, self.row[now], values[now].to(clean.dtype))
 
 
-def _token(node: Any, output_nr: int) -> _Token:
-    """The token of an edge. A backward pass through the graph removes it."""
-    metadata, key = node.metadata, (_Token, output_nr)
-    if key not in metadata:
-        metadata[key] = _Token()
-        node.register_prehook(lambda gradients: metadata.pop(key, None) and None)
-    return cast(_Token, metadata[key])
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value. Values that are not finite are left out."""
+    one, other = one.detach(), other.detach()
+    finite = other.isfinite()
+    apart = (one.to(other.dtype) - other)[finite].abs() if one.shape == other.shape else torch.full((1,), torch.inf)
+    if not len(apart):
+        return 0.0
+    size = other[finite].abs().max().clamp(min=torch.finfo(other.dtype).tiny) if finite.any() else 1.0
+    return float(apart.max().nan_to_num(torch.inf) / size)
 
 
-def _edge_of(value: Any) -> Edge | None:
-    return Edge(value.grad_fn, value.output_nr) if isinstance(value, Tensor) and value.grad_fn is not None else None
+def tolerance(dtype: torch.dtype) -> float:
+    """By which `difference` rounding makes the same embeddings differ, as a share of their size."""
+    return 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
 
 
-def _rows(inputs: Tensor, needed: Tensor | None) -> Tensor:
-    return inputs if needed is None else inputs[needed.to(inputs.device)]
+def _hook(step: Step, outputs: Outputs) -> None:
+    """Registers the hooks that the user registered on what a step gave, and did not remove."""
+    for place, handle in step.hooks:
+        hook = (handle.hooks_dict_ref() or {}).get(handle.id)
+        if hook is not None and outputs[place].requires_grad:
+            outputs[place].register_hook(hook)
 
 
-def _parts(embeddings: Tensor) -> list[Edge]:
-    """The edges of the tensors that were concatenated, or of the tensor that was indexed; else an empty list."""
-    node: Any = embeddings.grad_fn
-    if type(node) is _concatenation():
-        return [Edge(*part) for part in cast(Any, node).next_functions]
-    part = Edge(node, embeddings.output_nr)
-    while type(part.node) in _ranges():  # one node for each dimension that was indexed
-        part = Edge(*part.node.next_functions[0])
-    return [] if part.node is node else [part]
+def _without_graph(value: Tensor) -> Tensor:
+    return value.detach() if value.requires_grad else value
 
 
-@cache
-def _concatenation() -> type:
-    """The class of the nodes that torch.cat adds to the graph; the class has no public name."""
-    with torch.inference_mode(False), torch.enable_grad():
-        return type(torch.cat([torch.empty(1, requires_grad=True)]).grad_fn)
+def _is_other(leaf: Any) -> bool:
+    """Whether an argument is a tensor that came from outside, and no parameter."""
+    return isinstance(leaf, Fixed) and not isinstance(leaf.value, nn.Parameter)
 
 
-@cache
-def _ranges() -> set[type]:
-    """As `_concatenation`, for the operations that return a range of columns."""
-    with torch.inference_mode(False), torch.enable_grad():
-        row = torch.empty(1, 2, requires_grad=True).clone()
-        return {type(part.grad_fn) for part in (row[:, :1], row[:, :], row.split(1, 1)[0], row.split([1, 1], 1)[0])}
-
-
-def _only_tensor(call: Call, output: Tensor | Edge) -> Tensor | Edge:
-    arguments = (output,) if call.arguments is None else call.arguments
-    if len(arguments) != 1 or not isinstance(arguments[0], Tensor | Edge):
-        raise CaptureError(
-            f"{type(call.module).__name__} was called with {[_kind(argument) for argument in arguments]}; "
-            "expected one tensor of inputs, by position. Wrap the model in a module that takes the images alone."
-        )
-    return arguments[0]
-
-
-def _kind(argument: Any) -> str:
-    kind = argument if isinstance(argument, type) else Tensor
-    return kind.__name__
-
-
-def _check_compiled(modules: Iterable[nn.Module]) -> None:
-    compiled = [m for module in modules for m in module.modules() if isinstance(m, torch._dynamo.OptimizedModule)]
-    if any(True for module in compiled for _ in module.buffers()):
-        raise CaptureError(
-            f"torch {torch.__version__} compiles the buffers of a module (such as BatchNorm's statistics) into the "
-            "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
-            "that is not compiled."
-        )
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-        _ASK_FOR_KWARGS.pop(handle.id, None)
-
-
-def _names(modules: Iterable[nn.Module]) -> str:
-    return " -> ".join(type(module).__name__ for module in modules)
-
-
-def _unknown(expected: str) -> str:
-    return (
-        f"The inputs behind these embeddings are not known: expected a tensor that {expected} returned with gradient, "
-        "several such tensors concatenated by rows, or a range of the columns of one, unchanged since. Pass the "
-        "model's output itself (normalise or cast inside the model, compute the loss before the backward pass, do not "
-        "detach), or name the model: AdversarialLoss(loss, model)."
-    )
+def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:
+    """Inputs of one of several shapes, from rows that are padded to the longest."""
+    if inputs.shape[1:] == like.shape[1:]:
+        return inputs
+    return inputs[:, : prod(like.shape[1:])].reshape(-1, *like.shape[1:])

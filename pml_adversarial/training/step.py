@@ -22,13 +22,14 @@ from ..attacks.objective import Attack, Objective, Score
 from ..errors import InputError
 from . import distributed, monitor
 from .batch import Adversarial, Batch
+from .capture import InputCapture
 from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .monitor import CollapseMonitor, batch_recall
 from .pixels import PixelSpace
 from .plan import Plan, clean_loss, take
-from .replay import InputCapture
 from .schedule import EpsSchedule
+from .side_effects import undone
 from .tuples import IndicesTuple
 
 
@@ -118,6 +119,7 @@ class AdversarialStep:
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
         enqueue_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Batch:
         """The arguments of a PML loss, checked, as one batch, see `Collator.collate`.
 
@@ -125,7 +127,7 @@ class AdversarialStep:
         """
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         own_state = lambda: (self.seed, self.step, self.monitor.state_dict())  # noqa: E731
-        batch, state = self._collator.collate(*given, own_state, enqueue_mask)
+        batch, state = self._collator.collate(*given, own_state, enqueue_mask, inputs)
         if state is not None:
             self.seed, self.step, monitored = state
             self.monitor.load_state_dict(monitored)
@@ -166,8 +168,9 @@ class AdversarialStep:
         Returns:
             The plan, and what became of its rows; None where it perturbs no row.
         """
-        depends_on = depends_on_mode(*self.capture.modules)  # asked before everything is set to eval mode
-        with isolated(wrapped, *self.capture.modules), self.random_numbers():
+        modules = batch.replay.modules
+        depends_on = depends_on_mode(*modules)  # asked before everything is set to eval mode
+        with isolated(wrapped, *modules), self.random_numbers():
             seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
             plan = batch.decide(partial(self.hooks.plan, wrapped, seen))
             perturbed = batch.agree(partial(self._attack, wrapped, seen, plan)) if len(plan) else None
@@ -178,7 +181,7 @@ class AdversarialStep:
 
     def perturb_only(self, wrapped: nn.Module, batch: Batch) -> tuple[Plan, Adversarial | None]:
         """As `perturb`, without training: embedding the perturbed inputs leaves no trace in the model either."""
-        with random_stream(self._seed_of_rank, ~self.step), preserved(*self.capture.modules):
+        with random_stream(self._seed_of_rank, ~self.step), preserved(*batch.replay.modules):
             return self.perturb(wrapped, batch)
 
     def record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> list[Mapping[str, Any]]:
@@ -225,7 +228,9 @@ class AdversarialStep:
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
             of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
-        objective = Objective(self._embedder(batch), of_own, clean, self.capture.modules)
+        of_replay = batch.local(rows)
+        embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
+        objective = Objective(embed, of_own, clean, batch.replay.modules)
         attack = self.hooks.attack(objective, batch, plan)
         found = adapter.run(attack, inputs, objective.labels, objective)
         if isinstance(attack, adapter.Learns) and found is not inputs:
@@ -233,17 +238,12 @@ class AdversarialStep:
         seconds = 0.0 if attack is adapter.unchanged else time.perf_counter() - start
         return Perturbed(inputs, found, objective.zero_gradient, seconds, score)
 
-    def _embedder(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """A function that embeds pixels ``(K, ...)`` as those of the batch were embedded, ``(K, D)``."""
-        if batch.columns is None and self.pixels.normalization is None:
-            return self.capture.embed
-        columns = slice(None) if batch.columns is None else batch.columns
-        return lambda pixels: self.capture.embed(self.pixels.to_inputs(pixels))[..., columns]
-
     def _embed_clean(self, batch: Batch) -> Tensor:
         """The context ``(N, D)`` of the model in its present mode. Rows without known inputs stay as they are."""
         with torch.no_grad():
-            known = batch.gather_rows(self._embedder(batch)(batch.inputs))
+            known = batch.gather_rows(batch.replay.embed(batch.inputs))
+        if batch.known_rows is not None:
+            return batch.context.index_copy(0, batch.known_rows, known.to(batch.context.dtype))
         return torch.cat([known, batch.context[len(known) :]])
 
     def _embed_again(self, batch: Batch, plan: Plan, perturbed: Perturbed) -> Adversarial:
@@ -251,15 +251,17 @@ class AdversarialStep:
         if perturbed.inputs is perturbed.clean_inputs:  # copies are their rows: no pass is spent, dropout draws nothing
             embeddings = batch.embeddings[batch.own(plan.rows, plan.rows)]
         else:
-            embeddings = self._embed_in_own_mode(batch, perturbed.inputs)
-        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in self.capture.modules):
+            with undone([m for module in batch.replay.modules for m in module.modules()]):
+                rows = batch.local(batch.own(plan.rows, plan.rows))
+                embeddings = self._embed_in_own_mode(batch, perturbed.inputs, rows)
+        if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in batch.replay.modules):
             embeddings = embeddings + 0 * batch.embeddings.sum()  # it averages only where its own output goes backward
         copies = batch.gather_copies(embeddings, plan.rows)
         return Adversarial(perturbed.inputs, perturbed.clean_inputs, copies, perturbed.zero_gradient, perturbed.seconds)
 
-    def _embed_in_own_mode(self, batch: Batch, inputs: Tensor) -> Tensor:
+    def _embed_in_own_mode(self, batch: Batch, inputs: Tensor, rows: Tensor) -> Tensor:
         try:
-            return self._embedder(batch)(inputs)
+            return batch.replay.embed(inputs, rows)
         except ValueError as error:
             if len(inputs) != 1:
                 raise

@@ -8,7 +8,7 @@ from typing import Any, cast
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
-from .replay import Models
+from .capture import Models
 from .state import packed, unpacked
 from .step import AdversarialStep
 
@@ -42,6 +42,9 @@ class Wrapper(StandIn):
 
     The state of a plain loss or miner can be loaded too: step, seed and plugins then stay as they are.
     """
+
+    wraps_a_loss_or_miner = True
+    """Says to `tracing` that calls of modules inside are noted."""
 
     adversary: AdversarialStep
     _shown: str

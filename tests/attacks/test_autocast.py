@@ -3,7 +3,17 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
-from few_passes import EPS, ROWS, counted_model, four_labels, score_of, signs_by_hand, twelve_images, wrapped  # noqa: F401
+from few_passes import (  # noqa: F401
+    CHECK,
+    EPS,
+    ROWS,
+    counted_model,
+    four_labels,
+    score_of,
+    signs_by_hand,
+    twelve_images,
+    wrapped,
+)
 
 from pml_adversarial import AttackError, attacks
 from pml_adversarial.attacks import Autocast, FriendlyPGD
@@ -13,7 +23,9 @@ class TestAutocast:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_only_attack_steps_are_in_it(self, dtype, model, images, labels):
         loss_func, _ = wrapped(model, attack=Autocast(attacks.preset(EPS), dtype))
-        loss_func(model(images), labels)
+        for _ in range(2):
+            model.types.taken()
+            loss_func(model(images), labels)
         assert model.types == [torch.float32, *[dtype] * 3, torch.float32]
 
     def test_is_scaled_as_the_attack_itself(self, model, images, labels):
@@ -37,5 +49,10 @@ class TestAutocast:
     def test_early_stop_in_bfloat16(self, model, images, labels):
         loss_func, _ = wrapped(model, attack=Autocast(partial(FriendlyPGD, eps=EPS)))
         loss_func(model(images), labels)
-        assert model.types[1] == torch.bfloat16
+        own, *passes, again = model.types
+        check, steps = passes[: len(CHECK)], passes[len(CHECK) :]
+        assert check == [torch.float32] * len(CHECK)
+        assert own == again == torch.float32
+        assert len(steps) >= 1
+        assert set(steps) == {torch.bfloat16}
         assert loss_func.share_zero_gradient < 1

@@ -2,7 +2,18 @@ from functools import partial
 
 import pytest
 import torch
-from few_passes import EPS, ROWS, counted_model, four_labels, score_of, signs_by_hand, twelve_images, wrapped  # noqa: F401
+from few_passes import (  # noqa: F401
+    CHECK,
+    EPS,
+    ROWS,
+    counted_model,
+    four_labels,
+    passed_in_two_steps,
+    score_of,
+    signs_by_hand,
+    twelve_images,
+    wrapped,
+)
 
 from pml_adversarial.attacks import NFGSM
 
@@ -31,5 +42,6 @@ class TestNFGSM:
 
     def test_passes_each_row_once(self, model, images, labels):
         loss_func, _ = wrapped(model, attack=partial(NFGSM, eps=EPS))
-        loss_func(model(images), labels)
-        assert model.passed == [ROWS] * 3  # the batch, one step, the perturbed rows
+        first, second = passed_in_two_steps(loss_func, model, images, labels)
+        assert second == [ROWS] * 2  # one step, the perturbed rows
+        assert first == [*CHECK, *second]

@@ -35,7 +35,7 @@ def distance_score(embeddings):
 
 def objective_of(model, images, score=distance_score):
     with torch.no_grad():
-        return Objective(model, score, model(images), [model])
+        return Objective(lambda inputs, rows=None: model(inputs), score, model(images), [model])
 
 
 def one_gradient(model, image, score=distance_score):

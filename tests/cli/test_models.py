@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from notes import Notes
 from torch import nn
 from torch.export import Dim
 
@@ -252,7 +253,7 @@ class TestCheckModel:
         assert all(torch.equal(before[name], value) for name, value in moody_model.state_dict().items())
 
     def test_normalises(self, images):
-        seen = []
+        seen = Notes()
         check_model(Gives(lambda x: seen.append(x) or x), images, ([0.5], [0.25]))
         assert [len(inputs) for inputs in seen] == [1, 8]
         torch.testing.assert_close(seen[1], (images.flatten(1) - 0.5) / 0.25)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from notes import Notes
 from query_batches import images_of, network
 
 from pml_adversarial.errors import InputError
@@ -59,14 +61,13 @@ class Interrupted(Exception):
 
 def interrupt_after(batches, model):
     """The model raises once it has embedded so many batches."""
-    seen = []
+    passes = count(1)
 
-    def count(module, args):
-        seen.append(1)
-        if len(seen) > batches:
+    def interrupt(module, args):
+        if next(passes) > batches:
             raise Interrupted
 
-    return model.register_forward_pre_hook(count)
+    return model.register_forward_pre_hook(interrupt)
 
 
 class TestGoesOn:
@@ -78,7 +79,7 @@ class TestGoesOn:
             evaluated(tmp_path, model)
         handle.remove()
         kept = sorted(file.name for file in tmp_path.glob("*.pt"))
-        rows = []
+        rows = Notes()
         handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
         resumed = evaluated(tmp_path, model)
         handle.remove()

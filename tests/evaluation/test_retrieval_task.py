@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from notes import Notes
 from query_batches import bench_of, embedded, images_of, network
 
 from pml_adversarial.errors import InputError
@@ -16,7 +17,7 @@ def task_of(gallery=None, queries=None, **options):
 
 def pixels_asked(task):
     """The images of each call of the model from now on."""
-    asked = []
+    asked = Notes()
     task.embed.model.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     return asked
 

@@ -1,9 +1,10 @@
 import json
 import math
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
+from notes import Notes
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils.data import ConcatDataset, TensorDataset
@@ -377,9 +378,10 @@ class TestWholeRun:
 
     def test_never_leaves_the_ball_or_the_pixels(self, retrieval):
         model, images, labels = retrieval
-        seen = []
-        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        notes = Notes()
+        model.register_forward_pre_hook(lambda module, inputs: notes.append(inputs[0].detach()))
         robrank_scores(model, (images, labels), **SMALL)
+        seen = notes.taken()
         assert len(seen.pop(0)) == 1  # whether there is a gradient
         assert len(seen) == 1 + 9 * (SMALL["steps"] + 1)
         farthest = [(points - images).abs().max().item() for points in seen]
@@ -411,8 +413,8 @@ class TestWholeRun:
         state = torch.get_rng_state()
 
         if fails:
-            calls = []
-            model.register_forward_hook(lambda *_: calls.append(1) or (1 / 0 if len(calls) == 5 else None))
+            calls = count(1)
+            model.register_forward_hook(lambda *_: 1 / 0 if next(calls) == 5 else None)
             with pytest.raises(ZeroDivisionError):
                 robrank_scores(model, (images, labels), **SMALL)
         else:

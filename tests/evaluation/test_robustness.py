@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import torchattacks
+from notes import Notes
 from query_batches import Made, embedded, images_of, network
 from torch import nn
 from torch.nn.functional import normalize
@@ -137,7 +138,7 @@ class TestRecomputed:
         assert report.collapse["mean_similarity"] == pytest.approx(1)
 
     def test_passes_are_counted(self):
-        model, rows = network(), []
+        model, rows = network(), Notes()
         model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
         report = evaluated(model, attacks=(SHIFT, NOISE), eps=0.001)
         shift, noise = report.attacks

@@ -8,11 +8,12 @@ import torchattacks
 from pytorch_metric_learning import losses
 from seed_paper import seed_paper_loss
 from torch import nn
+from torch.nn import functional
 
 from pml_adversarial import CaptureError, InputError, PlanError
+from pml_adversarial.training.capture import InputCapture
 from pml_adversarial.training.collate import Collator
 from pml_adversarial.training.pixels import PixelSpace
-from pml_adversarial.training.replay import InputCapture
 
 NO_BUDGET = partial(torchattacks.PGD, eps=0.0)
 
@@ -41,7 +42,8 @@ class TestCollate:
         assert not batch.context.requires_grad
         assert torch.equal(batch.labels, labels)
         assert (batch.indices_tuple, batch.num_queries, batch.strength) == (None, 8, 1)
-        assert (batch.shared_labels, batch.columns) == (False, None)
+        assert not batch.shared_labels
+        assert torch.equal(batch.replay.embed(batch.inputs), embeddings)
 
     @pytest.mark.parametrize(
         "names", [("anchor", "positive", "negative"), ("anchor", "positive", "anchor", "negative")]
@@ -92,25 +94,34 @@ class TestCollate:
         batch = self.collated(collator, model((images - 0.2) / 0.5), labels)
         torch.testing.assert_close(batch.inputs, images)
 
-    def test_columns_of_the_output(self, model, images, labels):
-        batch = self.collated(collator_of(model), model(images)[:, 1:3], labels)
-        assert batch.embeddings.shape == (8, 2)
-        assert [*range(4)][batch.columns] == [1, 2]
-        assert torch.equal(model(batch.inputs)[:, batch.columns], batch.embeddings)
+    def test_what_was_done_to_the_output_is_done_again(self, model, images, labels):
+        for change in (lambda e: e[:, 1:3], functional.normalize, lambda e: e.flip(0)):
+            collator = collator_of(model)
+            embeddings = change(model(images))
+            batch = self.collated(collator, embeddings, labels)
+            assert torch.equal(batch.embeddings, embeddings)
+            torch.testing.assert_close(batch.replay.embed(batch.inputs), embeddings)
+
+    def test_inputs_that_are_told_are_taken(self, model, images, labels):
+        collator = collator_of(lambda given: 2 * model(given))
+        embeddings = (2 * model(images)).detach().requires_grad_()
+        batch, _ = collator.collate(embeddings, labels, None, None, None, dict, inputs=images)
+        assert torch.equal(batch.inputs, images)
+        assert torch.equal(batch.replay.embed(images), embeddings)
 
     @pytest.mark.parametrize("mask", [[0, 1, 0, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0, 0, 0], [0] * 8])
     def test_rows_to_enqueue_become_the_reference_in_their_order(self, mask, model, images, labels):
         queries, keys = ([row for row in range(8) if mask[row] == joins] for joins in (0, 1))
         collator, embeddings = collator_of(model), model(images)
         batch = self.collated(collator, embeddings, labels, mask=torch.tensor(mask, dtype=torch.bool))
-        assert torch.equal(batch.inputs, images[queries])  # those of the others are not handed on
+        assert torch.equal(batch.inputs, images[queries])  # what is enqueued is never perturbed
         assert torch.equal(batch.embeddings, embeddings[queries + keys])
         assert torch.equal(batch.labels, labels[queries + keys])
         assert batch.num_queries == len(queries)
 
     def test_rows_of_no_watched_model_are_refused_with_the_way_out(self, model, images, labels):
-        with pytest.raises(CaptureError, match=r"not known: expected .*\. Pass the model's output itself"):
-            self.collated(collator_of(model), 2 * model(images), labels)
+        with pytest.raises(CaptureError, match=r"inputs=x"):
+            self.collated(collator_of(model), torch.rand(8, 4, requires_grad=True) * 2, labels)
 
 
 class Sum(nn.Module):
@@ -151,7 +162,7 @@ class TestWrongForms:
 
     def test_a_model_that_changes_the_number_of_rows(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(0, 1))
-        with pytest.raises(InputError, match="8 inputs gave 16 embeddings"):
+        with pytest.raises(CaptureError, match=r"\(16, 4\) for inputs \(8, 1, 6, 6\)"):
             seed_paper_loss(losses.TripletMarginLoss(), model)(model(images), labels.repeat(2))
 
     def test_tuples_are_counted_in_the_reference(self, model, images, labels):

@@ -12,6 +12,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from notes import Notes
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from seed_paper import seed_paper_loss
@@ -131,7 +132,7 @@ class TestOneBatch:
 
     def test_a_rank_may_have_no_copies(self, seen):
         names = [name for name in worker.CASES if name.startswith("one rank alone")]
-        assert len(names) == 2
+        assert len(names) == 3
         for name in names:
             alone, idle = (seen[rank]["cases"][name] for rank in RANKS)
             assert (len(alone["seen"]["own"]), len(idle["seen"]["own"])) == (4, 0)
@@ -202,6 +203,7 @@ class TestErrors:
             "tuples": ("PlanError", "names rows from 13 to 13"),
             "attack": ("AttackError", "expected finite values in"),
             "mode": ("InputError", "model depends on its mode: True, rank 1 one with model depends on its mode: False"),
+            "mode since": ("ReplayError", "changed its mode"),
         }
     )
 
@@ -209,6 +211,7 @@ class TestErrors:
     def test_on_one_rank_are_raised_on_all(self, name, seen):
         kind, words = self.EXPECTED[name]
         for rank in RANKS:
+            assert seen[rank]["errors"][name] is not None, "nothing was raised"
             assert seen[rank]["errors"][name][0] == kind
             with pytest.raises(ValueError, match=words):
                 raise ValueError(seen[rank]["errors"][name][1])
@@ -224,6 +227,12 @@ class TestErrors:
             ("RuntimeError", "LocalError: no score"),
             ("LocalError", "no score"),
         ]
+
+    @each_rank
+    def test_rows_without_inputs_before_others(self, rank, seen):
+        kind, words = seen[rank]["errors"]["rows without inputs first"]
+        assert kind == "InputError"
+        assert "expected them behind" in words
 
     @each_rank
     def test_rank_0_alone_plans(self, rank, seen):
@@ -295,6 +304,16 @@ class TestMiner:
         numbers = [in_rank_order(m, rank, 6 if n == "a" else partners) for n, m in zip(names, mined, strict=True)]
         groups = [numbers] if len(mined) == 3 else [numbers[:2], numbers[2:]]
         return [{*zip(*(m.tolist() for m in group), strict=True)} for group in groups]
+
+    @each_rank
+    def test_inputs_may_be_told_to_miner_and_loss(self, rank, seen):
+        expected = worker.told_inputs(worker.make_model(), lambda loss: loss, lambda miner: miner, lambda rows: rows)
+        found = seen[rank]["told inputs"]
+        assert self.as_set(found["mined"], rank, 6) == self.as_set(expected["mined"], 0, 6)
+        close(found["loss"], 2 * expected["loss"])
+        close(found["gradients"], expected["gradients"])
+        assert expected["perturbed"] == (12, 12)
+        assert found["perturbed"] == (6, 6)
 
     @each_rank
     def test_is_pmls_wrapper_without_budget(self, rank, seen):
@@ -509,7 +528,7 @@ class TestOneProcess:
     def test_model_in_ddp(self, static_graph, model, images, labels):
         loss = seed_paper_loss(worker.Triplet(), model, attack=worker.PGD, perturb="all")(model(images), labels)
         expected = torch.autograd.grad(loss, [*model.parameters()])
-        passes = []
+        passes = Notes()
         ddp = DistributedDataParallel(model, static_graph=static_graph)
         ddp.register_forward_hook(lambda *_: passes.append(1))
         seed_paper_loss(worker.Triplet(), ddp, attack=worker.PGD, perturb="all")(ddp(images), labels).backward()

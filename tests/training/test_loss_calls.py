@@ -178,18 +178,60 @@ class TestEnqueueMask:
             assert moody or loss > clean
         assert all(parameter.grad is None for parameter in slow.parameters())
 
-    def test_queries_without_inputs_are_refused(self, model, images):
-        loss_func = AdversarialLoss(memory(), model)
+    @pytest.mark.parametrize(
+        "mask",
+        [torch.arange(8) >= 4, torch.arange(8) >= 5, torch.arange(8) // 2 == 2],
+        ids=["none", "one", "two"],
+    )
+    def test_queries_without_inputs_stay_as_they_are_and_the_others_are_attacked(self, mask, model, images, caplog):
+        plain, seen = memory(), {}
+
+        class Sees:
+            @hookimpl
+            def pml_adversarial_record(self, plan, adversarial):
+                seen["plan"], seen["adversarial"] = plan, adversarial
+
+        loss_func = AdversarialLoss(memory(), model, attack=PGD, warmup=0, keep_clean=False, plugins=[Sees()])
         queries = model(images[:4])
         with torch.no_grad():
             keys = model(images[4:])
-        rows, mask = torch.cat([queries, keys]), torch.arange(8) >= 4
-        assert loss_func(rows, TWICE, enqueue_mask=mask).isfinite()
-        for wrong in (~mask, torch.arange(8) >= 5, torch.zeros(8, dtype=torch.bool)):
-            with pytest.raises(CaptureError, match="inputs behind these embeddings are not known"):
-                loss_func(rows, TWICE, enqueue_mask=wrong)
-        with pytest.raises(CaptureError):
-            loss_func(torch.cat([queries, keys[:2], keys[2:]]), TWICE, enqueue_mask=mask)
+        rows = torch.cat([queries, keys])
+        clean = plain(rows, TWICE, enqueue_mask=mask)
+        loss = loss_func(rows, TWICE, enqueue_mask=mask)
+        assert torch.equal(loss_func.loss.embedding_memory, plain.embedding_memory)
+        unknown = int((~mask[4:]).sum())
+        told = [record.getMessage() for record in caplog.records if "not known" in record.getMessage()]
+        assert len(told) == bool(unknown)
+        assert loss_func.records.num_perturbed == 4
+        assert loss_func.records.loss_before == pytest.approx(clean.item())
+        assert loss > clean
+        assert len(seen["adversarial"].inputs) == 4
+        for _ in range(2):  # it is said once
+            loss_func(torch.cat([model(images[:4]), keys]), TWICE, enqueue_mask=mask)
+        assert len([r for r in caplog.records if "not known" in r.getMessage()]) == bool(unknown)
+
+    def test_queries_of_which_none_has_inputs_are_refused(self, model, images):
+        loss_func = AdversarialLoss(memory(), model)
+        keys = model(images[4:])
+        with torch.no_grad():
+            queries = model(images[:4])
+        with pytest.raises(CaptureError, match="gradient with respect to"):
+            loss_func(torch.cat([queries, keys]), TWICE, enqueue_mask=MASKS["keys last"])
+
+    def test_queries_and_keys_may_be_put_together_in_any_way(self, model, images):
+        options = {"attack": PGD, "warmup": 0, "seed": 1, "keep_clean": False}
+        loss_funcs = [AdversarialLoss(memory(), model, **options) for _ in range(2)]
+        queries, mask = model(images[:4]), torch.tensor([True, True, False, False, False, False, True, True])
+        with torch.no_grad():
+            keys = model(images[4:])
+        ways, values = ([queries, keys], [queries[:1], queries[1:], keys[:2], keys[2:]]), []
+        for loss_func, parts in zip(loss_funcs, ways, strict=True):
+            rows = torch.cat(parts)[[4, 5, 0, 1, 2, 3, 6, 7]]
+            values.append(loss_func(rows, TWICE, enqueue_mask=mask))
+            assert loss_func.records.num_perturbed == 4
+            assert loss_func.records.loss_before == pytest.approx(memory()(rows, TWICE, enqueue_mask=mask).item())
+            assert loss_func.records.loss_after > loss_func.records.loss_before
+        assert torch.equal(*values)
 
     def test_queries_are_attacked_against_their_keys(self, model, images):
         """With one label for a query and its key, the key is the positive of the query, and no other row is."""

@@ -101,7 +101,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("ask", [PixelSpace.to_pixels, PixelSpace.to_inputs])
     def test_another_number_of_channels(self, ask):
-        with pytest.raises(InputError, match=r"3 channels, the inputs \(2, 4, 5\) have 4"):
+        with pytest.raises(InputError, match=r"3 channels, and of the inputs \(2, 4, 5\) no dimension"):
             ask(PixelSpace(IMAGENET), torch.rand(2, 4, 5))
 
     @pytest.mark.parametrize(

@@ -1,0 +1,318 @@
+"""Finds the way from inputs to the embeddings of each batch, and checks now and then that it is the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..errors import CaptureError, InputError, ReplayError
+from .isolation import check_compiled, preserved
+from .pixels import PixelSpace
+from .replay import Replay, difference, tolerance
+from .sources import Choice
+from .trace import Call, Fixed, Ref
+from .tracing import lost_of, paused, ref_of, step_of
+from .watch import Watch
+
+Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
+"""A module, several modules, the ``models`` of a PML trainer, or a function of inputs."""
+
+logger = logging.getLogger("pml_adversarial")
+
+CHECK_EVERY = 100
+"""Steps from one check of the replay to the next."""
+
+_OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
+
+
+class InputCapture:
+    """Watches modules, and finds how embeddings were made of their inputs.
+
+    Args:
+        model: what makes embeddings of inputs; None: any module.
+        choice: what of the inputs is perturbed.
+        chunk: how many rows are embedded at a time; None: all.
+    """
+
+    def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
+        self.choice, self.chunk = choice, chunk
+        self._count, self._forms = 0, dict[Any, bool]()
+        self._start(model)
+
+    def watch(self, model: Models) -> None:
+        """Watches ``model`` from now on, and no longer what was watched before."""
+        self._start(model)
+
+    def replay(
+        self,
+        pixels: PixelSpace,
+        embeddings: Tensor,
+        reference: Tensor | None = None,
+        order: Tensor | None = None,
+        inputs: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Replay:
+        """The way from inputs to embeddings, and to those of a reference after them, in another order if one is given.
+
+        In the first step, whenever the form of the loop changes, and each `CHECK_EVERY` steps it is checked that it
+        leads to the embeddings that were given.
+
+        Args:
+            pixels: how inputs become pixels.
+            embeddings: ``(N, D)``.
+            reference: ``(R, D)``, or None.
+            order: ``(N + R,)``, or None.
+            inputs: ``(N, ...)`` the inputs, where the caller passed them; None: they are found.
+            limit: rows from here on are taken as if their inputs were not known; None: no such rows.
+
+        Raises:
+            CaptureError: it is not known.
+            InputError: the inputs are no pixels.
+            ReplayError: another way leads to the embeddings that were given.
+        """
+        found = self._found(embeddings) if inputs is None else self._told(embeddings, inputs)
+        results: list[Ref | Fixed] = [found]
+        if reference is not None:
+            made_by = ref_of(reference) if reference.requires_grad else None
+            results.append(made_by or Fixed(reference.detach()))
+        inside = () if inputs is None else self._modules_inside(inputs)
+        replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
+        if not any(map(self._watch.knows, replay.modules)) and inputs is None:
+            raise CaptureError(self._another(replay.modules))
+        check_compiled(replay.modules)
+        self._check(replay, embeddings, reference, order, told=inputs is not None)
+        self._watch.forget()
+        return replay
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputCapture, (None, self.choice._replace(at=None), self.chunk)  # a copy holds no model: it watches any
+
+    def _start(self, model: Models | None) -> None:
+        model = tuple(model) if isinstance(model, Iterator) else model
+        self._model = model
+        self._function = None if model is None else in_order(model)
+        self._inside: tuple[nn.Module, ...] | None = None
+        known = None if model is None or not _has_modules(model) else modules_of(model)
+        check_compiled(known or ())
+        self._watch = Watch(known, self.choice.at)
+        self._watch.wants_state = True
+        self._forms.clear()
+
+    def _told(self, embeddings: Tensor, inputs: Tensor) -> Ref:
+        if self._model is None:
+            raise CaptureError(
+                "inputs=... was given, and it is not known what makes embeddings of them; expected a model, or any "
+                "function of inputs: AdversarialLoss(loss, model)."
+            )
+        if not isinstance(inputs, Tensor) or inputs.shape[:1] != embeddings.shape[:1]:
+            found = f"of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+            raise InputError(
+                f"inputs is {found}; expected a tensor of one row for each of {len(embeddings)} embeddings."
+            )
+        step = step_of(self._function, (inputs.detach(),), {})
+        step.call = Call([embeddings])
+        return Ref(step, 0)
+
+    def _modules_inside(self, inputs: Tensor) -> tuple[nn.Module, ...]:
+        """The modules that a function of inputs runs. They are found out once."""
+        if self._inside is None:
+            self._inside = () if isinstance(self._function, nn.Module) else modules_run_by(self._function, inputs)
+        return self._inside
+
+    def _found(self, embeddings: Tensor) -> Ref:
+        found = ref_of(embeddings)
+        if found is None or embeddings.grad_fn is None:
+            raise CaptureError(self._explain(embeddings))
+        return found
+
+    def _check(
+        self, replay: Replay, embeddings: Tensor, reference: Tensor | None, order: Tensor | None, told: bool
+    ) -> None:
+        """Embeds the clean inputs again, and compares, where it is time to do so.
+
+        A model that draws random numbers can only be compared from the state in which it began. Where that is not
+        known, the next step remembers it.
+        """
+        self._count += 1
+        switched, form = replay.was_switched, replay.form
+        is_new = form not in self._forms
+        replay.picks = self._forms.get(form, True)
+        if is_new or switched or self._count % CHECK_EVERY == 0:
+            given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
+            given = given if order is None else given[order]
+            again = replay.again(seed=0)
+            limit = tolerance(given.dtype)
+            apart = difference(again, given)
+            if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
+                raise ReplayError(_what_differs(replay, apart, limit, switched, told))
+            if apart <= limit and is_new:
+                replay.check_rows(again)
+            elif apart > limit and told:
+                logger.warning(
+                    "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
+                    "embeddings, in their order."
+                )
+            if apart <= limit or told:
+                self._forms[form] = replay.picks
+        self._watch.wants_state = form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
+
+    def _another(self, names: Iterable[nn.Module] | str) -> str:
+        if not isinstance(names, str):
+            names = ", ".join(type(module).__name__ for module in names)
+        return (
+            f"{names} gave these embeddings, and the model that was named did not. Name the module that the loop "
+            f"calls, AdversarialLoss(loss, model), or none; or {_OPEN_DOOR}"
+        )
+
+    def _explain(self, embeddings: Tensor) -> str:
+        """What was seen of these embeddings, and what to do."""
+        seen = {how: ", ".join(sorted(names)) for how, names in self._watch.seen.items()}
+        if not embeddings.requires_grad:
+            return (
+                "The embeddings were computed without gradient (under no_grad, or detached), so it is not known which "
+                "inputs gave them. Compute them with gradient; or call .eval() on the wrapper, which then attacks "
+                f"nothing; or {_OPEN_DOOR}"
+            )
+        if embeddings.grad_fn is None:
+            return (
+                "The embeddings are a tensor of their own (a leaf of autograd's graph), so it is not known which "
+                "inputs gave them. Pass what the model returned, without detach. If you hand gradients on yourself, as "
+                "GradCache does, pass the inputs, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, "
+                "function), where function(x) makes the embeddings, such as `lambda x: model({'images': x})`, and set "
+                "gradients to zero before loss.backward(), not after it, since the perturbed rows reach the model "
+                "there."
+            )
+        if lost := lost_of(embeddings):
+            return (
+                f"{lost} ran under no_grad, so its inputs are not kept. To freeze it, set requires_grad_(False) on its "
+                "parameters in place of no_grad. If an activation checkpoint ran it so, use use_reentrant=False; or "
+                f"{_OPEN_DOOR}"
+            )
+        if function := _own_function(embeddings):
+            return (
+                f"Between the model and the loss the embeddings went through {function}, a function of autograd in "
+                "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; "
+                f"or {_OPEN_DOOR}"
+            )
+        if "origin" in vars(embeddings):
+            return (
+                "The embeddings were changed in place, through a view of them or under no_grad, so what was done to "
+                f"them is not known. Use an operation that makes a new tensor; or {_OPEN_DOOR}"
+            )
+        if seen["with gradient"]:
+            return (
+                f"{seen['with gradient']} ran with gradient since this loss was made, and these embeddings were not "
+                "made of what it returned, or in a way that cannot be followed, such as through a PackedSequence. If "
+                "they are older than the loss, make the loss before the forward pass; if they were made of something "
+                f"else, pass what the model returned; or {_OPEN_DOOR}"
+            )
+        if seen["not watched"]:
+            return self._another(seen["not watched"])
+        ran = f"{seen['without gradient']} ran under no_grad, and no" if seen["without gradient"] else "No"
+        return (
+            f"{ran} module ran with gradient since this loss was made, as far as can be seen. Make the loss before the "
+            "forward pass. If the model is compiled by model.compile(), name it, AdversarialLoss(loss, model), after "
+            f"it was compiled. Where neither helps, {_OPEN_DOOR}"
+        )
+
+
+def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str], told: bool) -> str:
+    start = f"The clean inputs, embedded again, differ from the embeddings by {apart:.2g} of their size, so an attack "
+    if told:
+        return (
+            f"{start}would be on other embeddings. With inputs=..., expected inputs in the order of the embeddings, "
+            "and a model that makes exactly these embeddings of them, in the mode that it is in. If the loop does more "
+            "than the model, such as F.normalize, give a function that does it too: "
+            "AdversarialLoss(loss, lambda x: F.normalize(model(x)))."
+        )
+    where = f"{start}would be on another model. {replay.first_difference(limit)} gives something else now."
+    last = (
+        "Where none can be mended, pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with "
+        "AdversarialLoss(loss, function), where function(x) makes exactly these embeddings."
+    )
+    if switched:
+        return (
+            f"{where} Likely cause: {'; '.join(switched)}. Pass what switches the model as an argument of its "
+            f"forward(), or compute the loss before the switch. {last}"
+        )
+    return (
+        f"{where} Likely causes: weights or buffers were changed since the forward pass (compute the loss first); the "
+        "model changes its input in place (let it work on a copy); what it gives depends on something outside of its "
+        f"arguments, such as an attribute, a counter or a global switch (pass it as an argument of forward()). {last}"
+    )
+
+
+def _own_function(embeddings: Tensor) -> str | None:
+    """The name of an autograd function in Python that led to the embeddings, before any other that it hides."""
+    todo, seen = [embeddings.grad_fn], set[Any]()
+    while todo:
+        node: Any = todo.pop(0)
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return None
+
+
+def _has_modules(model: Models) -> bool:
+    return isinstance(model, nn.Module | Mapping) or not callable(model)
+
+
+def modules_of(model: Any) -> tuple[nn.Module, ...]:
+    """The modules of ``model`` in forward order.
+
+    Raises:
+        CaptureError: it is no module, sequence of modules, or dict with a "trunk".
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList | nn.ModuleDict):
+        return (model,)
+    if isinstance(model, Mapping | nn.ModuleDict):
+        named = cast(Mapping[str, nn.Module], model)
+        if "trunk" not in named:
+            raise CaptureError(
+                f"model is a dict with the keys {sorted(named)}; expected a trainer's models with a 'trunk' and, "
+                "if there is one, an 'embedder'. Pass the modules in forward order instead."
+            )
+        return tuple(named[name] for name in ("trunk", "embedder") if name in named)
+    modules = tuple(model) if isinstance(model, Iterable) else (model,)
+    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+        raise CaptureError(
+            f"model is {type(model).__name__} of {[type(m).__name__ for m in modules]}; expected a torch.nn.Module, "
+            "modules in forward order, or the models dict of a PML trainer."
+        )
+    return modules
+
+
+def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
+    """The outermost modules that a function runs, or the module whose method it is. They are left as they were."""
+    method = getattr(function, "func", function)
+    if isinstance(getattr(method, "__self__", None), nn.Module):
+        return (method.__self__,)
+    found: list[nn.Module] = []
+    with torch.no_grad(), torch.random.fork_rng(), paused(), ExitStack() as stack:
+
+        def note(module: nn.Module, args: Any) -> None:
+            if not any(module is inner for outer in found for inner in outer.modules()):
+                found.append(module)
+                stack.enter_context(preserved(module))
+
+        stack.callback(register_module_forward_pre_hook(note).remove)
+        function(inputs)
+    return tuple(found)
+
+
+def in_order(model: Models) -> Callable[..., Any]:
+    """One callable of a model or of modules in forward order."""
+    if not _has_modules(model):
+        return partial(cast(Callable[..., Any], model))  # an object of ours, which can be hashed
+    modules = modules_of(model)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)

@@ -1,0 +1,134 @@
+"""Takes the steps of a trace again, see `tracing`: as they were taken, or with other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+from .nested import mapped, outputs_in, tensors_in
+from .trace import Fixed, Ref, Step, autocast
+
+Outputs = Sequence[Tensor]
+Resolve = Callable[[Any], Any]
+"""An argument as a step holds it -> what is passed to the function."""
+Take = Callable[[Step, Resolve], Outputs]
+"""Takes one step. What the steps before it gave now is known to the function that comes with it."""
+
+
+def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
+    """The steps that led to the results, in their order."""
+    found: dict[int, Step] = {}
+    todo = [result.step for result in results if isinstance(result, Ref)]
+    while todo:
+        step = todo.pop()
+        if step.number not in found:
+            found[step.number] = step
+            todo.extend(ref.step for ref in step.refs)
+    return [found[number] for number in sorted(found)]
+
+
+def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> list[Tensor]:
+    """Takes all steps, each with what the steps before it gave now, and returns the results."""
+    made: dict[Step, Outputs] = {}
+
+    def resolved(leaf: Any) -> Any:
+        return made[leaf.step][leaf.place] if isinstance(leaf, Ref) else value_of(leaf)
+
+    for step in steps:
+        made[step] = take(step, resolved)
+    return [resolved(result) for result in results]
+
+
+def value_of(leaf: Any) -> Any:
+    """An argument as it was given, if no step gave it."""
+    return leaf.value if isinstance(leaf, Fixed) else leaf
+
+
+def apply(step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False) -> Outputs:
+    """Takes a step as it was taken: under the same autocast, or that of now, and with the same swapped parameters."""
+    with ExitStack() if autocast_as_now or autocast() == step.autocast else _autocast_of(step):
+        args = [_filled(argument, resolve) for argument in step.args]
+        kwargs = {name: _filled(argument, resolve) for name, argument in step.kwargs.items()}
+        if step.in_place:
+            first = args[0].clone()
+            step.function(first, *args[1:], **kwargs)
+            return [first]
+        if step.call is None:
+            with torch.no_grad() if step.cuts_gradient else nullcontext():
+                return tensors_in(step.function(*args, **kwargs))
+        function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
+        if step.call.swapped:
+            return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))
+        return outputs_in(function(*args, **kwargs))
+
+
+def _filled(argument: Any, resolve: Resolve) -> Any:
+    return resolve(argument) if isinstance(argument, Ref | Fixed) else mapped(argument, resolve)
+
+
+def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
+    """As `apply`, from the state in which the step began the first time, where that is known."""
+    if step.random_state is not None:
+        torch.set_rng_state(step.random_state.on_cpu)
+        for number, state in enumerate(step.random_state.on_devices):
+            torch.cuda.set_rng_state(state, number)
+    for module, name, value in step.call.buffers if step.call is not None else ():
+        module._buffers[name] = value.clone()
+    return apply(step, resolve)
+
+
+def recorded(step: Step, resolve: Resolve) -> Outputs:
+    """Takes a step without running a module: what it gave is known."""
+    return apply(step, resolve) if step.call is None else step.call.outputs
+
+
+@contextmanager
+def checkpoints_take_gradients() -> Iterator[None]:
+    """Inside, reentrant activation checkpoints are others, since ``torch.autograd.grad`` cannot pass reentrant ones."""
+    kind: Any = CheckpointFunction
+    own = kind.__dict__.get("apply")
+
+    def other(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    kind.apply = staticmethod(other)
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.apply
+        else:
+            kind.apply = own
+
+
+@contextmanager
+def output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """Inside, the module gives another output. What it computes still gets the gradient, as if a constant was added."""
+
+    def replace(_: nn.Module, args: Any, computed: Tensor) -> Tensor:
+        return output + (computed - computed.detach()) if computed.requires_grad else output
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def name_of(step: Step) -> str:
+    """The module or function, as the user knows it."""
+    return type(step.function).__name__ if step.call is not None else getattr(step.function, "__name__", "a function")
+
+
+def _autocast_of(step: Step) -> ExitStack:
+    stack, now = ExitStack(), autocast()
+    for kind in now.keys() | step.autocast.keys():
+        if now.get(kind) != step.autocast.get(kind):
+            stack.enter_context(torch.autocast(kind, enabled=kind in step.autocast, dtype=step.autocast.get(kind)))
+    return stack

@@ -1,0 +1,185 @@
+"""Finds which row of which tensor each embedding depends on, by experiment.
+
+Where the row of a module's output becomes NaN, or another number, so do the embeddings that depend on it. Modules are
+not run for this: they are taken to keep rows apart, which `Replay.check_rows` looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from .rerun import Outputs, Resolve, Take, apply, name_of, recorded
+from .sources import Sources
+from .trace import Step
+from .tracing import paused
+
+Run = Callable[[Take], Tensor]
+"""Takes all steps, and gives all rows of the embeddings."""
+
+Chosen = Callable[[Tensor], Tensor]
+"""Numbers of rows -> bool, which of them are changed."""
+
+Change = Callable[[Tensor], Tensor]
+"""Outputs of a module -> other values."""
+
+_NAN: tuple[Change, ...] = (lambda output: torch.full_like(output, torch.nan),)
+_OTHERS: tuple[Change, ...] = (lambda output: 1.7 * output + 0.31, lambda output: -0.9 * output - 0.17)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which row of which source each embedding depends on.
+
+    Attributes:
+        source: ``(N,)`` number of the source; -1 where no input is known.
+        row: ``(N,)`` row of the source.
+        in_order: whether embedding i depends on row i of the only source, and all rows of it are embedded.
+        apart: whether the steps may be taken with some of the rows alone.
+    """
+
+    source: Tensor
+    row: Tensor
+    in_order: bool = False
+    apart: bool = False
+
+
+def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool) -> Rows:
+    """Which row of which source each embedding depends on.
+
+    Args:
+        steps: all steps of a trace.
+        run: takes them.
+        sources: what is perturbed.
+        is_plain: whether the steps are modules alone, one after the other, from one source.
+
+    Raises:
+        CaptureError: an embedding depends on several rows.
+    """
+    sizes = [len(source.value) for source in sources.all]
+    total, device = sum(sizes), sources.all[0].value.device
+    if is_plain:
+        none = torch.empty(0, dtype=torch.long)
+        return Rows(none, none, True, True)  # nobody asks for them
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    bits = max(1, (total - 1).bit_length())
+
+    before: dict[Step, Outputs] = {}
+
+    def taken(take: Take) -> Tensor:
+        with torch.random.fork_rng():  # functions such as dropout draw the same each time
+            torch.manual_seed(0)
+            return run(take)
+
+    def remember(step: Step, resolve: Resolve) -> Outputs:
+        before[step] = recorded(step, resolve)
+        return before[step]
+
+    def reached(changes: Sequence[Change], chosen: Chosen) -> Tensor:
+        """``(N,)`` bool: embeddings that change with the chosen rows."""
+        found = [taken(partial(_take_changed, sources, before, starts, chosen, change)) for change in changes]
+        return torch.stack([_differ(new, embeddings) for new in found]).any(0)
+
+    def by_bits(changes: Sequence[Change], value: int) -> Tensor:
+        return torch.stack([reached(changes, partial(_has_bit, bit, value)) for bit in range(bits)])
+
+    with torch.no_grad(), paused():
+        embeddings = taken(remember)
+        zero, one = by_bits(_NAN, 0), by_bits(_NAN, 1)
+        if (zero & one).any() or not (zero | one).any(0).all():  # NaN goes through products with 0, and may be removed
+            zero, one = by_bits(_OTHERS, 0), by_bits(_OTHERS, 1)
+        if (zero & one).any():
+            first = int((zero & one).any(0).nonzero()[0])
+            among = [row for row in range(total) if reached(_OTHERS, partial(torch.eq, other=row))[first]]
+            raise _several(steps, first, among, total)
+    known = (zero | one).any(0)
+    number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
+    starts = starts.to(number.device)
+    source = torch.where(known, (number[:, None] >= starts).sum(1) - 1, -1)
+    row = number - starts[source]
+    in_order = len(sizes) == 1 and total == len(row) and torch.equal(row, torch.arange(total, device=device))
+    in_order = in_order and bool(known.all())
+    return Rows(source, row, in_order, in_order and _takes_some(taken, total))
+
+
+def _has_bit(bit: int, value: int, rows: Tensor) -> Tensor:
+    return (rows >> bit) & 1 == value
+
+
+def _take_changed(
+    sources: Sources,
+    before: Mapping[Step, Outputs],
+    starts: Tensor,
+    chosen: Chosen,
+    change: Change,
+    step: Step,
+    resolve: Resolve,
+) -> Outputs:
+    """Takes a step with other values in the chosen rows of what is perturbed."""
+    if step.cuts_gradient or not any(output.is_floating_point() for output in before[step]):
+        return before[step]
+    if step.call is None:
+        return apply(step, resolve)
+    outputs = list(step.call.outputs)
+    taken = [(resolve(ref), before[ref.step][ref.place]) for ref in step.refs]
+    for place, output in enumerate(outputs):
+        if (number := sources.of_output(step, place)) is not None:
+            rows = starts[number] + torch.arange(len(output))
+            outputs[place] = _changed(output, chosen(rows).to(output.device), change)
+        elif taken and output.ndim:
+            differ = [_differ(new, old) for new, old in taken if new.ndim and len(new) == len(output)]
+            outputs[place] = _changed(output, torch.stack(differ).any(0), change) if differ else output
+    return outputs
+
+
+def _differ(new: Tensor, old: Tensor) -> Tensor:
+    """``(N,)`` bool: rows that have another value."""
+    return ((new != old) & ~(new.isnan() & old.isnan())).reshape(len(new), -1).any(1)
+
+
+def _changed(output: Tensor, rows: Tensor, change: Change) -> Tensor:
+    if not (output.is_floating_point() and output.ndim and len(output) == len(rows)):
+        return output
+    return torch.where(rows.view(-1, *[1] * (output.ndim - 1)), change(output), output)
+
+
+def _takes_some(run: Run, count: int) -> bool:
+    """Whether functions give the same of some rows alone. It is tried with every other row, from the last one."""
+    some = torch.arange(count - 1, -1, -2)
+    some = torch.cat([some, some[:1]])
+    if len(some) == count:
+        some = torch.cat([some, some[:1]])
+
+    def alone(step: Step, resolve: Resolve) -> Outputs:
+        if step.call is None:
+            return apply(step, resolve)
+        return [o[some.to(o.device)] if o.ndim else o for o in step.call.outputs]
+
+    with torch.no_grad(), paused():
+        try:
+            found, expected = run(alone), run(recorded)
+        except Exception:  # a function of the caller's may raise anything on other rows
+            return False
+        expected = expected[some.to(expected.device)]
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def _several(steps: Sequence[Step], row: int, inputs: list[int], total: int) -> CaptureError:
+    functions = list(dict.fromkeys(name_of(step) for step in steps if step.call is None))
+    between = f" Between model and loss stand {', '.join(functions)}." if functions else ""
+    if len(inputs) == total or len(inputs) > 8:
+        return CaptureError(
+            f"Embedding {row} depends on {len(inputs)} inputs, since rows of the batch are mixed between model and "
+            f"loss; expected that each embedding depends on one input.{between} Let the loss do it: "
+            "AdversarialLoss(a module whose forward mixes the rows and then calls the loss, model)."
+        )
+    return CaptureError(
+        f"Embedding {row} depends on several inputs: {', '.join(map(str, inputs))}; expected one.{between} Pass all "
+        "inputs of an embedding as one: loss_func(embeddings, labels, inputs=torch.stack([first, second], 1)), with "
+        "AdversarialLoss(loss, function), where function(inputs) gives the embeddings."
+    )

@@ -1,0 +1,313 @@
+"""Which tensors are perturbed: inputs that modules took, or what a module inside of the model gave."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError, InputError
+from .isolation import preserved
+from .nested import leaves
+from .rerun import apply, checkpoints_take_gradients, name_of, value_of
+from .trace import Call, Fixed, Ref, Step, version_of
+from .tracing import paused
+
+logger = logging.getLogger("pml_adversarial")
+
+INNER = -1
+"""Stands for the number of an argument where the output of an inner module is perturbed."""
+
+
+class Choice(NamedTuple):
+    """What the user wants to be perturbed.
+
+    Attributes:
+        argument: name of an argument of the model; None: the first tensor of floating point.
+        at: an inner module whose output is perturbed in place of inputs; None: inputs.
+    """
+
+    argument: str | None = None
+    at: nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor that is perturbed.
+
+    Attributes:
+        value: ``(n, ...)`` as the modules took it.
+        places: where it stands: (step, number of the argument among the leaves of all arguments, or `INNER`).
+    """
+
+    value: Tensor
+    places: tuple[tuple[Step, int], ...]
+
+
+class Sources:
+    """The tensors that are perturbed, and which outputs of modules come from them.
+
+    Args:
+        steps: all steps of a trace.
+        results: what the trace leads to.
+        choice: what the user wants to be perturbed.
+
+    Raises:
+        CaptureError: there is nothing to perturb, or it stands further back than the trace goes.
+        InputError: the choice names nothing that is there.
+    """
+
+    def __init__(self, steps: Sequence[Step], results: Sequence[Ref | Fixed], choice: Choice) -> None:
+        self._choice = choice
+        self._origins: dict[tuple[Step, int], int] = {}
+        _check_unchanged(steps)
+        self.all = self._found(
+            [*(ref for step in steps for ref in step.refs), *(r for r in results if isinstance(r, Ref))]
+        )
+        if not self.all:
+            raise _nothing_to_perturb(steps, choice)
+        self._by_value = {id(source.value): number for number, source in enumerate(self.all)}
+        self._numbers = {place: number for number, source in enumerate(self.all) for place in source.places}
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def at(self, step: Step, argument: int) -> int | None:
+        """The number of the source that stands at a place, from which outputs come; None: no source."""
+        return self._numbers.get((step, argument))
+
+    def holding(self, leaf: Any) -> int | None:
+        """The number of the source that an argument is; None: it is none."""
+        return self._by_value.get(id(leaf.value)) if isinstance(leaf, Fixed) else None
+
+    def of_output(self, step: Step, place: int) -> int | None:
+        """The number of the source that an output of a module comes from; None: it comes from none."""
+        origin = self._origins.get((step, place))
+        return None if origin is None else self._numbers[step, origin]
+
+    def argument_of_output(self, step: Step, place: int) -> int | None:
+        """The number of the argument that an output of a module comes from, or `INNER`."""
+        return self._origins.get((step, place))
+
+    def _found(self, refs: Sequence[Ref]) -> list[Source]:
+        values: dict[int, Tensor] = {}
+        places: dict[int, dict[tuple[Step, int], None]] = {}
+        for step, place in dict.fromkeys((ref.step, ref.place) for ref in refs):
+            if step.call is None:
+                continue
+            if self._choice.at is not None:
+                origin, value = INNER, _inner_output(step, step.call, self._choice.at)
+            elif step.refs:
+                continue
+            else:
+                origin, leaf = _origin_of(step, place, self._choice.argument)
+                value = None
+                if leaf is not None:
+                    value = leaf.value
+                    _check_leaf(step, leaf)
+            if value is None:
+                continue
+            _check_rows(step, value, step.call.outputs[place])
+            self._origins[step, place] = origin
+            values[id(value)] = value
+            places.setdefault(id(value), {})[step, origin] = None
+        return [Source(values[key], tuple(found)) for key, found in places.items()]
+
+
+def _inner_output(step: Step, call: Call, at: nn.Module) -> Tensor | None:
+    given = call.inner.get(at, [])
+    if not given:
+        return None
+    if len(given) > 1 or not isinstance(given[0], Tensor):
+        found = f"ran {len(given)} times" if len(given) > 1 else f"gave {type(given[0]).__name__}"
+        raise CaptureError(
+            f"at={type(at).__name__}(...) {found} in one forward pass of {name_of(step)}; expected one tensor from one "
+            "call. Call the model once for each of its inputs, or name a module that runs once and gives a tensor."
+        )
+    if step.refs:
+        raise CaptureError(
+            f"at={type(at).__name__}(...) is inside of {name_of(step)}, which took what other modules gave; expected a "
+            "module that takes the data. Put both into one module, such as nn.Sequential(trunk, head), and call that."
+        )
+    return given[0]
+
+
+def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | None]:
+    """The number of the argument that is perturbed for an output of a module, and the argument; None: there is none.
+
+    Of several that can be, it is the one that is named, or else the first one that the output depends on.
+    """
+    given = step.leaves
+    candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
+    candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
+    arguments = _arguments(step)
+    if name is not None:
+        named = {id(leaf) for leaf in leaves(arguments.get(name))}
+        candidates = [number for number in candidates if id(given[number]) in named]
+        if not candidates:
+            raise InputError(
+                f"perturb_input={name!r}, and {name_of(step)} took {_listed(arguments)}; expected the name of an "
+                "argument of its forward() that holds a tensor of floating point with one row for each embedding."
+            )
+    if len(candidates) > 1:
+        order = {id(leaf): number for number, leaf in enumerate(leaves(arguments))}
+        candidates.sort(key=lambda number: order.get(id(given[number]), sys.maxsize))
+        depends = _dependence(step, candidates)[place]
+        candidates = [number for number in candidates if number in depends] or candidates
+    if not candidates:
+        return 0, None
+    if len({id(given[number].value) for number in candidates}) > 1:
+        _tell_choice(step, arguments, given[candidates[0]])
+    return candidates[0], given[candidates[0]]
+
+
+def _can_be_perturbed(leaf: Any) -> bool:
+    if not isinstance(leaf, Fixed) or isinstance(leaf.value, nn.Parameter):
+        return False
+    return leaf.value.is_floating_point() and leaf.value.ndim > 0
+
+
+def _arguments(step: Step) -> dict[str, Any]:
+    """Name of an argument -> value, in the order in which ``forward`` names them."""
+    function: Any = step.function
+    while isinstance(function, nn.Module) and _passes_on(function):
+        function = getattr(function, "_orig_mod", None) or function.module
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        found = dict(inspect.signature(function).bind(*step.args, **step.kwargs).arguments)
+    except (TypeError, ValueError):  # it has no signature, as modules of TorchScript
+        return {**{str(number): value for number, value in enumerate(step.args)}, **step.kwargs}
+    further = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+    return {**found, **{key: value for name in further for key, value in found.pop(name, {}).items()}}
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether a module hands all arguments on to the one that it wraps, as DataParallel and torch.compile do."""
+    return isinstance(getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module)
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    """Names of arguments with their tensors."""
+    held = {name: [v.value for v in leaves(value) if isinstance(v, Fixed)] for name, value in arguments.items()}
+    return ", ".join(f"{name}: {', '.join(map(_form, values)) or '-'}" for name, values in held.items()) or "nothing"
+
+
+def _form(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _tell_choice(step: Step, arguments: Mapping[str, Any], chosen: Any) -> None:
+    function = step.function
+    if not isinstance(function, nn.Module) or function in _told:
+        return
+    _told.add(function)
+    name = next(name for name, value in arguments.items() if any(leaf is chosen for leaf in leaves(value)))
+    logger.warning(
+        f"{name_of(step)} took {_listed(arguments)}. {name} is perturbed, and the others are held fixed. Choose with "
+        f"perturb_input={name!r}."
+    )
+
+
+_dependences: weakref.WeakKeyDictionary[Any, dict[Any, list[set[int]]]] = weakref.WeakKeyDictionary()
+
+
+def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
+    """For each output of a module, the candidates that it depends on: those with respect to which it has a gradient."""
+    known = _dependences.setdefault(step.function, {})
+    key = tuple(candidates)
+    if key not in known:
+        inputs = {number: step.leaves[number].value.detach().clone().requires_grad_() for number in candidates}
+        by_leaf = {id(step.leaves[number]): value for number, value in inputs.items()}
+        modules = [step.function] if isinstance(step.function, nn.Module) else []
+        with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad(), checkpoints_take_gradients():
+            outputs = apply(step, lambda leaf: by_leaf.get(id(leaf), value_of(leaf)))
+            known[key] = [_depends_on(output, inputs) for output in outputs]
+    return known[key]
+
+
+def _depends_on(output: Tensor, inputs: Mapping[int, Tensor]) -> set[int]:
+    if not output.requires_grad:
+        return set()
+    found = torch.autograd.grad(output.sum(), list(inputs.values()), retain_graph=True, allow_unused=True)
+    return {number for number, gradient in zip(inputs, found, strict=True) if gradient is not None}
+
+
+def _check_leaf(step: Step, leaf: Fixed) -> None:
+    """Refuses what is no input: features of another module."""
+    value, before = leaf.value, leaf.lost
+    if before:
+        raise CaptureError(
+            f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, so the "
+            f"inputs stand further back and are not known. To freeze {before}, set requires_grad_(False) on its "
+            "parameters in place of no_grad, and run it in each step. "
+            "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
+            "AdversarialLoss(loss, head, bounds=(low, high))."
+        )
+    if value.grad_fn is not None:
+        raise CaptureError(
+            f"{name_of(step)} took features that were computed with gradient, by modules that are not watched or "
+            "before the loss was made. Name all modules, AdversarialLoss(loss, [trunk, head]), or none, and make the "
+            "loss before the forward pass."
+        )
+
+
+def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
+    """Refuses a module that gives other rows than it takes."""
+    if not output.ndim or len(value) != len(output):
+        raise CaptureError(
+            f"{name_of(step)} gave {tuple(output.shape)} for inputs {tuple(value.shape)}; expected one row for each "
+            "input. Pass the inputs yourself, one row for each embedding: loss_func(embeddings, labels, inputs=x), "
+            "with AdversarialLoss(loss, function)."
+        )
+
+
+def _check_unchanged(steps: Sequence[Step]) -> None:
+    """Refuses a trace whose tensors were changed in place since they were used."""
+    for step in steps:
+        if step.call is not None and step.call.changed:
+            raise CaptureError(
+                f"{name_of(step)} changed its input in place, so the inputs that it was given are gone. Let it work on "
+                "a copy, as in `x = x - mean` for `x -= mean` or with inplace=False in its first layer."
+            )
+        for leaf in step.leaves:
+            if isinstance(leaf, Fixed) and version_of(leaf.value) != leaf.version:
+                raise CaptureError(
+                    f"A tensor {tuple(leaf.value.shape)} that {name_of(step)} took was changed in place since, such as "
+                    "a buffer that was filled anew. Compute the loss before it is changed, or give the model a copy, "
+                    "model(x.clone())."
+                )
+
+
+def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError | InputError:
+    calls = [step for step in steps if step.call is not None]
+    called = ", ".join(name_of(step) for step in calls)
+    if choice.at is not None:
+        kind = type(choice.at).__name__
+        return CaptureError(
+            f"at={kind}(...), and no {kind} that is this one ran inside of {called}; expected a module of the model "
+            "that the loop calls. A copy, a compiled or a scripted module holds others: name the one that runs."
+        )
+    arguments = "; ".join(f"{name_of(step)} took {_listed(_arguments(step))}" for step in calls if not step.refs)
+    types = {leaf.value.dtype for step in calls for leaf in step.leaves if isinstance(leaf, Fixed)}
+    if torch.uint8 in types:
+        cure = "Convert images with `images.float() / 255` before they enter the model."
+    elif types:
+        cure = (
+            "Whole numbers, such as token ids, have no gradient. Perturb what they become, such as the token "
+            "embeddings: AdversarialLoss(loss, model, at=model.embedding, bounds=(low, high))."
+        )
+    else:
+        cure = (
+            "Pass the inputs yourself: loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
+        )
+    return InputError(f"{arguments}; expected a tensor of floating point, with one row for each input. {cure}")

@@ -1,0 +1,142 @@
+"""What is remembered of how tensors were made: a trace of steps, each of which gave some tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .nested import leaves
+
+_numbers = count()
+_DEVICES = ("cpu", "cuda")
+
+
+class Ref:
+    """A tensor of a trace: the ``place``-th one that a step gave."""
+
+    __slots__ = ("place", "step")
+
+    def __init__(self, step: Step, place: int) -> None:
+        self.step, self.place = step, place
+
+
+class Fixed:
+    """A tensor that no step of the trace gave.
+
+    Attributes:
+        value: the tensor.
+        version: its number of changes in place when it was used.
+        lost: the module that gave it without its trace, in words; None: it has none.
+    """
+
+    __slots__ = ("lost", "value", "version")
+
+    def __init__(self, value: Tensor, version: int | None = None, lost: str | None = None) -> None:
+        self.value, self.lost = value, lost
+        self.version = version_of(value) if version is None else version
+
+
+class RandomState(NamedTuple):
+    """Of torch's random number generators: on the CPU, and on each device."""
+
+    on_cpu: Tensor
+    on_devices: list[Tensor]
+
+
+class Step:
+    """One step of a trace: what was called, and with which arguments.
+
+    Attributes:
+        function: a module, or a function of torch.
+        args: positional arguments, with `Ref` and `Fixed` in place of tensors.
+        kwargs: keyword arguments, likewise.
+        in_place: whether the function changes its first argument.
+        number: grows from step to step.
+        autocast: device -> type, where autocast was on.
+        cuts_gradient: whether no gradient flows from the outputs back to the arguments.
+        hooks: (place of an output, handle of a hook that the user registered on it).
+        random_state: before the step, where a `Watch` wanted to know it.
+        call: what is known of the call of a module; None for a function.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_leaves",
+        "args",
+        "autocast",
+        "call",
+        "cuts_gradient",
+        "function",
+        "hooks",
+        "in_place",
+        "kwargs",
+        "number",
+        "random_state",
+    )
+
+    def __init__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], in_place: bool = False) -> None:
+        self.function, self.in_place, self.number = function, in_place, next(_numbers)
+        self.args, self.kwargs = tuple(args), dict(kwargs)
+        self.autocast = autocast()
+        self.cuts_gradient = False
+        self.hooks: list[tuple[int, RemovableHandle]] = []
+        self.random_state: RandomState | None = None
+        self.call: Call | None = None
+        self._leaves: list[Any] | None = None
+
+    @property
+    def leaves(self) -> list[Any]:
+        """All that the arguments hold and that is no container, in order."""
+        if self._leaves is None:
+            self._leaves = list(leaves((self.args, self.kwargs)))
+        return self._leaves
+
+    @property
+    def refs(self) -> list[Ref]:
+        """The arguments that other steps gave."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Ref)]
+
+
+class Call:
+    """What is known of the call of a module.
+
+    Attributes:
+        outputs: the tensors that it gave, detached, in the order of `outputs_in`.
+        modes: the ``training`` flags of its submodules.
+        switches: attributes that are numbers, strings or None after the call, see `watch.switches_of`.
+        weights: which weights it had, see `watch.weights_of`.
+        swapped: name -> tensor, parameters and buffers that ``torch.func.functional_call`` had put into the module.
+        changed: whether the module changed an argument in place.
+        buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
+        inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
+    """
+
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "weights")
+
+    def __init__(self, outputs: Iterable[Tensor]) -> None:
+        self.outputs = [output.detach() for output in outputs]
+        self.modes: tuple[bool, ...] = ()
+        self.switches: dict[tuple[int, str], Any] = {}
+        self.weights: list[Any] = []
+        self.swapped: dict[str, Tensor] = {}
+        self.changed = False
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.inner: dict[nn.Module, list[Any]] = {}
+
+
+def autocast() -> dict[str, torch.dtype]:
+    """Device -> type, where autocast is on."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of changes in place; 0 for tensors of inference mode, which have no such number."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0

@@ -1,0 +1,326 @@
+"""Remembers how tensors were made: which modules gave them, and what was done to their outputs since.
+
+While a `Watch` lives, the outputs of the outermost modules become `Traced`, a class of tensors that notes each further
+operation. So the embeddings that reach a loss tell how they were made of the modules' inputs. Nothing is noted inside a
+module: its call is one step of the trace.
+
+A tensor with gradient holds its trace, as it holds its graph. A number, or a tensor without gradient, holds it weakly,
+so that sums and memories that live for long do not grow; the steps themselves stay for the present iteration and the
+last one. What a module gives under ``no_grad`` is only marked with the name of the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from .nested import mapped, tensors_in
+from .trace import Fixed, RandomState, Ref, Step, version_of
+
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "mod", "matmul"))}
+
+
+_DETACH = {"detach", "detach_"}
+_PICK_ROWS = {"__getitem__", "index_select"}
+
+
+class WantsTraces(Protocol):
+    """Who asks for traces, see `watch.Watch`."""
+
+    wants_state: bool
+    known: set[int] | None
+    seen: dict[str, set[str]]
+
+
+class Here(threading.local):
+    """Of this thread.
+
+    Attributes:
+        paused: whether nothing is noted, inside a module or a replay.
+        inner: see `Call`; None outside of modules.
+        recent: steps that gave tensors without gradient, which hold them weakly.
+        older: those before the last loss.
+        calls: number of outermost calls since ``recent`` was begun.
+        generation: how often ``recent`` was begun.
+        after_loss: whether a loss was computed since the last call.
+    """
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.inner: dict[nn.Module, list[Any]] | None = None
+        self.recent: list[Step] = []
+        self.older: list[Step] = []
+        self.calls, self.generation, self.after_loss = 0, 0, False
+
+
+here = Here()
+watches: weakref.WeakSet[WantsTraces] = weakref.WeakSet()
+"""All that ask for traces now."""
+
+hooks: list[Any] = []
+"""The handle of the hook before each module, if there is one."""
+
+threads: set[int] = set()
+"""Threads that run modules."""
+
+
+class Traced(Tensor):
+    """A tensor that knows which step made it."""
+
+    origin: Any
+    made_at: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Runs a function of torch, and notes it on the tensors that it returns."""
+        return _run_and_note(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with plain([self]):
+            return Tensor.__repr__(self, tensor_contents=tensor_contents)  # type: ignore[call-arg]
+
+    def __format__(self, spec: str) -> str:
+        with plain([self]):
+            return Tensor.__format__(self, spec)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return copy.deepcopy(self.view_as(self) if self.requires_grad else self.detach(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.view_as(self).__reduce_ex__(protocol)  # a tensor like others: the trace stays here
+
+
+class _Weak(NamedTuple):
+    step: weakref.ref[Step]
+    place: int
+    name: str
+    generation: int
+
+
+class _Lost(NamedTuple):
+    name: str
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if here.paused:
+        return _run(func, args, kwargs)
+    name = getattr(func, "__name__", "")
+    if name == "register_hook" and (ref := ref_of(args[0])) is not None:
+        handle = _run(func, args, kwargs)
+        ref.step.hooks.append((ref.place, handle))
+        return handle
+    if name in _PICK_ROWS:
+        args = (args[0], *mapped(tuple(args[1:]), _which_rows))
+    in_place = _works_in_place(name, args, kwargs)
+    step = _before_change(func, args, kwargs) if in_place else None
+    before = random_state() if name != "__get__" and wants_state() else None
+    result = _run(func, args, kwargs)
+    if not in_place and not isinstance(result, Tensor | tuple | list):  # such as .shape
+        return result
+    given = [args[0]] if in_place else tensors_in(result)
+    found = [(place, tensor) for place, tensor in enumerate(given) if in_place or type(tensor) is Tensor]
+    if not found or (in_place and step is None):
+        return result
+    if (lost := _lost_among((args, kwargs))) is not None:
+        for _, tensor in found:
+            mark_lost(tensor, lost)
+        return result
+    is_weak = not any(tensor.requires_grad and tensor.ndim for _, tensor in found)
+    step = step or step_of(func, args, kwargs, recent_only=is_weak)
+    step.random_state = before
+    step.cuts_gradient = (
+        name in _DETACH or getattr(func, "__self__", None) is Tensor.data or not torch.is_grad_enabled()
+    )
+    for place, tensor in found:
+        note(tensor, Ref(step, place))
+    return result
+
+
+def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step | None:
+    """The step that is about to change its first argument; None where that stays a tensor without trace.
+
+    What others hold of that tensor is copied before. A memory that keeps detached embeddings is not followed.
+    """
+    target = args[0]
+    given = tensors_in((args[1:], kwargs))
+    if isinstance(target, nn.Parameter):
+        return None
+    if type(target) is not Traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return None
+    is_weak = not target.ndim or not (target.requires_grad or any(tensor.requires_grad for tensor in given))
+    step = step_of(func, args, kwargs, in_place=True, recent_only=is_weak)
+    if isinstance(step.args[0], Fixed):
+        step.args = (Fixed(target.clone()), *step.args[1:])
+    elif (call := step.args[0].step.call) is not None:
+        place = step.args[0].place
+        call.outputs[place] = call.outputs[place].clone()
+    return step
+
+
+def _works_in_place(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+
+
+def _lost_among(value: Any) -> str | None:
+    """The module whose outputs are among these tensors, where all that are traced have lost their trace."""
+    traced = [tensor for tensor in tensors_in(value) if type(tensor) is Traced]
+    lost = [lost_of(tensor) for tensor in traced]
+    return lost[0] if lost and all(name is not None for name in lost) else None
+
+
+def step_of(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], in_place: bool = False, recent_only: bool = False
+) -> Step:
+    """A step, with the traces of its arguments in their places.
+
+    Args:
+        function: a module, or a function of torch.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        in_place: whether the function changes its first argument.
+        recent_only: whether traces without gradient from before the last loss are left out, so that what is summed up
+            from step to step holds no chain of them.
+    """
+    trace_of = _recent_argument if recent_only else _argument
+    try:
+        return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
+    except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
+        return Step(function, tuple(map(trace_of, args)), {k: trace_of(v) for k, v in kwargs.items()}, in_place)
+
+
+def _recent_argument(leaf: Any) -> Any:
+    origin = vars(leaf).get("origin") if type(leaf) is Traced else None
+    is_older = isinstance(origin, _Weak) and origin.generation != here.generation
+    return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
+
+
+def _which_rows(leaf: Any) -> Any:
+    """An index of rows as it is: which rows are picked stays, whatever becomes of the embeddings."""
+    if type(leaf) is not Traced or leaf.is_floating_point() or leaf.ndim != 1:
+        return leaf
+    with torch._C.DisableTorchFunctionSubclass():
+        return leaf.detach()
+
+
+def _argument(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if type(leaf) is not Traced or isinstance(leaf, nn.Parameter):
+        return Fixed(leaf)
+    return ref_of(leaf) or Fixed(leaf, lost=lost_of(leaf))
+
+
+def note(tensor: Tensor, made_by: Ref) -> None:
+    """From now on, operations on the tensor are noted."""
+    if isinstance(tensor, nn.Parameter):
+        return
+    if tensor.requires_grad and tensor.ndim:  # sums of losses are often kept, beyond their backward pass
+        _mark(tensor, made_by)
+    else:
+        here.recent.append(made_by.step)
+        name = _name(made_by.step.function)
+        _mark(tensor, _Weak(weakref.ref(made_by.step), made_by.place, name, here.generation))
+
+
+def _mark(tensor: Tensor, origin: Any) -> None:
+    if type(tensor) in (Tensor, Traced):
+        version = version_of(tensor)
+        tensor.__class__ = Traced
+        tensor.origin, tensor.made_at = origin, version  # type: ignore[attr-defined]
+
+
+def mark_lost(tensor: Tensor, name: str) -> None:
+    """From now on, the tensor and what is made of it are known as what a module gave under ``no_grad``."""
+    _mark(tensor, _Lost(name))
+
+
+def ref_of(tensor: Tensor) -> Ref | None:
+    """How a tensor was made; None where that is not known, or where it was changed in place since."""
+    origin = vars(tensor).get("origin")
+    if origin is None or version_of(tensor) != tensor.made_at:  # type: ignore[attr-defined]
+        return None
+    if isinstance(origin, _Weak):
+        step = origin.step()
+        origin = None if step is None else Ref(step, origin.place)
+    if not isinstance(origin, Ref) or (origin.step.cuts_gradient and tensor.requires_grad):
+        return None  # something that was not noted has given it a gradient
+    return origin
+
+
+def lost_of(tensor: Tensor) -> str | None:
+    """The module or function that gave the tensor without its trace, or whose trace is gone; None: there is none."""
+    origin = vars(tensor).get("origin")
+    if isinstance(origin, _Weak):
+        return origin.name if origin.step() is None else None
+    return origin.name if isinstance(origin, _Lost) else None
+
+
+@contextmanager
+def plain(tensors: Iterable[Any]) -> Iterator[None]:
+    """Inside, traced tensors among these are tensors like others."""
+    traced = [tensor for tensor in tensors if type(tensor) is Traced]
+    for tensor in traced:
+        tensor.__class__ = Tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for tensor in traced:
+            tensor.__class__ = Traced
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, nothing is noted in this thread."""
+    before, here.paused = here.paused, True
+    try:
+        with hook_taken_out():
+            yield
+    finally:
+        here.paused = before
+
+
+@contextmanager
+def hook_taken_out() -> Iterator[None]:
+    """Inside, no module calls the hook. It stays where other threads run modules too."""
+    known = nn_module._global_forward_pre_hooks
+    handles = hooks if len(threads) < 2 else []
+    taken = [(handle.id, known.pop(handle.id)) for handle in handles if handle.id in known]
+    try:
+        yield
+    finally:
+        known.update(taken)
+
+
+def wants_state() -> bool:
+    """Whether anyone wants to know random states and buffers."""
+    return any(watch.wants_state for watch in watches)
+
+
+def random_state() -> RandomState:
+    """The present one."""
+    on_devices = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else [])
+
+
+def _name(function: Any) -> str:
+    return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "a function")

@@ -1,0 +1,321 @@
+"""Asks for traces: notes the calls of the outermost modules, and marks what they give, see `tracing`.
+
+One hook before all modules begins a note when an outermost module is called, and takes itself out of the way until that
+has ended, so that modules inside cost nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from .nested import outputs_in, tensors_in
+from .trace import Call, Ref, version_of
+from .tracing import (
+    Traced,
+    here,
+    hook_taken_out,
+    hooks,
+    mark_lost,
+    note,
+    random_state,
+    step_of,
+    threads,
+    wants_state,
+    watches,
+)
+
+_PLAIN = {bool, int, float, str, type(None)}
+_PARAMETER = (nn.Parameter, type(None))
+_CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
+_kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """Asks for traces, as long as it lives.
+
+    Args:
+        modules: what is noted are calls of these modules, of their submodules, of modules that hold them, and of
+            modules that take what was noted. None: all calls.
+        inner: a submodule whose outputs inside of other modules are kept; None: none.
+
+    Attributes:
+        wants_state: whether random states and buffers before each step are kept.
+        seen: "with gradient", "without gradient" or "not watched" -> names of modules that were called so.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] | None = None, inner: nn.Module | None = None) -> None:
+        self.known = None if modules is None else {id(m) for module in modules for m in module.modules()}
+        self.wants_state = False
+        self.seen: dict[str, set[str]] = {"with gradient": set(), "without gradient": set(), "not watched": set()}
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
+        for module in modules or ():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                weakref.finalize(self, _note_compiled(module))
+        if inner is not None:
+            weakref.finalize(self, inner.register_forward_hook(_keep_inner).remove)
+        watches.add(self)
+        _kinds.clear()
+        threads.add(threading.get_ident())
+        if not hooks:
+            hooks.append(nn_module.register_module_forward_pre_hook(_begin))
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether calls of the module are noted for this watch."""
+        return self.known is None or any(id(m) in self.known for m in module.modules())
+
+    def forget(self) -> None:
+        """Forgets what was seen. Traces without gradient are given up when the next module runs."""
+        for names in self.seen.values():
+            names.clear()
+        here.after_loss = True
+
+
+def _begin(module: nn.Module, args: Sequence[Any]) -> None:
+    """The hook before any module: begins to note the call of an outermost one."""
+    if torch.compiler.is_compiling():  # first, so that torch.compile sees nothing else
+        return
+    if here.paused or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return
+    if not watches:
+        if hooks:
+            hooks.pop().remove()
+        return
+    if _kind_of(module) == "holds a wrapper":
+        return
+    noting = _start(module, args)
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
+        handle = nn_module.register_module_forward_hook(noting.end, with_kwargs=True, always_call=True)
+        noting.undo = [handle.remove, partial(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)]
+    else:
+        handles = (
+            module.register_forward_pre_hook(noting.enter),
+            module.register_forward_hook(noting.end, with_kwargs=True, always_call=True),
+        )
+        noting.undo, noting.keys = [handle.remove for handle in handles], [handle.id for handle in handles]
+
+
+def _note_compiled(module: nn.Module) -> Callable[[], None]:
+    """Notes the calls of a module that was compiled in place, which no hook sees. Returns what undoes it."""
+    compiled: Any = module._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if here.paused or torch.compiler.is_compiling() or _kind_of(module) == "holds a wrapper":
+            return compiled(*args, **kwargs)
+        noting, output = _start(module, args), None
+        try:
+            output = compiled(*args, **kwargs)
+        finally:
+            noting.end(module, args, kwargs, output)
+        return output
+
+    vars(module)["_compiled_call_impl"] = call
+    kept = weakref.ref(module)
+
+    def undo() -> None:
+        if (held := kept()) is not None and vars(held).get("_compiled_call_impl") is call:
+            vars(held)["_compiled_call_impl"] = compiled
+
+    return undo
+
+
+def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
+    threads.add(threading.get_ident())
+    here.calls += 1
+    if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
+        here.older, here.recent = here.recent, []
+        here.calls, here.after_loss = 1, False
+        here.generation += 1
+    return _Noting(module, args, _kind_of(module))
+
+
+class _Noting:
+    """The call of an outermost module while it runs. It knows the arguments from before the module's own hooks."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kind: str) -> None:
+        self.module, self.args, self.kind = module, args, kind
+        self.given = _tensors_of(args)
+        self.versions = [version_of(tensor) for tensor in self.given]
+        wants = wants_state()
+        self.random_state = random_state() if wants else None
+        self.buffers = _buffers_of(module) if wants else []
+        self.inner = here.inner = {}
+        self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
+        self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
+        for tensor in self.traced:
+            tensor.__class__ = Tensor  # type: ignore[assignment]
+        here.paused, self.hook = True, hook_taken_out()  # so that submodules cost nothing
+        self.hook.__enter__()
+
+    def __deepcopy__(self, memo: Any) -> _Noting:
+        return self
+
+    def enter(self, module: nn.Module, args: Sequence[Any]) -> None:
+        """The hook before the module calls itself."""
+        self.depth += 1
+
+    def end(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """The hook after the module."""
+        if module is not self.module:  # it is a copy, made while the module ran
+            for key in self.keys:
+                module._forward_hooks.pop(key, None)
+                module._forward_pre_hooks.pop(key, None)
+            return
+        if self.depth:
+            self.depth -= 1
+            return
+        self._close()
+        if output is None:  # the module raised
+            return
+        found = outputs_in(output)
+        name = type(module).__name__
+        if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
+            if any(map(_is_followed, found)):
+                _tell("not watched", name)
+        elif not torch.is_grad_enabled():
+            _tell("without gradient", name)
+            for tensor in self._new(found):
+                mark_lost(tensor, name)
+        else:
+            self._note(name, kwargs, found)
+
+    def _close(self) -> None:
+        for step in self.undo:
+            step()
+        self.hook.__exit__(None, None, None)
+        for tensor in self.traced:
+            tensor.__class__ = Traced
+        here.paused, here.inner = False, None
+
+    def _new(self, found: list[Tensor]) -> list[Tensor]:
+        """Without the arguments that the module handed through, which keep the trace that they have."""
+        return [tensor for tensor in found if not any(tensor is given for given in self.given)]
+
+    def _is_model(self, found: list[Tensor]) -> bool:
+        """Whether a module is more than a step of preparing data, such as a transform of images."""
+        if any(tensor.requires_grad for tensor in found) or next(self.module.parameters(), None) is not None:
+            return True
+        return any(watch.known is not None and id(self.module) in watch.known for watch in watches)
+
+    def _note(self, name: str, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
+        if not any(map(_is_followed, found)) or not self._is_model(found):
+            return
+        _tell("with gradient", name)
+        step, module = step_of(self.module, self.args, kwargs), self.module
+        step.random_state = self.random_state
+        step.call = call = Call(found)
+        inside = submodules_of(module)
+        call.modes, call.switches, call.weights = modes_of(inside), switches_of(inside), weights_of(inside)
+        call.buffers = self.buffers
+        call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
+        call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
+        if any(not isinstance(p, _PARAMETER) for m in inside for p in m._parameters.values()):
+            call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        new = set(map(id, self._new(found)))
+        for place, tensor in enumerate(found):
+            if _is_followed(tensor) and id(tensor) in new:
+                note(tensor, Ref(step, place))
+
+
+def _is_followed(output: Tensor) -> bool:
+    """Whether what is done to an output of a module is noted: not to a number, such as a loss, or to indices."""
+    return output.ndim > 0 and output.is_floating_point()
+
+
+def _tensors_of(arguments: Any) -> list[Tensor]:
+    try:
+        return tensors_in(arguments)
+    except RecursionError:  # a container that holds itself
+        return []
+
+
+def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:
+    if here.inner is not None:
+        given = here.inner.setdefault(module, [])
+        if not any(output is other for other in given):  # several watches may want to know it
+            given.append(output)
+
+
+def _tell(how: str, name: str) -> None:
+    for watch in watches:
+        watch.seen[how].add(name)
+
+
+def _kind_of(module: nn.Module) -> str:
+    if _kinds.get(module, "other") == "other":  # it may have got another module since
+        inside = submodules_of(module)
+        if any(getattr(type(m), "wraps_a_loss_or_miner", False) for m in inside):
+            kind = "holds a wrapper"
+        elif any(watch.known is None or not watch.known.isdisjoint(map(id, inside)) for watch in watches):
+            kind = "watched"
+        else:
+            kind = "other"
+        _kinds[module] = kind
+    return _kinds[module]
+
+
+def submodules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and all that are inside, each once. It is faster than ``module.modules()``, and runs in each step."""
+    found, seen = [module], {id(module)}
+    for one in found:
+        for inner in one._modules.values():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
+
+
+def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
+    """The ``training`` flags of modules."""
+    return tuple(module.training for module in modules)
+
+
+def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
+    """(number of a module, attribute) -> value, of what modules of the user's own classes have as plain attributes."""
+    found = {}
+    for number, module in enumerate(modules):
+        if not type(module).__module__.startswith("torch."):
+            for name, value in vars(module).items():
+                if type(value) in _PLAIN and name != "training":
+                    found[number, name] = value
+    return found
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What is another list where a module, a weight, a buffer or a hook was exchanged, or a weight was changed."""
+    found: list[Any] = []
+    for number, module in enumerate(modules):
+        found.append(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found += id(parameter), parameter._version, _address(parameter)
+        found += map(id, module._buffers.values())
+        if number:  # the outermost one has a hook of the watch
+            found.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+    return found
+
+
+def _address(parameter: Tensor) -> int:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # it has no storage, as parameters on the meta device or of some subclasses
+        return 0
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [
+        (inside, name, buffer.detach().clone())
+        for inside in module.modules()
+        for name, buffer in inside._buffers.items()
+        if buffer is not None
+    ]

@@ -1,0 +1,214 @@
+"""Loops as people write them: with a budget of nothing they train as before, with a budget the loss rises."""
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from written_loops import REFUSED, SHAPES, Shape
+
+from pml_adversarial import AdversarialLoss, AdversarialMiner, hookimpl
+
+NOTHING = {"eps": 1e-6, "steps": 1, "keep_clean": False}
+SOMETHING = {"eps": 0.1, "steps": 3}
+
+
+_OF_TORCH = pytest.mark.filterwarnings(  # that a hook of all modules is there, and what dynamo asks of any tensor
+    "ignore:Using .torch.compile.module.. when there are global hooks", "ignore:The .grad attribute of a Tensor"
+)
+
+
+def shapes(**wanted):
+    return [
+        pytest.param(name, id=name, marks=[_OF_TORCH] * found.compiles + [pytest.mark.slow] * found.slow)
+        for name, found in SHAPES.items()
+        if all(getattr(found, key) == value for key, value in wanted.items())
+    ]
+
+
+@pytest.fixture
+def shape(name, request):
+    if SHAPES[name].single:
+        request.getfixturevalue("single")
+    return SHAPES[name]
+
+
+class Noted:
+    """A loss or a miner in a loop, which looks at modules, and at what their hooks keep, before and after each call."""
+
+    def __init__(self, wrapped, loop):
+        self.wrapped, self.loop, self.records = wrapped, loop, []
+
+    def __call__(self, *args, inputs=None, **kwargs):
+        if not isinstance(self.wrapped, AdversarialLoss | AdversarialMiner):
+            return self.wrapped(*args, **kwargs)
+        given = {} if inputs is None else {"inputs": inputs}
+        before, kept = attributes_of(self.loop.holds), self.loop.kept()
+        found = self.wrapped(*args, **kwargs, **given)
+        assert attributes_of(self.loop.holds) == before
+        assert [*map(id, self.loop.kept())] == [*map(id, kept)]
+        self.records.append(self.wrapped.records)
+        return found
+
+
+class Run:
+    """A loop with its losses, plain or wrapped."""
+
+    def __init__(self, shape, named=True, **options):
+        torch.manual_seed(0)
+        self.loop = shape.build()
+        plain = [make() for make in self.loop.losses]
+        self.parameters = [p for m in (self.loop.holds, *plain) for p in m.parameters() if p.requires_grad]
+        miner = [] if self.loop.miner is None else [self.loop.miner()]
+        if options:
+            model = self.loop.holds if self.loop.model is None else self.loop.model
+            model = model if named else None
+            options = {"warmup": 0, "guard": False, "seed": 0, **shape.options, **options}
+            plain = [AdversarialLoss(loss, model, **options) for loss in plain]
+            if shape.wraps_miner:
+                miner = [AdversarialMiner(m, model, eps=options["eps"], seed=0) for m in miner]
+        self.losses = plain
+        self.tools = [Noted(tool, self.loop) for tool in (*plain, *miner)]
+
+    def step(self, seed=None):
+        """The value and the gradient of one step, with random numbers of this seed, or the coming ones."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        for parameter in self.parameters:
+            parameter.grad = None
+        value = self.loop.step(*self.tools)
+        value.backward()
+        return value.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+
+    @property
+    def records(self):
+        return [records for tool in self.tools for records in tool.records]
+
+
+def attributes_of(holds):
+    """What modules and parameters hold, by identity. Numbers in buffers may move, as BatchNorm's do."""
+    found: dict[Any, Any] = {p: (id(p.grad), p.requires_grad) for p in holds.parameters()}
+    for name, module in holds.named_modules():
+        for key, value in vars(module).items():
+            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            found[name, key] = id(value), [(at, id(item)) for at, item in items]
+    return found
+
+
+def assert_close(found, expected, tolerance=1e-3):
+    """Within a share of the size of all gradients together."""
+    (value, gradients), (plain, expected) = found, expected
+    assert float(plain) > 0
+    assert abs(float(value - plain)) <= tolerance * abs(float(plain))
+    size = torch.stack([g.double().norm() for g in expected]).norm()
+    apart = torch.stack([(g.double() - e.double()).norm() for g, e in zip(gradients, expected, strict=True)]).norm()
+    assert float(size) > 0
+    assert float(apart) <= tolerance * float(size)
+
+
+def hooks():
+    return {name: dict(value) for name, value in vars(nn_module).items() if name.endswith("_hooks")}
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_with_a_budget_of_nothing_it_trains_as_the_plain_loop(shape):
+    plain, run = Run(shape), Run(shape, **NOTHING)
+    expected = plain.step(seed=1)
+    if shape.second_pass:  # copies are embedded in the model's own mode, in a second pass
+        expected = plain.step()
+    assert_close(run.step(seed=1), expected)
+    for records in run.records:
+        assert records.num_perturbed > 0
+        if not shape.varies:
+            assert records.embedding_shift < 1e-4
+    found = dict(run.loop.holds.named_buffers())
+    for name, buffer in plain.loop.holds.named_buffers():
+        torch.testing.assert_close(found[name], buffer, rtol=1e-4, atol=1e-5)
+
+
+class Seen:
+    """A plugin that keeps the perturbed inputs."""
+
+    @hookimpl
+    def pml_adversarial_record(self, plan, adversarial):
+        self.rows, self.inputs = plan.rows, adversarial.inputs
+        return {}
+
+
+@pytest.mark.parametrize("name", shapes(in_order=True))
+def test_with_a_budget_the_loss_is_that_of_the_loop_with_the_perturbed_images(shape):
+    seen = Seen()
+    plain, run = Run(shape), Run(shape, **SOMETHING, keep_clean=False, plugins=[seen])
+    found = run.step(seed=1)
+    if shape.second_pass:
+        plain.step(seed=1)
+    with torch.no_grad():
+        plain.loop.x[seen.rows] = seen.inputs.reshape(len(seen.rows), *plain.loop.x.shape[1:])
+    assert_close(found, plain.step(seed=None if shape.second_pass else 1), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_with_a_budget_the_loss_rises(shape):
+    run = Run(shape, **SOMETHING)
+    run.step(seed=1)
+    for tool in run.tools:
+        for records in tool.records:
+            assert records.num_perturbed > 0
+            assert records.embedding_shift > 1e-3
+            if isinstance(tool.wrapped, AdversarialLoss):
+                assert records.loss_after > records.loss_before
+
+
+@pytest.mark.parametrize("name", shapes(only_named=False))
+def test_it_is_the_same_with_and_without_the_model_named(shape):
+    named, found = (Run(shape, named, **SOMETHING).step(seed=1) for named in (True, False))
+    assert_close(found, named, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_each_step_begins_anew(shape):
+    run, fresh = Run(shape, **SOMETHING), Run(shape, **SOMETHING)
+    run.step(seed=1)
+    torch.optim.SGD(run.parameters, lr=0.05).step()
+    fresh.loop.holds.load_state_dict(copy.deepcopy(run.loop.holds.state_dict()))
+    for mine, other in zip(fresh.tools, run.tools, strict=True):
+        mine.wrapped.load_state_dict(copy.deepcopy(other.wrapped.state_dict()))
+    second = run.step(seed=2)
+    assert_close(fresh.step(seed=2), second, tolerance=1e-5)
+    torch.optim.SGD(run.parameters, lr=0.05).step()
+    value, _ = run.step()
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_no_hook_of_all_modules_stays(shape):
+    gc.collect()
+    nn.Identity()(torch.zeros(1))
+    before = hooks()
+    run = Run(shape, **NOTHING)
+    run.step(seed=1)
+    del run
+    gc.collect()
+    nn.Identity()(torch.zeros(1))  # the hook goes with the first call that nobody watches
+    assert hooks() == before
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_adversarial_is_refused_and_left_as_it_was(name):
+    found = REFUSED[name]
+    run = Run(Shape(found.build), **NOTHING)
+
+    def refused(*args, **kwargs):
+        before, state = attributes_of(run.loop.holds), copy.deepcopy(run.loop.holds.state_dict())
+        with pytest.raises(found.error, match=found.words):
+            run.losses[0](*args, **kwargs)
+        assert attributes_of(run.loop.holds) == before
+        for key, value in run.loop.holds.state_dict().items():
+            assert value.equal(state[key])
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        run.loop.step(refused)
