@@ -1460,6 +1460,48 @@ tail("division_by_the_detached_norm", lambda e: e / e.detach().norm(dim=1, keepd
 tail("strongest_part", lambda e: e.view(8, 2, 4)[torch.arange(8), e.view(8, 2, 4).norm(dim=2).argmax(1)])
 
 
+def _over_statistics_without_gradient(e):
+    with torch.no_grad():
+        norm, mean = e.norm(dim=1, keepdim=True), e.mean(0)
+    return e / norm + 0.3 - 0.1 * mean
+
+
+def _with_a_hook_on_the_gradient(e):
+    e.register_hook(lambda gradient: 0.1 * gradient)
+    normalised = functional.normalize(e)
+    normalised.register_hook(lambda gradient: 5 * gradient).remove()
+    return normalised
+
+
+tail("statistics_under_no_grad", _over_statistics_without_gradient)
+tail("hook_that_scales_the_gradient", _with_a_hook_on_the_gradient)
+
+
+@shape()
+def rows_picked_by_a_mask_of_the_embeddings():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        norms = e.norm(dim=1)
+        picked = norms > norms.sort().values[1]
+        return loss(e[picked], LABELS[picked])
+
+    return Loop(model, step)
+
+
+@shape()
+def rows_sorted_by_their_norm():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        order = e.norm(dim=1).argsort()
+        return loss(e[order], LABELS[order])
+
+    return Loop(model, step)
+
+
 # What is refused
 
 

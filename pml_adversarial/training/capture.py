@@ -148,7 +148,7 @@ class InputCapture:
             given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
             given = given if order is None else given[order]
             again = replay.again(seed=0)
-            limit = tolerance(given.dtype)
+            limit = tolerance(given)
             apart = difference(again, given)
             if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))

@@ -420,6 +420,51 @@ class TestInputsThatAreTold:
             replay_of(capture, model(images), inputs=images.flip(0))
 
 
+def _step(model):
+    with torch.no_grad():
+        model[0].parts[0][1].weight.mul_(2)
+
+
+def _other_data(model):
+    weight = model[0].parts[0][1].weight
+    weight.data = 2 * weight.data
+
+
+class TestChangesSinceTheForwardPass:
+    """They are seen in each step, also long after the first one."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m: setattr(m[0], "which", 1),
+            _step,
+            _other_data,
+            lambda m: m[0].parts[0].__setitem__(1, nn.Linear(36, 4)),
+            lambda m: setattr(m[0].parts[0][1], "weight", nn.Parameter(torch.rand(4, 36))),
+            lambda m: m[0].register_forward_hook(lambda module, given, output: 2 * output),
+            lambda m: m.eval(),
+        ],
+        ids=["a switch inside", "weights in place", "their data", "a layer", "a weight", "a hook", "the mode"],
+    )
+    def test_are_refused(self, images, change):
+        model = nn.Sequential(Switched(), nn.Dropout(0.0))
+        capture = InputCapture(model)
+        for _ in range(3):
+            replay_of(capture, model(images))
+        embeddings = model(images)
+        change(model)
+        with pytest.raises(ReplayError):
+            replay_of(capture, embeddings)
+
+    def test_that_change_nothing_are_let_through(self, images):
+        model = nn.Sequential(Switched(), nn.Dropout(0.0))
+        capture = InputCapture(model)
+        for number in range(3):
+            embeddings = model(images)
+            model[0].number = number
+            replay_of(capture, embeddings)
+
+
 class TestChecks:
     """Clean inputs are embedded again in the first step, in a new form of the loop, and now and then."""
 

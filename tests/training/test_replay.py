@@ -629,8 +629,10 @@ class TestDifference:
     def test_rounding_to_a_type_is_tolerated_and_another_batch_is_not(self, dtype):
         values, others = torch.rand(8, 4, dtype=torch.double), torch.rand(8, 4, dtype=torch.double)
         assert difference(values.to(dtype), values.to(dtype)) == 0
-        assert difference(values.to(dtype) * (1 + torch.finfo(dtype).eps), values.to(dtype)) <= tolerance(dtype)
-        assert difference(others.to(dtype), values.to(dtype)) > tolerance(dtype)
+        assert difference(values.to(dtype) * (1 + torch.finfo(dtype).eps), values.to(dtype)) <= tolerance(
+            values.to(dtype)
+        )
+        assert difference(others.to(dtype), values.to(dtype)) > tolerance(values.to(dtype))
 
 
 class Switched(nn.Module):
