@@ -29,6 +29,7 @@ from .rerun import (
     apply,
     apply_as_before,
     checkpoints_take_gradients,
+    module_of,
     name_of,
     output_replaced,
     recorded,
@@ -89,6 +90,7 @@ class Replay:
         self.modules = tuple(dict.fromkeys([*called, *modules]))
         self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
         self._check_modes()
+        self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
         self.picks, self._attacks = True, False
@@ -156,7 +158,7 @@ class Replay:
         found: dict[str, None] = {}
         for step in self._calls:
             call, inside = step.call, submodules_of(step.function) if isinstance(step.function, nn.Module) else []
-            if call is None or not call.modes or call.swapped:
+            if call is None or not call.modes:
                 continue
             now = switches_of(inside)
             for (number, name), value in call.switches.items():
@@ -285,6 +287,11 @@ class Replay:
                         "statistics from each chunk; expected statistics that stay. Freeze it: set it to eval mode "
                         "after model.train()."
                     )
+
+    def _find_swapped(self) -> None:
+        for step in self._calls:
+            if step.call is not None and isinstance(step.function, nn.Module):
+                step.call.find_swapped(module_of(step.function))
 
     @property
     def _is_plain(self) -> bool:

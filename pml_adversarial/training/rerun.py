@@ -62,10 +62,15 @@ def apply(step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False
         if step.call is None:
             with torch.no_grad() if step.cuts_gradient else nullcontext():
                 return tensors_in(step.function(*args, **kwargs))
-        function = step.function.module if isinstance(step.function, DistributedDataParallel) else step.function
+        function = module_of(step.function)
         if step.call.swapped:
             return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))
         return outputs_in(function(*args, **kwargs))
+
+
+def module_of(function: Any) -> Any:
+    """The function itself, or the module inside of `DistributedDataParallel`, whose own passes count."""
+    return function.module if isinstance(function, DistributedDataParallel) else function
 
 
 def _filled(argument: Any, resolve: Resolve) -> Any:

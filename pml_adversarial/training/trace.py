@@ -110,23 +110,42 @@ class Call:
         modes: the ``training`` flags of its submodules.
         switches: attributes that are numbers, strings or None after the call, see `watch.switches_of`.
         weights: which weights it had, see `watch.weights_of`.
-        swapped: name -> tensor, parameters and buffers that ``torch.func.functional_call`` had put into the module.
+        tensors: (submodule, name -> parameter or buffer), those that it had.
+        swapped: name -> tensor, those of them that it does not have now, as ``torch.func.functional_call`` had put them
+            into it, see `find_swapped`.
         changed: whether the module changed an argument in place.
         buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "weights")
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "tensors", "weights")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
         self.modes: tuple[bool, ...] = ()
         self.switches: dict[tuple[int, str], Any] = {}
         self.weights: list[Any] = []
+        self.tensors: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self.swapped: dict[str, Tensor] = {}
         self.changed = False
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
         self.inner: dict[nn.Module, list[Any]] = {}
+
+    def find_swapped(self, module: nn.Module) -> None:
+        """Finds out which of its parameters and buffers the module does not have now."""
+        changed = [
+            (owner, name, tensor)
+            for owner, held in self.tensors
+            for name, tensor in held.items()
+            if tensor is not None and tensor is not owner._parameters.get(name, owner._buffers.get(name))
+        ]
+        if changed:
+            prefix = {inside: f"{name}." if name else "" for name, inside in module.named_modules()}
+            self.swapped = {
+                prefix[owner] + name: tensor if name in owner._parameters else tensor.clone()
+                for owner, name, tensor in changed
+                if owner in prefix
+            }
 
 
 def autocast() -> dict[str, torch.dtype]:

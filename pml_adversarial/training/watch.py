@@ -34,7 +34,6 @@ from .tracing import (
 )
 
 _PLAIN = {bool, int, float, str, type(None)}
-_PARAMETER = (nn.Parameter, type(None))
 _CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
 _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -147,6 +146,7 @@ class _Noting:
         wants = wants_state()
         self.random_state = random_state() if wants else None
         self.buffers = _buffers_of(module) if wants else []
+        self.held = [(m, m._buffers.copy()) for m in _holding("_buffers", submodules_of(module))]
         self.inner = here.inner = {}
         self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
         self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
@@ -217,12 +217,18 @@ class _Noting:
         call.buffers = self.buffers
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
-        if any(not isinstance(p, _PARAMETER) for m in inside for p in m._parameters.values()):
-            call.swapped = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        same = [m for m, held in self.held if all(held[name] is m._buffers.get(name) for name in held)]
+        call.tensors = [(m, {**m._parameters}) for m in _holding("_parameters", inside)]
+        call.tensors += [(m, m._buffers.copy()) for m in same]  # of modules that do not exchange buffers themselves
         new = set(map(id, self._new(found)))
         for place, tensor in enumerate(found):
             if _is_followed(tensor) and id(tensor) in new:
                 note(tensor, Ref(step, place))
+
+
+def _holding(name: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules that have parameters, or buffers; without those of TorchScript, which cannot be exchanged."""
+    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule) and getattr(m, name)]
 
 
 def _is_followed(output: Tensor) -> bool:
@@ -290,14 +296,13 @@ def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
 
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """What is another list where a module, a weight, a buffer or a hook was exchanged, or a weight was changed."""
+    """What is another list where a module or a hook was exchanged, or a weight was changed."""
     found: list[Any] = []
     for number, module in enumerate(modules):
         found.append(id(module))
         for parameter in module._parameters.values():
             if parameter is not None:
-                found += id(parameter), parameter._version, _address(parameter)
-        found += map(id, module._buffers.values())
+                found += parameter._version, _address(parameter)
         if number:  # the outermost one has a hook of the watch
             found.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
     return found

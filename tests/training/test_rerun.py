@@ -162,6 +162,7 @@ class TestApply:
     def test_of_a_module_with_swapped_parameters(self, model, images):
         weights = {name: (value * 2).detach().requires_grad_() for name, value in model.named_parameters()}
         step = step_of(torch.func.functional_call(model, weights, (images,)))
+        step.call.find_swapped(model)
         before = dict(model.named_parameters())
         (found,) = apply(step, with_first(step, 1 - images))
         torch.testing.assert_close(found, torch.func.functional_call(model, weights, (1 - images,)))
