@@ -1,11 +1,15 @@
 """Modules and functions that the tests of traces share."""
 
+import gc
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from pml_adversarial.training import watch
 from pml_adversarial.training.rerun import steps_to
-from pml_adversarial.training.tracing import ref_of
+from pml_adversarial.training.tracing import hooks, ref_of, watches
 
 
 class Own(torch.Tensor):
@@ -59,3 +63,20 @@ def hooks_of(model):
 
 def global_hooks():
     return {name: dict(value) for name, value in vars(nn_module).items() if name.startswith("_global") and value}
+
+
+@contextmanager
+def alone():
+    """Inside, no loss watches that was made outside, such as one that another test left and that nobody collected."""
+    gc.collect()
+    others = list(watches)
+    watches.clear()
+    watch._kinds.clear()
+    while hooks:
+        hooks.pop().remove()
+    try:
+        yield
+    finally:
+        watches.update(others)
+        watch._kinds.clear()
+        watch.Watch()  # sees to it that there is a hook; it dies at once

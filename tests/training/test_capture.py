@@ -21,11 +21,6 @@ from pml_adversarial.training.pixels import PixelSpace
 from pml_adversarial.training.sources import Choice
 
 
-@pytest.fixture(autouse=True)
-def _nobody_else_watches():
-    gc.collect()  # losses of other tests may wait for it
-
-
 class Normalised(nn.Module):
     """A model inside a model."""
 

@@ -194,7 +194,6 @@ class TestOutputsOfModules:
 # What is done to embeddings (8, 4), and the name under which it is noted
 
 
-@pytest.mark.usefixtures("_nobody_else_watches")
 class TestWatch:
     def test_modules_that_are_named(self, model, images):
         watch = Watch([model])
