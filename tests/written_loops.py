@@ -1064,7 +1064,7 @@ def compiled():
     return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS), x=x)
 
 
-@shape(compiles=True, slow=True, in_order=True)
+@shape(compiles=True, slow=True, in_order=True, only_named=True)
 def compiled_in_place():
     torch._dynamo.reset()
     model, x = net(), images()
