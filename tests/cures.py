@@ -689,7 +689,7 @@ def features_are_detached_in_the_loop(wrap, cure):
     return loss_func(head(features if cure else features.detach()), LABELS), [head]
 
 
-@case(ReplayError, "weights, buffers, submodules or hooks of Sequential", "compute the loss before the switch")
+@case(ReplayError, "Sequential, of which weights, submodules or hooks", "compute the loss before the switch")
 def weights_change_between_forward_pass_and_loss(wrap, cure):
     model, x = net(), images()
     loss_func, embeddings = wrap(loss_of_pml(), model), model(x)

@@ -29,7 +29,6 @@ from .rerun import (
     apply,
     apply_as_before,
     checkpoints_take_gradients,
-    module_of,
     name_of,
     output_replaced,
     recorded,
@@ -43,7 +42,7 @@ from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast
 from .tracing import paused
 from .tuples import rank_in_group
-from .watch import modes_of, submodules_of, switches_of, weights_of
+from .watch import marks_of, modes_of, submodules_of, switches_of, weights_of
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
 
@@ -89,6 +88,7 @@ class Replay:
         called = [step.function for step in self._steps if isinstance(step.function, nn.Module)]
         self.modules = tuple(dict.fromkeys([*called, *modules]))
         self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
+        self._exchanged: list[str] = []
         self._check_modes()
         self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
@@ -155,7 +155,9 @@ class Replay:
     @property
     def was_switched(self) -> list[str]:
         """What is otherwise now than after the calls of modules, in words."""
-        found: dict[str, None] = {}
+        found = {
+            f"{name}, of which weights, submodules or hooks were changed or exchanged": None for name in self._exchanged
+        }
         for step in self._calls:
             call, inside = step.call, submodules_of(step.function) if isinstance(step.function, nn.Module) else []
             if call is None or not call.modes:
@@ -165,10 +167,6 @@ class Replay:
                 if now.get((number, name), value) != value:
                     named = type(inside[number]).__name__
                     found[f"{named}.{name}, which was {value!r} and is {now[number, name]!r}"] = None
-            if call.weights != weights_of(inside):
-                found[f"weights, buffers, submodules or hooks of {name_of(step)}, which were changed or exchanged"] = (
-                    None
-                )
         return list(found)
 
     def first_difference(self, tolerance: float) -> str:
@@ -290,8 +288,14 @@ class Replay:
 
     def _find_swapped(self) -> None:
         for step in self._calls:
-            if step.call is not None and isinstance(step.function, nn.Module):
-                step.call.find_swapped(module_of(step.function))
+            weights = step.call.weights if step.call is not None else None
+            if step.call is None or weights is None:
+                continue
+            now = weights_of(submodules_of(step.function))
+            step.call.find_swapped(step.function, now)
+            kept = now.modules == weights.modules and now.hooks == weights.hooks
+            if not kept or marks_of(weights.parameters) != weights.marks:
+                self._exchanged.append(name_of(step))
 
     @property
     def _is_plain(self) -> bool:

@@ -102,6 +102,24 @@ class Step:
         return [leaf for leaf in self.leaves if isinstance(leaf, Ref)]
 
 
+class Weights(NamedTuple):
+    """What a module and its submodules hold.
+
+    Attributes:
+        modules: those that hold tensors that can be exchanged.
+        parameters: theirs, in order.
+        buffers: likewise.
+        marks: of the parameters, see `watch.marks_of`.
+        hooks: the number of hooks on submodules.
+    """
+
+    modules: list[nn.Module]
+    parameters: Sequence[Tensor | None]
+    buffers: Sequence[Tensor | None]
+    marks: list[int]
+    hooks: int
+
+
 class Call:
     """What is known of the call of a module.
 
@@ -109,43 +127,46 @@ class Call:
         outputs: the tensors that it gave, detached, in the order of `outputs_in`.
         modes: the ``training`` flags of its submodules.
         switches: attributes that are numbers, strings or None after the call, see `watch.switches_of`.
-        weights: which weights it had, see `watch.weights_of`.
-        tensors: (submodule, name -> parameter or buffer), those that it had.
-        swapped: name -> tensor, those of them that it does not have now, as ``torch.func.functional_call`` had put them
-            into it, see `find_swapped`.
+        weights: what it held after the call; None: that is not known.
+        swapped: name -> tensor, parameters and buffers that it does not have now, as ``torch.func.functional_call`` had
+            put them into it, see `find_swapped`.
         changed: whether the module changed an argument in place.
         buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "tensors", "weights")
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "weights")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
         self.modes: tuple[bool, ...] = ()
         self.switches: dict[tuple[int, str], Any] = {}
-        self.weights: list[Any] = []
-        self.tensors: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self.weights: Weights | None = None
         self.swapped: dict[str, Tensor] = {}
         self.changed = False
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
         self.inner: dict[nn.Module, list[Any]] = {}
 
-    def find_swapped(self, module: nn.Module) -> None:
-        """Finds out which of its parameters and buffers the module does not have now."""
+    def find_swapped(self, module: nn.Module, now: Weights) -> None:
+        """Finds out which parameters and buffers the module does not have now, as it had them in the call.
+
+        Buffers are looked at in torch's own layers, which do not exchange them themselves.
+        """
+        if self.weights is None or self.weights.modules != now.modules:
+            return
+        names = iter([(m, name) for m in now.modules for name in m._parameters])
         changed = [
-            (owner, name, tensor)
-            for owner, held in self.tensors
-            for name, tensor in held.items()
-            if tensor is not None and tensor is not owner._parameters.get(name, owner._buffers.get(name))
+            (*place, one)
+            for place, one, other in zip(names, self.weights.parameters, now.parameters, strict=True)
+            if one is not other and one is not None
         ]
+        of_buffers = [(m, name) for m in now.modules for name in m._buffers]
+        for (owner, name), one, other in zip(of_buffers, self.weights.buffers, now.buffers, strict=True):
+            if one is not other and one is not None and type(owner).__module__.startswith("torch.nn."):
+                changed.append((owner, name, one.clone()))
         if changed:
             prefix = {inside: f"{name}." if name else "" for name, inside in module.named_modules()}
-            self.swapped = {
-                prefix[owner] + name: tensor if name in owner._parameters else tensor.clone()
-                for owner, name, tensor in changed
-                if owner in prefix
-            }
+            self.swapped = {prefix[owner] + name: tensor for owner, name, tensor in changed}
 
 
 def autocast() -> dict[str, torch.dtype]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .nested import outputs_in, tensors_in
-from .trace import Call, Ref, version_of
+from .trace import Call, Ref, Weights, version_of
 from .tracing import (
     Traced,
     here,
@@ -146,7 +146,6 @@ class _Noting:
         wants = wants_state()
         self.random_state = random_state() if wants else None
         self.buffers = _buffers_of(module) if wants else []
-        self.held = [(m, m._buffers.copy()) for m in _holding("_buffers", submodules_of(module))]
         self.inner = here.inner = {}
         self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
         self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
@@ -217,18 +216,10 @@ class _Noting:
         call.buffers = self.buffers
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
-        same = [m for m, held in self.held if all(held[name] is m._buffers.get(name) for name in held)]
-        call.tensors = [(m, {**m._parameters}) for m in _holding("_parameters", inside)]
-        call.tensors += [(m, m._buffers.copy()) for m in same]  # of modules that do not exchange buffers themselves
         new = set(map(id, self._new(found)))
         for place, tensor in enumerate(found):
             if _is_followed(tensor) and id(tensor) in new:
                 note(tensor, Ref(step, place))
-
-
-def _holding(name: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules that have parameters, or buffers; without those of TorchScript, which cannot be exchanged."""
-    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule) and getattr(m, name)]
 
 
 def _is_followed(output: Tensor) -> bool:
@@ -295,17 +286,19 @@ def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
     return found
 
 
-def weights_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """What is another list where a module or a hook was exchanged, or a weight was changed."""
-    found: list[Any] = []
-    for number, module in enumerate(modules):
-        found.append(id(module))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found += parameter._version, _address(parameter)
-        if number:  # the outermost one has a hook of the watch
-            found.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
-    return found
+def weights_of(modules: Sequence[nn.Module]) -> Weights:
+    """What modules hold now. It runs in each step, so it is written for speed."""
+    held = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # those hold no tensors that stay the same
+    parameters = [p for m in held for p in m._parameters.values()]
+    hooks_inside = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules[1:])  # the first has our own
+    buffers = [b for m in held for b in m._buffers.values()]
+    return Weights(held, parameters, buffers, marks_of(parameters), hooks_inside)
+
+
+def marks_of(parameters: Iterable[Tensor | None]) -> list[int]:
+    """Numbers that are others when a parameter was changed, or got other data."""
+    given = [p for p in parameters if p is not None]
+    return [p._version for p in given] + [_address(p) for p in given]
 
 
 def _address(parameter: Tensor) -> int:

@@ -20,7 +20,7 @@ from pml_adversarial.training.rerun import (
 )
 from pml_adversarial.training.trace import Fixed, Ref, Step
 from pml_adversarial.training.tracing import paused, ref_of
-from pml_adversarial.training.watch import Watch
+from pml_adversarial.training.watch import Watch, submodules_of, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ class TestApply:
     def test_of_a_module_with_swapped_parameters(self, model, images):
         weights = {name: (value * 2).detach().requires_grad_() for name, value in model.named_parameters()}
         step = step_of(torch.func.functional_call(model, weights, (images,)))
-        step.call.find_swapped(model)
+        step.call.find_swapped(model, weights_of(submodules_of(model)))
         before = dict(model.named_parameters())
         (found,) = apply(step, with_first(step, 1 - images))
         torch.testing.assert_close(found, torch.func.functional_call(model, weights, (1 - images,)))

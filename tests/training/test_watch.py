@@ -145,7 +145,7 @@ class TestOutputsOfModules:
     def test_replaced_parameters_are_kept(self, watch, model, images):
         weights = {name: value * 2 for name, value in model.named_parameters()}
         step = ref_of(torch.func.functional_call(model, weights, (images,))).step
-        step.call.find_swapped(model)
+        step.call.find_swapped(model, weights_of(submodules_of(model)))
         assert step.call.swapped.keys() == weights.keys()
         assert ref_of(model(images)).step.call.swapped == {}
 
