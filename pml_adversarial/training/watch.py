@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ from .tracing import (
 )
 
 _PLAIN = {bool, int, float, str, type(None)}
+# A torch later than 2.4 tells keyword arguments. It notes which hooks want them, and keeps the note when they go.
+_WITH_KWARGS: dict[str, Any] = (
+    {"with_kwargs": True} if "with_kwargs" in signature(nn_module.register_module_forward_hook).parameters else {}
+)
+_ASK_FOR_KWARGS: dict[int, bool] = getattr(nn_module, "_global_forward_hooks_with_kwargs", {})
 _CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
 _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -92,8 +98,9 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
         return
     noting = _start(module, args)
     if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
-        handle = nn_module.register_module_forward_hook(noting.end, with_kwargs=True, always_call=True)
-        noting.undo = [handle.remove, partial(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)]
+        end = noting.end if _WITH_KWARGS else noting.end_without_kwargs
+        handle = nn_module.register_module_forward_hook(end, always_call=True, **_WITH_KWARGS)
+        noting.undo = [handle.remove, partial(_ASK_FOR_KWARGS.pop, handle.id, None)]
     else:
         handles = (
             module.register_forward_pre_hook(noting.enter),
@@ -185,6 +192,10 @@ class _Noting:
                 mark_lost(tensor, name)
         else:
             self._note(name, kwargs, found)
+
+    def end_without_kwargs(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
+        """The hook after the module, of a torch whose hook of all modules is not told keyword arguments."""
+        self.end(module, args, {}, output)
 
     def _close(self) -> None:
         for step in self.undo:
