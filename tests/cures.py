@@ -699,6 +699,20 @@ def weights_change_between_forward_pass_and_loss(wrap, cure):
     return loss_func(embeddings, LABELS), [model]
 
 
+@case(
+    InputError,
+    "gave NaN or infinite values",
+    "finite weights and inputs",
+    changes=("finite weights and inputs",),
+)
+def weights_that_are_not_finite(wrap, cure):
+    model, x = net(), images()
+    loss_func = wrap(loss_of_pml(), model)
+    if not cure:
+        nn.init.constant_(model[-1].bias, torch.nan)
+    return loss_func(1.5 * model(x), LABELS), [model]
+
+
 # Rows
 
 

@@ -421,6 +421,11 @@ class Replay:
         source, row = self._rows.source, self._rows.row
         known = (source[:limit] >= 0).nonzero().flatten()
         if not len(known):
+            if any(o.is_floating_point() and not o.isfinite().all() for s in self._calls for o in s.call.outputs):  # type: ignore[union-attr]
+                raise InputError(
+                    f"{self._names} gave NaN or infinite values, so it cannot be found out which inputs the embeddings "
+                    "come from; expected finite weights and inputs. A lower learning rate may help."
+                )
             raise self._no_gradient
         inputs = torch.cat(pixels)[starts[source[known]] + row[known]]
         first = torch.equal(known, torch.arange(len(known), device=known.device))
