@@ -96,7 +96,6 @@ class InputCapture:
 
     def _start(self, model: Models | None) -> None:
         model = tuple(model) if isinstance(model, Iterator) else model
-        self._model = model
         self._function = None if model is None else in_order(model)
         self._inside: tuple[nn.Module, ...] | None = None
         known = None if model is None or not _has_modules(model) else modules_of(model)
@@ -106,7 +105,7 @@ class InputCapture:
         self._forms.clear()
 
     def _told(self, embeddings: Tensor, inputs: Tensor) -> Ref:
-        if self._model is None:
+        if self._function is None:
             raise CaptureError(
                 "inputs=... was given, and it is not known what makes embeddings of them; expected a model, or any "
                 "function of inputs: AdversarialLoss(loss, model)."

@@ -29,6 +29,7 @@ from .rerun import (
     apply,
     apply_as_before,
     checkpoints_take_gradients,
+    module_of,
     name_of,
     output_replaced,
     recorded,
@@ -95,7 +96,7 @@ class Replay:
         self._at = choice.at
         self.picks, self._attacks = True, False
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
-        self.inputs, self.known_rows = self._known(limit)
+        self.inputs, self.known_rows = self._known()
 
     def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
         """Embeds inputs in place of those of some rows.
@@ -292,7 +293,7 @@ class Replay:
             if step.call is None or weights is None:
                 continue
             now = weights_of(submodules_of(step.function))
-            step.call.find_swapped(step.function, now)
+            step.call.find_swapped(module_of(step.function), now)
             kept = now.modules == weights.modules and now.hooks == weights.hooks
             if not kept or marks_of(weights.parameters) != weights.marks:
                 self._exchanged.append(name_of(step))
@@ -348,9 +349,9 @@ class Replay:
         """Takes the steps at full size: a turn for the first copy of each input, one for the second, and so on."""
         source, row = self._rows.source[rows], self._rows.row[rows]
         turn = rank_in_group(source * max(len(source.value) for source in self._sources.all) + row)
-        given = self._given(inputs, source, row)
         if not len(rows):
-            return self._run(self._take_clean)[:0]
+            return self._run(recorded)[:0]
+        given = self._given(inputs, source, row)
         found, order = list[Tensor](), turn.argsort(stable=True)
         for count in turn.bincount().tolist():
             mine = order[sum(map(len, found)) :][:count]
@@ -368,9 +369,6 @@ class Replay:
                 outputs[step, argument] = self._apply_to(step, value_of, number, own, row[mine])
             found.append(_Given(mine, row[mine], own, outputs))
         return found
-
-    def _take_clean(self, step: Step, resolve: Resolve) -> Outputs:
-        return self._apply(step, resolve) if step.call is None or step.refs else step.call.outputs
 
     def _take_among_clean(self, given: Sequence[_Given], mine: Tensor, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step at full size; of a source, the outputs of these rows stand among the clean ones."""
@@ -408,9 +406,9 @@ class Replay:
         with output_replaced(self._at, inputs):  # type: ignore[arg-type]
             return self._apply(step, changed)
 
-    def _known(self, limit: int | None) -> tuple[Tensor, Tensor | None]:
+    def _known(self) -> tuple[Tensor, Tensor | None]:
         pixels = [self._pixels.to_pixels(_without_graph(source.value)) for source in self._sources.all]
-        if self._rows.in_order and limit is None:
+        if self._rows.in_order and self._limit is None:
             return pixels[0], None
         starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
         pixels = [found for found in pixels if len(found)] or pixels[:1]
@@ -419,7 +417,7 @@ class Replay:
             flat = [found.reshape(len(found), prod(found.shape[1:])) for found in pixels]
             pixels = [pad(found, (0, width - found.shape[1])) for found in flat]
         source, row = self._rows.source, self._rows.row
-        known = (source[:limit] >= 0).nonzero().flatten()
+        known = (source[: self._limit] >= 0).nonzero().flatten()
         if not len(known):
             if any(o.is_floating_point() and not o.isfinite().all() for s in self._calls for o in s.call.outputs):  # type: ignore[union-attr]
                 raise InputError(

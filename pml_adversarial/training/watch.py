@@ -50,7 +50,7 @@ class Watch:
     Args:
         modules: what is noted are calls of these modules, of their submodules, of modules that hold them, and of
             modules that take what was noted. None: all calls.
-        inner: a submodule whose outputs inside of other modules are kept; None: none.
+        inner: a submodule. What it gives while another module runs it is kept. None: no submodule.
 
     Attributes:
         wants_state: whether random states and buffers before each step are kept.

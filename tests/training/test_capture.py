@@ -896,3 +896,12 @@ class TestCopies:
         assert len(dumped) < 200  # it holds no model
         loaded = pickle.loads(dumped)
         assert inputs_of(loaded, model(images)).equal(images)
+
+
+def test_weights_that_are_swapped_inside_of_ddp_are_those_of_the_replay(single, images):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    weights = {name: (1.5 * value).detach().requires_grad_() for name, value in wrapped.named_parameters()}
+    capture = InputCapture(wrapped)
+    embeddings = torch.func.functional_call(wrapped, weights, (images,))
+    torch.testing.assert_close(replay_of(capture, embeddings).embed(images), embeddings)
