@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -200,8 +201,8 @@ def _flops(model: nn.Module, images: Tensor) -> int:
 
 def _rows_embedded(bench: Bench, side: str) -> int:
     model = bench.classifier if side == "torchattacks_classifier" else bench.model
-    rows: list[int] = []
-    handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    rows: SimpleQueue[int] = SimpleQueue()  # no list: after a step, lists that hooks keep hold what they held before it
+    handle = model.register_forward_pre_hook(lambda module, args: rows.put(len(args[0])))
     getattr(bench, side)()
     handle.remove()
-    return sum(rows)
+    return sum(rows.get() for _ in range(rows.qsize()))
