@@ -28,7 +28,7 @@ from .training.records import LossRecords
 from .training.schedule import DEFAULT_WARMUP, EpsSchedule
 from .training.sources import Choice
 from .training.step import AdversarialStep
-from .training.tracing import paused, plain
+from .training.tracing import paused, plain, ref_of
 from .training.tuples import IndicesTuple, Role
 from .training.wrapper import Wrapper
 
@@ -251,7 +251,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
                 return loss(embeddings, labels, indices_tuple, enqueue_mask=enqueue_mask)
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
             return call(loss, embeddings, labels, *given)
-        _check_gradient(embeddings)
+        _check_gradient(embeddings, self.loss)
         if enqueue_mask is not None:
             loss_calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
             loss = loss_calls.Enqueuing(loss)
@@ -302,9 +302,11 @@ def _check_not_adversarial(loss: nn.Module) -> None:
         )
 
 
-def _check_gradient(embeddings: Tensor) -> None:
+def _check_gradient(embeddings: Tensor, loss: nn.Module) -> None:
     if not isinstance(embeddings, Tensor):
         raise InputError(f"embeddings are {type(embeddings).__name__}; expected the tensor that the model returned.")
+    if torch.is_grad_enabled() and ref_of(embeddings) and any(p.requires_grad for p in loss.parameters()):
+        return  # the model is frozen, and the loss learns
     if not torch.is_grad_enabled() or not embeddings.requires_grad:
         found = "embeddings without gradient" if torch.is_grad_enabled() else "a call under no_grad or inference_mode"
         raise InputError(

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy
 import torch
@@ -429,7 +430,7 @@ def input_is_changed_behind_torch(wrap, cure):
     return wrap(loss_of_pml(), model)(model(x), LABELS), [model]
 
 
-SWITCH = {"scale": 1.0}
+SWITCH = SimpleNamespace(scale=1.0)
 
 
 class Scaled(nn.Module):
@@ -438,16 +439,16 @@ class Scaled(nn.Module):
         self.body = net()
 
     def forward(self, x, scale=None):
-        return self.body(x) * (SWITCH["scale"] if scale is None else scale)
+        return self.body(x) * (SWITCH.scale if scale is None else scale)
 
 
 @case(ReplayError, "Scaled .call 1 of 1. gives something else now", "as an argument of forward", "inputs=x")
 def global_switch(wrap, cure):
     model, x = Scaled(), images()
     loss_func = wrap(loss_of_pml(), (lambda x: model(x, 2.0)) if cure == "inputs=x" else model)
-    SWITCH["scale"] = 2.0
+    SWITCH.scale = 2.0
     e = model(x, 2.0) if cure == "as an argument of forward" else model(x)
-    SWITCH["scale"] = 1.0
+    SWITCH.scale = 1.0
     return loss_func(e, LABELS, **{"inputs": x} if cure == "inputs=x" else {}), [model]
 
 
@@ -1064,3 +1065,94 @@ options_case(
     },
     net_of_colours,
 )
+
+
+# Tensors that cannot be followed
+
+
+class OwnTensor(torch.Tensor):
+    """A class of tensors that hands itself on."""
+
+
+@case(CaptureError, "are a OwnTensor", r"as_subclass\(torch.Tensor\)", "inputs=x")
+def tensors_of_a_class_of_its_own(wrap, cure):
+    model, x = net(), images()
+    loss_func = wrap(loss_of_pml(), model)
+    e = model(x if cure == r"as_subclass\(torch.Tensor\)" else x.as_subclass(OwnTensor))
+    return loss_func(e, LABELS, **{"inputs": x} if cure == "inputs=x" else {}), [model]
+
+
+@case(InputError, "complex64", "as pairs of real ones")
+def complex_numbers(wrap, cure):
+    class OfComplex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(24)
+
+        def forward(self, x):
+            return self.net((x if x.is_complex() else torch.view_as_complex(x)).abs())
+
+    model, x = OfComplex(), torch.fft.rfft2(images())
+    loss_func = wrap(loss_of_pml(), model, bounds=(-20, 40))
+    return loss_func(model(torch.view_as_real(x) if cure else x), LABELS), [model]
+
+
+@case(CaptureError, "in the loop|of its own", "make a function")
+def parameters_of_the_loop_before_the_model(wrap, cure):
+    model, prompt, x = net(), nn.Parameter(torch.full((1, 1, 6, 6), 0.1)), images()
+    loss_func = wrap(loss_of_pml(), (lambda x: model(x + prompt)) if cure else model)
+    value = loss_func(model(x + prompt), LABELS, **{"inputs": x} if cure else {})
+    return value, [model, nn.ParameterList([prompt])]
+
+
+def with_a_backward_hook(model):
+    model.register_full_backward_hook(lambda module, given, found: None)
+    return model
+
+
+@case(CaptureError, "went through BackwardHookFunction", "put the module that has the hook into another", "inputs=x")
+def hook_of_the_backward_pass_of_the_model(wrap, cure):
+    model, x = with_a_backward_hook(net()), images()
+    model = model if cure in (None, "inputs=x") else nn.Sequential(model)
+    return wrap(loss_of_pml(), model)(model(x), LABELS, **{"inputs": x} if cure == "inputs=x" else {}), [model]
+
+
+@case(CaptureError, "Linear took features that went through", "put the module that has the hook into another")
+def hook_of_the_backward_pass_of_the_trunk(wrap, cure):
+    trunk, head, x = with_a_backward_hook(net()), nn.Linear(8, 8), images()
+    trunk = nn.Sequential(trunk) if cure else trunk
+    return wrap(loss_of_pml())(head(trunk(x)), LABELS), [trunk, head]
+
+
+@case(CaptureError, "made by normalize, and not of", "put the module that has the hook into another", "inputs yourself")
+def hook_of_the_backward_pass_of_the_head(wrap, cure):
+    trunk, head, x = net(), with_a_backward_hook(nn.Linear(8, 8)), images()
+    head = head if cure in (None, "inputs yourself") else nn.Sequential(head)
+    embed = lambda x: functional.normalize(head(trunk(x)))  # noqa: E731
+    given = {"inputs": x} if cure == "inputs yourself" else {}
+    return wrap(loss_of_pml(), embed if given else None)(embed(x), LABELS, **given), [trunk, head]
+
+
+class Guarded(nn.Module):
+    """A wrapper that allows one backward pass, as those of frameworks that scale the loss do."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = net()
+
+    def forward(self, x):
+        def refuse(gradient):
+            if gradient.abs().max() == 1:  # the package's own pass, which begins with ones
+                raise RuntimeError("call the wrapper's backward().")
+
+        found = self.module(x)
+        if found.requires_grad:
+            found.register_hook(refuse)
+        return found
+
+
+@case(CaptureError, "raises: call the wrapper's backward", "inputs=x")
+def wrapper_that_refuses_other_backward_passes(wrap, cure):
+    model, x = Guarded(), images()
+    loss_func = wrap(loss_of_pml(), (lambda x: model.module(x)) if cure else model)
+    return loss_func(model(x), LABELS, **{"inputs": x} if cure else {}), [model]

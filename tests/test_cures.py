@@ -14,6 +14,7 @@ from traces import alone
 import pml_adversarial
 from pml_adversarial import AdversarialLoss, AdversarialMiner
 
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of torch, in the plain loop too
 NOTHING = {"eps": 1e-6, "steps": 1}
 SOMETHING = {"eps": 0.1, "steps": 3}
 CURES = [pytest.param(name, cure, id=f"{name}: {cure}") for name, found in CASES.items() for cure in found.cures]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from pytorch_metric_learning import losses, miners
 from torch import nn
@@ -1755,3 +1756,127 @@ def buffer_of_images_that_is_filled_anew():
         return loss(e, LABELS)
 
     return Loop(model, step)
+
+
+@shape(in_order=True)
+def layers_in_place_called_one_by_one():
+    layers, x = nn.ModuleList([nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Linear(16, 8)]), images()
+    convolve, relu, pool, head = layers
+    return Loop(layers, lambda loss: loss(head(pool(relu(convolve(x))).flatten(1)), LABELS), x=x)
+
+
+@shape(in_order=True)
+def layer_in_place_whose_output_is_not_used():
+    trunk, swish, head, x = net(), nn.Hardswish(inplace=True), nn.Linear(8, 8), images()
+
+    def step(loss):
+        h = trunk(x)
+        swish(h)
+        return loss(head(h), LABELS)
+
+    return Loop(nn.ModuleList([trunk, swish, head]), step, x=x)
+
+
+@shape(in_order=True)
+def last_layer_in_place():
+    model, relu, x = net(), nn.LeakyReLU(0.2, inplace=True), images()
+    return Loop(nn.ModuleList([model, relu]), lambda loss: loss(relu(model(x)), LABELS), x=x)
+
+
+class WithRows(nn.Module):
+    """Takes something more of each image, in whatever form: a list, a tuple, or an array."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.table = net(), nn.Embedding(4, 8)
+
+    def forward(self, x, rows):
+        ids = [len(row) if isinstance(row, str) else int(row) for row in rows]
+        if len(ids) != len(x):
+            raise ValueError("one for each image")
+        return self.net(x) + self.table(torch.tensor(ids))
+
+
+def with_rows(name, rows):
+    def build():
+        model, x = WithRows(), images()
+        return Loop(model, lambda loss: loss(model(x, rows)[SHUFFLED], LABELS[SHUFFLED]))
+
+    build.__name__ = f"rows_in_{name}"
+    return shape()(build)
+
+
+with_rows("a_list", [0, 1, 2, 3, 0, 1, 2, 3])
+with_rows("a_tuple", (0, 1, 2, 3, 0, 1, 2, 3))
+with_rows("an_array", numpy.arange(8) % 4)
+with_rows("texts", ["a" * (row % 4) for row in range(8)])
+
+
+@shape(in_order=True)
+def list_that_is_as_long_as_the_batch_by_chance():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, weights):
+            return self.net(x) * torch.tensor(weights)
+
+    model, x = Weighted(), images()
+    return Loop(model, lambda loss: loss(model(x, [1.0, 2.0, 0.5, 1.0, 1.5, 1.0, 0.5, 1.0]), LABELS), x=x)
+
+
+@shape()
+def expert_that_gets_no_row():
+    trunk, experts, x = net(), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), images()
+    to_first = torch.zeros(8, dtype=torch.bool)
+
+    def step(loss):
+        h = trunk(x)
+        return loss(torch.cat([experts[0](h[to_first]), experts[1](h[~to_first])]), LABELS)
+
+    return Loop(nn.ModuleList([trunk, experts]), step)
+
+
+@shape()
+def prototypes_as_the_reference():
+    model, x = net(), images()
+
+    def step(loss):
+        e = model(x)
+        prototypes = e[4:].view(2, 2, 8).mean(1)
+        return loss(e[:4], LABELS[:4], ref_emb=prototypes, ref_labels=torch.arange(2))
+
+    return Loop(model, step, losses=(losses.ContrastiveLoss,))
+
+
+@shape()
+def proxies_of_the_loop_as_the_reference():
+    model, proxies, x = net(), nn.ParameterList([torch.randn(4, 8)]), images()
+    step = lambda loss: loss(model(x), LABELS, ref_emb=proxies[0], ref_labels=torch.arange(4))  # noqa: E731
+    return Loop(nn.ModuleList([model, proxies]), step, model=model, losses=(losses.ContrastiveLoss,))
+
+
+@shape()
+def momentum_encoder_as_the_reference():
+    model, keys, x = net(), net().requires_grad_(False), images()
+
+    def step(loss):
+        with torch.no_grad():
+            target = keys(x)
+        return loss(model(x), LABELS, ref_emb=target, ref_labels=LABELS)
+
+    return Loop(nn.ModuleList([model, keys]), step, model=model, losses=(losses.ContrastiveLoss,))
+
+
+@shape(in_order=True)
+def frozen_model_under_a_loss_that_learns():
+    model, x = net().requires_grad_(False), images()
+    make = lambda: losses.ArcFaceLoss(4, 8)  # noqa: E731
+    return Loop(model, lambda loss: loss(functional.normalize(model(x)), LABELS), x=x, losses=(make,))
+
+
+@shape()
+def augmentation_of_images_that_need_gradient():
+    model, x = net(), images().requires_grad_()
+    return Loop(model, lambda loss: loss(model(x.flip(-1)), LABELS))

@@ -130,6 +130,8 @@ class FixedContext:
         self._check_call(wrapped, batch)
         rows = rows_in_own_tuples(wrapped, batch) if self.in_place and self.roles == ROLES else None
         if rows is not None:
+            if batch.num_rows == 1 and next(wrapped.parameters(), None) is not None:
+                rows = attackable_rows(batch)  # it is compared with weights, not with other rows
             if isinstance(wrapped, Enqueuing):
                 rows = rows[rows < batch.num_queries]  # the others join the memory as they are
             self._check_inputs_known(rows, batch)
@@ -151,7 +153,7 @@ class FixedContext:
         The loss itself is raised where there are no partners: in a loss that is a sum over rows (classification,
         proxies), and without labels and tuples.
         """
-        if not self.for_miner and self._support_of(wrapped, batch).is_row_separable:
+        if not self.for_miner and (batch.num_rows == 1 or self._support_of(wrapped, batch).is_row_separable):
             return OwnLoss(unreduced(wrapped), batch, plan)
         if batch.labels is None and batch.indices_tuple is None:
             return OwnLoss(wrapped, batch, plan)
@@ -330,9 +332,9 @@ class FixedContext:
             )
         return copies
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _warn_once(self, message: str, key: str | None = None) -> None:
+        if (key or message) not in self._said:
+            self._said.add(key or message)
             logger.warning(message)
 
     def _check_inputs_known(self, rows: Tensor, batch: Batch) -> None:
@@ -342,13 +344,20 @@ class FixedContext:
         if not batch.can_be_perturbed(queries).all():
             self._warn_once(
                 f"The inputs of {batch.num_rows - batch.num_attackable} of {batch.num_rows} rows are not known, such "
-                "as features of a cache or of a model under no_grad. These rows stay as they are."
+                "as features of a cache or of a model under no_grad. These rows stay as they are.",
+                "rows",
+            )
+        elif "perturb" not in self.given.get("plan", ()):
+            self._warn_once(
+                "The inputs of rows in ref_emb are not known, such as those of a memory, of a model under no_grad, or "
+                "means of embeddings. These rows stay as they are. perturb='anchor' says that this is meant.",
+                "reference",
             )
         else:
             raise PlanError(
-                f"perturb={self.roles} names members that stand in ref_emb, which no watched model produced with "
-                "gradient; only anchors have known inputs. Use perturb='anchor', or compute ref_emb with the watched "
-                "model."
+                f"perturb={self.roles} names members that stand in ref_emb, whose inputs are not known: no watched "
+                "model gave them with gradient, or several inputs make one row. Use perturb='anchor', or compute "
+                "ref_emb with the watched model."
             )
 
 

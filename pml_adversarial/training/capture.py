@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import check_compiled, preserved
+from .isolation import check_compiled, preserved, random_kept
 from .pixels import PixelSpace
-from .replay import Replay, difference, tolerance
-from .sources import Choice
+from .replay import ALL, Replay, difference, tolerance
+from .sources import Choice, call_inside, own_function
 from .trace import Call, Fixed, Ref
-from .tracing import lost_of, paused, ref_of, step_of
+from .tracing import Traced, lost_of, paused, ref_of, step_of
 from .watch import Watch
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
@@ -43,7 +43,7 @@ class InputCapture:
 
     def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
         self.choice, self.chunk = choice, chunk
-        self._count, self._forms = 0, dict[Any, bool]()
+        self._count, self._forms = 0, dict[Any, frozenset[str]]()
         self._start(model)
 
     def watch(self, model: Models) -> None:
@@ -83,7 +83,8 @@ class InputCapture:
             made_by = ref_of(reference) if reference.requires_grad else None
             results.append(made_by or Fixed(reference.detach()))
         inside = () if inputs is None else self._modules_inside(inputs)
-        replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside)
+        may_mix_from = None if reference is None else len(embeddings)
+        replay = Replay(results, pixels, order, self.choice, self.chunk, limit, inside, may_mix_from)
         if not any(map(self._watch.knows, replay.modules)) and inputs is None:
             raise CaptureError(self._another(replay.modules))
         check_compiled(replay.modules)
@@ -92,7 +93,7 @@ class InputCapture:
         return replay
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputCapture, (None, self.choice._replace(at=None), self.chunk)  # a copy holds no model: it watches any
+        return InputCapture, (None, self.choice, self.chunk)  # a copy holds no model: it watches any
 
     def _start(self, model: Models | None) -> None:
         model = tuple(model) if isinstance(model, Iterator) else model
@@ -127,7 +128,7 @@ class InputCapture:
 
     def _found(self, embeddings: Tensor) -> Ref:
         found = ref_of(embeddings)
-        if found is None or embeddings.grad_fn is None:
+        if found is None or (embeddings.requires_grad and embeddings.grad_fn is None):
             raise CaptureError(self._explain(embeddings))
         return found
 
@@ -142,7 +143,7 @@ class InputCapture:
         self._count += 1
         switched, form = replay.was_switched, replay.form
         is_new = form not in self._forms
-        replay.picks = self._forms.get(form, True)
+        replay.picks = self._forms.get(form, ALL)
         if is_new or switched or self._count % CHECK_EVERY == 0:
             given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
             given = given if order is None else given[order]
@@ -194,11 +195,15 @@ class InputCapture:
                 "parameters in place of no_grad. If an activation checkpoint ran it so, use use_reentrant=False; or "
                 f"{_OPEN_DOOR}"
             )
-        if function := _own_function(embeddings):
+        if function := own_function(embeddings):
             return (
                 f"Between the model and the loss the embeddings went through {function}, a function of autograd in "
-                "Python, and it is not known what it does. Call it inside of a module, as a last layer of the model; "
-                f"or {_OPEN_DOOR}"
+                f"Python, and it is not known what it does. {call_inside(function)} Or {_OPEN_DOOR}"
+            )
+        if type(embeddings) not in (Tensor, Traced):
+            return (
+                f"The embeddings are a {type(embeddings).__name__}, a tensor of a class of its own, which cannot be "
+                f"followed. Give the model plain tensors, model(x.as_subclass(torch.Tensor)); or {_OPEN_DOOR}"
             )
         if "origin" in vars(embeddings):
             return (
@@ -248,20 +253,6 @@ def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str
     )
 
 
-def _own_function(embeddings: Tensor) -> str | None:
-    """The name of an autograd function in Python that led to the embeddings, before any other that it hides."""
-    todo, seen = [embeddings.grad_fn], set[Any]()
-    while todo:
-        node: Any = todo.pop(0)
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return type(node).__name__.removesuffix("Backward")
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-    return None
-
-
 def _has_modules(model: Models) -> bool:
     return isinstance(model, nn.Module | Mapping) or not callable(model)
 
@@ -297,7 +288,7 @@ def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
     if isinstance(getattr(method, "__self__", None), nn.Module):
         return (method.__self__,)
     found: list[nn.Module] = []
-    with torch.no_grad(), torch.random.fork_rng(), paused(), ExitStack() as stack:
+    with torch.no_grad(), random_kept(), paused(), ExitStack() as stack:
 
         def note(module: nn.Module, args: Any) -> None:
             if not any(module is inner for outer in found for inner in outer.modules()):

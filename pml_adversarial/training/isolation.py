@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
@@ -143,22 +143,30 @@ def random_stream(seed: int, step: int) -> Iterator[Callable[[], None]]:
         A function that starts the stream again.
     """
     mixed = (seed + (step + 1) * _GOLDEN_RATIO_64) % 2**63
+    with random_kept():
+        seed_all(mixed)
+        yield partial(seed_all, mixed)
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Restores the global generators of torch, numpy and ``random`` on exit."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
+        yield
 
-        def restart() -> None:
-            torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs as much as all the rest together
-            if devices:
-                torch.cuda.manual_seed_all(mixed)
-            numpy.random.seed(mixed % 2**32)  # noqa: NPY002
-            random.seed(mixed)
 
-        restart()
-        yield restart
+def seed_all(seed: int) -> None:
+    """Seeds the global generators of torch, numpy and ``random``."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs as much as all the rest together
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
 
 
 def check_compiled(modules: Iterable[nn.Module]) -> None:

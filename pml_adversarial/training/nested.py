@@ -50,20 +50,28 @@ def outputs_in(value: Any) -> list[Tensor]:
     return found
 
 
-def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of a nested value with other leaves. They are changed in the order of `leaves`."""
+def mapped(value: Any, change: Callable[[Any], Any], before: Callable[[Any], Any] | None = None) -> Any:
+    """A copy of a nested value with other leaves. They are changed in the order of `leaves`.
+
+    Args:
+        value: any.
+        change: a leaf -> another value.
+        before: a list or tuple -> another one, whose items are looked at then; None: they stay.
+    """
     if isinstance(value, _SIMPLE):
         return change(value)
+    if before is not None and type(value) in (list, tuple):
+        value = before(value)
     if isinstance(value, Mapping):
-        items = {key: mapped(item, change) for key, item in value.items()}
+        items = {key: mapped(item, change, before) for key, item in value.items()}
         return items if type(value) is dict else _filled(value, items)
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
-        parts = [mapped(item, change) for item in value]
+        parts = [mapped(item, change, before) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
         changed = copy.copy(value)
         for field in fields(value):
-            object.__setattr__(changed, field.name, mapped(getattr(value, field.name), change))
+            object.__setattr__(changed, field.name, mapped(getattr(value, field.name), change, before))
         return changed
     return change(value)
 

@@ -89,7 +89,7 @@ def declare(module: ModuleWithRecords, names: Iterable[str]) -> None:
     new = [name for name in names if name not in getattr(module, "_record_these", ())]
     module.add_to_recordable_attributes(list_of_names=new, is_stat=False)
     for name in new:
-        setattr(module, name, math.nan)
+        vars(module)[name] = math.nan  # on the wrapper, also where the wrapped module has an attribute of this name
 
 
 def read(module: ModuleWithRecords, kind: type[R]) -> R:
@@ -116,7 +116,7 @@ def write(module: ModuleWithRecords, answers: Iterable[Mapping[str, Any]]) -> No
         )
     declare(module, values)
     for name, value in values.items():
-        setattr(module, name, value)
+        vars(module)[name] = value
 
 
 def nobody_perturbed(strength: float) -> dict[str, float]:
@@ -128,7 +128,7 @@ def clear(module: ModuleWithRecords, strength: float) -> None:
     """Records a step in which no row was perturbed."""
     known = nobody_perturbed(strength)
     for name in module._record_these:
-        setattr(module, name, known.get(name, math.nan))
+        vars(module)[name] = known.get(name, math.nan)
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:

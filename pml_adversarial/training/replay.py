@@ -13,6 +13,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -20,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import depends_on_mode, isolated, preserved
+from .isolation import depends_on_mode, isolated, preserved, random_kept, seed_all
+from .nested import mapped
 from .pixels import PixelSpace
 from .rerun import (
     Outputs,
@@ -45,6 +47,9 @@ from .tracing import paused
 from .tuples import rank_in_group
 from .watch import marks_of, modes_of, submodules_of, switches_of, weights_of
 
+ALL = frozenset({"tensor", "list"})
+"""What `Replay.picks` is where all that may have rows has them."""
+
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
 
 
@@ -60,12 +65,13 @@ class Replay:
             backward pass, in which it is embedded again.
         limit: rows from here on are taken as if their inputs were not known; None: no such rows.
         modules: modules that run inside of functions of the trace.
+        may_mix_from: rows from here on may depend on several inputs, and then count as unknown; None: no such rows.
 
     Attributes:
         modules: the modules that were called.
         inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
         known_rows: ``(P,)`` these rows; None where they are the first ones.
-        picks: whether other arguments with as many rows as the inputs belong to them row by row.
+        picks: which other arguments, with as many rows as the inputs, belong to them row by row.
 
     Raises:
         CaptureError: there is no way back to inputs, or more than one.
@@ -82,6 +88,7 @@ class Replay:
         chunk: int | None = None,
         limit: int | None = None,
         modules: Iterable[nn.Module] = (),
+        may_mix_from: int | None = None,
     ) -> None:
         self._results, self._pixels, self._order, self._chunk = results, pixels, order, chunk
         self._autocast, self._limit = autocast(), limit
@@ -94,8 +101,8 @@ class Replay:
         self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self.picks, self._attacks = True, False
-        self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain)
+        self.picks, self._attacks = ALL, False
+        self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain, may_mix_from)
         self.inputs, self.known_rows = self._known()
 
     def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -123,9 +130,9 @@ class Replay:
         Args:
             seed: of random numbers whose state is not known; None: the present state.
         """
-        with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+        with torch.no_grad(), paused(), preserved(*self.modules), random_kept():
             if seed is not None:
-                torch.manual_seed(seed)
+                seed_all(seed)
             if self._chunk is None:
                 return self._run(apply_as_before)
             whole = self._run(recorded)
@@ -164,10 +171,12 @@ class Replay:
             if call is None or not call.modes:
                 continue
             now = switches_of(inside)
-            for (number, name), value in call.switches.items():
-                if now.get((number, name), value) != value:
-                    named = type(inside[number]).__name__
-                    found[f"{named}.{name}, which was {value!r} and is {now[number, name]!r}"] = None
+            for (owner, name), value in call.switches.items():
+                other = now.get((owner, name), value)
+                if other is not value and other != value:
+                    named = owner if isinstance(owner, str) else type(inside[owner]).__name__
+                    how = f"was {value!r} and is {other!r}" if repr(value) != repr(other) else "was changed"
+                    found[f"{named}.{name}, which {how}"] = None
         return list(found)
 
     def first_difference(self, tolerance: float) -> str:
@@ -185,7 +194,7 @@ class Replay:
 
         calls: list[Step] = []
         total = sum(step.call is not None for step in self._steps)
-        with torch.no_grad(), paused(), preserved(*self.modules), torch.random.fork_rng():
+        with torch.no_grad(), paused(), preserved(*self.modules), random_kept():
             self._run(compare)
         return found[0] if found else "What was done to the outputs"
 
@@ -205,16 +214,15 @@ class Replay:
         half = torch.arange(len(known) - 1, -1, -2, device=known.device)
         some = known[torch.cat([half, half])[: len(known)]]  # as many rows as the model knows
         depends_on = depends_on_mode(*self.modules)
-        with isolated(*self.modules), torch.random.fork_rng(), paused():
+        with isolated(*self.modules), random_kept(), paused():
             expected = self._whole(seed=0) if depends_on else again
             compared = [some] if self._rows.apart else [known, some]
-            if all(self._is_same(rows, expected) for rows in compared):
-                return
-            self.picks = False
-            if self._may_pick and all(self._is_same(rows, expected) for rows in compared):
-                return
+            ways = self._may_pick
+            for self.picks in ways:
+                if all(self._is_same(rows, expected, len(ways) > 1) for rows in compared):
+                    return
             if difference(self._whole(seed=1), self._whole(seed=2)) > _APART:
-                self.picks = True  # the model draws random numbers, in eval mode too
+                self.picks = ALL  # the model draws random numbers, in eval mode too
                 return
         raise ReplayError(
             f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a "
@@ -227,11 +235,11 @@ class Replay:
 
     def _whole(self, seed: int) -> Tensor:
         """``(N, D)`` the clean inputs, embedded again in the present mode."""
-        torch.manual_seed(seed)
+        seed_all(seed)
         with torch.no_grad(), preserved(*self.modules):  # some learn ranges from what they see, in eval mode too
             return self._run(apply)
 
-    def _is_same(self, rows: Tensor, expected: Tensor) -> bool:
+    def _is_same(self, rows: Tensor, expected: Tensor, may_fail: bool) -> bool:
         """Whether some rows are embedded as among all."""
         places = rows if self.known_rows is None else torch.searchsorted(self.known_rows, rows)
         inputs = self.inputs[places].clone().requires_grad_()
@@ -239,12 +247,23 @@ class Replay:
             try:
                 found = self.embed(inputs, rows)
             except Exception:  # a model may raise anything where arguments do not fit together
-                if self._may_pick:
+                if may_fail:
                     return False
                 raise
-        if not found.requires_grad or torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0] is None:
+        if not found.requires_grad or self._gradient(found, inputs) is None:
             raise self._no_gradient
         return difference(found, expected[rows]) <= _APART
+
+    def _gradient(self, found: Tensor, inputs: Tensor) -> Tensor | None:
+        try:
+            return torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0]
+        except RuntimeError as error:  # a hook on a tensor may raise, as those of Lightning Fabric do
+            raise CaptureError(
+                f"A backward pass through {self._names}, other than that of the loop, raises: {error} The attack needs "
+                "such passes. If this is a wrapper, such as Fabric's, pass the inputs, loss_func(embeddings, labels, "
+                "inputs=x), with AdversarialLoss(loss, function), where function(x) runs the model inside of the "
+                "wrapper in the same precision."
+            ) from error
 
     @property
     def _no_gradient(self) -> CaptureError:
@@ -256,11 +275,22 @@ class Replay:
         )
 
     @property
-    def _may_pick(self) -> bool:
-        """Whether a module took other tensors with as many rows as there are inputs."""
-        counts = {len(source.value) for source in self._sources.all}
-        others = [leaf.value for step in self._calls for leaf in step.leaves if _is_other(leaf)]
-        return any(other.ndim and len(other) in counts for other in others) and len(others) > len(self._sources)
+    def _may_pick(self) -> list[frozenset[str]]:
+        """Ways to pick rows of what modules took beside the sources: of all first, of nothing last."""
+        sources = {id(source.value): len(source.value) for source in self._sources.all}
+        found = set[str]()
+
+        def look(value: Any) -> Any:
+            is_source = isinstance(value, Fixed) and id(value.value) in sources
+            if not is_source and _rows_in(value) in sources.values():
+                found.add(_kind_of_rows(value))
+            return value
+
+        for step in self._calls:
+            for argument in (*step.args, *step.kwargs.values()):
+                mapped(argument, look, look)
+        fewer = [frozenset(found & {"tensor"}), frozenset[str]()] if found else []
+        return [ALL, *dict.fromkeys(some for some in fewer if some != found)]
 
     @property
     def _names(self) -> str:
@@ -314,9 +344,9 @@ class Replay:
 
     # How the steps are taken again
 
-    def _apply(self, step: Step, resolve: Resolve) -> Outputs:
+    def _apply(self, step: Step, resolve: Resolve, some: Resolve | None = None) -> Outputs:
         """Takes a step under the autocast of the loop, or of the attack, where that has set another one."""
-        outputs = apply(step, resolve, self._stays_as_now or autocast() != self._autocast)
+        outputs = apply(step, resolve, self._stays_as_now or autocast() != self._autocast, some)
         if step.hooks and not self._attacks:
             _hook(step, outputs)
         return outputs
@@ -393,18 +423,24 @@ class Replay:
         source = self._sources.all[number].value
         count = len(source)
 
+        def some(value: Any) -> Any:
+            """Of an argument with one row for each input, the rows that belong to the inputs."""
+            if rows is None or _rows_in(value) != count or _kind_of_rows(value) not in self.picks:
+                return value
+            if isinstance(value, list | tuple):
+                return type(value)([value[row] for row in rows.tolist()])
+            return Fixed(value.value[rows]) if isinstance(value, Fixed) else value[rows.cpu().numpy()]
+
         def changed(leaf: Any) -> Any:
             if isinstance(leaf, Fixed) and leaf.value is source:
                 wants_gradient = leaf.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
                 return inputs.detach().requires_grad_() if wants_gradient else inputs
-            value = resolve(leaf)
-            picked = self.picks and rows is not None and _is_other(leaf) and value.ndim and len(value) == count
-            return value[rows] if picked else value
+            return resolve(some(leaf))
 
         if self._sources.at(step, INNER) != number:
-            return self._apply(step, changed)
+            return self._apply(step, changed, some)
         with output_replaced(self._at, inputs):  # type: ignore[arg-type]
-            return self._apply(step, changed)
+            return self._apply(step, changed, some)
 
     def _known(self) -> tuple[Tensor, Tensor | None]:
         pixels = [self._pixels.to_pixels(_without_graph(source.value)) for source in self._sources.all]
@@ -483,9 +519,19 @@ def _without_graph(value: Tensor) -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
-def _is_other(leaf: Any) -> bool:
-    """Whether an argument is a tensor that came from outside, and no parameter."""
-    return isinstance(leaf, Fixed) and not isinstance(leaf.value, nn.Parameter)
+def _kind_of_rows(value: Any) -> str:
+    """Of an argument that came from outside and may have rows: "tensor" or "list"; "" of others."""
+    if isinstance(value, Fixed):
+        return "" if isinstance(value.value, nn.Parameter) else "tensor"
+    return "list" if type(value) in (list, tuple) or isinstance(value, numpy.ndarray) else ""
+
+
+def _rows_in(value: Any) -> int:
+    """How many rows an argument has that came from outside; -1 of others."""
+    held: Any = value.value if isinstance(value, Fixed) else value
+    if not _kind_of_rows(value) or (isinstance(held, Tensor | numpy.ndarray) and not held.ndim):
+        return -1
+    return len(held)
 
 
 def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,11 +52,20 @@ def value_of(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, Fixed) else leaf
 
 
-def apply(step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False) -> Outputs:
-    """Takes a step as it was taken: under the same autocast, or that of now, and with the same swapped parameters."""
+def apply(
+    step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False, some: Resolve | None = None
+) -> Outputs:
+    """Takes a step as it was taken, with the same swapped parameters.
+
+    Args:
+        step: the step.
+        resolve: an argument as the step holds it -> what is passed.
+        autocast_as_now: whether the autocast of now counts, and not that of the step.
+        some: a list or tuple among the arguments -> one with other items, which are resolved then; None: it stays.
+    """
     with ExitStack() if autocast_as_now or autocast() == step.autocast else _autocast_of(step):
-        args = [_filled(argument, resolve) for argument in step.args]
-        kwargs = {name: _filled(argument, resolve) for name, argument in step.kwargs.items()}
+        args = [_filled(argument, resolve, some) for argument in step.args]
+        kwargs = {name: _filled(argument, resolve, some) for name, argument in step.kwargs.items()}
         if step.in_place:
             first = args[0].clone()
             step.function(first, *args[1:], **kwargs)
@@ -73,8 +84,8 @@ def module_of(function: Any) -> Any:
     return function.module if isinstance(function, DistributedDataParallel) else function
 
 
-def _filled(argument: Any, resolve: Resolve) -> Any:
-    return resolve(argument) if isinstance(argument, Ref | Fixed) else mapped(argument, resolve)
+def _filled(argument: Any, resolve: Resolve, some: Resolve | None) -> Any:
+    return resolve(argument) if isinstance(argument, Ref | Fixed) else mapped(argument, resolve, some)
 
 
 def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
@@ -83,6 +94,8 @@ def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
         torch.set_rng_state(step.random_state.on_cpu)
         for number, state in enumerate(step.random_state.on_devices):
             torch.cuda.set_rng_state(state, number)
+        numpy.random.set_state(step.random_state.of_numpy)  # noqa: NPY002
+        random.setstate(step.random_state.of_python)
     for module, name, value in step.call.buffers if step.call is not None else ():
         module._buffers[name] = value.clone()
     return apply(step, resolve)
@@ -128,7 +141,9 @@ def output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
 
 def name_of(step: Step) -> str:
     """The module or function, as the user knows it."""
-    return type(step.function).__name__ if step.call is not None else getattr(step.function, "__name__", "a function")
+    if step.call is not None or isinstance(step.function, nn.Module):
+        return type(step.function).__name__
+    return getattr(step.function, "__name__", "a function")
 
 
 def _autocast_of(step: Step) -> ExitStack:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError
+from .isolation import random_stream
 from .rerun import Outputs, Resolve, Take, apply, name_of, recorded
 from .sources import Sources
 from .trace import Step
@@ -49,7 +50,9 @@ class Rows:
     apart: bool = False
 
 
-def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool) -> Rows:
+def find_rows(
+    steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool, may_mix_from: int | None = None
+) -> Rows:
     """Which row of which source each embedding depends on.
 
     Args:
@@ -57,6 +60,7 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
         run: takes them.
         sources: what is perturbed.
         is_plain: whether the steps are modules alone, one after the other, from one source.
+        may_mix_from: embeddings from here on may depend on several rows, and then count as unknown; None: none.
 
     Raises:
         CaptureError: an embedding depends on several rows.
@@ -72,8 +76,7 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
     before: dict[Step, Outputs] = {}
 
     def taken(take: Take) -> Tensor:
-        with torch.random.fork_rng():  # functions such as dropout draw the same each time
-            torch.manual_seed(0)
+        with random_stream(0, 0):  # functions such as dropout draw the same each time
             return run(take)
 
     def remember(step: Step, resolve: Resolve) -> Outputs:
@@ -93,11 +96,12 @@ def find_rows(steps: Sequence[Step], run: Run, sources: Sources, is_plain: bool)
         zero, one = by_bits(_NAN, 0), by_bits(_NAN, 1)
         if (zero & one).any() or not (zero | one).any(0).all():  # NaN goes through products with 0, and may be removed
             zero, one = by_bits(_OTHERS, 0), by_bits(_OTHERS, 1)
-        if (zero & one).any():
-            first = int((zero & one).any(0).nonzero()[0])
+        mixed = (zero & one).any(0)
+        if mixed[:may_mix_from].any():
+            first = int(mixed.nonzero()[0])
             among = [row for row in range(total) if reached(_OTHERS, partial(torch.eq, other=row))[first]]
             raise _several(steps, first, among, total)
-    known = (zero | one).any(0)
+    known = (zero | one).any(0) & ~mixed
     number = (one * (2 ** torch.arange(bits, device=one.device))[:, None]).sum(0)
     starts = starts.to(number.device)
     source = torch.where(known, (number[:, None] >= starts).sum(1) - 1, -1)
@@ -139,7 +143,7 @@ def _take_changed(
 
 def _differ(new: Tensor, old: Tensor) -> Tensor:
     """``(N,)`` bool: rows that have another value."""
-    return ((new != old) & ~(new.isnan() & old.isnan())).reshape(len(new), -1).any(1)
+    return ((new != old) & ~(new.isnan() & old.isnan())).unsqueeze(1).flatten(1).any(1)
 
 
 def _changed(output: Tensor, rows: Tensor, change: Change) -> Tensor:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError
-from .isolation import preserved
+from .isolation import preserved, random_kept
 from .nested import leaves
 from .rerun import apply, checkpoints_take_gradients, name_of, value_of
 from .trace import Call, Fixed, Ref, Step, version_of
@@ -149,12 +149,13 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
     candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
     arguments = _arguments(step)
     if name is not None:
-        named = {id(leaf) for leaf in leaves(arguments.get(name))}
+        named = {id(leaf) for leaf in leaves({**_by_key(arguments), **arguments}.get(name))}
         candidates = [number for number in candidates if id(given[number]) in named]
         if not candidates:
             raise InputError(
                 f"perturb_input={name!r}, and {name_of(step)} took {_listed(arguments)}; expected the name of an "
-                "argument of its forward() that holds a tensor of floating point with one row for each embedding."
+                "argument of its forward(), or a key of a dict among them, that holds a tensor of floating point with "
+                "one row for each embedding."
             )
     if len(candidates) > 1:
         order = {id(leaf): number for number, leaf in enumerate(leaves(arguments))}
@@ -188,6 +189,15 @@ def _arguments(step: Step) -> dict[str, Any]:
     return {**found, **{key: value for name in further for key, value in found.pop(name, {}).items()}}
 
 
+def _by_key(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with what dicts hold, by the names of their keys, in place of the dicts."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        is_named = isinstance(value, Mapping) and all(isinstance(key, str) and key not in arguments for key in value)
+        found.update(value if is_named else {name: value})
+    return found
+
+
 def _passes_on(module: nn.Module) -> bool:
     """Whether a module hands all arguments on to the one that it wraps, as DataParallel and torch.compile do."""
     return isinstance(getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module)
@@ -195,7 +205,8 @@ def _passes_on(module: nn.Module) -> bool:
 
 def _listed(arguments: Mapping[str, Any]) -> str:
     """Names of arguments with their tensors."""
-    held = {name: [v.value for v in leaves(value) if isinstance(v, Fixed)] for name, value in arguments.items()}
+    named = _by_key(arguments).items()
+    held = {name: [v.value for v in leaves(value) if isinstance(v, Fixed)] for name, value in named}
     return ", ".join(f"{name}: {', '.join(map(_form, values)) or '-'}" for name, values in held.items()) or "nothing"
 
 
@@ -211,7 +222,7 @@ def _tell_choice(step: Step, arguments: Mapping[str, Any], chosen: Any) -> None:
     if not isinstance(function, nn.Module) or function in _told:
         return
     _told.add(function)
-    name = next(name for name, value in arguments.items() if any(leaf is chosen for leaf in leaves(value)))
+    name = next(name for name, value in _by_key(arguments).items() if any(leaf is chosen for leaf in leaves(value)))
     logger.warning(
         f"{name_of(step)} took {_listed(arguments)}. {name} is perturbed, and the others are held fixed. Choose with "
         f"perturb_input={name!r}."
@@ -229,7 +240,7 @@ def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
         inputs = {number: step.leaves[number].value.detach().clone().requires_grad_() for number in candidates}
         by_leaf = {id(step.leaves[number]): value for number, value in inputs.items()}
         modules = [step.function] if isinstance(step.function, nn.Module) else []
-        with paused(), preserved(*modules), torch.random.fork_rng(), torch.enable_grad(), checkpoints_take_gradients():
+        with paused(), preserved(*modules), random_kept(), torch.enable_grad(), checkpoints_take_gradients():
             outputs = apply(step, lambda leaf: by_leaf.get(id(leaf), value_of(leaf)))
             known[key] = [_depends_on(output, inputs) for output in outputs]
     return known[key]
@@ -253,12 +264,54 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )
-    if value.grad_fn is not None:
+    if function := own_function(value):
+        raise CaptureError(
+            f"{name_of(step)} took features that went through {function}, a function of autograd in Python, and it is "
+            f"not known what it does. {call_inside(function)}"
+        )
+    if value.grad_fn is not None and not _is_data(value):
         raise CaptureError(
             f"{name_of(step)} took features that were computed with gradient, by modules that are not watched or "
-            "before the loss was made. Name all modules, AdversarialLoss(loss, [trunk, head]), or none, and make the "
-            "loss before the forward pass."
+            "before the loss was made, or by the loop with parameters of its own, as in model(x + prompt). Name all "
+            "modules, AdversarialLoss(loss, [trunk, head]), or none, and make the loss before the forward pass. Of "
+            "what the loop does itself, make a function: loss_func(embeddings, labels, inputs=x), with "
+            "AdversarialLoss(loss, lambda x: model(x + prompt))."
         )
+
+
+def own_function(tensor: Tensor) -> str | None:
+    """The name of an autograd function in Python that led to a tensor, before any other that it hides."""
+    for node in _nodes(tensor):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+    return None
+
+
+def call_inside(function: str) -> str:
+    """What helps against an autograd function that stands where it is not seen, in words."""
+    if function == "BackwardHookFunction":
+        return (
+            "It is that of register_full_backward_hook: put the module that has the hook into another one, "
+            "nn.Sequential(model), and call that."
+        )
+    return "Call it inside of a module, as a last layer of the model."
+
+
+def _is_data(tensor: Tensor) -> bool:
+    """Whether a tensor was computed of data alone, such as images that need gradient and were flipped."""
+    of = [node.variable for node in _nodes(tensor) if hasattr(node, "variable")]
+    return all(leaf.shape == tensor.shape and not isinstance(leaf, nn.Parameter) for leaf in of)
+
+
+def _nodes(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph, those nearest to the tensor first."""
+    todo, seen = [tensor.grad_fn], set[Any]()
+    while todo:
+        node: Any = todo.pop(0)
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]
 
 
 def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
@@ -297,10 +350,23 @@ def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError |
             f"at={kind}(...), and no {kind} that is this one ran inside of {called}; expected a module of the model "
             "that the loop calls. A copy, a compiled or a scripted module holds others: name the one that runs."
         )
+    if not calls:
+        held = [leaf.value for step in steps for leaf in step.leaves if isinstance(leaf, Fixed)]
+        function = next(filter(None, map(own_function, held)), None)
+        seen = f" They went through {function}, a function of autograd. {call_inside(function)}" if function else ""
+        return CaptureError(
+            f"The embeddings were made by {', '.join(map(name_of, steps))}, and not of what a module gave.{seen} Or "
+            "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
+        )
     arguments = "; ".join(f"{name_of(step)} took {_listed(_arguments(step))}" for step in calls if not step.refs)
     types = {leaf.value.dtype for step in calls for leaf in step.leaves if isinstance(leaf, Fixed)}
     if torch.uint8 in types:
         cure = "Convert images with `images.float() / 255` before they enter the model."
+    elif any(kind.is_complex for kind in types):
+        cure = (
+            "Pass complex numbers as pairs of real ones, model(torch.view_as_real(x)), and let the model begin with "
+            "torch.view_as_complex."
+        )
     elif types:
         cure = (
             "Whole numbers, such as token ids, have no gradient. Perturb what they become, such as the token "

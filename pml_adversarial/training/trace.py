@@ -42,10 +42,12 @@ class Fixed:
 
 
 class RandomState(NamedTuple):
-    """Of torch's random number generators: on the CPU, and on each device."""
+    """Of the global random number generators: torch's on the CPU and on each device, numpy's, and Python's."""
 
     on_cpu: Tensor
     on_devices: list[Tensor]
+    of_numpy: Any
+    of_python: Any
 
 
 class Step:
@@ -110,14 +112,14 @@ class Weights(NamedTuple):
         parameters: theirs, in order.
         buffers: likewise.
         marks: of the parameters, see `watch.marks_of`.
-        hooks: the number of hooks on submodules.
+        hooks: the numbers that torch gave to the hooks on submodules.
     """
 
     modules: list[nn.Module]
     parameters: Sequence[Tensor | None]
     buffers: Sequence[Tensor | None]
     marks: list[int]
-    hooks: int
+    hooks: list[int]
 
 
 class Call:
@@ -126,7 +128,7 @@ class Call:
     Attributes:
         outputs: the tensors that it gave, detached, in the order of `outputs_in`.
         modes: the ``training`` flags of its submodules.
-        switches: attributes that are numbers, strings or None after the call, see `watch.switches_of`.
+        switches: what may switch it, as it was after the call, see `watch.switches_of`.
         weights: what it held after the call; None: that is not known.
         swapped: name -> tensor, parameters and buffers that it does not have now, as ``torch.func.functional_call`` had
             put them into it, see `find_swapped`.
@@ -140,7 +142,7 @@ class Call:
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
         self.modes: tuple[bool, ...] = ()
-        self.switches: dict[tuple[int, str], Any] = {}
+        self.switches: dict[tuple[int | str, str], Any] = {}
         self.weights: Weights | None = None
         self.swapped: dict[str, Tensor] = {}
         self.changed = False

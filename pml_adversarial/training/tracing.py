@@ -12,12 +12,14 @@ last one. What a module gives under ``no_grad`` is only marked with the name of 
 from __future__ import annotations
 
 import copy
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -50,6 +52,7 @@ class Here(threading.local):
         older: those before the last loss.
         calls: number of outermost calls since ``recent`` was begun.
         generation: how often ``recent`` was begun.
+        since_loss: the first ``generation`` after the last loss.
         after_loss: whether a loss was computed since the last call.
     """
 
@@ -58,7 +61,7 @@ class Here(threading.local):
         self.inner: dict[nn.Module, list[Any]] | None = None
         self.recent: list[Step] = []
         self.older: list[Step] = []
-        self.calls, self.generation, self.after_loss = 0, 0, False
+        self.calls, self.generation, self.since_loss, self.after_loss = 0, 0, 0, False
 
 
 here = Here()
@@ -125,7 +128,7 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if name in _PICK_ROWS:
         args = (args[0], *mapped(tuple(args[1:]), _which_rows))
     in_place = _works_in_place(name, args, kwargs)
-    step = _before_change(func, args, kwargs) if in_place else None
+    step = before_change(func, args, kwargs) if in_place else None
     before = random_state() if name != "__get__" and wants_state() else None
     result = _run(func, args, kwargs)
     if not in_place and not isinstance(result, Tensor | tuple | list):  # such as .shape
@@ -154,8 +157,8 @@ def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
         return func(*args, **kwargs)
 
 
-def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step | None:
-    """The step that is about to change its first argument; None where that stays a tensor without trace.
+def before_change(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step | None:
+    """The step of a function or module that will change its first argument; None where that stays without trace.
 
     What others hold of that tensor is copied before. A memory that keeps detached embeddings is not followed.
     """
@@ -166,7 +169,7 @@ def _before_change(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     if type(target) is not Traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
         return None
     is_weak = not target.ndim or not (target.requires_grad or any(tensor.requires_grad for tensor in given))
-    step = step_of(func, args, kwargs, in_place=True, recent_only=is_weak)
+    step = step_of(function, args, kwargs, in_place=True, recent_only=is_weak)
     if isinstance(step.args[0], Fixed):
         step.args = (Fixed(target.clone()), *step.args[1:])
     elif (call := step.args[0].step.call) is not None:
@@ -198,11 +201,16 @@ def step_of(
         args: positional arguments.
         kwargs: keyword arguments.
         in_place: whether the function changes its first argument.
-        recent_only: whether traces without gradient from before the last loss are left out, so that what is summed up
-            from step to step holds no chain of them.
+        recent_only: whether traces without gradient that are older than the present ones are left out, so that what is
+            summed up from step to step holds no chain of them.
+
+    A tensor without gradient from before the last loss, such as a row of a memory, is held fixed beside others.
     """
     trace_of = _recent_argument if recent_only else _argument
     try:
+        if not recent_only and len(traced := [t for t in tensors_in((args, kwargs)) if type(t) is Traced]) > 1:
+            older = [_is_from_before_loss(tensor) for tensor in traced]
+            trace_of = _argument_since_loss if any(older) and not all(older) else _argument
         return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
     except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
         return Step(function, tuple(map(trace_of, args)), {k: trace_of(v) for k, v in kwargs.items()}, in_place)
@@ -212,6 +220,15 @@ def _recent_argument(leaf: Any) -> Any:
     origin = vars(leaf).get("origin") if type(leaf) is Traced else None
     is_older = isinstance(origin, _Weak) and origin.generation != here.generation
     return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
+
+
+def _is_from_before_loss(tensor: Tensor) -> bool:
+    origin = vars(tensor).get("origin")
+    return isinstance(origin, _Weak) and origin.generation < here.since_loss
+
+
+def _argument_since_loss(leaf: Any) -> Any:
+    return Fixed(leaf) if type(leaf) is Traced and _is_from_before_loss(leaf) else _argument(leaf)
 
 
 def _which_rows(leaf: Any) -> Any:
@@ -319,7 +336,12 @@ def wants_state() -> bool:
 def random_state() -> RandomState:
     """The present one."""
     on_devices = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else [])
+    return RandomState(
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if on_devices else [],
+        numpy.random.get_state(),  # noqa: NPY002
+        random.getstate(),
+    )
 
 
 def _name(function: Any) -> str:

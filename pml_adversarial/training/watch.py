@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .nested import outputs_in, tensors_in
 from .trace import Call, Ref, Weights, version_of
 from .tracing import (
     Traced,
+    before_change,
     here,
     hook_taken_out,
     hooks,
@@ -35,6 +37,8 @@ from .tracing import (
 )
 
 _PLAIN = {bool, int, float, str, type(None)}
+_SHORT, _NOT_KEPT = 16, object()
+_OF_MODULES = frozenset(vars(nn.Module()))
 # A torch later than 2.4 tells keyword arguments. It notes which hooks want them, and keeps the note when they go.
 _WITH_KWARGS: dict[str, Any] = (
     {"with_kwargs": True} if "with_kwargs" in signature(nn_module.register_module_forward_hook).parameters else {}
@@ -138,8 +142,10 @@ def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
     here.calls += 1
     if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
         here.older, here.recent = here.recent, []
-        here.calls, here.after_loss = 1, False
         here.generation += 1
+        if here.after_loss:
+            here.since_loss = here.generation
+        here.calls, here.after_loss = 1, False
     return _Noting(module, args, _kind_of(module))
 
 
@@ -155,6 +161,7 @@ class _Noting:
         self.buffers = _buffers_of(module) if wants else []
         self.inner = here.inner = {}
         self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
+        self.change = before_change(module, args, {}) if _works_in_place(module) and args else None
         self.traced = [tensor for tensor in self.given if type(tensor) is Traced]
         for tensor in self.traced:
             tensor.__class__ = Tensor  # type: ignore[assignment]
@@ -183,6 +190,11 @@ class _Noting:
             return
         found = outputs_in(output)
         name = type(module).__name__
+        if self.change is not None:
+            self.change.random_state = self.random_state
+            self.change.cuts_gradient = not torch.is_grad_enabled()
+            note(args[0], Ref(self.change, 0))
+            return
         if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
             if any(map(_is_followed, found)):
                 _tell("not watched", name)
@@ -231,6 +243,11 @@ class _Noting:
         for place, tensor in enumerate(found):
             if _is_followed(tensor) and id(tensor) in new:
                 note(tensor, Ref(step, place))
+
+
+def _works_in_place(module: nn.Module) -> bool:
+    """Whether a layer of torch changes what it takes. It is noted as a function that does so."""
+    return getattr(module, "inplace", False) is True and type(module).__module__.startswith("torch.nn.")
 
 
 def _is_followed(output: Tensor) -> bool:
@@ -286,22 +303,68 @@ def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
     return tuple(module.training for module in modules)
 
 
-def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
-    """(number of a module, attribute) -> value, of what modules of the user's own classes have as plain attributes."""
-    found = {}
+class _State(NamedTuple):
+    """Of a tensor: which one it is, and its number of changes in place."""
+
+    number: int
+    version: int
+
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int | str, str], Any]:
+    """What may switch modules of the user's own classes: attributes, buffers, and globals that ``forward`` reads.
+
+    Returns:
+        (number of a module or name of its class, attribute) -> value. Of tensors it is told whether they are others.
+    """
+    found: dict[tuple[int | str, str], Any] = {}
+    kinds: dict[type, None] = {}
     for number, module in enumerate(modules):
         if not type(module).__module__.startswith("torch."):
-            for name, value in vars(module).items():
-                if type(value) in _PLAIN and name != "training":
-                    found[number, name] = value
+            kinds[type(module)] = None
+            for name, value in (*vars(module).items(), *module._buffers.items()):
+                if name not in _OF_MODULES and (kept := _kept(value)) is not _NOT_KEPT:
+                    found[number, name] = kept
+    for kind in kinds:
+        for name, value in _shared(kind):
+            if (kept := _kept(value)) is not _NOT_KEPT:
+                found[kind.__name__, name] = kept
     return found
+
+
+def _shared(kind: type) -> Iterator[tuple[str, Any]]:
+    """What all modules of a class look up in one place: its attributes, and globals."""
+    for owner in kind.__mro__:
+        if owner is nn.Module:
+            break
+        yield from ((name, value) for name, value in vars(owner).items() if not name.startswith("__"))
+    if isinstance(forward := getattr(kind, "forward", None), FunctionType):
+        known = forward.__globals__
+        yield from ((name, known[name]) for name in forward.__code__.co_names if name in known)
+
+
+def _kept(value: Any) -> Any:
+    """A value that can be compared with a later one; `_NOT_KEPT` of objects, and of what is long."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind in (list, tuple, set, frozenset):
+        return kind(value) if len(value) <= _SHORT and all(type(item) in _PLAIN for item in value) else _NOT_KEPT
+    if kind is dict:
+        return {**value} if len(value) <= _SHORT and all(type(v) in _PLAIN for v in value.values()) else _NOT_KEPT
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return _State(id(value), version_of(value))
+    return _NOT_KEPT
 
 
 def weights_of(modules: Sequence[nn.Module]) -> Weights:
     """What modules hold now. It runs in each step, so it is written for speed."""
     held = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # those hold no tensors that stay the same
     parameters = [p for m in held for p in m._parameters.values()]
-    hooks_inside = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules[1:])  # the first has our own
+    inside = modules[1:]  # the first has our own hooks
+    hooks_inside = [key for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks) for key in hooks]
     buffers = [b for m in held for b in m._buffers.values()]
     return Weights(held, parameters, buffers, marks_of(parameters), hooks_inside)
 

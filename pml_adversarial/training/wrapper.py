@@ -18,7 +18,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 class StandIn(nn.Module):
-    """A module on which the attributes and methods of the module that it wraps are found, where it has none itself."""
+    """A module on which attributes and methods of the module that it wraps are found and set, if it has none itself."""
 
     _wraps = "loss"
     """The name of the attribute that holds the wrapped module."""
@@ -35,6 +35,14 @@ class StandIn(nn.Module):
         except AttributeError:
             found = f"neither {type(self).__name__} nor the wrapped {type(inner).__name__}"
             raise AttributeError(f"{found} has an attribute {name!r}.", name=name, obj=self) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("_modules", {}).get(self._wraps)
+        mine = name.startswith("_") or name in vars(self) or name in self._modules or hasattr(type(self), name)
+        if inner is None or mine or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
 
 
 class Wrapper(StandIn):

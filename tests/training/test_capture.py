@@ -227,8 +227,8 @@ class TestSelfFinding:
     def test_output_of_the_trunk_changed_in_place_by_the_embedder(self, images):
         trunk, embedder = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), nn.ReLU(inplace=True)
         capture = InputCapture([trunk, embedder])
-        with pytest.raises(CaptureError, match="changed in place"):
-            replay_of(capture, embedder(trunk(images)))
+        embeddings = embedder(trunk(images))
+        torch.testing.assert_close(replay_of(capture, embeddings).embed(images), embeddings)
 
     def test_model_that_calls_itself(self, images):
         class Halved(nn.Module):

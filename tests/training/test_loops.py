@@ -2,15 +2,19 @@
 
 import copy
 import gc
+import pickle
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from pytorch_metric_learning import losses
 from torch import nn
 from torch.nn.modules import module as nn_module
-from written_loops import REFUSED, SHAPES, Shape
+from written_loops import LABELS, REFUSED, SHAPES, Shape, images, net
 
-from pml_adversarial import AdversarialLoss, AdversarialMiner, hookimpl
+from pml_adversarial import AdversarialLoss, AdversarialMiner, CaptureError, ReplayError, hookimpl
 
 NOTHING = {"eps": 1e-6, "steps": 1, "keep_clean": False}
 SOMETHING = {"eps": 0.1, "steps": 3}
@@ -212,3 +216,87 @@ def test_what_cannot_be_made_adversarial_is_refused_and_left_as_it_was(name):
 
     with pytest.raises(StopIteration):
         run.loop.step(refused)
+
+
+@pytest.mark.parametrize("reduced", ["rows", "mean", "reference"])
+def test_what_is_kept_of_earlier_steps_is_held_fixed(reduced):
+    def trained(wrap):
+        torch.manual_seed(0)
+        model, x, found = net(), images(), []
+        loss, optimizer = wrap(losses.MultiSimilarityLoss()), torch.optim.SGD(model.parameters(), lr=0.5)
+        memory, mean = [], torch.zeros(8)
+        for _ in range(4):
+            optimizer.zero_grad()
+            e = model(x)
+            rows = torch.cat([e, *memory])
+            if reduced == "mean":
+                value = loss(e - mean, LABELS)
+            elif reduced == "rows":
+                value = loss(rows, LABELS.repeat(len(rows) // 8))
+            else:
+                value = loss(e, LABELS, ref_emb=rows, ref_labels=LABELS.repeat(len(rows) // 8))
+            value.backward()
+            optimizer.step()
+            memory.append(e.detach())
+            mean = 0.9 * mean + 0.1 * e.detach().mean(0)
+            found.append((value.detach(), [p.grad.clone() for p in model.parameters()]))
+            if isinstance(loss, AdversarialLoss):
+                assert 0 < loss.num_perturbed <= 16
+        return found
+
+    plain = trained(lambda loss: loss)
+    for mine, expected in zip(trained(lambda loss: AdversarialLoss(loss, warmup=0, **NOTHING)), plain, strict=True):
+        assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand, lambda: float(torch.rand(()))])
+def test_random_numbers_of_any_library_are_drawn_again_to_check_the_loop(draw):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x) * (1 + draw() * self.training)
+
+    model, loss_func = Scaled(), AdversarialLoss(losses.ContrastiveLoss(), warmup=0)
+    for _ in range(2):
+        loss_func(model(images()), LABELS).backward()
+        assert loss_func.num_perturbed == 8
+
+
+def test_a_check_that_fails_restores_all_random_numbers():
+    model = net()
+    loss_func = AdversarialLoss(losses.ContrastiveLoss(), warmup=0)
+    embeddings = model(images())
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    with pytest.raises(ReplayError):
+        loss_func(embeddings, LABELS)
+    after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert before[:2] == after[:2]
+    assert before[2].equal(after[2])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+def test_a_copy_perturbs_what_the_original_does(copied):
+    model, x = net(), images()
+    options = {"at": model[1], "bounds": (-4, 4), "eps": 0.01, "warmup": 0, "seed": 0, "guard": False}
+    loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, **options)
+    others = copied({"model": model, "loss": loss_func})
+    loss_func(model(x), LABELS)
+    others["loss"](others["model"](x), LABELS)
+    assert others["loss"].loss_after == pytest.approx(loss_func.loss_after, rel=1e-4)
+    alone = copied(loss_func)
+    with pytest.raises(CaptureError, match="no Linear that is this one ran"):
+        alone(model(x), LABELS)
+
+
+@pytest.mark.parametrize("make", [losses.ArcFaceLoss, losses.ProxyAnchorLoss, losses.NormalizedSoftmaxLoss])
+def test_a_batch_of_one_image_is_perturbed_where_it_is_compared_with_weights(make):
+    model = net()
+    loss_func = AdversarialLoss(make(4, 8), model, eps=0.1, warmup=0)
+    loss_func(model(images(rows=1)), LABELS[:1]).backward()
+    assert loss_func.num_perturbed == 1
+    assert loss_func.loss_after > loss_func.loss_before

@@ -1,5 +1,6 @@
 """Inputs are embedded as the loop embedded them: against the loop itself, run by hand with one input exchanged."""
 
+import math
 from queue import SimpleQueue
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional
 
 from pml_adversarial.errors import CaptureError, InputError, ReplayError
 from pml_adversarial.training.pixels import PixelSpace
-from pml_adversarial.training.replay import Replay, difference, tolerance
+from pml_adversarial.training.replay import ALL, Replay, difference, tolerance
 from pml_adversarial.training.sources import Choice
 from pml_adversarial.training.trace import Fixed
 from pml_adversarial.training.tracing import Traced, ref_of
@@ -261,7 +262,7 @@ class TestEmbed:
 
     def test_rows_are_embedded_each_on_its_own(self, loop, replay):
         replay.check_rows(replay.again())
-        assert replay.picks
+        assert replay.picks == ALL
 
     def test_inputs_are_those_behind_the_embeddings(self, loop, model, images, replay, known):
         if loop is LOOPS["images that stand twice"]:
@@ -635,6 +636,9 @@ class TestDifference:
         assert difference(others.to(dtype), values.to(dtype)) > tolerance(values.to(dtype))
 
 
+SCALE = 1.0
+
+
 class Switched(nn.Module):
     """Embeds as an attribute says that others may set."""
 
@@ -670,7 +674,6 @@ class TestWhatIsToldOfADifference:
         module = Switched(model)
         replay = replay_of(module(images))
         assert replay.was_switched == []
-        module.calls.append(1)
         module.eval()  # the mode is looked at when the replay is made
         assert replay.was_switched == []
         module.scale, module.name = 2.0, "b"
@@ -678,6 +681,55 @@ class TestWhatIsToldOfADifference:
         assert "Switched.scale" in replay.was_switched[0]
         assert "1.0" in replay.was_switched[0]
         assert "2.0" in replay.was_switched[0]
+
+    @pytest.mark.parametrize(
+        "held", [["a"], {"a": 1}, {"a"}, ("a", math.nan), torch.ones(3)], ids=lambda v: type(v).__name__
+    )
+    def test_lists_and_tensors_that_were_switched(self, model, images, held):
+        module = Switched(model)
+        module.calls = held
+        replay = replay_of(module(images))
+        assert replay.was_switched == []
+        {list: list.clear, dict: dict.clear, set: set.clear}.get(type(held), lambda held: None)(held)
+        if isinstance(held, torch.Tensor):
+            held.mul_(2)
+        elif isinstance(held, tuple):
+            module.calls = ("b",)
+        (found,) = replay.was_switched
+        assert found.startswith("Switched.calls, which was")
+
+    def test_buffers_classes_and_globals_that_were_switched(self, model, images, monkeypatch):
+        class Own(nn.Module):
+            which = "a"
+
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+                self.register_buffer("centre", torch.zeros(()))
+
+            def forward(self, images):
+                return self.inner(images) * SCALE + self.centre
+
+        module = Own()
+        replay = replay_of(module(images))
+        assert replay.was_switched == []
+        module.centre.add_(1)
+        Own.which = "b"
+        monkeypatch.setitem(globals(), "SCALE", 2.0)
+        assert replay.was_switched == [
+            "Own.centre, which was changed",
+            "Own.which, which was 'a' and is 'b'",
+            "Own.SCALE, which was 1.0 and is 2.0",
+        ]
+
+    def test_a_hook_that_was_exchanged(self, model, images):
+        handle = model[1].register_forward_hook(lambda module, args, output: output)
+        embeddings = model(images)
+        assert replay_of(embeddings).was_switched == []
+        handle.remove()
+        model[1].register_forward_hook(lambda module, args, output: 2 * output)
+        (found,) = replay_of(embeddings).was_switched
+        assert "hooks were changed" in found
 
 
 class Centred(nn.Module):
@@ -734,7 +786,7 @@ class TestCheckRows:
 
     def test_arguments_that_have_as_many_rows_by_chance_are_not_picked(self, model, images):
         table = torch.rand(8, 4, dtype=torch.double)
-        for extra, picks in ((table, False), (table[:3], True)):
+        for extra, picks in ((table, frozenset()), (table[:3], ALL)):
             module = Centred(model, on=False)
             replay = replay_of(module(images, extra))
             replay.check_rows(replay.again())

@@ -169,6 +169,7 @@ class TestByName:
 
     def test_of_a_container(self, images):
         assert values_of(Makes(in_a_batch)({"images": images}), choice=Choice("batch")) == [images]
+        assert values_of(Makes(in_a_batch)({"images": images}), choice=Choice("images")) == [images]
 
     def test_of_what_a_wrapper_hands_on_to(self, images, others):
         model = nn.DataParallel(Makes(first_by_position))
@@ -183,7 +184,7 @@ class TestByName:
 
     @pytest.mark.parametrize("name", ["pixel_values", "scale", ""])
     def test_that_holds_no_tensor_or_is_none_is_refused(self, images, name):
-        with pytest.raises(InputError, match=rf"perturb_input='{name}'.*batch: float32 \(8, 1, 6, 6\)"):
+        with pytest.raises(InputError, match=rf"perturb_input='{name}'.*images: float32 \(8, 1, 6, 6\)"):
             values_of(Makes(in_a_batch)({"images": images}, 2.0), choice=Choice(name))
 
     def test_that_holds_whole_numbers_is_refused(self, images):
@@ -341,6 +342,10 @@ class TestRefusals:
         made = images.flatten(1) @ torch.rand(36, 36, requires_grad=True)
         with pytest.raises(CaptureError, match="Linear took features that were computed with gradient"):
             values_of(nn.Linear(36, 4)(made))
+
+    def test_images_that_were_augmented_with_gradient_are_data(self, images):
+        flipped = images.requires_grad_().flip(-1)
+        assert values_of(nn.Sequential(nn.Flatten(), nn.Linear(36, 4))(flipped)) == [flipped]
 
     def test_the_cure_weights_without_gradient(self, images):
         trunk, head = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).requires_grad_(False), nn.Linear(4, 4)

@@ -49,12 +49,22 @@ class TestAccess:
         assert not hasattr(loss_func, "_private")
         assert getattr(loss_func, "efficient", None) is None
 
-    def test_setting_is_the_wrappers(self, model):
+    def test_setting_one_of_the_wrapped_loss_reaches_it(self, model):
         loss_func = AdversarialLoss(losses.TripletMarginLoss(margin=0.1), model)
         loss_func.loss.margin = 0.3
         assert loss_func.margin == 0.3
+        loss_func.margin = 0.5
+        assert loss_func.loss.margin == 0.5
+        assert "margin" not in vars(loss_func)
+
+    def test_setting_any_other_is_the_wrappers(self, model):
+        loss_func = AdversarialLoss(losses.TripletMarginLoss(margin=0.1), model)
         loss_func.note = "mine"
         assert not hasattr(loss_func.loss, "note")
+        loss_func.training = False
+        assert loss_func.loss.training
+        loss_func.loss = other = losses.ContrastiveLoss()
+        assert loss_func.loss is other
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda whole: pickle.loads(pickle.dumps(whole))])
     def test_copies_have_them_too(self, copied, model):
