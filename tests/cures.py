@@ -323,6 +323,7 @@ def model_ran_before_the_loss_was_made(wrap, cure):
 
 @case(CaptureError, "No module ran", "after it was compiled", "inputs=x")
 def compiled_and_not_named(wrap, cure):
+    torch._dynamo.reset()  # after several models of one code, torch would no longer compile it
     model, x = net(), images()
     model.compile(backend="eager")
     loss_func = wrap(loss_of_pml(), model if cure else None)
