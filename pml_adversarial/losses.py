@@ -46,8 +46,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
     package's own as defaults: all rows are perturbed, and clean rows stay beside them. `seed_paper` is the published
     method. Other methods come as ``plugins``.
 
-    Attributes and methods of the wrapped loss, such as ``get_logits`` or ``W``, are found on the wrapper too. To set
-    one, set it on ``.loss``.
+    Attributes and methods of the wrapped loss, such as ``get_logits`` or ``W``, are found on the wrapper too. An
+    attribute that only the wrapped loss has is set there.
 
     With PML's ``DistributedLossWrapper`` inside, all processes perturb one batch, the union of their batches.
 

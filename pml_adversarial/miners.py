@@ -43,7 +43,7 @@ class AdversarialMiner(Wrapper, BaseMiner):
     Around PML's ``DistributedMinerWrapper`` the batch is the union of what the processes hold, and indices count as PML
     counts there: own rows first, then those of the other ranks in rank order.
 
-    Attributes and methods of the wrapped miner are found on the wrapper too. To set one, set it on ``.miner``.
+    Attributes and methods of the wrapped miner are found, and set, on the wrapper too.
 
     Args:
         miner: a tuple miner of PML, available as ``.miner``.

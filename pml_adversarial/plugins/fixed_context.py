@@ -130,8 +130,8 @@ class FixedContext:
         self._check_call(wrapped, batch)
         rows = rows_in_own_tuples(wrapped, batch) if self.in_place and self.roles == ROLES else None
         if rows is not None:
-            if batch.num_rows == 1 and next(wrapped.parameters(), None) is not None:
-                rows = attackable_rows(batch)  # it is compared with weights, not with other rows
+            if _meets_weights_alone(wrapped, batch):
+                rows = attackable_rows(batch)
             if isinstance(wrapped, Enqueuing):
                 rows = rows[rows < batch.num_queries]  # the others join the memory as they are
             self._check_inputs_known(rows, batch)
@@ -153,7 +153,9 @@ class FixedContext:
         The loss itself is raised where there are no partners: in a loss that is a sum over rows (classification,
         proxies), and without labels and tuples.
         """
-        if not self.for_miner and (batch.num_rows == 1 or self._support_of(wrapped, batch).is_row_separable):
+        if not self.for_miner and (
+            _meets_weights_alone(wrapped, batch) or self._support_of(wrapped, batch).is_row_separable
+        ):
             return OwnLoss(unreduced(wrapped), batch, plan)
         if batch.labels is None and batch.indices_tuple is None:
             return OwnLoss(wrapped, batch, plan)
@@ -365,6 +367,11 @@ def _given(**options: Any) -> dict[str, tuple[str, ...]]:
     """Question -> options that the user set and that count in it."""
     found = {q: tuple(name for name in names if options.get(name) is not None) for q, names in _COUNT_IN.items()}
     return {question: names for question, names in found.items() if names}
+
+
+def _meets_weights_alone(wrapped: nn.Module, batch: Batch) -> bool:
+    """Whether there is one row, and it is compared with what the loss learns, such as proxies."""
+    return batch.num_rows == 1 and next(wrapped.parameters(), None) is not None
 
 
 def _tells_images_apart(batch: Batch) -> bool:
