@@ -94,8 +94,9 @@ def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
         torch.set_rng_state(step.random_state.on_cpu)
         for number, state in enumerate(step.random_state.on_devices):
             torch.cuda.set_rng_state(state, number)
-        numpy.random.set_state(step.random_state.of_numpy)  # noqa: NPY002
-        random.setstate(step.random_state.of_python)
+        if step.random_state.others is not None:
+            numpy.random.set_state(step.random_state.others[0])  # noqa: NPY002
+            random.setstate(step.random_state.others[1])
     for module, name, value in step.call.buffers if step.call is not None else ():
         module._buffers[name] = value.clone()
     return apply(step, resolve)

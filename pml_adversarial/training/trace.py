@@ -42,12 +42,11 @@ class Fixed:
 
 
 class RandomState(NamedTuple):
-    """Of the global random number generators: torch's on the CPU and on each device, numpy's, and Python's."""
+    """Of the global random number generators: torch's on the CPU and on each device, and numpy's and Python's."""
 
     on_cpu: Tensor
     on_devices: list[Tensor]
-    of_numpy: Any
-    of_python: Any
+    others: tuple[Any, Any] | None
 
 
 class Step:

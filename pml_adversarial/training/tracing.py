@@ -129,7 +129,7 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         args = (args[0], *mapped(tuple(args[1:]), _which_rows))
     in_place = _works_in_place(name, args, kwargs)
     step = before_change(func, args, kwargs) if in_place else None
-    before = random_state() if name != "__get__" and wants_state() else None
+    before = random_state(of_torch_alone=True) if name != "__get__" and wants_state() else None
     result = _run(func, args, kwargs)
     if not in_place and not isinstance(result, Tensor | tuple | list):  # such as .shape
         return result
@@ -333,14 +333,13 @@ def wants_state() -> bool:
     return any(watch.wants_state for watch in watches)
 
 
-def random_state() -> RandomState:
-    """The present one."""
+def random_state(of_torch_alone: bool = False) -> RandomState:
+    """The present one. A function of torch draws from torch's generators alone."""
     on_devices = torch.cuda.is_available() and torch.cuda.is_initialized()
     return RandomState(
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if on_devices else [],
-        numpy.random.get_state(),  # noqa: NPY002
-        random.getstate(),
+        None if of_torch_alone else (numpy.random.get_state(), random.getstate()),  # noqa: NPY002
     )
 
 
