@@ -1880,3 +1880,16 @@ def frozen_model_under_a_loss_that_learns():
 def augmentation_of_images_that_need_gradient():
     model, x = net(), images().requires_grad_()
     return Loop(model, lambda loss: loss(model(x.flip(-1)), LABELS))
+
+
+@shape()
+def two_losses_of_residual_adapters_on_features_of_a_frozen_model():
+    frozen, adapters, x = net().requires_grad_(False), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), images()
+
+    def step(loss, other):
+        features = frozen(x)
+        value = loss(features + adapters[0](features), LABELS)
+        return value + other(torch.cat([features, adapters[1](features)], dim=1), LABELS)
+
+    two = (losses.MultiSimilarityLoss, losses.MultiSimilarityLoss)
+    return Loop(nn.ModuleList([frozen, adapters]), step, losses=two)

@@ -204,12 +204,12 @@ def step_of(
         recent_only: whether traces without gradient that are older than the present ones are left out, so that what is
             summed up from step to step holds no chain of them.
 
-    A tensor without gradient from before the last loss, such as a row of a memory, is held fixed beside others.
+    What was detached before the last loss, such as a row of a memory, is held fixed beside other tensors.
     """
     trace_of = _recent_argument if recent_only else _argument
     try:
         if not recent_only and len(traced := [t for t in tensors_in((args, kwargs)) if type(t) is Traced]) > 1:
-            older = [_is_from_before_loss(tensor) for tensor in traced]
+            older = [_was_kept(tensor) for tensor in traced]
             trace_of = _argument_since_loss if any(older) and not all(older) else _argument
         return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
     except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
@@ -222,13 +222,24 @@ def _recent_argument(leaf: Any) -> Any:
     return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
 
 
-def _is_from_before_loss(tensor: Tensor) -> bool:
+def _was_kept(tensor: Tensor) -> bool:
+    """Whether a tensor was detached before the last loss, as what is kept from step to step is."""
     origin = vars(tensor).get("origin")
-    return isinstance(origin, _Weak) and origin.generation < here.since_loss
+    if not isinstance(origin, _Weak) or origin.generation >= here.since_loss:
+        return False
+    todo, seen = [origin.step()], set[Step | None]()
+    while todo:
+        step = todo.pop()
+        if step is None or step.cuts_gradient:
+            return True
+        if step not in seen:
+            seen.add(step)
+            todo += [ref.step for ref in step.refs]
+    return False
 
 
 def _argument_since_loss(leaf: Any) -> Any:
-    return Fixed(leaf) if type(leaf) is Traced and _is_from_before_loss(leaf) else _argument(leaf)
+    return Fixed(leaf) if type(leaf) is Traced and _was_kept(leaf) else _argument(leaf)
 
 
 def _which_rows(leaf: Any) -> Any:

@@ -190,10 +190,10 @@ class _Noting:
             return
         found = outputs_in(output)
         name = type(module).__name__
-        if self.change is not None:
+        if self.change is not None and found and found[0] is self.args[0]:
             self.change.random_state = self.random_state
             self.change.cuts_gradient = not torch.is_grad_enabled()
-            note(args[0], Ref(self.change, 0))
+            note(found[0], Ref(self.change, 0))
             return
         if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
             if any(map(_is_followed, found)):
