@@ -84,8 +84,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             lists. eps then counts as a share of the range: with bounds=(-1, 1), eps=0.1 allows a change of 0.2.
         channel_dim: the dimension that holds the channels, where ``normalization`` or ``bounds`` have several and it
             cannot be told from the shape, such as -3 for clips ``(N, T, C, H, W)``.
-        perturb_input: name of the argument of the model that is perturbed, such as "pixel_values". By default it is the
-            first one that holds floating point.
+        perturb_input: name of the argument of the model that is perturbed, such as "pixel_values", or a key of a dict
+            that it takes. By default it is the first one that holds floating point.
         at: a module inside of the model whose output is perturbed in place of inputs, such as the ``nn.Embedding`` of a
             text model. It needs ``bounds``.
         chunk: how many rows are embedded at a time, where a batch does not fit into memory. Each chunk is embedded once

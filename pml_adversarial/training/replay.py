@@ -257,6 +257,8 @@ class Replay:
     def _gradient(self, found: Tensor, inputs: Tensor) -> Tensor | None:
         try:
             return torch.autograd.grad(found.sum(), inputs, allow_unused=True)[0]
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # a hook on a tensor may raise, as those of Lightning Fabric do
             raise CaptureError(
                 f"A backward pass through {self._names}, other than that of the loop, raises: {error} The attack needs "
