@@ -1,6 +1,5 @@
 """Modules and functions that the tests of traces share."""
 
-import gc
 from contextlib import contextmanager
 
 import torch
@@ -68,7 +67,6 @@ def global_hooks():
 @contextmanager
 def alone():
     """Inside, no loss watches that was made outside, such as one that another test left and that nobody collected."""
-    gc.collect()
     others = list(watches)
     watches.clear()
     watch._kinds.clear()
