@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from pml_adversarial.training import watch
-from pml_adversarial.training.rerun import steps_to
+from pml_adversarial.training.trace import steps_to
 from pml_adversarial.training.tracing import hooks, ref_of, watches
 
 

@@ -36,13 +36,12 @@ from .rerun import (
     output_replaced,
     recorded,
     rerun,
-    steps_to,
     value_of,
 )
 from .rows import Rows, find_rows
 from .side_effects import undone
 from .sources import INNER, Choice, Sources
-from .trace import Fixed, Ref, Step, autocast
+from .trace import Fixed, Ref, Step, autocast, steps_to
 from .tracing import paused
 from .tuples import rank_in_group
 from .watch import marks_of, modes_of, submodules_of, switches_of, weights_of
@@ -65,7 +64,7 @@ class Replay:
             backward pass, in which it is embedded again.
         limit: rows from here on are taken as if their inputs were not known; None: no such rows.
         modules: modules that run inside of functions of the trace.
-        may_mix_from: rows from here on may depend on several inputs, and then count as unknown; None: no such rows.
+        may_mix_from: a row from here on may depend on several inputs. They then count as unknown. None: no row may.
 
     Attributes:
         modules: the modules that were called.

@@ -23,18 +23,6 @@ Take = Callable[[Step, Resolve], Outputs]
 """Takes one step. What the steps before it gave now is known to the function that comes with it."""
 
 
-def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
-    """The steps that led to the results, in their order."""
-    found: dict[int, Step] = {}
-    todo = [result.step for result in results if isinstance(result, Ref)]
-    while todo:
-        step = todo.pop()
-        if step.number not in found:
-            found[step.number] = step
-            todo.extend(ref.step for ref in step.refs)
-    return [found[number] for number in sorted(found)]
-
-
 def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> list[Tensor]:
     """Takes all steps, each with what the steps before it gave now, and returns the results."""
     made: dict[Step, Outputs] = {}

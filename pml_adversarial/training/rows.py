@@ -60,7 +60,7 @@ def find_rows(
         run: takes them.
         sources: what is perturbed.
         is_plain: whether the steps are modules alone, one after the other, from one source.
-        may_mix_from: embeddings from here on may depend on several rows, and then count as unknown; None: none.
+        may_mix_from: an embedding from here on may depend on several rows. It then counts as unknown. None: none may.
 
     Raises:
         CaptureError: an embedding depends on several rows.

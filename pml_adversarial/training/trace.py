@@ -170,6 +170,18 @@ class Call:
             self.swapped = {prefix[owner] + name: tensor for owner, name, tensor in changed}
 
 
+def steps_to(results: Sequence[Ref | Fixed]) -> list[Step]:
+    """The steps that led to the results, in their order."""
+    found: dict[int, Step] = {}
+    todo = [result.step for result in results if isinstance(result, Ref)]
+    while todo:
+        step = todo.pop()
+        if step.number not in found:
+            found[step.number] = step
+            todo.extend(ref.step for ref in step.refs)
+    return [found[number] for number in sorted(found)]
+
+
 def autocast() -> dict[str, torch.dtype]:
     """Device -> type, where autocast is on."""
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .nested import mapped, tensors_in
-from .trace import Fixed, RandomState, Ref, Step, version_of
+from .trace import Fixed, RandomState, Ref, Step, steps_to, version_of
 
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "mod", "matmul"))}
 
@@ -227,15 +227,8 @@ def _was_kept(tensor: Tensor) -> bool:
     origin = vars(tensor).get("origin")
     if not isinstance(origin, _Weak) or origin.generation >= here.since_loss:
         return False
-    todo, seen = [origin.step()], set[Step | None]()
-    while todo:
-        step = todo.pop()
-        if step is None or step.cuts_gradient:
-            return True
-        if step not in seen:
-            seen.add(step)
-            todo += [ref.step for ref in step.refs]
-    return False
+    step = origin.step()
+    return step is None or any(before.cuts_gradient for before in steps_to([Ref(step, origin.place)]))
 
 
 def _argument_since_loss(leaf: Any) -> Any:

@@ -15,10 +15,9 @@ from pml_adversarial.training.rerun import (
     name_of,
     output_replaced,
     rerun,
-    steps_to,
     value_of,
 )
-from pml_adversarial.training.trace import Fixed, Ref, Step
+from pml_adversarial.training.trace import Fixed, Ref, Step, steps_to
 from pml_adversarial.training.tracing import paused, ref_of
 from pml_adversarial.training.watch import Watch, submodules_of, weights_of
 
@@ -35,35 +34,6 @@ def step_of(tensor):
 def with_first(step, value):
     """Resolves the first argument to another value."""
     return lambda leaf: value if leaf is step.leaves[0] else value_of(leaf)
-
-
-class TestStepsTo:
-    def test_are_in_the_order_in_which_they_were_taken(self, model, images):
-        first, second = model(images), model(images.flip(0))
-        made = torch.cat([second, first]) * 2
-        steps = steps_to([ref_of(made)])
-        assert [step.number for step in steps] == sorted(step.number for step in steps)
-        assert [name_of(step) for step in steps] == ["Sequential", "Sequential", "cat", "mul"]
-        assert steps[0].leaves[0].value is images
-
-    def test_those_that_do_not_lead_there_are_left_out(self, model, images):
-        embeddings = model(images)
-        _other = embeddings * 2
-        assert len(steps_to([ref_of(embeddings)])) == 1
-
-    def test_each_stands_once(self, model, images):
-        embeddings = model(images)
-        made = (embeddings + embeddings) * embeddings
-        assert len(steps_to([ref_of(made), ref_of(embeddings), ref_of(made)])) == 3
-
-    def test_fixed_results_have_none(self):
-        assert steps_to([Fixed(torch.rand(2))]) == []
-
-    def test_a_long_trace(self, model, images):
-        embeddings = model(images)
-        for _ in range(2000):
-            embeddings = embeddings * 1.0
-        assert len(steps_to([ref_of(embeddings)])) == 2001
 
 
 class TestRerun:

@@ -8,10 +8,10 @@ from torch.nn import functional
 from pml_adversarial.errors import CaptureError
 from pml_adversarial.training.pixels import PixelSpace
 from pml_adversarial.training.replay import Replay
-from pml_adversarial.training.rerun import rerun, steps_to
+from pml_adversarial.training.rerun import rerun
 from pml_adversarial.training.rows import find_rows
 from pml_adversarial.training.sources import Choice, Sources
-from pml_adversarial.training.trace import Fixed
+from pml_adversarial.training.trace import Fixed, steps_to
 from pml_adversarial.training.tracing import ref_of
 from pml_adversarial.training.watch import Watch
 

@@ -10,9 +10,8 @@ from torch.nn import functional
 from pml_adversarial.errors import CaptureError, InputError
 from pml_adversarial.training.pixels import PixelSpace
 from pml_adversarial.training.replay import Replay
-from pml_adversarial.training.rerun import steps_to
 from pml_adversarial.training.sources import INNER, Choice, Sources
-from pml_adversarial.training.trace import Fixed
+from pml_adversarial.training.trace import Fixed, steps_to
 from pml_adversarial.training.tracing import ref_of
 from pml_adversarial.training.watch import Watch
 

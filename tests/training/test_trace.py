@@ -1,8 +1,11 @@
 """What is remembered of a trace: tensors and their versions, and steps."""
 
+import pytest
 import torch
 
-from pml_adversarial.training.trace import Call, Fixed, Ref, Step, autocast, version_of
+from pml_adversarial.training.rerun import name_of
+from pml_adversarial.training.trace import Call, Fixed, Ref, Step, autocast, steps_to, version_of
+from pml_adversarial.training.tracing import ref_of
 
 
 class TestFixed:
@@ -43,3 +46,33 @@ class TestCall:
         (kept,) = Call([output]).outputs
         assert torch.equal(kept, output)
         assert not kept.requires_grad
+
+
+@pytest.mark.usefixtures("watch")
+class TestStepsTo:
+    def test_are_in_the_order_in_which_they_were_taken(self, model, images):
+        first, second = model(images), model(images.flip(0))
+        made = torch.cat([second, first]) * 2
+        steps = steps_to([ref_of(made)])
+        assert [step.number for step in steps] == sorted(step.number for step in steps)
+        assert [name_of(step) for step in steps] == ["Sequential", "Sequential", "cat", "mul"]
+        assert steps[0].leaves[0].value is images
+
+    def test_those_that_do_not_lead_there_are_left_out(self, model, images):
+        embeddings = model(images)
+        _other = embeddings * 2
+        assert len(steps_to([ref_of(embeddings)])) == 1
+
+    def test_each_stands_once(self, model, images):
+        embeddings = model(images)
+        made = (embeddings + embeddings) * embeddings
+        assert len(steps_to([ref_of(made), ref_of(embeddings), ref_of(made)])) == 3
+
+    def test_fixed_results_have_none(self):
+        assert steps_to([Fixed(torch.rand(2))]) == []
+
+    def test_a_long_trace(self, model, images):
+        embeddings = model(images)
+        for _ in range(2000):
+            embeddings = embeddings * 1.0
+        assert len(steps_to([ref_of(embeddings)])) == 2001

@@ -14,8 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from traces import Own, names_of
 
-from pml_adversarial.training.rerun import steps_to
-from pml_adversarial.training.trace import Ref, Step
+from pml_adversarial.training.trace import Ref, Step, steps_to
 from pml_adversarial.training.tracing import Traced, lost_of, note, paused, plain, ref_of
 from pml_adversarial.training.watch import Watch
 

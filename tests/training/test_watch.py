@@ -18,7 +18,7 @@ from traces import Own, Raises, Returns, global_hooks, hooks_of, names_of
 
 from pml_adversarial import AdversarialLoss
 from pml_adversarial.training.nested import tensors_in
-from pml_adversarial.training.rerun import steps_to
+from pml_adversarial.training.trace import steps_to
 from pml_adversarial.training.tracing import Traced, paused, ref_of
 from pml_adversarial.training.watch import Watch, submodules_of, weights_of
 
