@@ -47,7 +47,7 @@ class Report(Results):
             schema = found.pop("schema")
             if schema == SCHEMA:
                 lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
-                return cls(**{**found, **lists})
+                return cls(**{**found, **lists, "notes": tuple(found["notes"])})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path} holds no report; expected the JSON that Report.save_json writes.") from error
         raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
