@@ -33,8 +33,8 @@ class Embedder:
         space: converts pixels to the model's inputs.
         dtype: of the inputs: that of the parameters, or single precision.
         embedding_dtype: of the embeddings; known after `probe`.
-        has_gradient: whether embeddings have a gradient with respect to the images; known after `probe`.
-        takes_gradient: whether images that ask for a gradient can be given to the model; known after `probe`.
+        has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
     """
 
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
@@ -92,9 +92,12 @@ class Embedder:
             with plain_surroundings():
                 self.modules = modules_run_by(lambda images: self._tried(images), pixels.detach())
             self._find_place()
+        with self.isolated(), torch.no_grad():
+            self.embedding_dtype = self._tried(pixels).dtype
+
+    def probe_gradient(self, pixels: Tensor) -> None:
+        """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
         with self.isolated():
-            with torch.no_grad():
-                self.embedding_dtype = self._tried(pixels).dtype
             self._note_gradient(pixels.detach().clone().requires_grad_())
 
     def _note_gradient(self, pixels: Tensor) -> None:
@@ -120,11 +123,10 @@ class Embedder:
             return self._embed(pixels)
         except (InputError, torch.cuda.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise InputError(
                 f"The model fails on {len(pixels)} image(s) of shape {tuple(pixels.shape[1:])} and {self.dtype}, with "
-                f"{type(error).__name__}: {error}. Expected a model that takes batches of the images as they are given, "
-                "of any number."
+                f"{type(error).__name__}: {error}. Expected a model that takes batches of any number of these images."
             ) from error
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -139,7 +141,8 @@ class Embedder:
             )
         if embeddings.is_complex() or not embeddings.shape[1]:
             raise InputError(
-                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real embeddings of "
+                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real "
+                "embeddings of "
                 "one dimension or more."
             )
         if embeddings.is_quantized:
@@ -149,7 +152,7 @@ class Embedder:
 
     def check_gradient(self, pixels: Tensor) -> None:
         """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
-        self.probe(pixels)
+        self.probe_gradient(pixels)
         if not self.has_gradient:
             raise InputError(
                 "The embeddings have no gradient with respect to the images, and the attacks need gradients. Use a "

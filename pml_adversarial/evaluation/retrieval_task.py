@@ -49,6 +49,7 @@ class RetrievalTask:
         gallery: embeddings of the gallery, after `set_gallery`.
         clean: ``(Q, D)`` embeddings of the queries, after `set_queries`.
         own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
+        finds_own: whether the own items are found by comparing images.
         in_gallery: ``(Q,)`` bool, whether the gallery holds the query's image as an item that it may find.
         norm: of the perturbations.
         notes: what a reader of the report has to know.
@@ -70,7 +71,7 @@ class RetrievalTask:
         self._is_leave_one_out = gallery is None
         self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
         self._read(queries, gallery)
-        self._finds_own = isinstance(search.own, str)
+        self.finds_own = isinstance(search.own, str)
         self.own = self._own(search.own)
         self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
         self.gallery: Gallery
@@ -105,7 +106,8 @@ class RetrievalTask:
         """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""
         if len(embeddings) != len(self.items):
             raise InputError(
-                f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one each. A "
+                f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one "
+                "each. A "
                 "gallery without images is gallery=(None, labels)."
             )
         self.gallery = Gallery(check_finite(embeddings), self.items.labels, distance=self.distance)
@@ -124,16 +126,14 @@ class RetrievalTask:
                 "dimensions, or distance='euclidean', if they are searched so."
             )
         found = self._same_items()
-        if self._finds_own:
+        if self.finds_own:
             self.own = found
             found = self._same_items()
         self.in_gallery = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
             cure = (
-                "expected one of each image"
-                if self._finds_own or self._is_leave_one_out
-                else "own='same' leaves it out"
+                "expected one of each image" if self.finds_own or self._is_leave_one_out else "own='same' leaves it out"
             )
             self.notes.append(f"{count} of {len(found)} queries find their own image in the gallery; {cure}")
 
@@ -230,7 +230,8 @@ class RetrievalTask:
         ):
             shapes = [None if s.label_sets is None else tuple(s.label_sets.shape) for s in (queries, items)]
             raise InputError(
-                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as many labels "
+                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as "
+                "many labels "
                 "in both."
             )
         joint = torch.cat([queries.label_sets, items.label_sets]).unique(dim=0, return_inverse=True)[1]
@@ -246,8 +247,10 @@ class RetrievalTask:
         if float(apart.amax()) > max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors)):
             raise InputError(
                 f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
-                f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is {spread:.3g}. "
-                "Expected embeddings of this model in the order of the gallery. To search vectors of another model, pass "
+                f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "
+                f"{spread:.3g}. "
+                "Expected embeddings of this model in the order of the gallery. To search vectors of another "
+                "model, pass "
                 "gallery=(None, labels)."
             )
 

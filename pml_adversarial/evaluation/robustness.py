@@ -128,6 +128,7 @@ def evaluate_robustness(
     }
     with plain_surroundings(), random_stream(seed, -1):
         task = RetrievalTask(embed, queries, gallery, norm, search)
+        embed.probe_gradient(task.queries[:1])
         with embed.isolated():
             checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
             _embed_all(task, gallery_embeddings, checkpoint, batch_size, progress)
