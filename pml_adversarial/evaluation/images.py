@@ -39,11 +39,13 @@ class ImageSet:
         label_sets: ``(N, L)`` bool, which labels each image has; None: each has one.
         has_images: False: only labels are known.
         dtype: of the pixels.
+        given_dtype: of the images that were read last, as they are given.
         space: undoes the normalisation of the data set; set by `check`.
     """
 
     def __init__(self, images: Images, device: torch.device, role: str, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.role, self.dtype = device, role, dtype
+        self.given_dtype = dtype
         self.space, self.has_images, self.is_read_anew = PixelSpace(), True, False
         self._get, labels, count = self._from(images)
         if not count:
@@ -104,6 +106,7 @@ class ImageSet:
         found = self._get(index)
         images = found if isinstance(found, Tensor) else torch.as_tensor(found)
         images = images.detach().to(self.device)
+        self.given_dtype = images.dtype
         if images.is_floating_point():
             images = images.to(self.dtype)
         return (images.clone() if images.is_inference() else images).contiguous()

@@ -216,7 +216,7 @@ class RetrievalTask:
             note = images.check(self.embed.space)
             if note is not None:
                 self.notes.append(note)
-        self.embed.probe(self.queries[:1])
+        self.embed.probe(self.queries[:1], self.queries.given_dtype)
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_label_sets()
