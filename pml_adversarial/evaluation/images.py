@@ -151,7 +151,8 @@ class ImageSet:
         if len(images) != 2:
             found = ", ".join(type(part).__name__ for part in images)
             raise InputError(f"{self.role} is ({found}); expected two tensors or arrays, (images, labels).")
-        pixels, labels = images[0], _as_labels(images[1], self.role)
+        pixels: Any = images[0]
+        labels = _as_labels(images[1], self.role)
         if pixels is None or 0 in getattr(pixels, "shape", ())[1:]:  # no images, or images without pixels
             self.has_images = False
             return _no_images, labels, len(labels)
@@ -159,11 +160,12 @@ class ImageSet:
             pixels = _stacked(pixels)
         if not hasattr(pixels, "shape") or not hasattr(pixels, "__len__"):
             raise InputError(f"{self.role} has images as {type(pixels).__name__}; expected a tensor or an array.")
-        if len(pixels) and len(pixels.shape) < 2:
+        count: int = pixels.shape[0] if len(pixels.shape) else 1
+        if count and len(pixels.shape) < 2:
             raise InputError(f"{self.role} has images of shape {tuple(pixels.shape)}; expected (N, C, H, W).")
         if isinstance(pixels, Tensor):
-            return lambda rows: pixels[rows.to(pixels.device)], labels, len(pixels)
-        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, len(pixels)
+            return lambda rows: pixels[rows.to(pixels.device)], labels, count
+        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, count
 
     def _from_loader(self, loader: Any) -> tuple[Read, Tensor, int]:
         dataset = loader.dataset
