@@ -213,7 +213,7 @@ class ImageSet:
 
 def _listed_labels(dataset: Any) -> Any:
     """The labels of a data set that lists them; None if it does not."""
-    known = getattr(dataset, "targets", None)
+    known: Any = getattr(dataset, "targets", None)
     known = getattr(dataset, "labels", None) if known is None else known
     if not hasattr(known, "__len__") or len(known) != len(dataset):
         return None
