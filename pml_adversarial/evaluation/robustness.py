@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..attacks.checks import check_choice, check_whole
 from ..training.isolation import isolated, random_stream
 from ..training.pixels import Normalization, PixelSpace
-from . import metrics
+from . import attack_options, fingerprints, metrics, provenance
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
@@ -90,6 +88,7 @@ def evaluate_robustness(
         "eps": list(radii),
         "norm": norm,
         "attacks": [attack.name for attack in members],
+        "attack_settings": [attack_options.to_json(attack) for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "subset": None if subset is None else to_whole_numbers(subset, "subset"),
@@ -102,8 +101,11 @@ def evaluate_robustness(
     }
     with isolated(model), random_stream(seed, -1):
         task = RetrievalTask(model, queries, gallery, norm, normalization, own)
-        checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
-        task.set_gallery(_gallery(task, gallery_embeddings, checkpoint, batch_size, progress))
+        measured = cache(partial(fingerprints.of_task, task, gallery_embeddings))
+        checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, task.embed.device)
+        embeddings = _gallery(task, gallery_embeddings, checkpoint, batch_size, progress)
+        task.set_gallery(embeddings)
+        origin = {**measured(), **provenance.surroundings(task.embed.device, embeddings)}
         rows, left_out = task.rows_with_right_item(subset)
         members = tuple(attack for attack in members if attack.num_classes <= len(task.gallery.classes))
         evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
@@ -126,7 +128,8 @@ def evaluate_robustness(
             nmi=evaluator.nmi_of(found, "clean", labels),
             checks=run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else (),
             settings={**settings, "device": str(task.embed.device)},
-            versions=_versions(),
+            versions=provenance.versions(),
+            provenance=origin,
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
             attacked=evaluator.attacked(found),
@@ -153,15 +156,3 @@ def _evaluate(
             found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
-
-
-def _versions() -> dict[str, str]:
-    packages = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
-    return {**{package: _version(package) for package in packages}, "python": platform.python_version()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a folder
-        return "not installed"

@@ -48,40 +48,46 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
     return lambda queries: (unit_or_zero(queries) - origin).square().sum(1)
 
 
-def gradient_attack(
-    score: Callable[[QueryBatch, int], Score], steps: int
-) -> Callable[[QueryBatch, float, int], Tensor]:
+Perturb = Callable[[QueryBatch, float, int], Tensor]
+"""What `QueryAttack` takes: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``."""
+
+
+def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
     """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
-
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        objective = batch.objective(score(batch, restart))
-        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
-
-    return perturb
+    return partial(raise_score, score=score, steps=steps)
 
 
-def classifier_attack(
-    make: Callable[..., Any], targets: int | None = None
-) -> Callable[[QueryBatch, float, int], Tensor]:
+def raise_score(
+    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], steps: int
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`."""
+    objective = batch.objective(score(batch, restart))
+    return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+
+
+def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> Perturb:
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
         make: called with the classifier and ``eps``, ``norm`` and ``seed``.
         targets: how many of the most similar wrong classes are targeted, for attacks that take ``n_classes``.
     """
+    return partial(fool_classifier, make=make, targets=targets)
 
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        found = batch.images.clone()
-        for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
-            part = batch[rows]
-            model = part.classifier()
-            options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
-            if targets is not None:
-                options["n_classes"] = min(model.num_classes, targets + 1)
-            found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
-        return found
 
-    return perturb
+def fool_classifier(
+    batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
+    found = batch.images.clone()
+    for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
+        part = batch[rows]
+        model = part.classifier()
+        options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
+        if targets is not None:
+            options["n_classes"] = min(model.num_classes, targets + 1)
+        found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
+    return found
 
 
 # Attacks on the gallery: which item is perturbed, and to what end.
