@@ -42,9 +42,8 @@ def repeat(
     device, batch_size = check_device(device or before.settings["device"]), before.settings["batch_size"]
     torch.set_num_threads(threads or before.provenance["threads"])
     try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
-    with errors_shown(
-        f"{device} has not enough memory for the report's batches of {batch_size}; use another --device."
-    ):
+    too_much = f"{device} has not enough memory for the report's batches of {batch_size}; use another --device."
+    with errors_shown(too_much):
         model, queries, gallery = load(inputs, device, before.settings["normalization"], batch_size)
         after = evaluation.repeat(before, model, queries, gallery, resume=resume, progress=not quiet)
     write(after, inputs, output)

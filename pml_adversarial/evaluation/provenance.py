@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PACKAGES = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
+_PACKAGES = ("pml-adversarial", "pytorch-metric-learning", "torchattacks")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries."""
-    return {**{package: _version(package) for package in _PACKAGES}, "python": platform.python_version()}
+    packages = {package: _version(package) for package in _PACKAGES}
+    return {**packages, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def surroundings(device: torch.device, embeddings: Tensor) -> dict[str, Any]:
