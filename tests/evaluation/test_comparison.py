@@ -17,8 +17,8 @@ from pml_adversarial.evaluation.suites import standard
 OPTIONS = {"eps": (0.02, 0.05), "attacks": [*quick(3, 1), *standard(3)[-2:]], "checks": False}
 
 
-def measured(seed=5, queries=None, gallery=None, **options):
-    return evaluate_robustness(network(seed), queries or images_of(40), gallery, **{**OPTIONS, **options})
+def measured(weights=5, queries=None, gallery=None, **options):
+    return evaluate_robustness(network(weights), queries or images_of(40), gallery, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def flags_of(report, target, eps):
 
 
 def mcnemar_by_loop(first, second):
-    """The probability, if both are equally good, of a split of the queries that only one is right about, so unlikely."""
+    """The probability, if both are equally good, of a split of the queries that only one is right about, so rare."""
     only_first = only_second = 0
     for one, other in zip(first, second, strict=True):
         only_first += one == "1" and other == "0"
@@ -180,9 +180,9 @@ class TestShown:
             "none                     90.0   90.0   +0.0 [-3.7, +3.7]       0       0      1",
             "worst (query)  0.03137   44.0   57.0  +13.0 [+2.2, +23.5]      8      21  0.024",
             "",
-            "100 queries; percent [95 % interval of the difference, Tango]; only a: right with a alone; p: exact McNemar "
-            "test",
-        ] or str(found)
+            "100 queries; percent [95 % interval of the difference, Tango]; only a: right with a alone; "
+            "p: exact McNemar test",
+        ]
 
     def test_notes(self, pair):
         assert compare(*pair).notes == ()

@@ -98,11 +98,8 @@ class Measured:
         if not self.name.startswith("recall_at_"):
             return cell == percent(self.value)
         ends, shown = interval(self.value)
-        return (
-            text == f"{self.value * 100:.1f} {shown}"
-            and values[0] == self.value
-            and values[1:] == pytest.approx(ends, abs=1e-12)
-        )
+        assert values == pytest.approx([self.value, *ends], abs=1e-12)
+        return text == f"{self.value * 100:.1f} {shown}"
 
 
 class TestWhole:
