@@ -51,24 +51,38 @@ def repeat(
     Raises:
         InputError: the model or the images are others than those of the report, or an attack of your own is missing.
     """
-    settings = report.settings
-    members = from_json(settings["attack_settings"], attacks)
+    settings = _settings(report)
+    members = from_json(settings.pop("attack_settings"), attacks)
     task = RetrievalTask(model, queries, gallery, settings["norm"], settings["normalization"], settings["own"])
     _check_same(report, fingerprints.of_task(task, gallery_embeddings))
-    taken = inspect.signature(evaluate_robustness).parameters
-    options: dict[str, Any] = {name: value for name, value in settings.items() if name in taken}
-    options["attacks"] = _suite(report, members)
+    settings["attacks"] = _suite(report, members)
     return evaluate_robustness(
-        model, queries, gallery, gallery_embeddings=gallery_embeddings, resume=resume, progress=progress, **options
+        model, queries, gallery, gallery_embeddings=gallery_embeddings, resume=resume, progress=progress, **settings
     )
+
+
+def _settings(report: Report) -> dict[str, Any]:
+    """The options of `evaluate_robustness`, with ``attack_settings``."""
+    found = {name: value for name, value in report.settings.items() if name != "device"}  # the model is on a device
+    known = {*inspect.signature(evaluate_robustness).parameters, "attack_settings"}
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise InputError(
+            f"The report has the settings {', '.join(unknown)}, which this version does not have. Install the version "
+            f"that made it: {report.versions.get('pml-adversarial')}."
+        )
+    missing = [name for name in ("attack_settings", "norm", "normalization", "own") if name not in found]
+    if missing:
+        raise InputError(f"The report does not say {', '.join(missing)}; expected a report of evaluate_robustness.")
+    return found
 
 
 def _check_same(report: Report, found: dict[str, Any]) -> None:
     expected = {name: report.provenance.get(name) for name in _SAID}
     differ = [name for name, value in expected.items() if value != found.get(name)]
     if differ:
-        values = "; ".join(f"{name}: found {found.get(name)}, expected {expected[name]}" for name in differ)
-        raise InputError(f"The report is on other data: {', '.join(differ)} differ. {values}.")
+        values = "; ".join(f"{name}: found {found.get(name)}, the report has {expected[name]}" for name in differ)
+        raise InputError(f"This is not what the report measured: {values}.")
 
 
 def _suite(report: Report, members: Sequence[RetrievalAttack]) -> str | Sequence[RetrievalAttack]:

@@ -175,10 +175,10 @@ class TestShown:
     def test_as_a_table(self):
         found = self.of("1" * 44 + "0" * 56, "0" * 8 + "1" * 57 + "0" * 35)
         assert str(found).splitlines() == [
-            "                   eps  R@1 a  R@1 b               b - a  only a  only b      p",
-            "-------------------------------------------------------------------------------",
-            "none                     90.0   90.0   +0.0 [-3.7, +3.7]       0       0      1",
-            "worst (query)  0.03137   44.0   57.0  +13.0 [+2.2, +23.5]      8      21  0.024",
+            "                   eps  R@1 a  R@1 b                b - a  only a  only b      p",
+            "--------------------------------------------------------------------------------",
+            "none                     90.0   90.0    +0.0 [-3.7, +3.7]       0       0      1",
+            "worst (query)  0.03137   44.0   57.0  +13.0 [+2.6, +23.6]      8      21  0.024",
             "",
             "100 queries; percent [95 % interval of the difference, Tango]; only a: right with a alone; "
             "p: exact McNemar test",
