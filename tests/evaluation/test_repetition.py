@@ -123,6 +123,7 @@ class TestSameNumbers:
         again = repeat(through_json(report, tmp_path), network(), images_of(), resume=tmp_path / "kept")
         assert [attack.seconds for attack in again.attacks] == [attack.seconds for attack in report.attacks]
 
+    @pytest.mark.slow
     def test_in_a_fresh_process(self, tmp_path):
         model, (images, labels), gallery = network(), images_of(), images_of(30, seed=1)
         options = {"eps": (0.02, 0.05), "attacks": [*quick(3, 1), "square"], "subset": range(9), "checks": False}
