@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pml_adversarial.evaluation.embedder import Embedder
 from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 
 RADIUS = {"Linf": 0.05, "L2": 0.3}
@@ -58,10 +59,11 @@ def embedded(model, images):
     return embeddings
 
 
-def bench_of(model, queries, gallery=None, norm="Linf"):
+def bench_of(model, queries, gallery=None, norm="Linf", search=None):
     """A task that is ready to make scenes; the model is left in eval mode."""
     model.eval().requires_grad_(False)
-    task = RetrievalTask(model, queries, gallery, norm, None)
+    task = RetrievalTask(Embedder(model), queries, gallery, norm, search)
     task.set_gallery(embedded(model, task.items[:]))
+    task.set_queries(embedded(model, task.queries[:]))
     model.eval()
     return task

@@ -59,10 +59,10 @@ def query_panel(
         gallery = Gallery(embed_all(model, images, 512), labels)
         for q, query in enumerate(queries):
             row = grid[q * len(models) + m]
-            own = torch.tensor([query], device=images.device)
+            targets = gallery.leave_one_out(torch.tensor([query], device=images.device))
             for half, image in enumerate((images[query], attacked[query])):
                 with torch.no_grad():
-                    found = gallery.nearest(model(image.unsqueeze(0)), own, _NEIGHBOURS)[0].tolist()
+                    found = gallery.nearest(model(image.unsqueeze(0)), targets, _NEIGHBOURS)[0].tolist()
                 first, *cells = row[half * width : (half + 1) * width]
                 _show(first, image, _QUERY, f"{name}\n{('clean', 'attacked')[half]}: {int(labels[query])}")
                 for cell, item in zip(cells, found, strict=True):

@@ -13,7 +13,7 @@ from ..attacks.objective import Objective, Score
 from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
 from .embedder import Embed
-from .gallery import Gallery, Ranking, ReplacedItems, Targets, unit_or_zero
+from .gallery import Gallery, Ranking, ReplacedItems, Targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class QueryAttack:
         images = project(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
-        shift = (unit_or_zero(embeddings) - unit_or_zero(batch.clean)).norm(dim=1)
+        shift = batch.gallery.shift(embeddings, batch.clean)
         return AttackOutcome(images, batch.gallery.ranking(embeddings, batch.targets, depth), shift)
 
 
@@ -117,7 +117,7 @@ class GalleryAttack:
         with torch.no_grad():
             embeddings = batch.embed(images)
         ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, ReplacedItems(items, embeddings))
-        return AttackOutcome(images, ranking, (unit_or_zero(embeddings) - origin).norm(dim=1))
+        return AttackOutcome(images, ranking, batch.gallery.shift(embeddings, origin))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class AttackOutcome:
     Attributes:
         images: ``(Q, C, H, W)`` the perturbed queries, or the perturbed items.
         ranking: what the queries find.
-        shift: ``(Q,)`` distance between perturbed and clean unit embeddings, in [0, 2].
+        shift: ``(Q,)`` Euclidean distance between perturbed and clean embeddings, as they are compared.
     """
 
     images: Tensor

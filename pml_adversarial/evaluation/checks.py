@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ..attacks.ball import per_image, project
+from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch
-from .gallery import Gallery, Targets, unit_or_zero
+from .gallery import TIE, Gallery, Targets, finite_or_zero
 from .results import AttackResult, Check, decode_flags
 from .retrieval_task import RetrievalTask
 from .suites import margin_score
@@ -64,10 +65,19 @@ def run_checks(
     if not results:
         return ()
     sample = QuerySample(task, rows, clean_flags, results, seed, batch_size)
-    if len(sample) < _ENOUGH:
-        few = f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed"
-        return tuple(Check(name, None, few) for name in CHECKS)
-    return tuple(Check(name, *check(sample)) for name, check in CHECKS.items())
+    few = f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed"
+    cannot = "not asked: the model cannot be asked for gradients, and no attack of the suite needs them"
+    black_box_only = not task.embed.takes_gradient and not sample.on_queries(black_box=False)
+    found = []
+    for name, check in CHECKS.items():
+        if len(sample) < _ENOUGH and check is not finds_no_copies:
+            verdict = Verdict(None, few)
+        elif black_box_only and check not in _WITHOUT_GRADIENT:
+            verdict = Verdict(None, cannot)
+        else:
+            verdict = check(sample)
+        found.append(Check(name, *verdict))
+    return tuple(found)
 
 
 @dataclass(eq=False)
@@ -274,10 +284,11 @@ def gradients_are_true(sample: QuerySample) -> Verdict:
 def answers_alike(sample: QuerySample) -> Verdict:
     """The model is not random (AutoAttack), and no embedding depends on the other images of its batch."""
     again, elsewhere = sample.measure(_differences, "alike").amax(0).tolist()
-    embeddings = sample.task.gallery.embeddings
+    embeddings = sample.task.distance.query_vectors(sample.task.gallery.embeddings)
     spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().sqrt().item()
+    size = embeddings.square().sum(1).mean().sqrt().item()
     return Verdict(
-        max(again, elsewhere) <= 0.01 * spread + 8 * sample.precision,
+        max(again, elsewhere) <= 0.01 * spread + 8 * sample.precision * size,
         f"embeddings differ by up to {again:.2g} in a second call, {elsewhere:.2g} in another batch; their spread is "
         f"{spread:.2g}",
     )
@@ -289,8 +300,15 @@ def is_not_collapsed(sample: QuerySample) -> Verdict:
     undecided = int((found[:, 0] <= found[:, 1]).sum())
     median = found[:, 0].median().item()
     passed = plausible(undecided, len(sample), 1 - MOST)
-    message = f"rounding may decide {undecided} of {len(sample)}; the median margin in cosine is {median:.2g}"
+    message = f"rounding may decide {undecided} of {len(sample)}; the median margin is {median:.2g}"
     return Verdict(passed, message)
+
+
+def finds_no_copies(sample: QuerySample) -> Verdict:
+    """The gallery holds no copies of the queries: each finds its copy, whatever the model does."""
+    copies = int(sample.task.in_gallery[sample.rows].sum())
+    message = f"{copies} of {len(sample.rows)} queries may find their own image in the gallery"
+    return Verdict(copies <= FEW * len(sample.rows), message)
 
 
 def moves_embeddings(sample: QuerySample) -> Verdict:
@@ -314,8 +332,11 @@ CHECKS: dict[str, Callable[[QuerySample], Verdict]] = {
     "same answer twice": answers_alike,
     "not collapsed": is_not_collapsed,
     "attacks move embeddings": moves_embeddings,
+    "no copies in the gallery": finds_no_copies,
 }
 """What should hold -> the check that measures it."""
+
+_WITHOUT_GRADIENT = (black_box_adds_nothing, answers_alike, is_not_collapsed, moves_embeddings, finds_no_copies)
 
 
 # Which numbers are plausible of a model that hides nothing.
@@ -358,9 +379,13 @@ def _directed(direction: Tensor, norm: str) -> Tensor:
 
 
 def _embed(batch: QueryBatch, images: Tensor) -> Tensor:
-    """Unit embeddings ``(Q, D)``. A model that draws random numbers draws the same ones in each call."""
+    """Embeddings ``(Q, D)`` as they are compared. A model that draws random numbers draws the same ones each time."""
     with random_stream(0, 0):
-        return unit_or_zero(batch.embed(images))
+        return _vectors(batch, batch.embed(images))
+
+
+def _vectors(batch: QueryBatch, embeddings: Tensor) -> Tensor:
+    return batch.gallery.distance.query_vectors(finite_or_zero(embeddings))
 
 
 def _random_point(batch: QueryBatch, eps: float) -> tuple[Tensor, Tensor]:
@@ -370,17 +395,17 @@ def _random_point(batch: QueryBatch, eps: float) -> tuple[Tensor, Tensor]:
         return point, _embed(batch, point)
 
 
-def _toward(batch: QueryBatch, embeddings: Tensor) -> Tensor:
-    """``(Q, D)`` the nearest wrong item minus the nearest right one; its product with the embedding is the margin."""
+def _lead(batch: QueryBatch, embeddings: Tensor) -> Score:
+    """How much nearer the wrong item is than the right one; both are those that are nearest to ``embeddings``."""
     wrong, right = batch.gallery.hardest(embeddings, batch.targets)
-    return batch.gallery.embeddings[wrong] - batch.gallery.embeddings[right]
+    return lambda moved: batch.gallery.lead(moved, wrong, right)
 
 
-def _gradient(batch: QueryBatch, images: Tensor, toward: Tensor) -> Tensor:
-    """Gradient of the product of embeddings and ``toward`` with respect to the pixels; 0 where it is not finite."""
+def _gradient(batch: QueryBatch, images: Tensor, score: Score) -> Tensor:
+    """Gradient of a score of the embeddings with respect to the pixels; 0 where it is not finite."""
     pixels = images.detach().clone().requires_grad_()
-    score = (_embed(batch, pixels) * toward).sum()
-    return torch.autograd.grad(score, pixels)[0].nan_to_num(0.0, 0.0, 0.0)
+    value = score(_embed(batch, pixels)).sum()
+    return torch.autograd.grad(value, pixels)[0].nan_to_num(0.0, 0.0, 0.0)
 
 
 def _planted(batch: QueryBatch, eps: float) -> Tensor:
@@ -391,9 +416,9 @@ def _planted(batch: QueryBatch, eps: float) -> Tensor:
     with torch.no_grad():
         embeddings = torch.cat([batch.embed(batch.images), batch.embed(at_the_border(batch, eps))])
     items = torch.arange(len(embeddings), device=embeddings.device)
-    gallery, queries = Gallery(embeddings, items), items[: len(batch)]
+    gallery, queries = Gallery(embeddings, items, distance=batch.gallery.distance), items[: len(batch)]
     targets = Targets(queries, torch.full_like(queries, -1))
-    planted = replace(batch, gallery=gallery, clean=gallery.embeddings[queries], targets=targets)
+    planted = replace(batch, gallery=gallery, clean=embeddings[queries], targets=targets)
     differs = gallery.ranking(planted.clean, targets, 1).margin < 0
     reached = is_adversarial(planted, margin_attack(planted, eps, STEPS // 2))
     return torch.where(differs, reached.float(), -1.0)
@@ -402,11 +427,11 @@ def _planted(batch: QueryBatch, eps: float) -> Tensor:
 def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
     """``(Q, 4)``: has no gradient; is blind to noise of each of two radii; share of pixels without gradient."""
     point, before = _random_point(batch, eps)
-    none = _gradient(batch, point, _toward(batch, before)) == 0
+    none = _gradient(batch, point, _lead(batch, before)) == 0
     columns = [none.flatten(1).all(1).float()]
     for radius in radii:
         noise = radius * _directed(torch.randn_like(point), batch.norm)
-        moved, blindly = (_moved(batch, point, before, part).square().sum(1) for part in (noise, noise * none))
+        moved, blindly = ((_after(batch, point, s) - before).square().sum(1) for s in (noise, noise * none))
         columns.append((blindly > moved / 2).float())
     return torch.stack([*columns, none.flatten(1).float().mean(1)], 1)
 
@@ -414,41 +439,45 @@ def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
 def _rises(batch: QueryBatch, eps: float) -> Tensor:
     """``(Q, S)`` how much steps of each scale along the gradient raise the margin; NaN where they change nothing."""
     point, before = _random_point(batch, eps)
-    toward = _toward(batch, before)
-    direction = _directed(_gradient(batch, point, toward).sign(), batch.norm)  # else, in l2, a few pixels would decide
-    moved = [_moved(batch, point, before, scale * eps * direction) for scale in _SCALES]
-    return torch.stack([(by * toward).sum(1).masked_fill(~by.any(1), torch.nan) for by in moved], 1)
+    lead = _lead(batch, before)
+    direction = _directed(_gradient(batch, point, lead).sign(), batch.norm)  # else, in l2, a few pixels would decide
+    moved = [_after(batch, point, scale * eps * direction) for scale in _SCALES]
+    still = [(after == before).all(1) for after in moved]
+    return torch.stack(
+        [(lead(m) - lead(before)).masked_fill(s, torch.nan) for m, s in zip(moved, still, strict=True)], 1
+    )
 
 
 @torch.no_grad()
-def _moved(batch: QueryBatch, point: Tensor, before: Tensor, step: Tensor) -> Tensor:
-    """``(Q, D)`` how a step changes the embeddings."""
-    return _embed(batch, (point + step).clamp(0, 1)) - before
+def _after(batch: QueryBatch, point: Tensor, step: Tensor) -> Tensor:
+    """``(Q, D)`` embeddings after a step."""
+    return _embed(batch, (point + step).clamp(0, 1))
 
 
 def _differences(batch: QueryBatch) -> Tensor:
     """``(Q, 2)`` distance of embeddings from those of a second call, and from those of other, reversed batches."""
     back = torch.arange(len(batch)).flip(0)
     with torch.no_grad():
-        first, again = (unit_or_zero(batch.embed(batch.images)) for _ in range(2))
-        halves = torch.cat(
-            [unit_or_zero(batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)]
-        )
-    return torch.stack([(again - first).norm(dim=1), (halves[back] - first).norm(dim=1)], 1)
+        first, again = (_vectors(batch, batch.embed(batch.images)) for _ in range(2))
+        halves = [_vectors(batch, batch.embed(batch.images[rows])) for rows in back.tensor_split(2) if len(rows)]
+    return torch.stack([(again - first).norm(dim=1), (torch.cat(halves)[back] - first).norm(dim=1)], 1)
 
 
 def _decided(batch: QueryBatch, precision: float) -> Tensor:
-    """``(Q, 2)`` by how much the right item is nearer in cosine, and how much of that rounding may change."""
+    """``(Q, 2)`` by how much the right item is nearer, and how much of that rounding may change."""
     wrong, right = batch.gallery.hardest(batch.clean, batch.targets)
-    vectors = torch.stack([unit_or_zero(batch.clean), batch.gallery.embeddings[right], batch.gallery.embeddings[wrong]])
+    vectors = torch.stack(
+        [_vectors(batch, batch.clean), *(batch.gallery.embeddings[items] for items in (right, wrong))]
+    )
+    similarity = batch.gallery.distance.to_each
 
     def margin(query: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
-        return (query * (right - wrong)).sum(1)
+        return similarity(query, right) - similarity(query, wrong)
 
     exact = margin(*vectors)
     rounded = [margin(*(vectors * (1 + precision * (torch.rand_like(vectors) - 0.5)))) for _ in range(_DRAWS)]
     change = (torch.stack(rounded) - exact).abs().amax(0)
-    return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps)], 1)
+    return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps * batch.gallery.tie / TIE)], 1)
 
 
 def _stream(name: str) -> int:

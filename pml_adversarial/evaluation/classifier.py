@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedder import Embed
-from .gallery import Gallery, Targets, unit_or_zero
+from .gallery import Gallery, Targets
 
 _POWER = {"Linf": torch.inf, "L2": 2.0}
 _LOGIT_SPREAD = 10.0
@@ -15,7 +15,8 @@ _LOGIT_SPREAD = 10.0
 class RetrievalClassifier(nn.Module):
     """The logit of a class is the scaled similarity to the most similar item of the class.
 
-    A query's own item is left out, so the classifier is right about a query exactly if its nearest item is right.
+    A query's own item, and what it ignores, is left out, so the classifier is right about a query exactly if its
+    nearest item is right. Where labels do not say what is right, all right items of a query form one more class.
     Attacks call the classifier with rows in any number and order. The query behind a row is the one whose clean image
     is nearest; this is certain if no other query lies within twice the attack's radius, see `separable_groups`.
 
@@ -29,6 +30,7 @@ class RetrievalClassifier(nn.Module):
 
     Attributes:
         labels: ``(Q,)`` the right class of each query.
+        num_classes: how many classes there are.
         scale: factor of the similarities. At it, a query's logits have a standard deviation of about 10.
     """
 
@@ -40,7 +42,11 @@ class RetrievalClassifier(nn.Module):
         self.watched = nn.ModuleList(modules)
         self._embed, self._gallery, self._targets, self._power = embed, gallery, targets, _POWER[norm]
         self._images, self._clean = images, images.flatten(1)
-        self.labels = torch.searchsorted(gallery.classes, targets.labels)
+        by_label, count = targets.relevant is None, len(gallery.classes)
+        self.num_classes = count if by_label else count + 1
+        self.labels = (
+            torch.searchsorted(gallery.classes, targets.labels) if by_label else torch.full_like(targets.labels, count)
+        )
         self.scale = 1.0
         with torch.no_grad():
             self.scale = _LOGIT_SPREAD / self(images).std(1).median().clamp(min=1e-6).item()
@@ -50,16 +56,11 @@ class RetrievalClassifier(nn.Module):
         """Changes nothing: an attack must not change the mode of the model, and exported programs refuse it."""
         return self
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes the gallery has."""
-        return len(self._gallery.classes)
-
     def wrong_classes(self, nth: int) -> Tensor:
         """Labels ``(Q,)``: each clean query's most similar wrong class (nth 0), the second most similar (nth 1), ..."""
         with torch.no_grad():
             wrong = self(self._images).scatter(1, self.labels.unsqueeze(1), -torch.inf)
-        order = wrong.argsort(dim=1, descending=True)
+        order = wrong[:, : len(self._gallery.classes)].argsort(dim=1, descending=True)
         return self._gallery.classes[order[:, min(nth, self.num_classes - 2)]]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,14 +70,18 @@ class RetrievalClassifier(nn.Module):
             images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
         """
         embeddings = self._embed(images.to(self._images.dtype))  # torchattacks gives float32 only
-        similarities = unit_or_zero(embeddings) @ self._gallery.embeddings.T
-        if bool((self._targets.own >= 0).any()):
-            with torch.no_grad():
-                own = self._targets.own[_distances(images, self._clean, self._power).argmin(1)]
-            items = torch.arange(len(self._gallery), device=own.device)
-            similarities = similarities.masked_fill(items == own.unsqueeze(1), -1.0)  # no similarity is lower
+        similarities = self._gallery.similarities(embeddings)
+        low = similarities.detach().amin(1, keepdim=True)
         columns = self._gallery.columns.expand_as(similarities)
-        lowest = similarities.new_full((len(images), self.num_classes), -1.0)
+        if not self._targets.are_alike:
+            with torch.no_grad():
+                targets = self._targets[_distances(images, self._clean, self._power).argmin(1)]
+                everything = slice(0, len(self._gallery))
+                left_out = targets.is_left_out(everything)
+            similarities = torch.where(left_out, low, similarities)
+            if targets.relevant is not None:
+                columns = torch.where(targets.relevant, self.num_classes - 1, columns)
+        lowest = low.expand(-1, self.num_classes)
         logits = self.scale * lowest.scatter_reduce(1, columns, similarities, "amax")
         return logits.to(torch.promote_types(images.dtype, torch.float32))
 
@@ -85,16 +90,18 @@ def separable_groups(images: Tensor, targets: Targets, eps: float, norm: str) ->
     """Splits queries into groups whose images stay distinguishable when they are perturbed.
 
     Within a group, no image ``(Q, ...)`` lies within ``2 * eps`` of another. Exact duplicates with one label may share
-    a group, because both find the same. If no query is in the gallery, all queries form one group:
+    a group, because both find the same. If all queries search the same items, they form one group:
     `RetrievalClassifier` need not distinguish them.
 
     Returns:
         Indices of the queries of each group.
     """
-    if bool((targets.own < 0).all()):
+    if targets.are_alike:
         return [torch.arange(len(images), device=images.device)]
     distances = _distances(images, images.flatten(1), _POWER[norm])
     same = (distances == 0) & (targets.labels.unsqueeze(1) == targets.labels)
+    if targets.ignored is not None or targets.relevant is not None:
+        same = torch.eye(len(images), dtype=torch.bool, device=images.device)
     conflict = ((distances <= 2 * eps * (1 + 1e-4)) & ~same).cpu()
     groups: list[list[int]] = []
     for row in range(len(images)):

@@ -15,7 +15,7 @@ from .table import aligned
 
 _OF_EACH_MODEL = {  # settings that may differ between two models on the same queries
     *("attacks", "attack_settings", "eps", "recall_at", "normalization", "nmi", "checks", "keep_attacked", "seed"),
-    *("batch_size", "device"),
+    *("batch_size", "device", "precision"),
 }
 
 
@@ -164,11 +164,12 @@ def _identity(report: Report) -> dict[str, Any]:
     queries, gallery = (report.provenance.get(key) for key in ("queries", "gallery"))
     if found.get("subset") is None and isinstance(queries, Mapping):
         found["subset"] = list(range(queries["images"]))
-    return {**found, "queries": queries, "gallery": gallery, "num_queries": report.num_queries}
+    hashes = {"queries": queries, "gallery": isinstance(gallery, Mapping) and gallery["sha256"]}
+    return {**found, "protocol": report.protocol, "num_queries": report.num_queries, **hashes}
 
 
 def _short(value: object) -> str:
-    text = value["sha256"][:12] if isinstance(value, Mapping) and "sha256" in value else str(value)
+    text = str(value["sha256"] if isinstance(value, Mapping) and "sha256" in value else value)
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 

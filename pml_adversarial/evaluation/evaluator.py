@@ -17,7 +17,7 @@ from ..training.isolation import random_stream
 from ..training.tuples import rank_in_group
 from . import metrics
 from .attacks import QueryBatch, RetrievalAttack
-from .gallery import unit_or_zero
+from .gallery import finite_or_zero
 from .metrics import PerQuery
 from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .retrieval_task import RetrievalTask
@@ -121,8 +121,8 @@ class Evaluator:
             "attack": worst.attack[chosen],
             "clean": part.images,
             "perturbed": perturbed,
-            "before": gallery.nearest(part.clean, part.targets.own, count),
-            "after": gallery.nearest(self._embed(perturbed), part.targets.own, count),
+            "before": gallery.nearest(part.clean, part.targets, count),
+            "after": gallery.nearest(self._embed(perturbed), part.targets, count),
         }
 
     def attack_results(self, batches: Sequence[BatchResult]) -> tuple[AttackResult, ...]:
@@ -166,7 +166,10 @@ class Evaluator:
         """NMI of the queries' embeddings, ``key`` being "clean" or an eps; None if it was not asked for."""
         if not self.nmi:
             return None
-        return metrics.nmi(unit_or_zero(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+        return metrics.nmi(self._compared(torch.cat([batch["embeddings"][key] for batch in batches])), labels)
+
+    def _compared(self, embeddings: Tensor) -> Tensor:
+        return self.task.gallery.distance.query_vectors(finite_or_zero(embeddings))
 
     def attacked(self, batches: Sequence[BatchResult]) -> dict[float, Tensor] | None:
         """Eps -> ``(Q, C, H, W)`` perturbed queries; None if they were not kept."""
@@ -186,15 +189,19 @@ class Evaluator:
                 attack=names[int(kept["attack"][row])],
                 clean=kept["clean"][row].cpu(),
                 perturbed=kept["perturbed"][row].cpu(),
-                before=self._neighbours(kept["before"][row]),
-                after=self._neighbours(kept["after"][row]),
+                before=self._neighbours(query, kept["before"][row]),
+                after=self._neighbours(query, kept["after"][row]),
             )
             for row, query in enumerate(kept["queries"].tolist())
         )
 
-    def _neighbours(self, items: Tensor) -> tuple[Neighbour, ...]:
-        pixels, labels = self.task.items[items].cpu(), self.task.items.labels[items].tolist()
-        return tuple(Neighbour(*parts) for parts in zip(items.tolist(), labels, pixels, strict=True))
+    def _neighbours(self, query: int, items: Tensor) -> tuple[Neighbour, ...]:
+        pixels = self.task.items[items].cpu() if self.task.items.has_images else [None] * len(items)
+        labels, targets = self.task.items.labels, self.task.targets(items.new_tensor([query]))
+        right = targets.is_right(labels)[0, items].tolist()
+        return tuple(
+            Neighbour(*parts) for parts in zip(items.tolist(), labels[items].tolist(), pixels, right, strict=True)
+        )
 
 
 class _WorstPerturbations:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +12,63 @@ from torch import Tensor, nn
 
 from ..training.isolation import random_stream
 from .images import ImageSet
+from .options import to_rows
 from .retrieval_task import RetrievalTask
 
-HASHED_IMAGES = 1024  #: Of a larger set, so many images are hashed, spread evenly over it.
+HASHED_IMAGES = 1024  #: Of more images, so many are hashed, spread evenly over them.
 
 
-def of_task(task: RetrievalTask, gallery_embeddings: Tensor | None = None) -> dict[str, Any]:
-    """Fingerprints of the model, the queries, the gallery, and of the embeddings if they are given, by these names."""
+def of_task(
+    task: RetrievalTask, subset: Sequence[int] | Tensor | None = None, gallery_embeddings: Any = None
+) -> dict[str, Any]:
+    """Fingerprints of the model, the queries of a subset (None: all), and the gallery, by these names.
+
+    Of a gallery whose embeddings are given no image is read; the embeddings have a fingerprint, ``gallery_embeddings``.
+    """
+    items = of_images(task.items, None if gallery_embeddings is None else torch.arange(0))
     found = {
-        "model": of_model(task.embed.model),
-        "queries": of_images(task.queries),
-        "gallery": "the queries" if task.items is task.queries else of_images(task.items),
+        "model": of_modules(task.embed.modules),
+        "queries": of_images(task.queries, to_rows(subset, len(task.queries))),
+        "gallery": {"is_the_queries": task.items is task.queries, **items},
     }
-    return found if gallery_embeddings is None else {**found, "gallery_embeddings": of_tensor(gallery_embeddings)}
+    if gallery_embeddings is not None:
+        found["gallery_embeddings"] = of_tensor(torch.as_tensor(gallery_embeddings))
+    return found
 
 
-def of_model(model: nn.Module) -> dict[str, Any]:
-    """The model's class, and a SHA-256.
+def of_modules(modules: Sequence[nn.Module]) -> dict[str, Any]:
+    """The classes of the modules that a model runs, and a SHA-256.
 
-    It is that of the names and classes of all modules, and of the names, types, shapes and values of all parameters and
-    buffers. Options that are no buffers, such as the stride of a convolution, are not part of it.
+    It is that of the names and classes of all submodules, and of the names, types, shapes and values of all parameters
+    and buffers. Options that are no buffers, such as the stride of a convolution, and code are not part of it.
     """
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        digest.update(repr((name, type(module).__name__)).encode())
-    state = {**model.state_dict(), **dict(model.named_buffers())}  # a state dict leaves some buffers out
-    for name in sorted(state):
-        digest.update(name.encode())
-        for tensor in _tensors(state[name]):
-            _add(digest, tensor)
-    return {"class": type(model).__name__, "sha256": digest.hexdigest()}
+    for module in modules:
+        for name, part in module.named_modules():
+            digest.update(repr((name, type(part).__name__)).encode())
+        state = {**module.state_dict(), **dict(module.named_buffers())}  # a state dict leaves some buffers out
+        for name in sorted(state):
+            digest.update(name.encode())
+            for tensor in _tensors(state[name]):
+                _add(digest, tensor)
+    names = [type(module).__name__ for module in modules]
+    return {"class": ", ".join(names) or "a function without modules", "sha256": digest.hexdigest()}
 
 
-def of_images(images: ImageSet) -> dict[str, Any]:
+def of_images(images: ImageSet, rows: Tensor | None = None) -> dict[str, Any]:
     """How many images there are, of how many the pixels were hashed, and the SHA-256 of all labels and these pixels.
 
-    The pixels are those that the evaluation sees, so other types or sizes of the same pictures have another hash.
+    Hashed are the images ``rows`` (None: all), or `HASHED_IMAGES` of them if there are more. Their pixels are those
+    that an attack changes, in single precision: pictures of another size have another hash.
     """
     digest = hashlib.sha256()
-    _add(digest, images.labels)
-    rows = torch.linspace(0, len(images) - 1, min(len(images), HASHED_IMAGES), dtype=torch.float64).round().long()
+    _add(digest, images.labels if images.label_sets is None else images.label_sets)
+    rows = torch.arange(len(images) * images.has_images) if rows is None else rows.cpu()
+    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), HASHED_IMAGES), dtype=torch.float64).round().long()
     with random_stream(0, 0):  # for data sets that draw random numbers
-        for row in rows.tolist():
-            _add(digest, images[[row]])
-    return {"images": len(images), "hashed": len(rows), "sha256": digest.hexdigest()}
+        for row in rows[chosen].tolist():
+            _add(digest, images[[row]].float())
+    return {"images": len(images), "hashed": len(chosen), "sha256": digest.hexdigest()}
 
 
 def of_tensor(tensor: Tensor) -> dict[str, Any]:

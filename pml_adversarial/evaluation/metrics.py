@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .embedder import batches
-from .gallery import TIE, Gallery, Ranking
+from .gallery import Gallery, Ranking
 
 PerQuery = dict[str, Tensor]
 """Name of a measure -> ``(Q,)`` in [0, 1]."""
@@ -28,7 +28,7 @@ def per_query(ranking: Ranking, recall_at: Iterable[int]) -> PerQuery:
     """
     depth = ranking.right.shape[1]
     order = torch.arange(1, depth + 1, device=ranking.right.device).expand_as(ranking.right)
-    before = torch.searchsorted(-ranking.wrong, TIE - ranking.right, right=True)
+    before = torch.searchsorted(-ranking.wrong, ranking.tie - ranking.right, right=True)
     place = order + before  # of the j-th right item in the whole list
     total = ranking.num_right.unsqueeze(1)
     found = (place <= total) & (order <= total)

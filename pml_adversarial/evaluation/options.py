@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -60,6 +61,38 @@ def to_whole_numbers(values: Any, name: str) -> list[int]:
             f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected whole numbers, in a list or a tensor."
         )
     return [int(value) for value in found.tolist()]
+
+
+def as_numbers(pair: Any) -> list[float | list[float]]:
+    """Two numbers, or two lists of numbers, in types that JSON knows."""
+    return [float(part) if isinstance(part, int | float) else [float(value) for value in part] for part in pair]
+
+
+def description_of_mask(mask: Any) -> str | None:
+    """What tells one mask from another: the hash of its values, or the name of the function."""
+    if mask is None or callable(mask):
+        return None if mask is None else getattr(mask, "__qualname__", type(mask).__qualname__)
+    return hashlib.sha256(torch.as_tensor(mask).cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:
+    """``(n, total)`` bool for the queries ``rows`` ``(n,)``, from a mask of all queries or a function; None: none."""
+    if mask is None:
+        return None
+    if callable(mask):
+        found, expected = mask(rows.clone()), (len(rows), total)
+        part = torch.as_tensor(found)
+        shape = tuple(part.shape)
+    else:
+        part = torch.as_tensor(mask)
+        shape, expected = tuple(part.shape), (max(len(part), int(rows.max()) + 1) if part.ndim else 1, total)
+    if part.dtype != torch.bool or shape != expected:
+        raise InputError(
+            f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which "
+            "items of "
+            "the gallery are meant. It may be a function of the queries' indices."
+        )
+    return (part if callable(mask) else part[rows.to(part.device)]).to(rows.device)
 
 
 def to_rows(subset: Any, total: int) -> Tensor:

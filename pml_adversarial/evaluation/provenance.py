@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _PACKAGES = ("pml-adversarial", "pytorch-metric-learning", "torchattacks")
 
@@ -20,17 +19,13 @@ def versions() -> dict[str, str]:
     return {**packages, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def surroundings(device: torch.device, embeddings: Tensor) -> dict[str, Any]:
+def surroundings(device: torch.device) -> dict[str, Any]:
     """What may change numbers although model, data and settings are the same, in types that JSON knows.
 
     Args:
         device: of the model.
-        embeddings: of the gallery, as the model gives them.
     """
     return {
-        "embeddings": {"shape": list(embeddings.shape), "dtype": str(embeddings.dtype)},
-        "autocast": _autocast(device.type),
-        "device": str(device),
         "hardware": _hardware(device),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -41,12 +36,6 @@ def surroundings(device: torch.device, embeddings: Tensor) -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(sys.orig_argv),
     }
-
-
-def _autocast(device: str) -> str | None:
-    """The type that autocast computes in; None: it is off."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return str(torch.get_autocast_dtype(device)) if is_on else None
 
 
 def _hardware(device: torch.device) -> str:

@@ -33,7 +33,7 @@ class Report(Results):
         for part in (*lists["attacks"], *lists["worst"]):
             part["intervals"] = self._intervals(part["measures"])
         intervals = {"kind": INTERVAL, "confidence": CONFIDENCE, "clean": self._intervals(self.clean)}
-        return {"schema": SCHEMA, **kept, **lists, "intervals": intervals}
+        return {"schema": SCHEMA, **kept, **lists, "notes": list(self.notes), "intervals": intervals}
 
     def _intervals(self, measures: Measures) -> dict[str, list[float]]:
         return {name: list(interval) for name, interval in self.intervals(measures).items()}
@@ -56,7 +56,7 @@ class Report(Results):
                 for part in (found, *found["attacks"], *found["worst"]):
                     del part["intervals"]  # they follow from the numbers
                 lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
-                return cls(**{**found, **lists})
+                return cls(**{**found, **lists, "notes": tuple(found["notes"])})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path} holds no report; expected the JSON that Report.save_json writes.") from error
         raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")

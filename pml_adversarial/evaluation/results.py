@@ -86,11 +86,15 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """An item of the gallery that a query found: its index, its label and its pixels ``(C, H, W)``."""
+    """An item that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
+
+    The pixels are None if the gallery has no images.
+    """
 
     item: int
     label: int
-    image: Tensor
+    image: Tensor | None
+    is_right: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +128,7 @@ class Results:
 
     Attributes:
         suite: name and version of the attacks, such as "standard-v1".
-        protocol: "leave-one-out" or "separate gallery".
+        protocol: who searches what, such as "leave-one-out" or "separate gallery".
         num_queries: how many queries were evaluated.
         num_gallery: how many items were searched.
         num_classes: how many classes the gallery has.
@@ -140,6 +144,7 @@ class Results:
         versions: of Python and the libraries.
         provenance: what was measured, and where: fingerprints of the model, the queries and the gallery (see the module
             `fingerprints`), the device, threads and flags of torch, the time and the command (see `provenance`).
+        notes: what else a reader has to know, such as attacks that were left out, and why.
         clean_flags: one character per query: "1" if the nearest item is right without attack, "0" if not.
         examples: some queries with the items that they find. They are not saved as JSON.
         attacked: eps -> ``(Q, C, H, W)`` perturbed queries: of each, the one that succeeded or was tried last. None
@@ -163,6 +168,7 @@ class Results:
     versions: Mapping[str, str]
     provenance: Mapping[str, Any]
     clean_flags: str = field(repr=False)
+    notes: tuple[str, ...] = ()
     examples: tuple[Example, ...] = field(default=(), repr=False)
     attacked: Mapping[float, Tensor] | None = field(default=None, repr=False)
 

@@ -7,38 +7,45 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attacks.checks import check_choice, check_whole
-from ..training.isolation import isolated, random_stream
-from ..training.pixels import Normalization, PixelSpace
+from ..errors import InputError
+from ..training.isolation import random_stream
+from ..training.pixels import Bounds, Normalization
 from . import attack_options, fingerprints, metrics, provenance
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
-from .embedder import embed_all
+from .distance import find_distance
+from .embedder import Embedder, plain_surroundings
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images
-from .options import NORMS, to_radii, to_recall_at, to_whole_numbers
+from .options import NORMS, as_numbers, description_of_mask, to_radii, to_recall_at, to_whole_numbers
 from .progress import progress_bar
 from .report import Report
 from .results import decode_flags
-from .retrieval_task import RetrievalTask
+from .retrieval_task import JUNK, Mask, RetrievalTask, Search
 from .suites import find_suite
 
 
 def evaluate_robustness(
-    model: nn.Module,
+    model: Any,
     queries: Images,
     gallery: Images | None = None,
     *,
     eps: float | Iterable[float],
     attacks: str | Sequence[str | RetrievalAttack] = "standard",
     norm: str = "Linf",
+    distance: Any = "cosine",
     recall_at: Sequence[int] = (1, 2, 4, 8),
     normalization: Normalization | None = None,
+    bounds: Bounds | None = None,
     subset: Sequence[int] | Tensor | None = None,
-    own: Sequence[int] | Tensor | None = None,
+    own: Sequence[int] | Tensor | str | None = None,
+    ignore: Mask = None,
+    relevant: Mask = None,
+    junk_label: int | None = JUNK,
     gallery_embeddings: Tensor | None = None,
     nmi: bool = False,
     checks: bool = True,
@@ -50,22 +57,35 @@ def evaluate_robustness(
 ) -> Report:
     """Attacks queries, and items of the gallery, and measures how well retrieval still works.
 
-    A query is robust if its nearest item is right without attack and under every attack from every start. Items are
-    compared by cosine similarity. If a wrong item is as near as the nearest right one, the query counts as failed. A
-    query that fails at one eps counts as failed at every larger eps, because the same perturbation is allowed there.
+    A query is robust if its nearest item is right without attack and under every attack from every start. If a wrong
+    item is as near as the nearest right one, the query counts as failed. A query that fails at one eps counts as failed
+    at every larger eps, because the same perturbation is allowed there.
+
+    Similarities are computed in single precision at least, whatever surrounds the call. The model runs under the
+    autocast that surrounds it, in its own type.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It is attacked in eval mode, and comes back in its own mode.
-        queries: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
+        model: images -> embeddings ``(N, D)``: a module, modules in forward order, the ``models`` of a PML trainer, or
+            any function, also one without gradient. It is attacked in eval mode, and comes back in its own mode.
+        queries: labelled images, see `images.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
+            ``(None, labels)``: items that are known by ``gallery_embeddings`` alone; they cannot be attacked.
         eps: one or more radii, in pixels of [0, 1].
         attacks: "standard", "quick", names of attacks, or attacks such as `suites.standard` returns.
-        norm: of the perturbations, "Linf" or "L2".
+        norm: of the perturbations, one of `options.NORMS`.
+        distance: how the deployed search compares embeddings: "cosine", "euclidean", "normalized_euclidean",
+            "inner_product", or a distance object of PML. Attacks, ties and checks follow it.
         recall_at: the k of R@k; 1 is always among them.
-        normalization: ``(mean, std)`` if the model takes normalised inputs. Images are given as pixels all the same.
+        normalization: ``(mean, std)`` if the model takes normalised inputs. Images may be given as pixels, or
+            normalised; then it is undone for the attack.
+        bounds: ``(low, high)`` of the inputs if they are no images; eps then counts as a share of the range.
         subset: indices of the queries to attack; None: all. Without a gallery, all queries are searched nevertheless.
         own: only with a gallery that holds queries: ``(Q,)``, for each query its index in the gallery, or -1. A query
-            never finds itself.
+            never finds itself. "same": the item with the same image.
+        ignore: items that a query never finds, as in person re-identification those of the same person and camera:
+            ``(Q, G)`` bool, or a function of the indices ``(n,)`` of some queries that gives ``(n, G)``.
+        relevant: items that are right for a query, in the same form. None: those of the same label.
+        junk_label: items of the gallery with this label are never found by any query; None: there is no such label.
         gallery_embeddings: ``(G, D)``, if the model's embeddings of the gallery are known already.
         nmi: whether to measure how well clusters of the embeddings agree with the classes (needs faiss).
         checks: whether to look for signs that the measured robustness is too high, see the module `checks`.
@@ -83,42 +103,50 @@ def evaluate_robustness(
     radii = to_radii(eps, norm)
     suite, members = find_suite(attacks)
     recall_at = to_recall_at(recall_at)
-    PixelSpace(normalization)  # checks it
+    embed = Embedder(model, normalization, bounds)
+    search = Search(distance, own, ignore, relevant, junk_label)
     settings: dict[str, Any] = {
         "eps": list(radii),
         "norm": norm,
+        "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],
         "attack_settings": [attack_options.to_json(attack) for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
+        "bounds": None if bounds is None else as_numbers(bounds),
         "subset": None if subset is None else to_whole_numbers(subset, "subset"),
-        "own": None if own is None else to_whole_numbers(own, "own"),
+        "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
+        "ignore": description_of_mask(ignore),
+        "relevant": description_of_mask(relevant),
+        "junk_label": junk_label,
         "nmi": nmi,
         "checks": checks,
         "keep_attacked": keep_attacked,
         "seed": seed,
         "batch_size": batch_size,
     }
-    with isolated(model), random_stream(seed, -1):
-        task = RetrievalTask(model, queries, gallery, norm, normalization, own)
-        measured = cache(partial(fingerprints.of_task, task, gallery_embeddings))
-        checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, task.embed.device)
-        embeddings = _gallery(task, gallery_embeddings, checkpoint, batch_size, progress)
-        task.set_gallery(embeddings)
-        origin = {**measured(), **provenance.surroundings(task.embed.device, embeddings)}
-        rows, left_out = task.rows_with_right_item(subset)
-        members = tuple(attack for attack in members if attack.num_classes <= len(task.gallery.classes))
-        evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
-        found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)
-        results = evaluator.attack_results(found)
-        clean, labels = joined(found, "clean"), task.queries.labels[rows]
-        flags = robust_flags(clean)
+    with plain_surroundings(), random_stream(seed, -1):
+        task = RetrievalTask(embed, queries, gallery, norm, search)
+        embed.probe_gradient(task.queries[:1])
+        with embed.isolated():
+            measured = cache(partial(fingerprints.of_task, task, subset, gallery_embeddings))
+            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device)
+            _embed_all(task, gallery_embeddings, checkpoint, batch_size, progress)
+            origin = {**measured(), **provenance.surroundings(embed.device)}
+            rows, left_out = task.rows_with_right_item(subset)
+            members = _able(members, task)
+            evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
+            found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)
+            results = evaluator.attack_results(found)
+            clean, labels = joined(found, "clean"), task.queries.labels[rows]
+            flags = robust_flags(clean)
+            made = run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else ()
         return Report(
             suite=suite,
-            protocol="leave-one-out" if task.leave_one_out else "separate gallery",
+            protocol=task.protocol,
             num_queries=len(rows),
             num_gallery=len(task.gallery),
-            num_classes=len(task.gallery.classes),
+            num_classes=task.num_classes,
             left_out=left_out,
             clean=means(clean),
             chance=task.gallery.chance(task.targets(rows)).mean().item(),
@@ -126,23 +154,47 @@ def evaluate_robustness(
             worst=evaluator.worst_cases(found, labels),
             collapse=metrics.collapse(task.gallery),
             nmi=evaluator.nmi_of(found, "clean", labels),
-            checks=run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else (),
-            settings={**settings, "device": str(task.embed.device)},
+            checks=made,
+            settings={**settings, "device": str(embed.device), "precision": embed.precision},
             versions=provenance.versions(),
             provenance=origin,
+            notes=tuple(task.notes),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
             attacked=evaluator.attacked(found),
         )
 
 
-def _gallery(
-    task: RetrievalTask, known: Tensor | None, checkpoint: Checkpoint, batch_size: int, progress: bool
-) -> Tensor:
-    if known is not None:
-        return task.check_embeddings(known)
-    with progress_bar(progress, len(task.items), "gallery") as bar:
-        return checkpoint.load_or_make("gallery", lambda: embed_all(task.embed, task.items, batch_size, bar.update))
+def _embed_all(task: RetrievalTask, known: Any, checkpoint: Checkpoint, batch_size: int, progress: bool) -> None:
+    """Embeds the gallery, unless its embeddings are known, and the queries."""
+    if known is None and not task.items.has_images:
+        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+    total = len(task.items) * (known is None) + len(task.queries) * (
+        known is not None or task.items is not task.queries
+    )
+    with progress_bar(progress, total, "embeddings") as bar:
+        if known is None:
+            items = checkpoint.load_or_make("gallery", lambda: task.embed_gallery(batch_size, bar.update))
+        else:
+            items = task.check_embeddings(known)
+        task.set_gallery(items)
+        if known is None and task.items is task.queries:
+            task.set_queries(items)
+        else:
+            task.set_queries(checkpoint.load_or_make("queries", lambda: task.embed_queries(batch_size, bar.update)))
+
+
+def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:
+    """The attacks that can be made on a task; the report notes which cannot."""
+    able = []
+    for attack in attacks:
+        if attack.num_classes > len(task.gallery.classes):
+            task.notes.append(f"{attack.name} is left out: it needs {attack.num_classes} classes")
+        elif attack.target == "gallery" and not task.items.has_images:
+            task.notes.append(f"{attack.name} is left out: the gallery has no images that could be attacked")
+        else:
+            able.append(attack)
+    return tuple(able)
 
 
 def _evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
-from .gallery import Targets, unit_or_zero
 
 # Scores of perturbed queries, by batch and number of the restart.
 
@@ -32,20 +32,18 @@ def targeted_score(batch: QueryBatch, restart: int) -> Score:
     nearest items of both classes are chosen anew in every step. What blocks the way to one class need not block the
     way to another, so this succeeds on some queries on which all restarts of `margin_score` fail.
     """
-    gallery, own = batch.gallery, batch.targets.own
-    wrong_class = Targets(batch.classifier().wrong_classes(restart), own)
+    gallery, wrong_class = batch.gallery, batch.targets.aimed_at(batch.classifier().wrong_classes(restart))
 
     def score(queries: Tensor) -> Tensor:
         wrong, right = (gallery.hardest(queries, targets)[1] for targets in (wrong_class, batch.targets))
-        return (unit_or_zero(queries) * (gallery.embeddings[wrong] - gallery.embeddings[right])).sum(1)
+        return gallery.lead(queries, wrong, right)
 
     return score
 
 
 def shift_score(batch: QueryBatch, restart: int) -> Score:
     """How far the embedding is from that of the clean query, whatever the gallery holds."""
-    origin = unit_or_zero(batch.clean)
-    return lambda queries: (unit_or_zero(queries) - origin).square().sum(1)
+    return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
 
 
 Perturb = Callable[[QueryBatch, float, int], Tensor]
@@ -69,8 +67,10 @@ def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> P
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
-        make: called with the classifier and ``eps``, ``norm`` and ``seed``.
-        targets: how many of the most similar wrong classes are targeted, for attacks that take ``n_classes``.
+        make: a class of torchattacks, or one with options bound. It is called with the classifier and with those of
+            ``eps``, ``norm``, ``seed`` and ``n_classes`` that it takes. Whatever it returns is held to the budget.
+        targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
+            ``n_classes``.
     """
     return partial(fool_classifier, make=make, targets=targets)
 
@@ -79,15 +79,23 @@ def fool_classifier(
     batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
 ) -> Tensor:
     """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
-    found = batch.images.clone()
+    taken, found = _taken(make), batch.images.clone()
     for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
         part = batch[rows]
         model = part.classifier()
         options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
-        if targets is not None:
-            options["n_classes"] = min(model.num_classes, targets + 1)
+        options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
+        options = {name: value for name, value in options.items() if taken(name)}
         found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
     return found
+
+
+def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
+    """Which of the names of `classifier_attack` a maker takes and has not bound to a value."""
+    parameters = inspect.signature(make).parameters
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    bound = make.keywords if isinstance(make, partial) else {}
+    return lambda name: (name in parameters or (any_name and name != "n_classes")) and name not in bound
 
 
 # Attacks on the gallery: which item is perturbed, and to what end.
@@ -105,14 +113,12 @@ def nearest_right(batch: QueryBatch, restart: int) -> Tensor:
 
 def promotion(batch: QueryBatch) -> Score:
     """How similar the item is to the query."""
-    query = unit_or_zero(batch.clean)
-    return lambda items: (unit_or_zero(items) * query).sum(1)
+    return lambda items: batch.gallery.similarity_of_items(batch.clean, items)
 
 
 def demotion(batch: QueryBatch) -> Score:
     """How dissimilar the item is to the query."""
-    query = unit_or_zero(batch.clean)
-    return lambda items: -(unit_or_zero(items) * query).sum(1)
+    return lambda items: -batch.gallery.similarity_of_items(batch.clean, items)
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
@@ -171,7 +177,7 @@ def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tup
         name, make = SUITES[attacks]
         return name, make()
     known = attacks_by_name()
-    members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else a for a in attacks)
+    members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else _as_attack(a) for a in attacks)
     names = [getattr(attack, "name", None) for attack in members]
     kinds_fit = all(isinstance(attack, RetrievalAttack) for attack in members)
     if not members or not kinds_fit or len(set(names)) < len(names):
@@ -181,6 +187,14 @@ def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tup
             f"{', '.join(known)}."
         )
     return "custom", members
+
+
+def _as_attack(attack: Any) -> Any:
+    """An attack on queries of a class of torchattacks, or of one with options bound; anything else as it is."""
+    kind = attack.func if isinstance(attack, partial) else attack
+    if isinstance(kind, type) and issubclass(kind, torchattacks.attack.Attack):
+        return QueryAttack(kind.__name__, classifier_attack(attack))
+    return attack
 
 
 def attacks_by_name() -> dict[str, RetrievalAttack]:

@@ -22,14 +22,15 @@ def table(results: Results) -> str:
         lines = _table(results, ["recall_at_1"])
     interval = f"[{100 * CONFIDENCE:.0f} % interval, {INTERVAL}]"
     setting = (
-        f"{results.suite}, {results.settings.get('norm', '')}, {results.protocol}: {results.num_queries} queries, "
-        f"{results.num_gallery} items of {results.num_classes} classes; percent {interval}; "
-        f"chance {100 * results.chance:.1f}"
+        f"{results.suite}, {results.settings.get('norm', '')}, {results.settings.get('distance', '')}, "
+        f"{results.protocol}: {results.num_queries} queries, {results.num_gallery} items of {results.num_classes} "
+        f"classes; percent {interval}; chance {100 * results.chance:.1f}; {results.settings.get('precision', '')}"
     )
     signs = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results.collapse.items())
     embedding = f"embedding: {signs}" + ("" if results.nmi is None else f"; NMI {100 * results.nmi:.1f}")
     checks = [f"[{_CHECK[check.passed]}] {check.name}: {check.message}" for check in results.checks]
-    return "\n".join([*lines, "", setting, embedding, *checks])
+    notes = [f"note: {note}" for note in results.notes]
+    return "\n".join([*lines, "", setting, *notes, embedding, *checks])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

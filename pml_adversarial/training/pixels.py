@@ -17,6 +17,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 Bounds = tuple[float | Sequence[float], float | Sequence[float]]
 """The lowest and the highest value of an input: a number, or one for each channel."""
 
+_OVERSHOOT = 0.25  # beyond [0, 1]: more than resizing, sharpening and usual noise add
 _TOLERANCE = 1e-4  # beyond [0, 1]: a fortieth of an 8-bit level. Coarse types may exceed it by a few rounding errors
 
 
@@ -88,14 +89,18 @@ class PixelSpace:
                 f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
                 "more per row. Pass images as a dense tensor (N, C, ...)."
             )
-        pixels = inputs
-        if not self._is_identity:
-            pixels = inputs * self._spread(self._scale, inputs) + self._spread(self._shift, inputs)
+        pixels = self.scaled(inputs)
         low, high = torch.stack(torch.aminmax(pixels)).tolist() if pixels.numel() else (0.0, 0.0)
         tolerance = max(_TOLERANCE, 4 * torch.finfo(pixels.dtype).eps)
         if not -tolerance <= low <= high <= 1 + tolerance:
             raise InputError(self._explain(inputs, pixels, low, high))
         return pixels.clamp(0, 1)
+
+    def scaled(self, inputs: Tensor) -> Tensor:
+        """The same without a check of what comes out."""
+        if self._is_identity:
+            return inputs
+        return inputs * self._spread(self._scale, inputs) + self._spread(self._shift, inputs)
 
     def to_inputs(self, pixels: Tensor) -> Tensor:
         """Converts pixels ``(N, ...)`` to inputs of the model, of the same shape."""
@@ -142,6 +147,13 @@ class PixelSpace:
                 f"The model's inputs range from {float(least):.3g} to {float(most):.3g}, beyond "
                 f"bounds={self.bounds!r}. Give bounds that hold all inputs, or clamp the inputs to them."
             )
+        if self.normalization is None and is_overshoot(low, high):
+            return (
+                f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. Resizing by "
+                "bicubic "
+                "or Lanczos filters, sharpening and noise give values a little beyond: clamp the images after it, "
+                "images.clamp(0, 1)."
+            )
         if self.normalization is None:
             return (
                 f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. If they are "
@@ -150,8 +162,15 @@ class PixelSpace:
             )
         return (
             f"With normalization={self.normalization} undone, the inputs range from {low:.3g} to {high:.3g}; expected "
-            "pixels in [0, 1]. Pass the mean and std with which the inputs were normalised."
+            "pixels in [0, 1]. Pass the mean and std with which the inputs were normalised. If they are those, a step "
+            "after the normalisation makes other values, such as random erasing or noise: clamp its output, between "
+            "(0 - mean) / std and (1 - mean) / std."
         )
+
+
+def is_overshoot(low: float, high: float) -> bool:
+    """Whether values from ``low`` to ``high`` are outside of [0, 1] by so little that a filter may have made them."""
+    return -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT and (low < 0 or high > 1)
 
 
 def _numbers(pair: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from notes import Notes
-from query_batches import images_of, network
+from query_batches import embedded, images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
@@ -95,10 +95,10 @@ class TestGoesOn:
             "gallery.pt",
         ]
 
-    def test_a_finished_run_asks_the_model_nothing(self, tmp_path):
+    def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
         model = network()
         first = evaluated(tmp_path, model)
-        handle = interrupt_after(0, model)
+        handle = interrupt_after(2, model)
         again = evaluated(tmp_path, model)
         handle.remove()
         assert_same(first, again)
@@ -174,15 +174,15 @@ class TestBelongsToOneEvaluation:
             ({"batch_size": 8}, "batch_size"),
             ({"seed": 1}, "seed"),
             ({"recall_at": (1, 3)}, "recall_at"),
-            ({"subset": [1, 2]}, "subset"),
+            ({"subset": [1, 2]}, "subset, queries"),
             ({"keep_attacked": False}, "keep_attacked"),
             ({"normalization": ([0.0], [1.0])}, "normalization"),
             ({"attacks": ATTACKS[:1]}, "attacks, attack_settings"),
             ({"attacks": quick(steps=5, restarts=2)}, "attack_settings"),
             ({"attacks": quick(steps=4, restarts=3)}, "attack_settings"),
             ({"model": network(6)}, "model"),
-            ({"queries": images_of(seed=1)}, "queries"),
-            ({"queries": (images_of()[0], images_of()[1].flip(0))}, "queries"),
+            ({"queries": images_of(seed=1)}, "queries, gallery"),
+            ({"queries": (images_of()[0], images_of()[1].flip(0))}, "queries, gallery"),
             ({"gallery": images_of(seed=1)}, "gallery"),
         ],
     )
@@ -192,18 +192,18 @@ class TestBelongsToOneEvaluation:
             evaluated(tmp_path, **changed)
 
     def test_other_known_embeddings_are_refused(self, tmp_path):
-        known = torch.randn(24, 6)
+        known = embedded(network(), images_of(seed=1)[0])
         evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=known)
         with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
             evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=-known)
-        with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
+        with pytest.raises(InputError, match="another evaluation: gallery, gallery_embeddings differ"):
             evaluated(tmp_path, gallery=images_of(seed=1))
 
     def test_one_changed_image_among_few_is_noticed(self, tmp_path):
         evaluated(tmp_path)
         images, labels = images_of()
         images[11, 0, 2, 3] = 0.123
-        with pytest.raises(InputError, match="queries differ"):
+        with pytest.raises(InputError, match="queries, gallery differ"):
             evaluated(tmp_path, queries=(images, labels))
 
     @pytest.mark.parametrize("note", ["", "{", "[]", "3", '{"eps": [0.1]}', "\x00"])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from pml_adversarial.evaluation import fingerprints
+from pml_adversarial.evaluation.embedder import Embedder
 from pml_adversarial.evaluation.images import ImageSet
 from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 
@@ -32,8 +33,12 @@ def changed(change):
     return model
 
 
-def of_images(images, labels):
-    return fingerprints.of_images(ImageSet((images, labels), CPU, "queries"))
+def of_model(model):
+    return fingerprints.of_modules((model,))
+
+
+def of_images(images, labels, rows=None):
+    return fingerprints.of_images(ImageSet((images, labels), CPU, "queries"), rows)
 
 
 class TestModel:
@@ -52,7 +57,7 @@ class TestModel:
         ],
     )
     def test_a_change_is_noticed(self, change):
-        assert fingerprints.of_model(changed(change)) != fingerprints.of_model(network())
+        assert of_model(changed(change)) != of_model(network())
 
     @pytest.mark.parametrize(
         "change",
@@ -66,19 +71,19 @@ class TestModel:
         ],
     )
     def test_what_does_not_count(self, change):
-        assert fingerprints.of_model(changed(change)) == fingerprints.of_model(network())
+        assert of_model(changed(change)) == of_model(network())
 
     def test_names_count(self):
         one, other = nn.Linear(2, 2), nn.Linear(2, 2)
         first, second = nn.ModuleDict({"a": one, "b": other}), nn.ModuleDict({"b": one, "a": other})
-        assert fingerprints.of_model(first) != fingerprints.of_model(second)
+        assert of_model(first) != of_model(second)
 
     def test_buffers_that_no_state_dict_holds_count(self):
-        assert fingerprints.of_model(Buffered(1.0)) != fingerprints.of_model(Buffered(2.0))
+        assert of_model(Buffered(1.0)) != of_model(Buffered(2.0))
 
     def test_of_a_copy_it_is_the_same_and_names_the_class(self):
-        found = fingerprints.of_model(network())
-        assert found == fingerprints.of_model(copy.deepcopy(network()))
+        found = of_model(network())
+        assert found == of_model(copy.deepcopy(network()))
         assert found["class"] == "Sequential"
         assert len(found["sha256"]) == 64
 
@@ -87,7 +92,7 @@ class TestModel:
         models = [nn.Sequential(nn.Linear(3, 3)) for _ in range(2)]
         models[1].load_state_dict({**models[0].state_dict(), "0.bias": torch.zeros(3)})
         quantised = [torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, dtype=torch.qint8) for m in models]
-        assert fingerprints.of_model(quantised[0]) != fingerprints.of_model(quantised[1])
+        assert of_model(quantised[0]) != of_model(quantised[1])
 
 
 class TestImages:
@@ -101,7 +106,7 @@ class TestImages:
             other[row, 0, 2, 3] += 1e-6
             names[row] = 9
             assert of_images(other, labels) != found != of_images(images, names)
-        assert of_images(images.double(), labels) != found
+        assert of_images(images.double(), labels) == found  # an attack sees both in the model's type
         assert of_images(images.reshape(24, 1, 4, 9), labels) != found
 
     def test_of_a_large_set_all_labels_and_images_that_are_spread_evenly(self, monkeypatch):
@@ -117,6 +122,30 @@ class TestImages:
             assert of_images(images, names) != found
             noticed += [row] * (of_images(other, labels) != found)
         assert noticed == [0, 6, 12, 17, 23]
+
+    def test_of_some_rows_and_all_labels(self):
+        images, labels = images_of()
+        found = of_images(images, labels, torch.tensor([20, 3]))
+        assert (found["images"], found["hashed"]) == (24, 2)
+        assert found != of_images(images, labels, torch.tensor([3, 20]))
+        for row in range(24):
+            other, names = images.clone(), labels.clone()
+            other[row] = 0.5
+            names[row] = 9
+            assert (of_images(other, labels, torch.tensor([20, 3])) != found) == (row in (20, 3))
+            assert of_images(images, names, torch.tensor([20, 3])) != found
+
+    def test_of_labels_alone(self):
+        images, labels = images_of()
+        found = of_images(None, labels)
+        assert (found["images"], found["hashed"]) == (24, 0)
+        assert found == of_images(images, labels, torch.arange(0)) != of_images(None, labels.flip(0))
+
+    def test_of_several_labels_per_image(self):
+        images, sets = images_of()[0], torch.eye(4)[torch.arange(24) % 4]
+        found = of_images(images, sets)
+        assert found == of_images(images, sets.bool())
+        assert found != of_images(images, sets.flip(1))  # the same combinations, of other labels
 
     def test_is_that_of_the_bytes(self):
         """By hand: of labels, then of each image, the type, the shape and the values."""
@@ -187,19 +216,33 @@ def test_of_a_file(tmp_path, size):
 
 
 class TestTask:
-    def test_the_gallery_is_named_if_it_is_the_queries(self):
-        images, model = images_of(), network()
-        found = fingerprints.of_task(RetrievalTask(model, images, None, "Linf", None))
-        assert found == {
-            "model": fingerprints.of_model(model),
-            "queries": of_images(*images),
-            "gallery": "the queries",
-        }
+    def task(self, gallery=None):
+        return RetrievalTask(Embedder(network()), images_of(), gallery)
 
-    def test_a_gallery_and_embeddings_that_are_given(self):
+    def test_of_model_queries_and_gallery(self):
+        items = images_of(30, seed=1)
+        for gallery, searched in ((None, images_of()), (items, items)):
+            assert fingerprints.of_task(self.task(gallery)) == {
+                "model": of_model(network()),
+                "queries": of_images(*images_of()),
+                "gallery": {"is_the_queries": gallery is None, **of_images(*searched)},
+            }
+
+    def test_of_a_subset_all_images_that_are_attacked(self):
+        found = fingerprints.of_task(self.task(), [5, 2])
+        assert found["queries"] == of_images(*images_of(), torch.tensor([5, 2]))
+        assert found["gallery"]["sha256"] == of_images(*images_of())["sha256"]
+
+    def test_of_embeddings_that_are_given_in_place_of_images(self):
         known, items = torch.rand(30, 6), images_of(30, seed=1)
-        task = RetrievalTask(network(), images_of(), items, "Linf", None)
-        found = fingerprints.of_task(task, known)
-        assert list(found) == ["model", "queries", "gallery", "gallery_embeddings"]
-        assert found["gallery"] == of_images(*items)
-        assert found["gallery_embeddings"] == fingerprints.of_tensor(known)
+        for embeddings in (known, known.numpy()):
+            found = fingerprints.of_task(self.task(items), None, embeddings)
+            assert found["gallery"] == {"is_the_queries": False, **of_images(None, items[1])}
+            assert found["gallery_embeddings"] == fingerprints.of_tensor(known)
+
+    def test_of_a_function_its_modules(self):
+        model = network().eval()
+        task = RetrievalTask(Embedder(lambda images: model(images) + 1), images_of(), None)
+        assert fingerprints.of_task(task)["model"] == of_model(model)
+        task = RetrievalTask(Embedder(lambda images: images.flatten(1)), images_of(), None)
+        assert fingerprints.of_task(task)["model"]["class"] == "a function without modules"

@@ -70,7 +70,7 @@ class TestNearest:
         own = torch.tensor([4, 17, 0, -1])
         queries = torch.cat([embeddings[own[:3]], some(1, 1)])
         for block in (1, 4, 8192):
-            found = Gallery(embeddings, torch.arange(30) % 3, block).nearest(queries, own, 6)
+            found = Gallery(embeddings, torch.arange(30) % 3, block).nearest(queries, Targets(own, own), 6)
             for row, query in enumerate(queries):
                 near = by_loops.similarities(query, int(own[row]), embeddings)
                 assert found[row].tolist() == sorted(near, key=lambda j: -near[j])[:6]
@@ -78,7 +78,9 @@ class TestNearest:
             assert found[1, 0] == 4
 
     def test_no_more_than_there_are(self):
-        assert Gallery(some(4), torch.arange(4)).nearest(some(2, 1), torch.tensor([0, 1]), 3).shape == (2, 3)
+        assert Gallery(some(4), torch.arange(4)).nearest(
+            some(2, 1), Targets(*torch.tensor([[0, 1], [0, 1]])), 3
+        ).shape == (2, 3)
 
 
 class TestHardest:

@@ -1,7 +1,6 @@
 """A report is enough to measure again: in a fresh process, from its JSON, on the model and images that it names."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
+from pytorch_metric_learning.distances import LpDistance
 from query_batches import images_of, network
 
 from pml_adversarial.errors import InputError
@@ -33,6 +33,11 @@ model.load_state_dict(torch.load("model.pt", weights_only=True))
 queries, gallery = torch.load("images.pt", weights_only=True)
 repeat(report, model, queries, gallery).save_json("again.json")
 """
+
+
+def near(labels, rows):
+    """Right is what has the same label, or the next one."""
+    return (labels[rows].unsqueeze(1) - labels).abs() <= 1
 
 
 def numbers(report):
@@ -111,6 +116,21 @@ class TestSameNumbers:
         with pytest.raises(InputError, match=r"measured: gallery_embeddings: found \{"):
             repeat(report, model, (images, labels), items, gallery_embeddings=known + 1)
 
+    def test_a_distance_of_pml_and_masks_are_passed_again(self, tmp_path):
+        images, own = images_of(), torch.arange(24)
+        given = {
+            "distance": LpDistance(p=1),
+            "ignore": (own.unsqueeze(1) - own).abs() == 1,
+            "relevant": partial(near, images[1]),
+        }
+        report = evaluate_robustness(network(), images, eps=0.05, attacks=quick(2, 1), checks=False, **given)
+        report = through_json(report, tmp_path)
+        assert numbers(repeat(report, network(), images, **given)) == numbers(report)
+        with pytest.raises(InputError, match=r"report's distance is LpDistance.*Pass it as distance="):
+            repeat(report, network(), images)
+        with pytest.raises(InputError, match=r"measured: ignore: found None, .*; relevant: found None, the report has"):
+            repeat(report, network(), images, distance=given["distance"])
+
     def test_attacks_of_the_user_are_passed_again(self, tmp_path):
         options = {"eps": 0.1, "attacks": [MINE, *quick(2, 1)], "checks": False}
         report = through_json(evaluate_robustness(network(), images_of(), **options), tmp_path)
@@ -150,8 +170,8 @@ class TestRefusals:
         ("model", "queries", "gallery", "differ"),
         [
             (network(6), images_of(), None, ["model"]),
-            (network(), images_of(seed=1), None, ["queries"]),
-            (network(), (images_of()[0], images_of()[1].flip(0)), None, ["queries"]),
+            (network(), images_of(seed=1), None, ["queries", "gallery"]),
+            (network(), (images_of()[0], images_of()[1].flip(0)), None, ["queries", "gallery"]),
             (network(), images_of(), images_of(), ["gallery"]),
             (network(6), images_of(seed=1), images_of(), ["model", "queries", "gallery"]),
         ],
@@ -162,17 +182,28 @@ class TestRefusals:
         found = [part.split(":")[0] for part in str(raised.value).split("measured: ")[1].split("; ")]
         assert found == differ
         for name in differ:
-            expected = report.provenance[name]
-            assert (expected if name == "gallery" else expected["sha256"]) in str(raised.value)
+            assert report.provenance[name]["sha256"] in str(raised.value)
 
-    def test_settings_that_this_version_does_not_have(self, report):
-        unknown = dataclasses.replace(report, settings={**report.settings, "a_later_one": 3})
-        with pytest.raises(InputError, match=r"settings a_later_one, which this version does not have"):
-            repeat(unknown, network(), images_of())
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"distance": "euclidean"}, "distance: found euclidean, the report has cosine"),
+            ({"ignore": torch.eye(24).bool()}, r"ignore: found \w+, the report has None"),
+            ({"relevant": lambda rows: None}, "relevant: found .*<lambda>, the report has None"),
+        ],
+    )
+    def test_another_search_is_refused(self, report, given, message):
+        with pytest.raises(InputError, match=f"not what the report measured: {message}"):
+            repeat(report, network(), images_of(), **given)
 
-    def test_a_report_without_attack_settings(self, report, tmp_path):
-        found = report.to_dict()
-        del found["settings"]["attack_settings"]
-        (tmp_path / "report.json").write_text(json.dumps(found))
-        with pytest.raises(InputError, match="The report does not say attack_settings"):
-            repeat(Report.load_json(tmp_path / "report.json"), network(), images_of())
+    def test_another_precision_is_refused(self, report):
+        message = "precision: found float32 -> bfloat16, autocast cpu torch.bfloat16, the report has float32 -> float32"
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=message):
+            repeat(report, network(), images_of())
+
+    @pytest.mark.parametrize("change", [{"a_later_one": 3}, {"eps": None}])
+    def test_settings_that_this_version_does_not_have(self, report, change):
+        settings = {key: value for key, value in {**report.settings, **change}.items() if key not in change or value}
+        message = rf"differ in the settings {next(iter(change))}\. Install the version that .*pml-adversarial"
+        with pytest.raises(InputError, match=message):
+            repeat(dataclasses.replace(report, settings=settings), network(), images_of())

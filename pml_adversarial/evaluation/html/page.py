@@ -9,6 +9,8 @@ from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..binomial import CONFIDENCE
 from ..results import INTERVAL, TARGETS, Example, Neighbour, Results, WorstCase, heading
 from .charts import Line, chart, radius
@@ -114,15 +116,16 @@ def _pictures(example: Example) -> dict[str, Any]:
             picture(visible(example.perturbed), f"{query}, perturbed", "perturbed"),
             picture(difference, changed, f"difference \u00d7 {factor}"),
         ],
-        "found": {title: [_thumbnail(item, example.label) for item in items] for title, items in found.items()},
+        "found": {title: [_thumbnail(item) for item in items] for title, items in found.items()},
     }
 
 
-def _thumbnail(item: Neighbour, label: int) -> tuple[bool, dict[str, Any]]:
-    """Whether an item is right for a query with this label, and its picture."""
-    right = item.label == label
-    description = f"item {item.item}, label {item.label}, {'right' if right else 'wrong'}"
-    return right, picture(small(visible(item.image), _THUMBNAIL), description, f"{'✓' if right else '✗'} {item.label}")
+def _thumbnail(item: Neighbour) -> tuple[bool, dict[str, Any]]:
+    """Whether an item is right, and its picture: white if it has none."""
+    image = torch.ones(1, 1, 1) if item.image is None else item.image
+    description = f"item {item.item}, label {item.label}, {'right' if item.is_right else 'wrong'}"
+    caption = f"{'✓' if item.is_right else '✗'} {item.label}"
+    return item.is_right, picture(small(visible(image), _THUMBNAIL), description, caption)
 
 
 def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
