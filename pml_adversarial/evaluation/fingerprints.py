@@ -12,23 +12,20 @@ from torch import Tensor, nn
 
 from ..training.isolation import random_stream
 from .images import ImageSet
-from .options import to_rows
 from .retrieval_task import RetrievalTask
 
 HASHED_IMAGES = 1024  #: Of more images, so many are hashed, spread evenly over them.
 
 
-def of_task(
-    task: RetrievalTask, subset: Sequence[int] | Tensor | None = None, gallery_embeddings: Any = None
-) -> dict[str, Any]:
-    """Fingerprints of the model, the queries of a subset (None: all), and the gallery, by these names.
+def of_task(task: RetrievalTask, rows: Tensor, gallery_embeddings: Any = None) -> dict[str, Any]:
+    """Fingerprints of the model, the queries ``rows`` ``(n,)``, and the gallery, by these names.
 
     Of a gallery whose embeddings are given no image is read; the embeddings have a fingerprint, ``gallery_embeddings``.
     """
     items = of_images(task.items, None if gallery_embeddings is None else torch.arange(0))
     found = {
         "model": of_modules(task.embed.modules),
-        "queries": of_images(task.queries, to_rows(subset, len(task.queries))),
+        "queries": of_images(task.queries, rows),
         "gallery": {"is_the_queries": task.items is task.queries, **items},
     }
     if gallery_embeddings is not None:

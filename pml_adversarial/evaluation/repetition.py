@@ -71,7 +71,7 @@ def repeat(
     search = Search(own=settings["own"], junk_label=settings["junk_label"], **given)
     with plain_surroundings(), random_stream(settings["seed"], -1):
         task = RetrievalTask(embed, queries, gallery, settings["norm"], search)
-        found = fingerprints.of_task(task, settings["subset"], gallery_embeddings)
+        found = fingerprints.of_task(task, task.rows(settings["subset"]), gallery_embeddings)
     found |= {"precision": embed.precision, "distance": find_distance(given["distance"]).name}
     found |= {name: description_of_mask(given[name]) for name in ("ignore", "relevant")}
     _check_same(found, report)

@@ -46,7 +46,7 @@ from . import binomial
 from .distance import check_unit_length
 from .embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
 from .images import Images, ImageSet
-from .options import check_probability, to_radii, to_rows
+from .options import check_probability, to_radii
 from .progress import progress_bar
 from .retrieval_task import JUNK, Mask, RetrievalTask, Search
 
@@ -233,12 +233,12 @@ def certify(
     with plain_surroundings(), random_stream(seed, -2):
         search = Search(distance, own, ignore, relevant, junk_label)
         task = RetrievalTask(embed, queries, gallery, "L2", search)
-    rows = to_rows(subset, len(task.queries)).to(embed.device)
+    rows = task.rows(subset)
     radius, lipschitz = torch.zeros(2, len(rows), dtype=torch.float64, device=embed.device)
     right = torch.zeros(len(rows), dtype=torch.bool, device=embed.device)
     with embed.isolated(), torch.no_grad():
         with random_stream(seed, len(task.queries)):
-            items = _items(task, gallery_embeddings, sigma, gallery_samples, batch_size)
+            items = _items(task, rows, gallery_embeddings, sigma, gallery_samples, batch_size)
         has_right_item = _has_right_item(task, rows, samples, alpha)
         with progress_bar(progress, int(has_right_item.sum()), "certify") as bar:
             for place in has_right_item.nonzero().flatten().tolist():
@@ -257,7 +257,9 @@ def certify(
     return Certificate(radius, lipschitz, right, has_right_item, items, *settings, queries=rows)
 
 
-def _items(task: RetrievalTask, known: Tensor | None, sigma: float, gallery_samples: int, batch_size: int) -> Tensor:
+def _items(
+    task: RetrievalTask, rows: Tensor, known: Tensor | None, sigma: float, gallery_samples: int, batch_size: int
+) -> Tensor:
     """``(G, D)`` unit vectors of the gallery in double precision, which the task then searches."""
     if known is None and not task.items.has_images:
         raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
@@ -266,8 +268,8 @@ def _items(task: RetrievalTask, known: Tensor | None, sigma: float, gallery_samp
     else:
         items = _unit(task.check_embeddings(known))
     task.set_gallery(items)
-    if not task.leave_one_out or task.finds_own:
-        task.set_queries(task.embed_queries(batch_size))
+    if task.finds_own:
+        task.set_queries(rows, task.embed_queries(rows, batch_size))
     return items
 
 

@@ -69,7 +69,7 @@ def bench_of(model, images, norm="Linf", gallery=None):
     task.embed.probe_gradient(task.queries[:1])
     with torch.no_grad():
         task.set_gallery(task.embed(task.items[:]))
-        task.set_queries(task.embed(task.queries[:]))
+        task.set_queries(task.rows(None), task.embed(task.queries[:]))
     return task
 
 

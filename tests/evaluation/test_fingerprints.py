@@ -222,27 +222,27 @@ class TestTask:
     def test_of_model_queries_and_gallery(self):
         items = images_of(30, seed=1)
         for gallery, searched in ((None, images_of()), (items, items)):
-            assert fingerprints.of_task(self.task(gallery)) == {
+            assert fingerprints.of_task(self.task(gallery), torch.arange(24)) == {
                 "model": of_model(network()),
                 "queries": of_images(*images_of()),
                 "gallery": {"is_the_queries": gallery is None, **of_images(*searched)},
             }
 
     def test_of_a_subset_all_images_that_are_attacked(self):
-        found = fingerprints.of_task(self.task(), [5, 2])
+        found = fingerprints.of_task(self.task(), torch.tensor([5, 2]))
         assert found["queries"] == of_images(*images_of(), torch.tensor([5, 2]))
         assert found["gallery"]["sha256"] == of_images(*images_of())["sha256"]
 
     def test_of_embeddings_that_are_given_in_place_of_images(self):
         known, items = torch.rand(30, 6), images_of(30, seed=1)
         for embeddings in (known, known.numpy()):
-            found = fingerprints.of_task(self.task(items), None, embeddings)
+            found = fingerprints.of_task(self.task(items), torch.arange(24), embeddings)
             assert found["gallery"] == {"is_the_queries": False, **of_images(None, items[1])}
             assert found["gallery_embeddings"] == fingerprints.of_tensor(known)
 
     def test_of_a_function_its_modules(self):
         model = network().eval()
         task = RetrievalTask(Embedder(lambda images: model(images) + 1), images_of(), None)
-        assert fingerprints.of_task(task)["model"] == of_model(model)
+        assert fingerprints.of_task(task, torch.arange(24))["model"] == of_model(model)
         task = RetrievalTask(Embedder(lambda images: images.flatten(1)), images_of(), None)
-        assert fingerprints.of_task(task)["model"]["class"] == "a function without modules"
+        assert fingerprints.of_task(task, torch.arange(24))["model"]["class"] == "a function without modules"

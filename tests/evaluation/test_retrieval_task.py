@@ -130,19 +130,19 @@ class TestRowsWithRightItem:
 
     def test_leave_one_out_a_label_has_to_occur_twice(self):
         task = self.made([5, 6, 5, 7, 8, 8])
-        rows, left_out = task.rows_with_right_item(None)
+        rows, left_out = task.with_right_item(task.rows(None))
         assert (rows.tolist(), left_out) == ([0, 2, 4, 5], 2)
-        rows, left_out = task.rows_with_right_item([4, 3, 0])
+        rows, left_out = task.with_right_item(task.rows([4, 3, 0]))
         assert (rows.tolist(), left_out) == ([4, 0], 1)
         with pytest.raises(InputError, match=r"None of 2 queries has a right item .* expected .* at least twice\."):
-            task.rows_with_right_item([1, 3])
+            task.with_right_item(task.rows([1, 3]))
 
     def test_in_another_gallery_once(self):
         task = self.made([5, 6, 5, 7], torch.tensor([6, 8, 8, 5]))
-        rows, left_out = task.rows_with_right_item(None)
+        rows, left_out = task.with_right_item(task.rows(None))
         assert (rows.tolist(), left_out) == ([0, 1, 2], 1)
         with pytest.raises(InputError, match=r"None of 1 queries has a right item .* that occur there\.$"):
-            task.rows_with_right_item([3])
+            task.with_right_item(task.rows([3]))
 
 
 class TestBatch:

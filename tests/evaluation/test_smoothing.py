@@ -350,7 +350,7 @@ class TestCertify:
         images[:, 0, 1, 1] = 1
         both = images, torch.tensor([0, 1])
         certified(Watched(), both, both, gallery_samples=0)
-        noise = torch.cat(seen[3:]) - 1  # the first are a probe, the items and the queries, without noise
+        noise = torch.cat(seen[2:]) - 1  # the first are a probe and the items, without noise
         assert len(noise) == 2 * (300 + 2000)
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(SIGMA, rel=0.05)
