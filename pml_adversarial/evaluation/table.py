@@ -20,17 +20,19 @@ def table(results: Results) -> str:
     lines = _table(results, list(filter(is_rate, results.clean)))
     if len(lines[0]) > _WIDTH:
         lines = _table(results, ["recall_at_1"])
-    interval = f"[{100 * CONFIDENCE:.0f} % interval, {INTERVAL}]"
     setting = (
         f"{results.suite}, {results.settings.get('norm', '')}, {results.settings.get('distance', '')}, "
         f"{results.protocol}: {results.num_queries} queries, {results.num_gallery} items of {results.num_classes} "
-        f"classes; percent {interval}; chance {100 * results.chance:.1f}; {results.settings.get('precision', '')}"
+        f"classes; chance {100 * results.chance:.1f}; {results.settings.get('precision', '')}"
+    )
+    units = (
+        f"percent; in brackets: {100 * CONFIDENCE:.0f} % confidence interval of a rate over the queries ({INTERVAL})"
     )
     signs = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results.collapse.items())
     embedding = f"embedding: {signs}" + ("" if results.nmi is None else f"; NMI {100 * results.nmi:.1f}")
     checks = [f"[{_CHECK[check.passed]}] {check.name}: {check.message}" for check in results.checks]
     notes = [f"note: {note}" for note in results.notes]
-    return "\n".join([*lines, "", setting, *notes, embedding, *checks])
+    return "\n".join([*lines, "", setting, units, *notes, embedding, *checks])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,7 +24,19 @@ def workplace(tmp_path, monkeypatch):
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).state_dict(), "weights.pt")
     images = numpy.random.default_rng(0).random((12, 6, 6))
     numpy.savez("queries.npz", images=images, labels=numpy.arange(12) % 2)
-    options = ["--eps", "0.02,0.2", "--attacks", "margin,square", "--limit", "9", "--seed", "3", "--batch-size", "4"]
+    options = [
+        "--eps",
+        "0.02,0.2",
+        "--attacks",
+        "shift",
+        "--limit",
+        "9",
+        "--no-checks",
+        "--seed",
+        "3",
+        "--batch-size",
+        "4",
+    ]
     result = run("evaluate", *INPUTS, *options)
     assert result.exit_code == 0, result.output
     return tmp_path

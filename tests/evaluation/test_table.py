@@ -68,8 +68,8 @@ class TestTable:
             nmi=0.5,
         )
         assert table(made).splitlines()[19:] == [
-            "standard-v1, L2, cosine, leave-one-out: 12345 queries, 23456 items of 17 classes; "
-            "percent [95 % interval, Clopper-Pearson]; chance 21.7; half",
+            "standard-v1, L2, cosine, leave-one-out: 12345 queries, 23456 items of 17 classes; chance 21.7; half",
+            "percent; in brackets: 95 % confidence interval of a rate over the queries (Clopper-Pearson)",
             "note: odd",
             "embedding: mean similarity 0.432, effective rank 12.3; NMI 50.0",
             "[ok] one: fine",
@@ -99,7 +99,7 @@ class TestTable:
 
     @pytest.mark.parametrize(("nmi", "shown"), [(0.0, "; NMI 0.0"), (None, "effective rank 12.3")])
     def test_an_nmi_is_shown_if_it_was_measured(self, nmi, shown):
-        assert table(report(nmi=nmi)).splitlines()[20].endswith(shown)
+        assert table(report(nmi=nmi)).splitlines()[21].endswith(shown)
 
     def test_without_attacks(self):
         made = report(attacks=(), worst=())
