@@ -40,6 +40,7 @@ class Embedder:
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
         self._call = _callable(model)
         self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
+        self.dtype = torch.float32
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
@@ -50,7 +51,7 @@ class Embedder:
     def _find_place(self) -> None:
         tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
         self.device = next((t.device for t in tensors), torch.device("cpu"))
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
 
     @property
     def pixel_dtype(self) -> torch.dtype:
@@ -82,15 +83,20 @@ class Embedder:
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings
 
-    def probe(self, pixels: Tensor) -> None:
+    def probe(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Embeds pixels ``(n, C, H, W)`` and notes what kind of model this is. It counts as no pass.
+
+        Args:
+            pixels: some images.
+            dtype: of the images as they were given, for a model that has no weights which say what it takes.
 
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
         if not self.modules:
+            self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
-                self.modules = modules_run_by(lambda images: self._tried(images), pixels.detach())
+                self.modules = modules_run_by(self._tried, pixels.detach())
             self._find_place()
         with self.isolated(), torch.no_grad():
             self.embedding_dtype = self._tried(pixels).dtype
@@ -101,22 +107,21 @@ class Embedder:
             self._note_gradient(pixels.detach().clone().requires_grad_())
 
     def _note_gradient(self, pixels: Tensor) -> None:
+        if any(parameter.is_inference() for module in self.modules for parameter in module.parameters()):
+            raise InputError(
+                "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
+                "Expected weights made outside of it; make or load the model there."
+            )
         try:
             embeddings = self._embed(pixels)
-        except Exception as error:  # such as .numpy() of images that ask for a gradient
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+            asked = embeddings.requires_grad
+            (found,) = torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if asked else (None,)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:  # such as of numpy, which takes no images that ask for a gradient
             self.has_gradient = self.takes_gradient = False
-            if "nference tensor" in str(error):
-                raise InputError(
-                    "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
-                    "Expected weights made outside of it; make or load the model there."
-                ) from error
-            return
-        (gradient,) = (
-            torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if embeddings.requires_grad else (None,)
-        )
-        self.has_gradient = gradient is not None
+        else:
+            self.has_gradient = found is not None
 
     def _tried(self, pixels: Tensor) -> Tensor:
         try:

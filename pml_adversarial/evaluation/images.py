@@ -39,11 +39,13 @@ class ImageSet:
         label_sets: ``(N, L)`` bool, which labels each image has; None: each has one.
         has_images: False: only labels are known.
         dtype: of the pixels.
+        given_dtype: of the images that were read last, as they are given.
         space: undoes the normalisation of the data set; set by `check`.
     """
 
     def __init__(self, images: Images, device: torch.device, role: str, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.role, self.dtype = device, role, dtype
+        self.given_dtype = dtype
         self.space, self.has_images, self.is_read_anew = PixelSpace(), True, False
         self._get, labels, count = self._from(images)
         if not count:
@@ -104,6 +106,7 @@ class ImageSet:
         found = self._get(index)
         images = found if isinstance(found, Tensor) else torch.as_tensor(found)
         images = images.detach().to(self.device)
+        self.given_dtype = images.dtype
         if images.is_floating_point():
             images = images.to(self.dtype)
         return (images.clone() if images.is_inference() else images).contiguous()
@@ -148,7 +151,8 @@ class ImageSet:
         if len(images) != 2:
             found = ", ".join(type(part).__name__ for part in images)
             raise InputError(f"{self.role} is ({found}); expected two tensors or arrays, (images, labels).")
-        pixels, labels = images[0], _as_labels(images[1], self.role)
+        pixels: Any = images[0]
+        labels = _as_labels(images[1], self.role)
         if pixels is None or 0 in getattr(pixels, "shape", ())[1:]:  # no images, or images without pixels
             self.has_images = False
             return _no_images, labels, len(labels)
@@ -156,11 +160,12 @@ class ImageSet:
             pixels = _stacked(pixels)
         if not hasattr(pixels, "shape") or not hasattr(pixels, "__len__"):
             raise InputError(f"{self.role} has images as {type(pixels).__name__}; expected a tensor or an array.")
-        if len(pixels) and len(pixels.shape) < 2:
+        count: int = pixels.shape[0] if len(pixels.shape) else 1
+        if count and len(pixels.shape) < 2:
             raise InputError(f"{self.role} has images of shape {tuple(pixels.shape)}; expected (N, C, H, W).")
         if isinstance(pixels, Tensor):
-            return lambda rows: pixels[rows.to(pixels.device)], labels, len(pixels)
-        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, len(pixels)
+            return lambda rows: pixels[rows.to(pixels.device)], labels, count
+        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, count
 
     def _from_loader(self, loader: Any) -> tuple[Read, Tensor, int]:
         dataset = loader.dataset
@@ -208,7 +213,7 @@ class ImageSet:
 
 def _listed_labels(dataset: Any) -> Any:
     """The labels of a data set that lists them; None if it does not."""
-    known = getattr(dataset, "targets", None)
+    known: Any = getattr(dataset, "targets", None)
     known = getattr(dataset, "labels", None) if known is None else known
     if not hasattr(known, "__len__") or len(known) != len(dataset):
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .attacks import QueryBatch
-from .distance import Distance, find_distance
+from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
@@ -24,6 +24,8 @@ Mask = Tensor | Callable[[Tensor], Any] | None
 
 _SAMPLE = 16  # items of a given gallery that are embedded anew
 _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image differ by less, in half precision too
+_SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
+_DIFFERENT = 0.5  # percent of R@1
 _CANDIDATES = 8  # nearest items whose images are compared with a query's
 
 
@@ -109,7 +111,8 @@ class RetrievalTask:
                 "each. A "
                 "gallery without images is gallery=(None, labels)."
             )
-        self.gallery = Gallery(check_finite(embeddings), self.items.labels, distance=self.distance)
+        self._embeddings = check_finite(embeddings)
+        self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
         junk = self.items.labels == self._junk if self._junk is not None else torch.zeros(0)
         if junk.any():
             self.notes.append(f"{int(junk.sum())} items of the label {self._junk} are junk: no query finds them")
@@ -181,6 +184,25 @@ class RetrievalTask:
             )
         return rows[right > 0], int((right == 0).sum())
 
+    def note_lengths(self, rows: Tensor) -> None:
+        """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
+        "them out.
+        """
+        lengths = self._embeddings.float().norm(dim=1)
+        if not isinstance(self.distance, Cosine) or float(lengths.amax()) <= _SAME_LENGTH * float(lengths.amin()):
+            return
+        by_length = Gallery(self._embeddings, self.items.labels, distance=Euclidean())
+        shares = []
+        for gallery in (self.gallery, by_length):
+            margins = [gallery.ranking(self.clean[part], self.targets(part), 1).margin for part in rows.split(1024)]
+            shares.append(100 * float((torch.cat(margins) < 0).float().mean()))
+        if abs(shares[0] - shares[1]) >= _DIFFERENT:
+            self.notes.append(
+                f"lengths of embeddings range from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}: by "
+                f"Euclidean distance R@1 without attack would be {shares[1]:.1f}, by cosine it is {shares[0]:.1f}; "
+                "distance=... has to be that of the deployed search"
+            )
+
     def batch(self, rows: Tensor) -> QueryBatch:
         """The queries ``rows`` with the gallery that they search, ready to be attacked."""
         return QueryBatch(
@@ -216,7 +238,7 @@ class RetrievalTask:
             note = images.check(self.embed.space)
             if note is not None:
                 self.notes.append(note)
-        self.embed.probe(self.queries[:1])
+        self.embed.probe(self.queries[:1], self.queries.given_dtype)
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_label_sets()

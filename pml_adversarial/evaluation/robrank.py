@@ -218,7 +218,7 @@ def robrank_scores(
     with plain_surroundings(), random_stream(seed, -2):
         gallery = ImageSet(images, embed.device, "images", embed.pixel_dtype)
         gallery.check(embed.space)
-        embed.probe(gallery[:1])
+        embed.probe(gallery[:1], gallery.given_dtype)
         embed.check_gradient(gallery[:1])
     if len(gallery.labels.unique()) < 2:
         raise InputError(f"labels hold the classes {gallery.labels.unique().tolist()}; expected two or more.")

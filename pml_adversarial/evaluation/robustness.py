@@ -135,6 +135,7 @@ def evaluate_robustness(
             _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, progress)
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
+            task.note_lengths(rows)
             members = _able(members, task)
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)

@@ -233,10 +233,10 @@ def certify(
     with plain_surroundings(), random_stream(seed, -2):
         search = Search(distance, own, ignore, relevant, junk_label)
         task = RetrievalTask(embed, queries, gallery, "L2", search)
-    rows = task.rows(subset)
-    radius, lipschitz = torch.zeros(2, len(rows), dtype=torch.float64, device=embed.device)
-    right = torch.zeros(len(rows), dtype=torch.bool, device=embed.device)
     with embed.isolated(), torch.no_grad():
+        rows = task.rows(subset)
+        radius, lipschitz = torch.zeros(2, len(rows), dtype=torch.float64, device=embed.device)
+        right = torch.zeros(len(rows), dtype=torch.bool, device=embed.device)
         with random_stream(seed, len(task.queries)):
             items = _items(task, rows, gallery_embeddings, sigma, gallery_samples, batch_size)
         has_right_item = _has_right_item(task, rows, samples, alpha)
