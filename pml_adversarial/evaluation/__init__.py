@@ -1,9 +1,12 @@
 """How robust an embedding model is: attacks, measures, certificates and reports."""
 
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
+from .binomial import Interval
 from .classifier import RetrievalClassifier
+from .comparison import Comparison, Difference, compare
 from .gallery import Gallery, Targets
 from .images import Images
+from .repetition import repeat
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
@@ -15,9 +18,12 @@ __all__ = [
     "AttackResult",
     "Certificate",
     "Check",
+    "Comparison",
+    "Difference",
     "Gallery",
     "GalleryAttack",
     "Images",
+    "Interval",
     "QueryAttack",
     "QueryBatch",
     "Report",
@@ -27,9 +33,11 @@ __all__ = [
     "Targets",
     "WorstCase",
     "certify",
+    "compare",
     "ers",
     "evaluate_robustness",
     "quick",
+    "repeat",
     "robrank_scores",
     "standard",
 ]
