@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from .report import Report
 from .results import decode_flags
 from .retrieval_task import JUNK, Mask, RetrievalTask, Search
 from .suites import find_suite
+from .versions import versions
 
 
 def evaluate_robustness(
@@ -154,7 +153,7 @@ def evaluate_robustness(
             nmi=evaluator.nmi_of(found, "clean", labels),
             checks=made,
             settings={**settings, "device": str(embed.device), "precision": embed.precision},
-            versions=_versions(),
+            versions=versions(),
             notes=tuple(task.notes),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
@@ -205,15 +204,3 @@ def _evaluate(
             found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
-
-
-def _versions() -> dict[str, str]:
-    packages = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
-    return {**{package: _version(package) for package in packages}, "python": platform.python_version()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a folder
-        return "not installed"
