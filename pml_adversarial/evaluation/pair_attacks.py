@@ -25,6 +25,8 @@ from .gallery import finite_or_zero
 SMALLEST_SIDE = 5  #: Of images, in pixels, that the black-box attack can perturb.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.
 
+_HIGHEST = 1e30  # score, as some attacks multiply scores by 0
+
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
@@ -64,7 +66,8 @@ class PairBatch:
         finite = embeddings.isfinite().all(1)
         vectors = self.distance.vectors(finite_or_zero(embeddings))
         similarity = self.distance.to_each(vectors, self.enrolled)
-        return self.toward_goal(torch.where(finite, similarity, -torch.inf))
+        similarity = torch.where(finite, similarity, torch.nan)
+        return self.toward_goal(similarity.nan_to_num(-_HIGHEST, _HIGHEST, -_HIGHEST))
 
     def toward_goal(self, similarities: Tensor) -> Tensor:
         """``(n,)`` similarities, with a minus sign for genuine pairs."""

@@ -87,11 +87,6 @@ class PairSet:
 
     def _take_all(self) -> None:
         self.protocol = "given pairs"
-        if len(self.first) != len(self.second):
-            raise InputError(
-                f"There are {len(self.first)} first and {len(self.second)} second images; expected one of each for "
-                "every pair."
-            )
         self.same = _as_flags(self.first)
         rows = torch.arange(len(self.same))
         self.indices = torch.stack([rows, rows], 1)
@@ -222,6 +217,7 @@ class _Side:
     def __init__(self, pairs: Any, place: int) -> None:
         self._pairs, self._place = pairs, place
         self.targets = getattr(pairs, "targets", None)
+        self.target_transform = getattr(pairs, "target_transform", None)
 
     def __len__(self) -> int:
         return len(self._pairs)
