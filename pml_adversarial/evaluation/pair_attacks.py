@@ -22,7 +22,8 @@ from .distance import Distance
 from .embedder import Embed
 from .gallery import finite_or_zero
 
-SMALLEST_SIDE = 5  #: Of images, in pixels, that the black-box attack can perturb.
+STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
+SMALLEST_SIDE = {"Linf": 1, "L2": 5}  #: Of images, in pixels, that the black-box attack can perturb.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.
 
 _HIGHEST = 1e30  # score, as some attacks multiply scores by 0
@@ -153,7 +154,7 @@ def square(batch: PairBatch, eps: float, restart: int, queries: int) -> Tensor:
     return attack(batch.images.float().clone(), objective.labels).to(batch.images)
 
 
-def pair_attacks(steps: int = 50, restarts: int = 3, queries: int = 200) -> tuple[PairAttack, ...]:
+def pair_attacks(steps: int = STEPS, restarts: int = RESTARTS, queries: int = QUERIES) -> tuple[PairAttack, ...]:
     """The attacks of "pairs-v1", if called without arguments.
 
     Args:

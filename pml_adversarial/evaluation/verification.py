@@ -14,7 +14,7 @@ from ..training.pixels import Bounds, Normalization
 from .distance import find_distance
 from .embedder import Embedder, plain_surroundings
 from .options import NORMS, as_numbers, check_probability, to_radii
-from .pair_attacks import SMALLEST_SIDE, PairAttack, pair_attacks
+from .pair_attacks import QUERIES, RESTARTS, SMALLEST_SIDE, STEPS, PairAttack, pair_attacks
 from .pair_checks import run_pair_checks
 from .pair_evaluator import PairEvaluator, find_thresholds
 from .pair_task import PairTask
@@ -36,9 +36,9 @@ def evaluate_verification(
     far: float | Iterable[float] = (1e-2, 1e-3, 1e-4),
     norm: str = "Linf",
     distance: Any = "cosine",
-    steps: int = 50,
-    restarts: int = 3,
-    queries: int = 200,
+    steps: int = STEPS,
+    restarts: int = RESTARTS,
+    queries: int = QUERIES,
     attacks: Sequence[PairAttack] = (),
     normalization: Normalization | None = None,
     bounds: Bounds | None = None,
@@ -87,6 +87,7 @@ def evaluate_verification(
     check_whole("batch_size", batch_size)
     radii, rates = to_radii(eps, norm), _to_rates(far)
     suite, members = _suite(steps, restarts, queries, attacks)
+    embed = Embedder(model, normalization, bounds)
     settings: dict[str, Any] = {
         "eps": list(radii),
         "far": list(rates),
@@ -103,7 +104,6 @@ def evaluate_verification(
         "seed": seed,
         "batch_size": batch_size,
     }
-    embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(seed, -1):
         task = PairTask(embed, pairs, norm, distance, PairChoice(indices, genuine, impostors), seed)
         rows = task.rows(subset, seed)
@@ -162,19 +162,20 @@ def _suite(
                 f"none of them {', '.join(sorted(names))}."
             )
         names.add(attack.name)
-    is_default = own == pair_attacks() and not attacks
-    return "pairs-v1" if is_default else "custom", (*own, *attacks)
+    is_whole = (steps, restarts, queries) == (STEPS, RESTARTS, QUERIES) and not attacks
+    return "pairs-v1" if is_whole else "custom", (*own, *attacks)
 
 
 def _able(attacks: tuple[PairAttack, ...], task: PairTask) -> tuple[PairAttack, ...]:
     """The attacks that can be made on a task; the report notes which cannot."""
-    shape = task.pairs.first[:1].shape[1:]
-    if len(shape) == 3 and min(shape[1:]) >= SMALLEST_SIDE:
+    shape, side = task.pairs.first[:1].shape[1:], SMALLEST_SIDE[task.norm]
+    if len(shape) == 3 and min(shape[1:]) >= side:
         return attacks
     able = tuple(attack for attack in attacks if attack.name != "square")
     if len(able) < len(attacks):
         task.notes.append(
-            f"square is left out: it needs images (C, H, W) of {SMALLEST_SIDE} pixels a side, these are {tuple(shape)}"
+            f"square is left out: in {task.norm} it needs images (C, H, W) of {side} pixels a side or more, these are "
+            f"{tuple(shape)}"
         )
     return able
 

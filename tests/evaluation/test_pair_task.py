@@ -90,7 +90,7 @@ class TestNotes:
         assert task.notes == []
 
     def test_of_given_pairs(self):
-        pairs = IMAGES, IMAGES.flip(0), LABELS == LABELS.flip(0)
+        pairs = IMAGES, IMAGES.flip(0), LABELS.flip(0) == LABELS
         images = torch.cat([IMAGES[:12], IMAGES[:12].flip(0)])  # equal to their mirror images
         task = task_of(pairs=(images, images, torch.arange(24) < 12), indices=None)
         assert task.notes[0].startswith("24 of 24 pairs hold the same image twice, 12 of them as impostors")
@@ -142,15 +142,15 @@ class TestRefusals:
     @pytest.mark.parametrize("distance", ["cosine", "normalized_euclidean"])
     def test_one_dimension_of_unit_length(self, distance):
         model = Made(lambda x: x.flatten(1).sum(1, keepdim=True))
-        with pytest.raises(InputError, match="The embeddings have one dimension, and by .* they are 1 or -1"):
+        with pytest.raises(InputError, match=r"The embeddings have one dimension, and by .* they are 1 or -1"):
             task_of(model, distance=distance)
         assert len(task_of(model, distance="euclidean").scores.similarities) == 40  # the cure
 
     def test_embeddings_that_are_not_finite(self):
         images = IMAGES.clone()
         images[0] = 1.0
+        model = Made(lambda x: torch.where(x[:, :1, 0, 0] == 1, math.nan, x.flatten(1)))
         with pytest.raises(InputError, match="NaN or infinite embeddings for 3 of 40 images"):
-            model = Made(lambda x: torch.where(x[:, :1, 0, 0] == 1, math.nan, x.flatten(1)))
             task_of(model, (images, LABELS), indices=[[0, 1]] * 3 + [[4, 8]] * 37)
 
     def test_similarities_that_are_not_finite(self):

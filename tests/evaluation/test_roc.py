@@ -1,5 +1,6 @@
 """Rates at thresholds, against loops over all thresholds and against scikit-learn."""
 
+import itertools
 import math
 
 import numpy
@@ -29,7 +30,7 @@ def both(genuine, impostors):
 def thresholds_between(genuine, impostors, tie=0.0):
     """One on each step, and one between all neighbouring steps."""
     steps = sorted({*genuine.tolist(), *(value + tie for value in impostors.tolist())})
-    between = [(low + high) / 2 for low, high in zip(steps, steps[1:], strict=False)]
+    between = [(low + high) / 2 for low, high in itertools.pairwise(steps)]
     return sorted([*steps, *between, steps[0] - 1, steps[-1] + 1])
 
 
