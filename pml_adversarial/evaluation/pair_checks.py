@@ -157,7 +157,9 @@ def falls_at_a_large_eps(sample: PairSample) -> Verdict:
     """Unbounded attacks succeed on every pair (Carlini et al.): within this eps, the first image may be any image."""
     robust = int((~sample.ascended(sample.large, STEPS, "large")).sum())
     passed = plausible(robust, len(sample), 1 - MOST)
-    return Verdict(passed, f"{robust} of {len(sample)} pairs are robust at eps {sample.large:.4g}, where any image is")
+    return Verdict(
+        passed, f"{robust} of {len(sample)} pairs are robust at eps {sample.large:.4g}, within which any image lies"
+    )
 
 
 def black_box_adds_nothing(sample: PairSample) -> Verdict:

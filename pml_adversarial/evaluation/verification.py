@@ -13,7 +13,7 @@ from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
 from .distance import find_distance
 from .embedder import Embedder, plain_surroundings
-from .options import NORMS, as_numbers, check_probability, to_radii
+from .options import NORMS, as_numbers, check_probability, to_radii, to_whole_numbers
 from .pair_attacks import QUERIES, RESTARTS, SMALLEST_SIDE, STEPS, PairAttack, pair_attacks
 from .pair_checks import run_pair_checks
 from .pair_evaluator import PairEvaluator, find_thresholds
@@ -91,6 +91,9 @@ def evaluate_verification(
     settings: dict[str, Any] = {
         "eps": list(radii),
         "far": list(rates),
+        "genuine": genuine,
+        "impostors": impostors,
+        "subset": subset if subset is None or isinstance(subset, int) else to_whole_numbers(subset, "subset"),
         "norm": norm,
         "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],

@@ -33,6 +33,13 @@ class Items:
         return self.items[row]
 
 
+class Unsized:
+    """Items without a number of them."""
+
+    def __getitem__(self, row):
+        return FIRST[row], SECOND[row], int(SAME[row])
+
+
 def triples(same=int):
     return [(first, second, same(s)) for first, second, s in zip(FIRST, SECOND, SAME, strict=True)]
 
@@ -102,6 +109,8 @@ class TestGivenPairs:
             ((FIRST, SECOND, torch.zeros(6).long()), "There are 0 genuine and 6 impostor pairs"),
             ((FIRST, None, SAME), "expected images, as they are what is compared"),
             (FIRST, "pairs is Tensor"),
+            (5, "pairs is int"),
+            (Unsized(), "pairs is Unsized"),
             (DataLoader(Items(*triples())), r"a data loader of pairs; expected their data set\. Pass loader\.dataset"),
         ],
     )

@@ -93,6 +93,15 @@ class TestForms:
         report = verified(pairs=(IMAGES, LABELS), genuine=10, impostors=30, far=0.1)
         assert (report.num_genuine, report.num_impostors, report.protocol) == (10, 30, "drawn pairs")
         assert report.at(0.1).far.count == 3
+        assert (report.settings["genuine"], report.settings["impostors"], report.settings["subset"]) == (10, 30, None)
+
+    @pytest.mark.parametrize(("subset", "kept"), [(3, 3), ([39, 0, 5], [39, 0, 5]), (torch.tensor([1, 30]), [1, 30])])
+    def test_some_are_attacked(self, subset, kept, tmp_path):
+        report = verified(subset=subset)
+        assert report.settings["subset"] == kept
+        assert len(report.attacked_pairs) == (6 if kept == 3 else len(kept))
+        assert len(report.result().similarities) == 40
+        report.save_json(tmp_path / "report.json")
 
     def test_normalised_images_and_a_normalising_model(self):
         mean, std = [0.4], [0.3]
@@ -117,6 +126,8 @@ class TestForms:
             in report.notes
         )
         assert "square" not in {attack.attack for attack in report.attacks}
+        without = verified(nn.Linear(9, 4), (features, LABELS), bounds=(-3, 3), indices=LISTED, far=0.5, queries=0)
+        assert not any("square" in note for note in without.notes)
 
     def test_small_images_in_l2(self):
         report = verified(network(size=4), images_of(size=4), indices=LISTED, norm="L2", eps=0.3, far=0.5)

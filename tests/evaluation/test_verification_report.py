@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +85,12 @@ class TestTable:
     def test_columns_are_aligned(self, report):
         for table in str(report).split("\n\n")[:3]:
             assert len({len(line) for line in table.splitlines()}) == 1
+
+    def test_the_documentation_shows_these_columns(self, report):
+        page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+        (shown,) = re.findall(r"^```text\n(worst case .*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+        headings = [table.splitlines()[0].split() for table in shown.split("\n\n")]
+        assert headings == [table.splitlines()[0].split() for table in str(report).split("\n\n")[:2]]
 
     def test_a_share_of_no_pairs(self, report):
         at = dataclasses.replace(report.at("EER", 0.06), dodging=dataclasses.replace(report.at(0.1).tar, rate=None))
