@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..training.isolation import random_stream
-from .distance import Distance, InnerProduct, find_distance
+from .distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
 from .embedder import Embedder, batches, check_finite
 from .gallery import TIE
 from .images import ImageSet
@@ -20,6 +20,8 @@ from .pairs import PairChoice, Pairs, PairSet
 from .roc import PairScores
 
 _ALIKE = 1e-3  # of the size of embeddings: those of one image differ by less
+_SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
+_DIFFERENT = 0.5  # percent of EER
 
 
 class PairTask:
@@ -50,6 +52,7 @@ class PairTask:
         self.notes: list[str] = list(self.pairs.notes)
         for images in self.pairs.sets:
             self._read(images)
+        embed.probe_gradient(self.pairs.first[:1])
         self.clean: tuple[Tensor, Tensor]
         self.scores: PairScores
 
@@ -76,7 +79,7 @@ class PairTask:
                 f"Embeddings of first images have {first} dimensions, those of second images {second}; expected as "
                 "many. Resize the images to one size."
             )
-        similarities = torch.cat([self._compare(rows) for rows in batches(len(self.pairs), batch_size)])
+        similarities = self._similarities(self.distance, batch_size)
         self.scores = PairScores(similarities, self.same, self._tie())
         if not bool(similarities.isfinite().all()):
             raise InputError(
@@ -84,6 +87,7 @@ class PairTask:
                 f"{self.clean[0].dtype} can hold. Divide the embeddings by their length, or use distance='cosine'."
             )
         self._note_copies()
+        self._note_lengths(batch_size)
         uses = self.pairs.most_uses()
         if uses > 1:
             self.notes.append(
@@ -125,7 +129,7 @@ class PairTask:
         note = images.check(self.embed.space)
         if note is not None:
             self.notes.append(note)
-        self.embed.probe(images[:1])
+        self.embed.probe(images[:1], images.given_dtype)
         images.dtype = self.embed.pixel_dtype
 
     def _embeddings(self, batch_size: int, advance: Callable[[int], object]) -> tuple[Tensor, Tensor]:
@@ -162,9 +166,25 @@ class PairTask:
         size = self.distance.scale(self.distance.vectors(torch.cat(self.clean)))
         return TIE * (size**2 if isinstance(self.distance, InnerProduct) else size)
 
-    def _compare(self, rows: slice) -> Tensor:
-        one, other = (self.distance.vectors(embeddings[rows]).double() for embeddings in self.clean)
-        return self.distance.to_each(one, other)
+    def _similarities(self, distance: Distance, batch_size: int) -> Tensor:
+        """``(P,)`` of all pairs without attack, in double precision."""
+        one, other = (distance.vectors(embeddings).double() for embeddings in self.clean)
+        parts = batches(len(self.pairs), batch_size)  # as some distances compare all with all
+        return torch.cat([distance.to_each(one[rows], other[rows]) for rows in parts])
+
+    def _note_lengths(self, batch_size: int) -> None:
+        """Notes what the EER would be if the lengths of embeddings counted, where cosine leaves them out."""
+        lengths = torch.cat(self.clean).float().norm(dim=1)
+        if not isinstance(self.distance, Cosine) or float(lengths.amax()) <= _SAME_LENGTH * float(lengths.amin()):
+            return
+        by_length = PairScores(self._similarities(Euclidean(), batch_size), self.same)
+        rates = [100 * scores.roc().equal_error_rate.rate for scores in (by_length, self.scores)]
+        if abs(rates[0] - rates[1]) >= _DIFFERENT:
+            self.notes.append(
+                f"lengths of embeddings range from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}: by "
+                f"Euclidean distance EER without attack would be {rates[0]:.1f}, by cosine it is {rates[1]:.1f}; "
+                "distance=... has to be that of the deployed verification"
+            )
 
     def _note_copies(self) -> None:
         """Notes pairs of equal images; only those whose embeddings are alike are read again."""

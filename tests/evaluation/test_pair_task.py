@@ -6,6 +6,7 @@ import pytest
 import torch
 from query_batches import Made, images_of, network
 from some_pairs import LISTED, SIMILARITIES, similarities_by_loops, task_of
+from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.distance import find_distance
@@ -98,11 +99,20 @@ class TestNotes:
             task_of(pairs=pairs, indices=None)
 
     def test_pairs_that_share_images(self):
-        task = task_of(indices=[(0, 4), (0, 8), (0, 1)])
-        assert task.notes == [
-            "an image is in up to 3 pairs; intervals presume independent pairs, so they are too narrow"
-        ]
+        note = "an image is in up to 3 pairs; intervals presume independent pairs, so they are too narrow"
+        assert note in task_of(indices=[(0, 4), (0, 8), (0, 1)]).notes
         assert task_of(indices=[(0, 4), (1, 2)]).notes == []
+
+    def test_lengths_that_cosine_leaves_out(self):
+        model = Made(lambda x: normalize(x.flatten(1) - 0.5) * (9 * x[:, :, 0, 0]).exp())
+        (note,) = (note for note in task_of(model).notes if note.startswith("lengths"))
+        scores = [task_of(model, distance=distance).scores for distance in ("euclidean", "cosine")]
+        rates = [100 * found.roc().equal_error_rate.rate for found in scores]
+        assert f"Euclidean distance EER without attack would be {rates[0]:.1f}, by cosine it is {rates[1]:.1f};" in note
+        assert abs(rates[0] - rates[1]) >= 0.5
+        of_one_length = Made(lambda x: normalize(x.flatten(1) - 0.5))
+        assert not any(note.startswith("lengths") for note in task_of(of_one_length).notes)
+        assert not any(note.startswith("lengths") for note in task_of(model, distance="euclidean").notes)
 
 
 class TestRows:
