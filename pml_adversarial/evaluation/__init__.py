@@ -7,19 +7,30 @@ from .comparison import Comparison, Difference, compare
 from .gallery import Gallery, Targets
 from .images import Images
 from .repetition import repeat
-from .pair_attacks import PairAttack, PairBatch
-from .pairs import Pairs, draw_pairs
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
-from .roc import ROC, EqualErrorRate, PairScores, Rate
 from .smoothing import Certificate, certify
 from .suites import quick, standard
-from .verification import evaluate_verification
-from .verification_report import PairAttackResult, ThresholdResult, VerificationReport, VerificationResult
+from .verification import (
+    ROC,
+    EqualErrorRate,
+    PairAttack,
+    PairAttackResult,
+    PairBatch,
+    Pairs,
+    PairScores,
+    Rate,
+    ThresholdResult,
+    VerificationReport,
+    VerificationResult,
+    draw_pairs,
+    evaluate_verification,
+)
 
 __all__ = [
+    "ROC",
     "AttackResult",
     "Certificate",
     "Check",
@@ -37,7 +48,6 @@ __all__ = [
     "Pairs",
     "QueryAttack",
     "QueryBatch",
-    "ROC",
     "Rate",
     "Report",
     "RetrievalAttack",

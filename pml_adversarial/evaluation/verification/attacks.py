@@ -14,13 +14,13 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from ..attacks import adapter
-from ..attacks.ball import per_image, project
-from ..attacks.objective import Objective
-from ..attacks.pgd import PGD, MomentumPGD
-from .distance import Distance
-from .embedder import Embed
-from .gallery import finite_or_zero
+from ...attacks import adapter
+from ...attacks.ball import per_image, project
+from ...attacks.objective import Objective
+from ...attacks.pgd import PGD, MomentumPGD
+from ..distance import Distance
+from ..embedder import Embed
+from ..gallery import finite_or_zero
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
 SMALLEST_SIDE = {"Linf": 1, "L2": 5}  #: Of images, in pixels, that the black-box attack can perturb.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from .results import Check, decode_flags
+from ...errors import InputError
+from ..results import Check, decode_flags
 from .roc import CONFIDENCE, ROC, EqualErrorRate, PairScores, Rate
 
 SCHEMA = 1
