@@ -268,6 +268,7 @@ class AdversarialTester(_Proxy):
                 subset=None if chosen.all() else chosen.nonzero().squeeze(1),
                 own=torch.searchsorted(items, queries) if split.includes_queries and not leave_one_out else None,
                 gallery_embeddings=split.item_embeddings[items.to(split.item_embeddings.device)],
+                share=False,  # a tester of PML runs in each process, or in one
                 **self._options,
             )
             reports[split.name + (f"_level{level}" if len(split.levels) > 1 else "") + name] = report

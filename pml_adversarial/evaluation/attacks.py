@@ -66,6 +66,7 @@ class QueryAttack:
         black_box: whether it uses outputs of the model only, no gradients.
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
+        passes: how many image passes one run takes for each query, at most; None: it is not known.
     """
 
     name: str
@@ -74,6 +75,7 @@ class QueryAttack:
     black_box: bool = False
     only_robust: bool = False
     num_classes: int = 2
+    passes: int | None = None
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -106,6 +108,11 @@ class GalleryAttack:
     only_robust = False
     num_classes = 2
     target = "gallery"
+
+    @property
+    def passes(self) -> int:
+        """How many image passes one run takes for each query."""
+        return 2 * self.steps + 2
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks one item for each query of a batch and ranks what the queries find then, down to ``depth``."""

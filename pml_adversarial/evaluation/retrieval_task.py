@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .attacks import QueryBatch
 from .distance import Distance, find_distance
-from .embedder import Embedder, batches, check_finite, embed_all
+from .embedder import Embedder, batches, check_finite
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
 from .options import to_mask, to_rows, to_whole_numbers
@@ -92,14 +92,6 @@ class RetrievalTask:
         parts = [name, "ignored items" * (self._ignore is not None), "relevance given" * (self._relevant is not None)]
         parts.append("several labels per image" * (self.queries.label_sets is not None))
         return ", ".join(filter(None, parts))
-
-    def embed_gallery(self, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Embeddings ``(G, D)`` of all items."""
-        return embed_all(self.embed, self.items, batch_size, advance)
-
-    def embed_queries(self, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Embeddings ``(Q, D)`` of all queries."""
-        return embed_all(self.embed, self.queries, batch_size, advance)
 
     def set_gallery(self, embeddings: Tensor) -> None:
         """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""

@@ -116,6 +116,13 @@ def demotion(batch: QueryBatch) -> Score:
     return lambda items: -batch.gallery.similarity_of_items(batch.clean, items)
 
 
+def _raising(
+    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, only_robust: bool = False
+) -> QueryAttack:
+    """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
+    return QueryAttack(name, gradient_attack(score, steps), restarts, only_robust=only_robust, passes=2 * steps + 4)
+
+
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
     """The attacks of "standard-v1", if called without arguments: the strongest that we know at a bounded cost.
 
@@ -130,13 +137,19 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
     square = partial(torchattacks.Square, n_queries=queries)
     return (
-        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
-        QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
-        QueryAttack("shift", gradient_attack(shift_score, steps)),
-        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
-        QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
-        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
-        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True),
+        _raising("margin", margin_score, steps, restarts),
+        _raising("targeted", targeted_score, steps, targets, only_robust=True),
+        _raising("shift", shift_score, steps),
+        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True, passes=2 * steps + 5),
+        QueryAttack(
+            "apgd-t",
+            classifier_attack(apgd_t, targets),
+            only_robust=True,
+            num_classes=4,
+            passes=targets * (2 * (steps // 2) + 3) + 3,
+        ),
+        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True, passes=33 * targets + 3),
+        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True, passes=queries + 5),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
     )
@@ -148,8 +161,8 @@ def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
     Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
     """
     return (
-        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
-        QueryAttack("shift", gradient_attack(shift_score, steps), restarts),
+        _raising("margin", margin_score, steps, restarts),
+        _raising("shift", shift_score, steps, restarts),
     )
 
 
