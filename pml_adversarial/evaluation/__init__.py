@@ -2,6 +2,7 @@
 
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import RetrievalClassifier
+from .cost import Cost, estimate_cost
 from .gallery import Gallery, Targets
 from .images import Images
 from .report import Report
@@ -15,6 +16,7 @@ __all__ = [
     "AttackResult",
     "Certificate",
     "Check",
+    "Cost",
     "Gallery",
     "GalleryAttack",
     "Images",
@@ -28,6 +30,7 @@ __all__ = [
     "WorstCase",
     "certify",
     "ers",
+    "estimate_cost",
     "evaluate_robustness",
     "quick",
     "robrank_scores",

@@ -33,7 +33,7 @@ from .sharing import Ranks
 from .suites import margin_score
 
 SAMPLE = 64  #: Queries in the sample, at most.
-PASSES = 640  #: Image passes of all checks for each query of the sample, about.
+PASSES = 551  #: Image passes of all checks for each query of the sample, about.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
 LARGE = 0.5  #: l-inf radius that can make every image the same grey; in l2, times the root of the number of pixels.
 SIGNIFICANCE = 1e-3  #: A flag is raised if what was found has a smaller probability on a model that hides nothing.

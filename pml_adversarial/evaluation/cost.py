@@ -17,7 +17,7 @@ from .attacks import RetrievalAttack
 from .checks import PASSES, SAMPLE
 from .embedder import Embedder, plain_surroundings
 from .images import Images
-from .options import to_radii, to_rows
+from .options import to_radii
 from .progress import duration
 from .retrieval_task import RetrievalTask
 from .suites import find_suite
@@ -44,7 +44,7 @@ class Cost:
         """The cost in words.
 
         >>> print(Cost(2_000_000, 0.002))
-        at most 2,000,000 image passes of 2 ms: 1 h 7 min
+        at most 2,000,000 image passes of 2 ms: 1 h 6 min
         """
         passes = "an unknown number of" if self.passes is None else f"at most {self.passes:,}"
         total = "" if self.seconds is None else f": {duration(self.seconds)}"
@@ -74,8 +74,9 @@ def estimate_cost(
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(0, 0):
         task = RetrievalTask(embed, queries, gallery)
-        attacked = len(to_rows(subset, len(task.queries)))
-        embedded = len(task.queries) + (0 if gallery is None else len(task.items))
+        embed.probe_gradient(task.queries[:1])
+        attacked = len(task.rows(subset))
+        embedded = len(task.items) + (0 if gallery is None else attacked)
         most = most_passes(members, attacked, len(radii))
         passes = None if most is None else most + embedded + checks * passes_of_checks(attacked)
         with embed.isolated():

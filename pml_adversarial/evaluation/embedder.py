@@ -35,14 +35,15 @@ class Embedder:
         space: converts pixels to the model's inputs.
         dtype: of the inputs: that of the parameters, or single precision.
         embedding_dtype: of the embeddings; known after `probe`.
-        has_gradient: whether embeddings have a gradient with respect to the images; known after `probe`.
-        takes_gradient: whether images that ask for a gradient can be given to the model; known after `probe`.
+        has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
 
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
         self._call = _callable(model)
         self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
+        self.dtype = torch.float32
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
@@ -54,7 +55,7 @@ class Embedder:
     def _find_place(self) -> None:
         tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
         self.device = next((t.device for t in tensors), torch.device("cpu"))
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
 
     @property
     def pixel_dtype(self) -> torch.dtype:
@@ -87,49 +88,55 @@ class Embedder:
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings
 
-    def probe(self, pixels: Tensor) -> None:
+    def probe(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Embeds pixels ``(n, C, H, W)`` and notes what kind of model this is. It counts as no pass.
+
+        Args:
+            pixels: some images.
+            dtype: of the images as they were given, for a model that has no weights which say what it takes.
 
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
         if not self.modules:
+            self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
-                self.modules = modules_run_by(lambda images: self._tried(images), pixels.detach())
+                self.modules = modules_run_by(self._tried, pixels.detach())
             self._find_place()
+        with self.isolated(), torch.no_grad():
+            self.embedding_dtype = self._tried(pixels).dtype
+
+    def probe_gradient(self, pixels: Tensor) -> None:
+        """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
         with self.isolated():
-            with torch.no_grad():
-                self.embedding_dtype = self._tried(pixels).dtype
             self._note_gradient(pixels.detach().clone().requires_grad_())
 
     def _note_gradient(self, pixels: Tensor) -> None:
+        if any(parameter.is_inference() for module in self.modules for parameter in module.parameters()):
+            raise InputError(
+                "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
+                "Expected weights made outside of it; make or load the model there."
+            )
         try:
             embeddings = self._embed(pixels)
-        except Exception as error:  # such as .numpy() of images that ask for a gradient
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+            asked = embeddings.requires_grad
+            (found,) = torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if asked else (None,)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:  # such as of numpy, which takes no images that ask for a gradient
             self.has_gradient = self.takes_gradient = False
-            if "nference tensor" in str(error):
-                raise InputError(
-                    "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
-                    "Expected weights made outside of it; make or load the model there."
-                ) from error
-            return
-        (gradient,) = (
-            torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if embeddings.requires_grad else (None,)
-        )
-        self.has_gradient = gradient is not None
+        else:
+            self.has_gradient = found is not None
 
     def _tried(self, pixels: Tensor) -> Tensor:
         try:
             return self._embed(pixels)
         except (InputError, torch.cuda.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise InputError(
                 f"The model fails on {len(pixels)} image(s) of shape {tuple(pixels.shape[1:])} and {self.dtype}, with "
-                f"{type(error).__name__}: {error}. Expected a model that takes batches of the images as they are given, "
-                "of any number."
+                f"{type(error).__name__}: {error}. Expected a model that takes batches of any number of these images."
             ) from error
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -144,7 +151,8 @@ class Embedder:
             )
         if embeddings.is_complex() or not embeddings.shape[1]:
             raise InputError(
-                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real embeddings of "
+                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real "
+                "embeddings of "
                 "one dimension or more."
             )
         if embeddings.is_quantized:
@@ -154,7 +162,7 @@ class Embedder:
 
     def check_gradient(self, pixels: Tensor) -> None:
         """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
-        self.probe(pixels)
+        self.probe_gradient(pixels)
         if not self.has_gradient:
             raise InputError(
                 "The embeddings have no gradient with respect to the images, and the attacks need gradients. Use a "
@@ -225,21 +233,18 @@ def embed_all(
     embed: Embed,
     images: Tensor | ImageSet,
     batch_size: int,
-    advance: Callable[[int], object] | None = None,
+    rows: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """Embeddings ``(N, D)`` of all images, without gradient; ``advance`` takes the number of images of each batch.
+    """Embeddings ``(N, D)`` of the images ``rows`` ``(N,)``, or of all, without gradient.
 
     Processes may share the batches. A model that draws random numbers draws them from a stream of each batch.
     """
-    parts = list(batches(len(images), batch_size))
+    parts = (torch.arange(len(images)) if rows is None else rows.cpu()).split(batch_size)
 
     def make(number: int) -> Tensor:
         with torch.no_grad(), random_stream(0, number):
-            found = embed(images[parts[number]])
-        if advance is not None:
-            advance(len(found))
-        return found
+            return embed(images[parts[number]])
 
     return torch.cat(list((Ranks() if ranks is None else ranks).share(range(len(parts)), make)))
 

@@ -83,7 +83,7 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """An item of the gallery that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
+    """An item that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
 
     The pixels are None if the gallery has no images.
     """

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attacks.checks import check_choice, check_whole
@@ -143,12 +144,14 @@ def evaluate_robustness(
     ):
         task = RetrievalTask(embed, queries, gallery, norm, search)
         check_silent(embed.modules)
+        embed.probe_gradient(task.queries[:1])
         embed.on_passes = bar.add
         with embed.isolated():
             described = partial(fingerprints, task, members, gallery_embeddings)
             checkpoint = Checkpoint(resume, lambda: {**settings, **described()}, embed.device, ranks)
-            _embed_all(task, gallery_embeddings, checkpoint, batch_size, ranks, bar)
-            rows, left_out = task.rows_with_right_item(subset)
+            asked = task.rows(subset)
+            _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, ranks, bar)
+            rows, left_out = task.with_right_item(asked)
             members = _able(members, task)
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             then = checks * passes_of_checks(len(rows)) // ranks.count
@@ -184,26 +187,32 @@ def evaluate_robustness(
 
 
 def _embed_all(
-    task: RetrievalTask, known: Any, checkpoint: Checkpoint, batch_size: int, ranks: Ranks, bar: Progress
+    task: RetrievalTask,
+    rows: Tensor,
+    known: Any,
+    checkpoint: Checkpoint,
+    batch_size: int,
+    ranks: Ranks,
+    bar: Progress,
 ) -> None:
-    """Embeds the gallery, unless its embeddings are known, and the queries."""
+    """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
     if known is None and not task.items.has_images:
         raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
 
-    def embedded(images: ImageSet) -> Tensor:
+    def embedded(images: ImageSet, rows: Tensor) -> Tensor:
         bar.begin(images.role)
-        bar.expect(len(images) // ranks.count)
-        return embed_all(task.embed, images, batch_size, ranks=ranks)
+        bar.expect(len(rows) // ranks.count)
+        return embed_all(task.embed, images, batch_size, rows, ranks)
 
     if known is None:
-        items = checkpoint.load_or_make("gallery", lambda: embedded(task.items))
+        items = checkpoint.load_or_make("gallery", lambda: embedded(task.items, torch.arange(len(task.items))))
     else:
         items = task.check_embeddings(known)
     task.set_gallery(items)
     if known is None and task.items is task.queries:
-        task.set_queries(items)
+        task.set_queries(rows, items[rows])
     else:
-        task.set_queries(checkpoint.load_or_make("queries", lambda: embedded(task.queries)))
+        task.set_queries(rows, checkpoint.load_or_make("queries", lambda: embedded(task.queries, rows)))
 
 
 def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:
