@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from notes import Notes
 from query_batches import bench_of, images_of, network
 from torch import nn
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation import estimate_cost, evaluate_robustness
+from pml_adversarial.evaluation import estimate_cost, evaluate_robustness, robustness
 from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.cost import Cost, most_passes, passes_of_checks
 from pml_adversarial.evaluation.suites import quick, standard
@@ -23,9 +24,7 @@ def right_queries():
 
 
 class TestBound:
-    @pytest.mark.parametrize(
-        "suite", [standard(4, 1, 6, 3), standard(9, 2, 30, 2), quick(3, 1)], ids=["few", "more", "quick"]
-    )
+    @pytest.mark.parametrize("suite", [standard(4, 1, 6, 3), standard(9, 2, 30, 2), quick(3, 1)])
     def test_of_each_attack_is_nearly_what_it_takes(self, suite):
         task, batch = right_queries()
         for attack in suite:
@@ -48,8 +47,6 @@ class TestBound:
         assert most_passes((), 5, 1) == 0
 
     def test_of_checks_is_about_what_they_take(self, monkeypatch):
-        from pml_adversarial.evaluation import robustness
-
         taken = []
 
         def noted(task, rows, right, *rest):
@@ -78,11 +75,11 @@ class TestEstimate:
         assert found.passes == 30 + 2 + 2 * 3 * each
 
     def test_measures_a_pass(self):
-        calls = []
+        calls = Notes()
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
         model.register_forward_hook(lambda module, args, out: calls.append((len(args[0]), out.requires_grad)))
         found = estimate_cost(model, images_of(20), eps=0.1, batch_size=8)
-        assert calls[-2:] == [(8, True), (8, True)]
+        assert list(calls)[-2:] == [(8, True), (8, True)]
         assert found.seconds_per_pass > 0
         assert found.seconds == found.passes * found.seconds_per_pass
 

@@ -131,16 +131,13 @@ class TestOfAnEvaluation:
         caplog.set_level(logging.INFO, "pml_adversarial")
         report = evaluated(progress=True, checks=True)
         (line,) = caplog.messages
-        first, everything, checks = re.fullmatch(
-            r"10 of 24 queries took ([\d,]+) image passes and .*? s\. Expected for all: ([\d,]+) passes and .*? s, and then "
-            r"([\d,]+) passes and .*? s for the checks\.",
-            line,
-        ).groups()
-        first, everything, checks = (int(number.replace(",", "")) for number in (first, everything, checks))
+        words = r"10 of 24 queries took N image passes and T\. Expected for all: N passes and T, and then N passes and T for"
+        words = words.replace("N", r"([\d,]+)").replace("T", r"[\d.]+ s")
+        numbers = re.fullmatch(words + r" the checks\.", line).groups()
+        first, everything, checks = (int(number.replace(",", "")) for number in numbers)
         assert everything == pytest.approx(2.4 * first, abs=1)
-        assert checks == pytest.approx(
-            bars[0].n - bars[0].totals[5][0], rel=0.35
-        )  # not all 24 are right without attack
+        taken = bars[0].n - bars[0].totals[5][0]
+        assert 0.65 * checks < taken < checks  # not all 24 are right without attack
         assert 0.8 < everything / sum(r.forward_passes + r.backward_passes for r in report.attacks) < 1.2
 
     def test_a_long_one_is_logged_without_a_bar(self, caplog, monkeypatch):
