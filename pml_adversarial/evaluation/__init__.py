@@ -10,7 +10,7 @@ from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
-from .suites import quick, standard
+from .suites import fast, quick, standard
 
 __all__ = [
     "AttackResult",
@@ -32,6 +32,7 @@ __all__ = [
     "ers",
     "estimate_cost",
     "evaluate_robustness",
+    "fast",
     "quick",
     "robrank_scores",
     "standard",

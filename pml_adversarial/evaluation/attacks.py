@@ -67,6 +67,8 @@ class QueryAttack:
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
         passes: how many image passes one run takes for each query, at most; None: it is not known.
+        follows: whether it attacks only queries that are still robust after the attacks before it. Its measures are
+            then the lowest of these attacks and of its own.
     """
 
     name: str
@@ -76,6 +78,7 @@ class QueryAttack:
     only_robust: bool = False
     num_classes: int = 2
     passes: int | None = None
+    follows: bool = False
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -107,6 +110,7 @@ class GalleryAttack:
     black_box = False
     only_robust = False
     num_classes = 2
+    follows = False
     target = "gallery"
 
     @property

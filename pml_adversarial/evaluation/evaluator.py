@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ class Evaluator:
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
                 begin(f"{attack.name}, eps {eps:.4g}")
-                result, images = self._run(attack, batch, eps, depth, first_row, lowest[attack.name])
+                before = self._before(number, lowest) if attack.follows else lowest[attack.name]
+                result, images = self._run(attack, batch, eps, depth, first_row, before)
                 lowest[attack.name] = result["measures"]
                 kept[_key(attack, eps)] = result
                 if attack.target == "query":
@@ -89,7 +90,7 @@ class Evaluator:
         shift = torch.full((len(batch),), torch.nan, device=images.device)
         for restart in range(attack.restarts):
             robust = measures["recall_at_1"] > 0
-            all_queries = restart == 0 and not attack.only_robust
+            all_queries = restart == 0 and not attack.only_robust and not attack.follows
             chosen = (torch.ones_like(robust) if all_queries else robust).nonzero().squeeze(1)
             if len(chosen):
                 stream = zlib.crc32(repr((attack.name, eps, restart, first_row)).encode())
@@ -104,6 +105,12 @@ class Evaluator:
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
+
+    def _before(self, number: int, lowest: Mapping[str, PerQuery]) -> PerQuery:
+        """The lowest measures over an attack and those before it that perturb the same."""
+        target = self.attacks[number].target
+        found = [lowest[attack.name] for attack in self.attacks[: number + 1] if attack.target == target]
+        return {name: torch.stack([measures[name] for measures in found]).amin(0) for name in found[0]}
 
     def _embed(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -117,10 +117,10 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def _raising(
-    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, only_robust: bool = False
+    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: bool
 ) -> QueryAttack:
     """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
-    return QueryAttack(name, gradient_attack(score, steps), restarts, only_robust=only_robust, passes=2 * steps + 4)
+    return QueryAttack(name, gradient_attack(score, steps), restarts, passes=2 * steps + 4, **options)
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
@@ -155,6 +155,26 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     )
 
 
+def fast(steps: int = 20, queries: int = 50, targets: int = 3) -> tuple[RetrievalAttack, ...]:
+    """The attacks of "fast-v1", if called without arguments: most of what "standard-v1" finds, for a tenth of the cost.
+
+    Each attack on the query is given only those that are still robust after the ones before it.
+
+    Args:
+        steps: gradient steps of the targeted attack; the others take half of it.
+        queries: forward passes of the black-box attack.
+        targets: how many wrong classes the targeted attack tries, the most similar one first.
+    """
+    square = partial(torchattacks.Square, n_queries=queries)
+    return (
+        _raising("margin", margin_score, steps // 2),
+        _raising("targeted", targeted_score, steps, targets, follows=True),
+        QueryAttack("square", classifier_attack(square), black_box=True, passes=queries + 5, follows=True),
+        GalleryAttack("promote", nearest_wrong, promotion, steps // 2),
+        GalleryAttack("demote", nearest_right, demotion, steps // 2),
+    )
+
+
 def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
     """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
 
@@ -168,6 +188,7 @@ def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
 
 SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
     "standard": ("standard-v1", standard),
+    "fast": ("fast-v1", fast),
     "quick": ("quick-v1", quick),
 }
 """Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""

@@ -131,9 +131,9 @@ class TestOfAnEvaluation:
         caplog.set_level(logging.INFO, "pml_adversarial")
         report = evaluated(progress=True, checks=True)
         (line,) = caplog.messages
-        words = r"10 of 24 queries took N image passes and T\. Expected for all: N passes and T, and then N passes and T for"
+        words = r"10 of 24 queries took N image passes and T\. Expected for all: N passes and T, and then N passes"
         words = words.replace("N", r"([\d,]+)").replace("T", r"[\d.]+ s")
-        numbers = re.fullmatch(words + r" the checks\.", line).groups()
+        numbers = re.fullmatch(words + r" and [\d.]+ s for the checks\.", line).groups()
         first, everything, checks = (int(number.replace(",", "")) for number in numbers)
         assert everything == pytest.approx(2.4 * first, abs=1)
         taken = bars[0].n - bars[0].totals[5][0]
