@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
+from .sharing import Ranks
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -36,9 +37,9 @@ class Progress:
         passes: so far.
     """
 
-    def __init__(self, bar: Any, title: str, is_shown: bool, processes: int = 1) -> None:
+    def __init__(self, bar: Any, title: str, is_shown: bool, ranks: Ranks) -> None:
         self.passes = 0
-        self._bar, self._title, self._is_shown, self._processes = bar, title, is_shown, processes
+        self._bar, self._title, self._is_shown, self._ranks = bar, title, is_shown, ranks
 
     def begin(self, task: str) -> None:
         """Names what runs from now on."""
@@ -77,7 +78,8 @@ class Progress:
 
     def _log(self, sizes: Sequence[int], passes: int, seconds: float, then: int) -> None:
         rate, share = seconds / max(passes, 1), sum(sizes) / sizes[0]
-        if not self._is_shown and share * seconds + then * rate < LONG:
+        is_long = self._is_shown or share * seconds + then * rate > LONG
+        if not is_long or not self._ranks.is_first:
             return
         logger.info(
             "%d of %d queries took %s image passes and %s. Expected for all: %s passes and %s, and then %s passes "
@@ -90,15 +92,16 @@ class Progress:
             duration(share * seconds),
             f"{then:,}",
             duration(then * rate),
-            f", in each of {self._processes} processes" if self._processes > 1 else "",
+            f", in each of {self._ranks.count} processes" if self._ranks.count > 1 else "",
         )
 
 
 @contextmanager
-def progress_of(is_shown: bool, title: str, processes: int = 1) -> Iterator[Progress]:
-    """Shows the progress of an evaluation, if it should be shown."""
+def progress_of(is_asked: bool, title: str, ranks: Ranks) -> Iterator[Progress]:
+    """Shows the progress of an evaluation if it is asked for; of several processes, the first shows its own."""
+    is_shown = is_asked and ranks.is_first
     with progress_bar(is_shown, None, title, unit=" passes", unit_scale=True) as bar:
-        progress = Progress(bar, title, is_shown, processes)
+        progress = Progress(bar, title, is_shown, ranks)
         yield progress
         progress.expect(0)
 

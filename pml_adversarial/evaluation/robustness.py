@@ -140,7 +140,7 @@ def evaluate_robustness(
         plain_surroundings(),
         random_stream(seed, -1),
         sharing(share) as ranks,
-        progress_of(progress and ranks.is_first, suite, ranks.count) as bar,
+        progress_of(progress, suite, ranks) as bar,
     ):
         task = RetrievalTask(embed, queries, gallery, norm, search)
         check_silent(embed.modules)

@@ -14,6 +14,7 @@ from pml_adversarial.evaluation import evaluate_robustness, progress
 from pml_adversarial.evaluation.attacks import QueryAttack
 from pml_adversarial.evaluation.checks import CHECKS
 from pml_adversarial.evaluation.progress import Progress, progress_bar
+from pml_adversarial.evaluation.sharing import Ranks
 from pml_adversarial.evaluation.suites import quick
 
 
@@ -158,9 +159,14 @@ class TestOfAnEvaluation:
         assert len(bars[0].said) == 5
         assert bars[0].totals[0] == (0, 10 * 80)
 
-    def test_says_how_many_processes_share_it(self, caplog):
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_the_first_of_several_processes_says_it(self, number, caplog, monkeypatch):
         caplog.set_level(logging.INFO, "pml_adversarial")
-        shared = Progress(Bar(None, "x"), "x", True, 4)
+        monkeypatch.setattr(progress, "LONG", 0.0)
+        ranks = Ranks()
+        ranks.number, ranks.count = number, 4
+        shared = Progress(Bar(None, "x"), "x", False, ranks)
         with next(shared.batches([5, 5], 100)):
             shared.add(10)
-        assert caplog.messages[-1].endswith("for the checks, in each of 4 processes.")
+        assert len(caplog.messages) == 1 - number
+        assert all(line.endswith("for the checks, in each of 4 processes.") for line in caplog.messages)

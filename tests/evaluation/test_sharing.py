@@ -14,7 +14,7 @@ from sharing_worker import Counted, seen
 from torch import nn
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.sharing import Ranks, check_silent, moved, sharing
+from pml_adversarial.evaluation.sharing import Ranks, _Calls, _wait_for_all, check_silent, moved, sharing
 
 WORKER = Path(worker.__file__)
 WORLDS = (2, 3)
@@ -201,6 +201,30 @@ class TestOneProcess:
         finally:
             dist.destroy_process_group()
         assert without_times(worker.everything(report)) == without_times(worker.everything(worker.evaluated(Counted())))
+
+
+class Store:
+    """Counts who has come; another process comes at the last moment, when this one is about to give up."""
+
+    def __init__(self):
+        self.present = 0
+
+    def add(self, key, number):
+        if number < 0:
+            self.present += 1
+        self.present += number
+        return self.present
+
+
+def test_who_comes_at_the_last_moment_is_not_left_alone(monkeypatch):
+    store = Store()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    monkeypatch.setattr("pml_adversarial.evaluation.sharing.world_size", lambda: 2)
+    monkeypatch.setattr("pml_adversarial.evaluation.sharing.PATIENCE", -1.0)
+    calls = _Calls.number
+    monkeypatch.setattr(_Calls, "number", calls)
+    _wait_for_all()
+    assert (store.present, _Calls.number) == (2, calls + 1)
 
 
 class Sharded(nn.Linear):
