@@ -4,6 +4,7 @@ from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .binomial import Interval
 from .classifier import RetrievalClassifier
 from .comparison import Comparison, Difference, compare
+from .cost import Cost, estimate_cost
 from .gallery import Gallery, Targets
 from .images import Images
 from .repetition import repeat
@@ -12,7 +13,7 @@ from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
-from .suites import quick, standard
+from .suites import fast, quick, standard
 from .verification import (
     ROC,
     EqualErrorRate,
@@ -35,6 +36,7 @@ __all__ = [
     "Certificate",
     "Check",
     "Comparison",
+    "Cost",
     "Difference",
     "EqualErrorRate",
     "Gallery",
@@ -62,8 +64,10 @@ __all__ = [
     "compare",
     "draw_pairs",
     "ers",
+    "estimate_cost",
     "evaluate_robustness",
     "evaluate_verification",
+    "fast",
     "quick",
     "repeat",
     "robrank_scores",
