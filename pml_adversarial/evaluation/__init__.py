@@ -7,12 +7,17 @@ from .comparison import Comparison, Difference, compare
 from .gallery import Gallery, Targets
 from .images import Images
 from .repetition import repeat
+from .pair_attacks import PairAttack, PairBatch
+from .pairs import Pairs, draw_pairs
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
+from .roc import ROC, EqualErrorRate, PairScores, Rate
 from .smoothing import Certificate, certify
 from .suites import quick, standard
+from .verification import evaluate_verification
+from .verification_report import PairAttackResult, ThresholdResult, VerificationReport, VerificationResult
 
 __all__ = [
     "AttackResult",
@@ -20,22 +25,35 @@ __all__ = [
     "Check",
     "Comparison",
     "Difference",
+    "EqualErrorRate",
     "Gallery",
     "GalleryAttack",
     "Images",
     "Interval",
+    "PairAttack",
+    "PairAttackResult",
+    "PairBatch",
+    "PairScores",
+    "Pairs",
     "QueryAttack",
     "QueryBatch",
+    "ROC",
+    "Rate",
     "Report",
     "RetrievalAttack",
     "RetrievalClassifier",
     "RobRankScores",
     "Targets",
+    "ThresholdResult",
+    "VerificationReport",
+    "VerificationResult",
     "WorstCase",
     "certify",
     "compare",
+    "draw_pairs",
     "ers",
     "evaluate_robustness",
+    "evaluate_verification",
     "quick",
     "repeat",
     "robrank_scores",

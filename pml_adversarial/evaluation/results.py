@@ -127,7 +127,7 @@ class Results:
     """All that one evaluation measured.
 
     Attributes:
-        suite: name and version of the attacks, such as "standard-v1".
+        suite: name and version of the attacks, such as "standard-v2".
         protocol: who searches what, such as "leave-one-out" or "separate gallery".
         num_queries: how many queries were evaluated.
         num_gallery: how many items were searched.
