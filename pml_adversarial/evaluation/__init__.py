@@ -6,9 +6,9 @@ from .classifier import RetrievalClassifier
 from .comparison import Comparison, Difference, compare
 from .gallery import Gallery, Targets
 from .images import Images
-from .repetition import repeat
 from .pair_attacks import PairAttack, PairBatch
 from .pairs import Pairs, draw_pairs
+from .repetition import repeat
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
@@ -20,6 +20,7 @@ from .verification import evaluate_verification
 from .verification_report import PairAttackResult, ThresholdResult, VerificationReport, VerificationResult
 
 __all__ = [
+    "ROC",
     "AttackResult",
     "Certificate",
     "Check",
@@ -37,7 +38,6 @@ __all__ = [
     "Pairs",
     "QueryAttack",
     "QueryBatch",
-    "ROC",
     "Rate",
     "Report",
     "RetrievalAttack",

@@ -34,7 +34,6 @@ def square_attack(
         score: the score of a batch. A query whose score is 0 or above is broken, and is not asked about any more.
         queries: how often the model is asked about each query, at most.
     """
-
     return partial(search_squares, score=score, queries=queries)
 
 

@@ -20,8 +20,8 @@ from .pair_evaluator import PairEvaluator, find_thresholds
 from .pair_task import PairTask
 from .pairs import PairChoice, Pairs
 from .progress import progress_bar
-from .verification_report import VerificationReport
 from .provenance import versions
+from .verification_report import VerificationReport
 
 
 def evaluate_verification(
