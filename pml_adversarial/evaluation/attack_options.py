@@ -72,7 +72,7 @@ def from_json(specs: Sequence[Mapping[str, Any]], own: Sequence[RetrievalAttack]
         raise InputError(
             f"attacks holds {', '.join(given)}; expected none but those of the report: {', '.join(names)}."
         )
-    return tuple(given[spec["name"]] if spec["name"] in given else _made(spec) for spec in specs)
+    return tuple(given[spec["name"]] if spec["name"] in given else _attack(spec) for spec in specs)
 
 
 def description(value: object) -> str:
@@ -140,6 +140,17 @@ def _own(spec: Any) -> str:
     if isinstance(spec, Mapping):
         return str(spec["own"]) if "own" in spec else next(filter(None, map(_own, spec.values())), "")
     return next(filter(None, map(_own, spec)), "") if isinstance(spec, list) else ""
+
+
+def _attack(spec: Mapping[str, Any]) -> RetrievalAttack:
+    try:
+        made: RetrievalAttack = _made(spec)
+    except (KeyError, TypeError) as error:  # of another version
+        raise InputError(
+            f"The attack {spec['name']} cannot be made from {spec} ({error!r}). Install the versions that the report "
+            "lists."
+        ) from error
+    return made
 
 
 def _made(spec: Any) -> Any:
