@@ -1,11 +1,14 @@
 """How robust an embedding model is: attacks, measures, certificates and reports."""
 
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
+from .binomial import Interval
 from .classifier import RetrievalClassifier
+from .comparison import Comparison, Difference, compare
 from .gallery import Gallery, Targets
 from .images import Images
 from .pair_attacks import PairAttack, PairBatch
 from .pairs import Pairs, draw_pairs
+from .repetition import repeat
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
@@ -21,10 +24,13 @@ __all__ = [
     "AttackResult",
     "Certificate",
     "Check",
+    "Comparison",
+    "Difference",
     "EqualErrorRate",
     "Gallery",
     "GalleryAttack",
     "Images",
+    "Interval",
     "PairAttack",
     "PairAttackResult",
     "PairBatch",
@@ -43,11 +49,13 @@ __all__ = [
     "VerificationResult",
     "WorstCase",
     "certify",
+    "compare",
     "draw_pairs",
     "ers",
     "evaluate_robustness",
     "evaluate_verification",
     "quick",
+    "repeat",
     "robrank_scores",
     "standard",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..attacks.checks import check_choice, check_whole
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from . import metrics
+from . import attack_options, fingerprints, metrics, provenance
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
@@ -27,7 +27,6 @@ from .report import Report
 from .results import decode_flags
 from .retrieval_task import JUNK, Mask, RetrievalTask, Search
 from .suites import find_suite
-from .versions import versions
 
 
 def evaluate_robustness(
@@ -111,6 +110,7 @@ def evaluate_robustness(
         "norm": norm,
         "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],
+        "attack_settings": [attack_options.to_json(attack) for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
@@ -129,9 +129,11 @@ def evaluate_robustness(
         task = RetrievalTask(embed, queries, gallery, norm, search)
         embed.probe_gradient(task.queries[:1])
         with embed.isolated():
-            checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
             asked = task.rows(subset)
+            measured = cache(partial(fingerprints.of_task, task, asked, gallery_embeddings))
+            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device)
             _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, progress)
+            origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)
             members = _able(members, task)
@@ -156,7 +158,8 @@ def evaluate_robustness(
             nmi=evaluator.nmi_of(found, "clean", labels),
             checks=made,
             settings={**settings, "device": str(embed.device), "precision": embed.precision},
-            versions=versions(),
+            versions=provenance.versions(),
+            provenance=origin,
             notes=tuple(task.notes),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),

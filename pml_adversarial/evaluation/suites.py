@@ -16,6 +16,7 @@ from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
+from .square import square_attack
 
 # Scores of perturbed queries, by batch and number of the restart.
 
@@ -46,21 +47,24 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
     return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
 
 
-def gradient_attack(
-    score: Callable[[QueryBatch, int], Score], steps: int
-) -> Callable[[QueryBatch, float, int], Tensor]:
+Perturb = Callable[[QueryBatch, float, int], Tensor]
+"""What `QueryAttack` takes: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``."""
+
+
+def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
     """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
-
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        objective = batch.objective(score(batch, restart))
-        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
-
-    return perturb
+    return partial(raise_score, score=score, steps=steps)
 
 
-def classifier_attack(
-    make: Callable[..., Any], targets: int | None = None
-) -> Callable[[QueryBatch, float, int], Tensor]:
+def raise_score(
+    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], steps: int
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`."""
+    objective = batch.objective(score(batch, restart))
+    return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+
+
+def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> Perturb:
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
@@ -69,20 +73,22 @@ def classifier_attack(
         targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
             ``n_classes``.
     """
-    taken = _taken(make)
+    return partial(fool_classifier, make=make, targets=targets)
 
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        found = batch.images.clone()
-        for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
-            part = batch[rows]
-            model = part.classifier()
-            options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
-            options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
-            options = {name: value for name, value in options.items() if taken(name)}
-            found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
-        return found
 
-    return perturb
+def fool_classifier(
+    batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
+    taken, found = _taken(make), batch.images.clone()
+    for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
+        part = batch[rows]
+        model = part.classifier()
+        options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
+        options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
+        options = {name: value for name, value in options.items() if taken(name)}
+        found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
+    return found
 
 
 def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
@@ -117,7 +123,7 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
-    """The attacks of "standard-v1", if called without arguments: the strongest that we know at a bounded cost.
+    """The attacks of "standard-v2", if called without arguments: the strongest that we know at a bounded cost.
 
     Args:
         steps: gradient steps of each run.
@@ -128,7 +134,6 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
-    square = partial(torchattacks.Square, n_queries=queries)
     return (
         QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
         QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
@@ -136,7 +141,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
         QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
         QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
-        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True),
+        QueryAttack("square", square_attack(margin_score, queries), black_box=True, only_robust=True),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
     )
@@ -154,7 +159,7 @@ def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
 
 
 SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
-    "standard": ("standard-v1", standard),
+    "standard": ("standard-v2", standard),
     "quick": ("quick-v1", quick),
 }
 """Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""
