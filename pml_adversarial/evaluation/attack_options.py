@@ -14,10 +14,11 @@ import torchattacks
 from torchattacks.attack import Attack as TorchAttack
 
 from ..errors import InputError
-from . import suites
+from . import square, suites
 from .attacks import GalleryAttack, QueryAttack, RetrievalAttack
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (QueryAttack, GalleryAttack)}
+_MODULES = (suites, square)
 _THEIRS = f"{torchattacks.__name__}."
 _GIVEN_LATER = ("eps", "norm", "seed", "n_classes")  # see `suites.classifier_attack`
 
@@ -26,7 +27,7 @@ def to_json(value: object) -> Any:
     """An attack, or an option of one, in types that JSON knows.
 
     - ``{"kind": ...}`` is a `QueryAttack` or `GalleryAttack`, with its attributes.
-    - ``{"function": ...}`` is a function of the module `suites` or a class of torchattacks, with the ``options`` that
+    - ``{"function": ...}`` is a function of the modules `suites` and `square`, or a class of torchattacks, with the ``options`` that
       are bound to it (`functools.partial`); of a class of torchattacks, also with its default options.
     - ``{"own": ...}`` describes anything else, such as a function of the user, see `description`. No attack can be made
       from it.
@@ -111,12 +112,12 @@ def _name(value: Any) -> str | None:
 
 
 def _named(name: str) -> Any:
-    """A function that the module `suites` defines, or a class of attacks of torchattacks; None: there is none."""
+    """A function of the modules that define attacks, or a class of torchattacks; None: there is none."""
     if name.startswith(_THEIRS):
         kind = getattr(torchattacks, name.removeprefix(_THEIRS), None)
         return kind if isinstance(kind, type) and issubclass(kind, TorchAttack) else None
-    found = getattr(suites, name, None)
-    return found if isinstance(found, FunctionType) and found.__module__ == suites.__name__ else None
+    found = next((vars(module)[name] for module in _MODULES if name in vars(module)), None)
+    return found if isinstance(found, FunctionType) and found.__module__ in [m.__name__ for m in _MODULES] else None
 
 
 def _defaults(function: Any) -> dict[str, Any]:

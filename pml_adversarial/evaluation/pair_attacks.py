@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.ball import per_image, project
-from ..attacks.objective import Objective
+from ..attacks.objective import Objective, Score
 from ..attacks.pgd import PGD, MomentumPGD
 from .distance import Distance
 from .embedder import Embed
 from .gallery import finite_or_zero
-from .square import random_search
+from .square import search_squares
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.
@@ -146,7 +146,11 @@ class _FromEnrolled(MomentumPGD):
 
 def square(batch: PairBatch, eps: float, restart: int, queries: int) -> Tensor:
     """Square (Andriushchenko et al., arXiv 1912.00049), which sees similarities only, see the module `square`."""
-    return random_search(batch, lambda part, restart: part.score, eps, restart, queries, goal=torch.inf)
+    return search_squares(batch, eps, restart, score=_score, queries=queries, goal=torch.inf)
+
+
+def _score(batch: PairBatch, restart: int) -> Score:
+    return batch.score
 
 
 def pair_attacks(steps: int = STEPS, restarts: int = RESTARTS, queries: int = QUERIES) -> tuple[PairAttack, ...]:

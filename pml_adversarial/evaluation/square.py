@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,25 +35,15 @@ def square_attack(
         score: the score of a batch. A query whose score is 0 or above is broken, and is not asked about any more.
         queries: how often the model is asked about each query, at most.
     """
-
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        return random_search(batch, score, eps, restart, queries)
-
-    return perturb
+    return partial(search_squares, score=score, queries=queries)
 
 
-def random_search(
-    batch: Any, score: Callable[[Any, int], Score], eps: float, restart: int, queries: int, goal: float = 0.0
+def search_squares(
+    batch: Any, eps: float, restart: int, *, score: Callable[[Any, int], Score], queries: int, goal: float = 0.0
 ) -> Tensor:
-    """Perturbed images ``(n, C, H, W)`` with the highest score that was found.
+    """Images ``(n, C, H, W)`` of a batch of queries or of pairs as random search perturbed them, see `square_attack`.
 
-    Args:
-        batch: of queries, or of pairs.
-        score: batch and number of the restart -> the score.
-        eps: radius, in pixels of [0, 1].
-        restart: number of the restart.
-        queries: how often the model is asked about each image, at most.
-        goal: an image with this score, or a higher one, is not asked about any more.
+    An image whose score is ``goal`` or above is not asked about any more.
     """
     search = _Search(batch, score, eps, restart, goal)
     for step in range(queries):
