@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,13 @@ def square_attack(
 
 
 def search_squares(
-    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], queries: int
+    batch: Any, eps: float, restart: int, *, score: Callable[[Any, int], Score], queries: int, goal: float = 0.0
 ) -> Tensor:
-    """Queries ``(Q, C, H, W)`` as random search perturbed them, see `square_attack`."""
-    search = _Search(batch, score, eps, restart)
+    """Images ``(n, C, H, W)`` of a batch of queries or of pairs as random search perturbed them, see `square_attack`.
+
+    An image whose score is ``goal`` or above is not asked about any more.
+    """
+    search = _Search(batch, score, eps, restart, goal)
     for step in range(queries):
         if not len(search.open):
             break
@@ -50,10 +54,10 @@ def search_squares(
 
 
 class _Search:
-    """The best points so far; `open` are the rows that are not broken."""
+    """The best points so far; `open` are the rows that have not reached the goal."""
 
-    def __init__(self, batch: QueryBatch, score: Callable[[QueryBatch, int], Score], eps: float, restart: int) -> None:
-        self._batch, self._make_score, self._eps, self._restart = batch, score, eps, restart
+    def __init__(self, batch: Any, score: Callable[[Any, int], Score], eps: float, restart: int, goal: float) -> None:
+        self._batch, self._make_score, self._eps, self._restart, self._goal = batch, score, eps, restart, goal
         self._propose = _PROPOSALS.get(batch.norm, _sparse)
         self._clean = _as_images(batch.images)
         self.best = self._clean.clone()
@@ -74,7 +78,7 @@ class _Search:
         higher = found > self._highest[rows]
         self.best[rows] = torch.where(per_image(higher, clean), points.reshape(clean.shape), best)
         self._highest[rows] = torch.where(higher, found, self._highest[rows])
-        still = self._highest[rows] < 0
+        still = self._highest[rows] < self._goal
         if not still.all():
             self.open = rows[still]
             self._part = self._batch[self.open]

@@ -11,22 +11,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torchattacks
 from torch import Tensor, nn
 
-from ...attacks import adapter
 from ...attacks.ball import per_image, project
-from ...attacks.objective import Objective
+from ...attacks.objective import Objective, Score
 from ...attacks.pgd import PGD, MomentumPGD
 from ..distance import Distance
 from ..embedder import Embed
 from ..gallery import finite_or_zero
+from ..square import search_squares
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
-SMALLEST_SIDE = {"Linf": 1, "L2": 5}  #: Of images, in pixels, that the black-box attack can perturb.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.
 
-_HIGHEST = 1e30  # score, as some attacks multiply scores by 0
+_HIGHEST = 1e30  # score; attacks that are not ours may multiply scores by 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +145,12 @@ class _FromEnrolled(MomentumPGD):
 
 
 def square(batch: PairBatch, eps: float, restart: int, queries: int) -> Tensor:
-    """Torchattacks' Square (Andriushchenko et al., arXiv 1912.00049), which sees similarities only."""
-    factory = partial(torchattacks.Square, eps=eps, norm=batch.norm, n_queries=queries)
-    objective = batch.objective()
-    attack = adapter.build(factory, objective)
-    return attack(batch.images.float().clone(), objective.labels).to(batch.images)
+    """Square (Andriushchenko et al., arXiv 1912.00049), which sees similarities only, see the module `square`."""
+    return search_squares(batch, eps, restart, score=_score, queries=queries, goal=torch.inf)
+
+
+def _score(batch: PairBatch, restart: int) -> Score:
+    return batch.score
 
 
 def pair_attacks(steps: int = STEPS, restarts: int = RESTARTS, queries: int = QUERIES) -> tuple[PairAttack, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ...errors import InputError
+from ..binomial import CONFIDENCE
 from ..results import Check, decode_flags
-from .roc import CONFIDENCE, ROC, EqualErrorRate, PairScores, Rate
+from .roc import ROC, EqualErrorRate, PairScores, Rate
 
 SCHEMA = 1
 """Version of the JSON that `VerificationReport.save_json` writes."""
@@ -106,6 +107,7 @@ class VerificationReport:
         checks: signs that the measured robustness is too high, see the module `pair_checks`.
         settings: all settings that are needed to repeat the evaluation.
         versions: of Python and the libraries.
+        provenance: fingerprints of model and images, and the machine, time and command.
         notes: what else a reader has to know.
         same: one character per pair: "1" if it is genuine, "0" if not.
         attacked_pairs: indices of the pairs that were attacked.
@@ -123,6 +125,7 @@ class VerificationReport:
     checks: tuple[Check, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     same: str = field(repr=False)
     attacked_pairs: tuple[int, ...] = field(repr=False)

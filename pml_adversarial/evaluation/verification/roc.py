@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-CONFIDENCE = 0.95  #: Of all intervals.
+from ..binomial import CONFIDENCE, rate_interval, rate_lower_bounds
+
 _ROUNDING = 1e-9  # of a product of a rate and a number of pairs
 
 
@@ -45,8 +46,7 @@ class Rate:
         """
         if not total:
             return cls(0, 0, None, 0.0, 1.0)
-        low, high = (float(bound) for bound in _bounds(torch.tensor([count]), total, 1 - CONFIDENCE))
-        return cls(count, total, count / total, low, high)
+        return cls(count, total, count / total, *rate_interval(count, total))
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,5 @@ def _at_least(ascending: Tensor, threshold: float) -> int:
 
 
 def _bounds(counts: Tensor, total: int, risk: float) -> tuple[Tensor, Tensor]:
-    """Ends of Clopper-Pearson intervals, each of which misses the true rate with probability ``risk`` at most.
-
-    SciPy's special functions take a moment to import, so they are imported where they are used.
-    """
-    from scipy.special import betaincinv
-
-    found = counts.double().numpy()
-    low = torch.from_numpy(betaincinv(found.clip(1), total - found + 1, risk / 2))
-    high = torch.from_numpy(betaincinv(found + 1, (total - found).clip(1), 1 - risk / 2))
-    return torch.where(counts > 0, low, 0.0), torch.where(counts < total, high, 1.0)
+    """Ends of Clopper-Pearson intervals, each of which misses the true rate with probability ``risk`` at most."""
+    return rate_lower_bounds(counts, total, risk / 2), 1 - rate_lower_bounds(total - counts, total, risk / 2)

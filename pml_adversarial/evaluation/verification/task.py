@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...training.isolation import random_stream
+from .. import fingerprints
 from ..distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
 from ..embedder import Embedder, batches, check_finite
 from ..gallery import TIE
@@ -60,6 +61,12 @@ class PairTask:
     def same(self) -> Tensor:
         """``(P,)`` bool, whether a pair is genuine."""
         return self.pairs.same
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of the model and of the images of all pairs."""
+        names = ("first", "second") if len(self.pairs.sets) == 2 else ("images",)
+        images = {name: fingerprints.of_images(part) for name, part in zip(names, self.pairs.sets, strict=True)}
+        return {"model": fingerprints.of_modules(self.embed.modules), **images}
 
     @property
     def num_images(self) -> int:

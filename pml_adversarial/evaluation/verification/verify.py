@@ -11,12 +11,12 @@ from ...attacks.checks import check_choice, check_steps, check_whole
 from ...errors import InputError
 from ...training.isolation import random_stream
 from ...training.pixels import Bounds, Normalization
+from .. import provenance
 from ..distance import find_distance
 from ..embedder import Embedder, plain_surroundings
 from ..options import NORMS, as_numbers, check_probability, to_radii, to_whole_numbers
 from ..progress import progress_bar
-from ..provenance import versions
-from .attacks import QUERIES, RESTARTS, SMALLEST_SIDE, STEPS, PairAttack, pair_attacks
+from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
 from .evaluator import PairEvaluator, find_thresholds
 from .pairs import PairChoice, Pairs
@@ -115,7 +115,7 @@ def evaluate_verification(
                 task.embed_all(batch_size, bar.update)
             _note_rates(task, rates)
             thresholds = find_thresholds(task.scores.roc(), rates)
-            members = _able(members, task)
+            origin = {**task.fingerprints(), **provenance.surroundings(embed.device)}
             evaluator = PairEvaluator(task, members, radii, rows, seed, batch_size, keep_attacked)
             with progress_bar(progress, evaluator.num_runs, suite) as bar:
                 evaluator.run(bar.update)
@@ -129,7 +129,8 @@ def evaluate_verification(
             attacks=evaluator.attack_results(thresholds),
             checks=made,
             settings={**settings, "device": str(embed.device), "precision": embed.precision},
-            versions=versions(),
+            versions=provenance.versions(),
+            provenance=origin,
             notes=tuple(task.notes),
             same="".join("1" if same else "0" for same in task.same.tolist()),
             attacked_pairs=tuple(rows.tolist()),
@@ -167,20 +168,6 @@ def _suite(
         names.add(attack.name)
     is_whole = (steps, restarts, queries) == (STEPS, RESTARTS, QUERIES) and not attacks
     return "pairs-v1" if is_whole else "custom", (*own, *attacks)
-
-
-def _able(attacks: tuple[PairAttack, ...], task: PairTask) -> tuple[PairAttack, ...]:
-    """The attacks that can be made on a task; the report notes which cannot."""
-    shape, side = task.pairs.first[:1].shape[1:], SMALLEST_SIDE[task.norm]
-    if len(shape) == 3 and min(shape[1:]) >= side:
-        return attacks
-    able = tuple(attack for attack in attacks if attack.name != "square")
-    if len(able) < len(attacks):
-        task.notes.append(
-            f"square is left out: in {task.norm} it needs images (C, H, W) of {side} pixels a side or more, these are "
-            f"{tuple(shape)}"
-        )
-    return able
 
 
 def _note_rates(task: PairTask, rates: Iterable[float]) -> None:

@@ -91,7 +91,7 @@ class TestPairBatch:
 
 class TestAttacks:
     @both_norms
-    @pytest.mark.parametrize("attack", pair_attacks(8, 1, 8), ids=lambda attack: attack.name)
+    @pytest.mark.parametrize("attack", pair_attacks(8, 1, 40), ids=lambda attack: attack.name)
     def test_within_the_budget_and_on_the_way_to_the_goal(self, attack, norm):
         batch = batch_of(norm=norm)
         with random_stream(0, 0):
@@ -127,8 +127,7 @@ class TestAttacks:
         batch = batch_of(Made(embed))
         seen.clear()
         square(batch, 0.05, 0, queries=5)
-        assert len(seen) >= 5
-        assert not any(seen)
+        assert seen == [False] * 5
 
     def test_names_and_what_is_left_out(self):
         assert [attack.name for attack in pair_attacks()] == ["momentum", "enrolled", "pgd", "square"]

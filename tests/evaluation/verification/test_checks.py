@@ -84,8 +84,7 @@ HIDING = {
 @pytest.mark.parametrize("name", HIDING)
 def test_models_that_hide_something_are_flagged(name):
     model, expected = HIDING[name]
-    options = {"eps": (0.08,), "queries": 100} if name == "detached" else {"eps": 0.08} if name == "rarely" else {}
-    assert flags(model, **options) >= expected
+    assert flags(model, **({"queries": 0} if name == "rarely" else {})) >= expected
 
 
 def test_each_check_flags_something():

@@ -23,6 +23,7 @@ def without_times(report):
     found = report.to_dict()
     for attack in found["attacks"]:
         del attack["seconds"]
+    found["provenance"] = {key: value for key, value in found["provenance"].items() if key != "time"}
     return found
 
 
@@ -121,17 +122,13 @@ class TestForms:
         features = torch.randn(24, 9, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
         report = verified(nn.Linear(9, 4), (features, LABELS), bounds=(-3, 3), indices=LISTED, far=0.5)
         assert report.result(0.06).auc < report.result().auc
-        assert (
-            "square is left out: in Linf it needs images (C, H, W) of 1 pixels a side or more, these are (9,)"
-            in report.notes
-        )
-        assert "square" not in {attack.attack for attack in report.attacks}
-        without = verified(nn.Linear(9, 4), (features, LABELS), bounds=(-3, 3), indices=LISTED, far=0.5, queries=0)
-        assert not any("square" in note for note in without.notes)
+        assert report.settings["bounds"] == [-3, 3]
 
-    def test_small_images_in_l2(self):
-        report = verified(network(size=4), images_of(size=4), indices=LISTED, norm="L2", eps=0.3, far=0.5)
-        assert any("square is left out: in L2 it needs images" in note for note in report.notes)
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_small_images(self, norm):
+        report = verified(network(size=4), images_of(size=4), indices=LISTED, norm=norm, eps=0.05, far=0.5)
+        assert report.attacks[3].attack == "square"
+        assert report.attacks[3].forward_passes == 40 * 5
 
     @pytest.mark.parametrize("model", [network(), lambda x: x.flatten(1)[:, :7], [nn.Flatten(), nn.Linear(36, 4)]])
     def test_models(self, model):
@@ -172,6 +169,19 @@ class TestForms:
     def test_double_precision(self):
         model = network().double()
         assert verified(model).result().similarities == pytest.approx(verified().result().similarities, abs=1e-6)
+
+
+class TestProvenance:
+    def test_tells_models_and_images_apart(self):
+        found = [report.provenance for report in (verified(), verified(network(seed=1)), verified(seed=1))]
+        assert found[0]["model"]["sha256"] == found[2]["model"]["sha256"] != found[1]["model"]["sha256"]
+        assert found[0]["images"] == found[1]["images"] == found[2]["images"]
+        assert found[0]["threads"] == torch.get_num_threads()
+
+    def test_of_given_pairs(self):
+        pairs = IMAGES, images_of(seed=1)[0], LABELS == 0
+        found = verified(pairs=pairs).provenance
+        assert found["first"]["sha256"] != found["second"]["sha256"]
 
 
 class TestOptions:
