@@ -96,22 +96,23 @@ def _squares(corners: Tensor, like: Tensor, sides: tuple[int, int]) -> Tensor:
     columns = width - sides[1] + 1
     down = torch.arange(height, device=like.device) - (corners // columns).unsqueeze(1)
     right = torch.arange(width, device=like.device) - (corners % columns).unsqueeze(1)
-    rows, columns_of = ((0 <= at) & (at < side) for at, side in zip((down, right), sides, strict=True))
+    rows, columns_of = ((at >= 0) & (at < side) for at, side in zip((down, right), sides, strict=True))
     inside = rows.unsqueeze(2) & columns_of.unsqueeze(1)
     return inside.reshape(len(like), *[1] * (like.ndim - 3), *like.shape[max(1, like.ndim - 2) :])
 
 
 def sparse_direction(gradient: Tensor, points: Tensor, eps: float) -> Tensor:
-    """The direction ``(M, ...)`` of an l1 step of length 1: along the largest gradients of pixels that can follow them.
+    """The direction ``(M, ...)`` of an l1 step of length 1: the ``4 eps`` largest gradients of pixels that can follow.
 
-    A pixel at the border of [0, 1] cannot follow a gradient that leads out (Croce and Hein, arXiv 2103.01208). ``2 eps``
-    pixels move, by equal parts: so a step of length eps moves each by half of the range.
+    A pixel at the border of [0, 1] cannot follow a gradient that leads out (Croce and Hein, arXiv 2103.01208). Each
+    moves in proportion to its gradient: equal parts come to rest before the best point is reached.
     """
-    sign = gradient.sign().masked_fill(((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0)), 0)
-    largest = (gradient.abs() * sign.abs()).flatten(1)
-    best = largest.topk(min(math.ceil(2 * eps), largest.shape[1]), sorted=False).indices
-    part = torch.zeros_like(largest).scatter(1, best, 1 / best.shape[1])
-    return sign * part.reshape(gradient.shape)
+    leads_out = ((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0))
+    able = gradient.masked_fill(leads_out, 0).flatten(1)
+    best = able.abs().topk(min(math.ceil(4 * eps), able.shape[1]), sorted=False).indices
+    largest = torch.zeros_like(able).scatter(1, best, able.gather(1, best))
+    length = largest.abs().sum(1, keepdim=True).clamp(min=torch.finfo(able.dtype).tiny)
+    return (largest / length).reshape(gradient.shape)
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ from .ball import COUNTS, NORMS, chosen_at_random, per_image, project, sparse_di
 from .checks import check_choice, check_eps, check_number, check_steps
 from .objective import Objective
 
+WIDE = 10.0
+"""How far a step in "L0" and "patch" may lead, on average over pixels of [0, 1].
+
+Far out of [0, 1], the projection compares slopes; near, it would keep the positions that it has kept before.
+"""
+
 
 class PGD:
     """PGD with steps of a constant length (Madry et al., arXiv 1706.06083); the last point is returned.
@@ -27,7 +33,7 @@ class PGD:
     Args:
         objective: what is raised.
         eps: radius of the ball, see `ball.NORMS`; for lengths in pixels of [0, 1].
-        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``, in "L0" and "patch" ``2.5 / steps``.
+        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``, in "L0" and "patch" ``25 / steps``.
         steps: number of steps.
         random_start: whether it starts at a random point of the ball instead of the clean inputs.
         norm: "Linf", with steps along the gradient's sign; "L2", with steps along the gradient; "L1", with steps of few
@@ -57,7 +63,7 @@ class PGD:
         self.norm = check_choice("norm", norm, NORMS, error=AttackError)
         self.eps = check_eps(eps, norm)
         self.steps = check_steps(steps)
-        self.reach = 1.0 if norm in COUNTS else self.eps
+        self.reach = WIDE if norm in COUNTS else self.eps
         self.alpha = 2.5 * self.reach / steps if alpha is None else check_number("alpha", alpha, error=AttackError)
         self.objective, self.random_start = objective, random_start
 
@@ -108,7 +114,7 @@ class PGD:
 
 
 class MomentumPGD(PGD):
-    """PGD with momentum and with steps that fall from eps (in "L0" and "patch" from 1) to 0 along a cosine; it returns the best point of each row.
+    """PGD with momentum and with steps that fall from eps to 0 along a cosine; it returns the best point of each row.
 
     The momentum is that of MI-FGSM (Dong et al., arXiv 1710.06081), and the best point of a row's path is what APGD
     returns (Croce and Hein, arXiv 2003.01690). One more forward pass is spent on the last point. A gradient that is not
@@ -147,7 +153,7 @@ class MomentumPGD(PGD):
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def step_size(self, step: int) -> float:
-        """From eps, or 1, to 0 along a cosine."""
+        """From eps, in "L0" and "patch" from `WIDE`, to 0 along a cosine."""
         return self.reach * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def direction(self, gradient: Tensor, points: Tensor) -> Tensor:

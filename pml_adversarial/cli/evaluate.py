@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import AdversarialError
 from ..evaluation import RetrievalAttack, evaluate_robustness
 from ..evaluation.distance import DISTANCES
+from ..evaluation.options import NORMS
 from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .images import images_from, same_classes
@@ -40,8 +41,12 @@ Examples:
 )
 @click.option("--queries", required=True, type=_PATH, help="Folder with a subfolder per class, or npz: images, labels.")
 @click.option("--gallery", type=_PATH, help="What is searched, in that form.  [default: the queries, leave one out]")
-@click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
-@click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
+@click.option(
+    "--eps",
+    required=True,
+    help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1. L0: pixels; patch: side.",
+)
+@click.option("--norm", default="Linf", type=click.Choice(NORMS, case_sensitive=False), help="Of the radii.")
 @click.option("--distance", default="cosine", type=click.Choice(DISTANCES), help="How the deployed search compares.")
 @click.option(
     "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attacks.ball import project
+from ..attacks.ball import NORMS, project
 from ..attacks.objective import Objective, Score
 from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
@@ -28,7 +28,7 @@ class QueryBatch:
         images: ``(Q, C, H, W)`` clean pixels of the queries.
         clean: ``(Q, D)`` embeddings of the clean queries.
         targets: what the queries should find.
-        norm: of the perturbations, "Linf" or "L2".
+        norm: of the perturbations, one of `ball.NORMS`.
     """
 
     embed: Embed
@@ -66,6 +66,7 @@ class QueryAttack:
         black_box: whether it uses outputs of the model only, no gradients.
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
+        norms: in which it can be made; in others it is left out.
     """
 
     name: str
@@ -74,6 +75,7 @@ class QueryAttack:
     black_box: bool = False
     only_robust: bool = False
     num_classes: int = 2
+    norms: tuple[str, ...] = NORMS
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -95,6 +97,7 @@ class GalleryAttack:
         score: batch -> the score of the items' embeddings that is raised.
         steps: of `MomentumPGD`.
         restarts: how often it runs. Later runs attack only queries that are still robust.
+        norms: in which it can be made; in others it is left out.
     """
 
     name: str
@@ -102,6 +105,7 @@ class GalleryAttack:
     score: Callable[[QueryBatch], Score]
     steps: int
     restarts: int = 1
+    norms: tuple[str, ...] = NORMS
     black_box = False
     only_robust = False
     num_classes = 2

@@ -11,6 +11,7 @@ import torch
 import torchattacks
 from torch import Tensor
 
+from ..attacks.ball import NORMS
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
@@ -93,6 +94,8 @@ def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
     return lambda name: (name in parameters or (any_name and name != "n_classes")) and name not in bound
 
 
+_LENGTHS = ("Linf", "L2")  # the norms of torchattacks
+
 # Attacks on the gallery: which item is perturbed, and to what end.
 
 
@@ -133,10 +136,10 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
         QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
         QueryAttack("shift", gradient_attack(shift_score, steps)),
-        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
-        QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
-        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
-        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True),
+        QueryAttack("apgd-ce", classifier_attack(apgd), norms=_LENGTHS, only_robust=True),
+        QueryAttack("apgd-t", classifier_attack(apgd_t, targets), norms=_LENGTHS, only_robust=True, num_classes=4),
+        QueryAttack("fab-t", classifier_attack(fab_t, targets), norms=_LENGTHS, only_robust=True),
+        QueryAttack("square", classifier_attack(square), norms=_LENGTHS, black_box=True, only_robust=True),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
     )
@@ -188,7 +191,8 @@ def _as_attack(attack: Any) -> Any:
     """An attack on queries of a class of torchattacks, or of one with options bound; anything else as it is."""
     kind = attack.func if isinstance(attack, partial) else attack
     if isinstance(kind, type) and issubclass(kind, torchattacks.attack.Attack):
-        return QueryAttack(kind.__name__, classifier_attack(attack))
+        norms = _LENGTHS if _taken(attack)("norm") else NORMS
+        return QueryAttack(kind.__name__, classifier_attack(attack), norms=norms)
     return attack
 
 
