@@ -457,7 +457,7 @@ def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
 
 
 def _rises(batch: QueryBatch, eps: float, size: float) -> Tensor:
-    """``(Q, S)`` how much steps of each scale of ``size`` along the gradient raise the margin; NaN if nothing changes."""
+    """``(Q, S)`` how much steps of each scale of ``size`` along the gradient raise the margin; NaN where still."""
     point, before = _random_point(batch, eps)
     lead = _lead(batch, before)
     norm = "L2" if batch.norm == "L2" else "Linf"
