@@ -58,7 +58,7 @@ def highest_margin(model, points, label, embeddings, labels):
 
 
 def problem(seed, shape):
-    """A random model, queries that are right, and a gallery. Images of several rows lie around dark and light patterns."""
+    """A random model, queries that are right, and a gallery. Images of two rows or more lie around patterns."""
     model, generator = model_of(seed, shape), torch.Generator().manual_seed(100 + seed)
     queries, items = (torch.rand(count, *shape, generator=generator) for count in (QUERIES, ITEMS))
     labels = torch.arange(ITEMS) % 3
