@@ -10,7 +10,7 @@ from torch import nn
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.results import decode_flags
 
-ROW, PLANE = (1, 1, 3), (1, 2, 3)
+ROW, PLANE = (1, 1, 3), (1, 5, 5)
 QUERIES, ITEMS = 16, 12
 
 
@@ -58,13 +58,15 @@ def highest_margin(model, points, label, embeddings, labels):
 
 
 def problem(seed, shape):
-    """A random model, queries that are right, and a gallery. Images of two rows or more lie around patterns."""
+    """A random model, queries that are right, and a gallery. Images of two rows or more are dark or light."""
     model, generator = model_of(seed, shape), torch.Generator().manual_seed(100 + seed)
     queries, items = (torch.rand(count, *shape, generator=generator) for count in (QUERIES, ITEMS))
     labels = torch.arange(ITEMS) % 3
     if shape[1] > 1:
-        patterns = (torch.rand(3, *shape, generator=generator) < 0.5).float()
-        queries, items = (0.6 * patterns[torch.arange(len(part)) % 3] + 0.4 * part for part in (queries, items))
+        queries, items = (
+            0.3 * part + 0.7 * (torch.arange(len(part)) % 2).reshape(-1, 1, 1, 1) for part in (queries, items)
+        )
+        labels = torch.arange(ITEMS) % 2
     with torch.no_grad():
         embeddings = unit(model(items).double())
         nearest = (unit(model(queries).double()) @ embeddings.T).argmax(1)
@@ -78,10 +80,9 @@ def problem(seed, shape):
         ("Linf", 0.1, ROW, 6),
         ("L2", 0.12, ROW, 6),
         ("L1", 0.15, ROW, 6),
-        ("L0", 1, PLANE, 40),
-        ("L0", 2, PLANE, 8),
-        ("patch", 1, PLANE, 40),
-        ("patch", 2, (1, 3, 2), 4),
+        ("L0", 1, PLANE, 10),
+        ("patch", 1, PLANE, 10),
+        ("patch", 2, (1, 8, 8), 2),
     ],
 )
 def test_what_a_grid_breaks_is_not_robust(norm, eps, shape, parts):
@@ -105,6 +106,5 @@ def test_what_a_grid_breaks_is_not_robust(norm, eps, shape, parts):
             broken, robust = broken + (margin > 0), robust + bool(stands[i])
             if margin > 1e-6:
                 assert not stands[i], f"seed {seed}, query {i}: margin {margin}"
-    print(norm, eps, int(broken), robust)
     assert broken >= 5
     assert robust >= 5
