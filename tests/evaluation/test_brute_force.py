@@ -82,7 +82,6 @@ def problem(seed, shape):
         ("L1", 0.15, ROW, 6),
         ("L0", 1, PLANE, 10),
         ("patch", 1, PLANE, 10),
-        ("patch", 2, (1, 8, 8), 2),
     ],
 )
 def test_what_a_grid_breaks_is_not_robust(norm, eps, shape, parts):
