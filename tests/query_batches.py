@@ -7,14 +7,26 @@ from torch import nn
 from pml_adversarial.evaluation.embedder import Embedder
 from pml_adversarial.evaluation.retrieval_task import RetrievalTask
 
-RADIUS = {"Linf": 0.05, "L2": 0.3}
+RADIUS = {"Linf": 0.05, "L2": 0.3, "L1": 1.2, "L0": 3, "patch": 2}
 both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])
+all_norms = pytest.mark.parametrize("norm", RADIUS)
 
 
 def length(change, norm):
-    """Of each row's change."""
+    """Of each row's change ``(M, C, H, W)``: in "L0" and "patch" by loops over positions."""
     flat = change.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
+    if norm in ("L0", "patch"):
+        return torch.tensor([float(count_of(row, norm)) for row in change])
+    return {"Linf": flat.abs().amax(1), "L2": flat.norm(dim=1), "L1": flat.abs().sum(1)}[norm]
+
+
+def count_of(change, norm):
+    """How many positions of ``(C, H, W)`` change, or the side of the smallest square that holds them."""
+    _, height, width = change.shape
+    changed = [(y, x) for y in range(height) for x in range(width) if (change[:, y, x] != 0).any()]
+    if norm == "L0" or not changed:
+        return len(changed)
+    return max(max(at) - min(at) + 1 for at in zip(*changed, strict=True))
 
 
 def images_of(count=24, classes=4, size=6, spread=0.15, seed=0):

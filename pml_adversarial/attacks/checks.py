@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import AdversarialError, AttackError, InputError
+from .ball import COUNTS
 
 
 def check_number(
@@ -54,7 +55,10 @@ def check_choice(
 
 
 def check_eps(eps: Any, norm: str = "Linf", error: type[AdversarialError] = AttackError) -> float:
-    """The radius of a ball in pixels of [0, 1], above 0; in "Linf" up to 1."""
+    """The radius of a ball, above 0, see `ball.NORMS`: in "Linf" up to 1, in "L0" and "patch" a whole number."""
+    if norm in COUNTS:
+        whole = int(eps) if isinstance(eps, float) and eps.is_integer() else eps
+        return check_whole("eps", whole, hint=f", of pixels, in norm={norm!r}", error=error)
     hint = ", in pixels of [0, 1]: for 8 of 256 levels write eps=8/255"
     return check_number("eps", eps, 0, 1 if norm == "Linf" else math.inf, above=True, hint=hint, error=error)
 

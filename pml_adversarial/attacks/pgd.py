@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import AttackError
-from .ball import per_image, project
+from .ball import COUNTS, NORMS, chosen_at_random, per_image, project, sparse_direction
 from .checks import check_choice, check_eps, check_number, check_steps
 from .objective import Objective
+
+WIDE = 10.0
+"""How far a step in "L0" and "patch" may lead, on average over pixels of [0, 1].
+
+Far out of [0, 1], the projection compares slopes; near, it would keep the positions that it has kept before.
+"""
 
 
 class PGD:
@@ -26,11 +32,13 @@ class PGD:
 
     Args:
         objective: what is raised.
-        eps: radius of the ball, in pixels of [0, 1].
-        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``.
+        eps: radius of the ball, see `ball.NORMS`; for lengths in pixels of [0, 1].
+        alpha: length of a step, in pixels of [0, 1]; None: ``2.5 eps / steps``, in "L0" and "patch" ``25 / steps``.
         steps: number of steps.
         random_start: whether it starts at a random point of the ball instead of the clean inputs.
-        norm: "Linf", with steps along the gradient's sign, or "L2", with steps along the gradient.
+        norm: "Linf", with steps along the gradient's sign; "L2", with steps along the gradient; "L1", with steps of few
+            pixels, see `ball.sparse_direction`; "L0" (PGD0, Croce and Hein, arXiv 1909.05040) and "patch", with steps
+            along the gradient in all pixels, ``alpha`` on average, of which the projection keeps the largest.
 
     Raises:
         AttackError: an option cannot be used.
@@ -52,10 +60,11 @@ class PGD:
         random_start: bool = True,
         norm: str = "Linf",
     ) -> None:
-        self.norm = check_choice("norm", norm, ("Linf", "L2"), error=AttackError)
+        self.norm = check_choice("norm", norm, NORMS, error=AttackError)
         self.eps = check_eps(eps, norm)
         self.steps = check_steps(steps)
-        self.alpha = 2.5 * eps / steps if alpha is None else check_number("alpha", alpha, error=AttackError)
+        self.reach = WIDE if norm in COUNTS else self.eps
+        self.alpha = 2.5 * self.reach / steps if alpha is None else check_number("alpha", alpha, error=AttackError)
         self.objective, self.random_start = objective, random_start
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -63,7 +72,7 @@ class PGD:
         projection = self.projection(inputs)
         points = self.start(inputs)
         for step in range(self.steps):
-            direction = self.direction(self.gradient(points))
+            direction = self.direction(self.gradient(points), points)
             points = projection(points.add(direction, alpha=self.step_size(step)))
         return self.result(points)
 
@@ -84,13 +93,17 @@ class PGD:
         """The length of a step, in pixels of [0, 1]."""
         return self.alpha
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The direction ``(M, ...)`` of a step, of length 1 in the norm."""
-        return gradient.sign() if self.norm == "Linf" else gradient / row_length(gradient)
+    def direction(self, gradient: Tensor, points: Tensor) -> Tensor:
+        """The direction ``(M, ...)`` of a step from points, of length 1 in the norm."""
+        if self.norm == "Linf":
+            return gradient.sign()
+        if self.norm == "L1":
+            return sparse_direction(gradient, points, self.eps)
+        return gradient / row_length(gradient, mean_absolute=self.norm != "L2")
 
     def projection(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that moves points ``(M, ...)`` into the ball around the inputs, and into [0, 1]."""
-        if self.norm == "L2":
+        if self.norm != "Linf":
             return partial(project, clean=inputs, eps=self.eps, norm=self.norm)
         low, high = (inputs - self.eps).clamp_(min=0), (inputs + self.eps).clamp_(max=1)
         return lambda points: torch.clamp(points, low, high)
@@ -140,14 +153,14 @@ class MomentumPGD(PGD):
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def step_size(self, step: int) -> float:
-        """From eps to 0 along a cosine."""
-        return self.eps * (1 + math.cos(math.pi * step / self.steps)) / 2
+        """From eps, in "L0" and "patch" from `WIDE`, to 0 along a cosine."""
+        return self.reach * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def direction(self, gradient: Tensor) -> Tensor:
+    def direction(self, gradient: Tensor, points: Tensor) -> Tensor:
         """The direction of the velocity, to which the gradient is added at a length of 1."""
-        length = row_length(gradient, mean_absolute=self.norm == "Linf")
+        length = row_length(gradient, mean_absolute=self.norm != "L2")
         self._velocity = self.momentum * self._velocity + gradient / length
-        return super().direction(self._velocity)
+        return super().direction(self._velocity, points)
 
     def result(self, points: Tensor) -> Tensor:
         """The best points, the last ones included."""
@@ -173,11 +186,21 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
 
 
 def uniform_noise(like: Tensor, eps: float = 1.0, norm: str = "Linf") -> Tensor:
-    """A random point of the ball of radius eps around 0 for each row, in the shape and type of ``like``."""
+    """A random point of the ball of radius eps around 0 for each row, in the shape and type of ``like``.
+
+    In "L0" and "patch", random positions have random values in [-1, 1].
+    """
     if norm == "Linf":
         return torch.empty_like(like).uniform_(-eps, eps)
+    if norm in COUNTS:
+        return torch.empty_like(like).uniform_(-1, 1) * chosen_at_random(like, eps, norm)
+    count = like[0].numel()
+    if norm == "L1":  # the shares of independent exponential parts, of which one is the distance to the border
+        parts = torch.empty(len(like), count + 1, device=like.device, dtype=like.dtype).exponential_()
+        signs = torch.randint_like(like, 2).mul_(2).sub_(1)
+        return signs * (eps * parts[:, 1:] / parts.sum(1, keepdim=True)).reshape(like.shape)
     direction = torch.randn_like(like)
-    radius = torch.rand(len(like), device=like.device, dtype=like.dtype) ** (1 / like[0].numel())
+    radius = torch.rand(len(like), device=like.device, dtype=like.dtype) ** (1 / count)
     return direction * per_image(eps * radius / direction.flatten(1).norm(dim=1), direction)
 
 

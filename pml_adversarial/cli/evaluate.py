@@ -11,6 +11,7 @@ import torch
 
 from ..evaluation import RetrievalAttack, evaluate_robustness
 from ..evaluation.distance import DISTANCES
+from ..evaluation.options import NORMS
 from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .inputs import errors_shown, input_options, load, write
@@ -27,8 +28,12 @@ Examples:
 
 @click.command(context_settings=CONTEXT, epilog=_EXAMPLES)
 @input_options
-@click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
-@click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
+@click.option(
+    "--eps",
+    required=True,
+    help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1. L0: pixels; patch: side.",
+)
+@click.option("--norm", default="Linf", type=click.Choice(NORMS, case_sensitive=False), help="Of the radii.")
 @click.option("--distance", default="cosine", type=click.Choice(DISTANCES), help="How the deployed search compares.")
 @click.option(
     "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attacks.ball import project
+from ..attacks.ball import NORMS, project
 from ..attacks.objective import Objective, Score
 from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
@@ -28,7 +28,7 @@ class QueryBatch:
         images: ``(Q, C, H, W)`` clean pixels of the queries.
         clean: ``(Q, D)`` embeddings of the clean queries.
         targets: what the queries should find.
-        norm: of the perturbations, "Linf" or "L2".
+        norm: of the perturbations, one of `ball.NORMS`.
     """
 
     embed: Embed
@@ -69,6 +69,7 @@ class QueryAttack:
         passes: how many image passes one run takes for each query, at most; None: it is not known.
         follows: whether it attacks only queries that are still robust after the attacks before it. Its measures are
             then the lowest of these attacks and of its own.
+        norms: in which it can be made; in others it is left out.
     """
 
     name: str
@@ -79,6 +80,7 @@ class QueryAttack:
     num_classes: int = 2
     passes: int | None = None
     follows: bool = False
+    norms: tuple[str, ...] = NORMS
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -100,6 +102,7 @@ class GalleryAttack:
         score: batch -> the score of the items' embeddings that is raised.
         steps: of `MomentumPGD`.
         restarts: how often it runs. Later runs attack only queries that are still robust.
+        norms: in which it can be made; in others it is left out.
     """
 
     name: str
@@ -107,6 +110,7 @@ class GalleryAttack:
     score: Callable[[QueryBatch], Score]
     steps: int
     restarts: int = 1
+    norms: tuple[str, ...] = NORMS
     black_box = False
     only_robust = False
     num_classes = 2

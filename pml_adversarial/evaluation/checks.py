@@ -10,7 +10,6 @@ If no flag is raised, none of these signs was found; this proves nothing.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image, project
+from ..attacks.ball import COUNTS, per_image, project
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
 from . import binomial
 from .attacks import QueryBatch
 from .gallery import TIE, Gallery, Targets, finite_or_zero
+from .options import largest_radius
 from .results import AttackResult, Check, decode_flags
 from .retrieval_task import RetrievalTask
 from .sharing import Ranks
@@ -35,7 +35,8 @@ from .suites import margin_score
 SAMPLE = 64  #: Queries in the sample, at most.
 PASSES = 551  #: Image passes of all checks for each query of the sample, about.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
-LARGE = 0.5  #: l-inf radius that can make every image the same grey; in l2, times the root of the number of pixels.
+LARGE = 0.5  #: l-inf radius that can make every image the same grey.
+NEAR = 8 / 255  #: Size of the steps that ask whether gradients are true, in l-inf, where eps is no size of all pixels.
 SIGNIFICANCE = 1e-3  #: A flag is raised if what was found has a smaller probability on a model that hides nothing.
 FEW = 0.01  #: Share of the queries on which an attack may get stuck although the model hides nothing.
 MOST = 0.95  #: Share of the queries whose gradients lead to their goal if the model hides nothing.
@@ -130,7 +131,17 @@ class QuerySample:
     @property
     def large(self) -> float:
         """Radius at which an attack can make every image the same grey."""
-        return LARGE if self.task.norm == "Linf" else LARGE * math.sqrt(self.batches[0].images[0].numel())
+        shape = self.batches[0].images.shape[1:]
+        if self.task.norm == "patch":
+            return max(shape[-2:])  # a patch that is wider than an image covers it
+        return largest_radius(self.task.norm, shape) * (1 if self.task.norm in COUNTS else LARGE)
+
+    @property
+    def radii_around(self) -> tuple[float, float, float]:
+        """Half of eps, eps, and twice eps: where eps counts, in whole numbers; none is wider than an image."""
+        half = max(1, self.eps // 2) if self.task.norm in COUNTS else self.eps / 2
+        largest = largest_radius(self.task.norm, self.batches[0].images.shape[1:])
+        return half, self.eps, min(2 * self.eps, largest)
 
     def on_queries(self, black_box: bool) -> list[AttackResult]:
         """The results of attacks on queries: of the black-box ones, or of the others."""
@@ -200,7 +211,7 @@ def gains_by_steps(sample: QuerySample) -> Verdict:
 
 def gains_by_eps(sample: QuerySample) -> Verdict:
     """A larger eps is no weaker (Carlini et al.), in independent runs."""
-    radii = (sample.eps / 2, sample.eps, 2 * sample.eps)
+    radii = sample.radii_around
     runs = [sample.broken(eps, STEPS // 2, "eps") for eps in radii]
     counts = ", ".join(f"{int(run.sum())} at eps {eps:.4g}" for run, eps in zip(runs, radii, strict=True))
     passed = no_weaker(runs[1], runs[0]) and no_weaker(runs[2], runs[1])
@@ -269,11 +280,13 @@ def has_gradients(sample: QuerySample) -> Verdict:
 
 def gradients_are_true(sample: QuerySample) -> Verdict:
     """A step along the gradient raises the score (Athalye et al.), at every scale up to eps."""
-    rises = sample.measure(partial(_rises, eps=sample.eps), "rises")
+    is_wide = sample.task.norm in ("Linf", "L2")  # else eps allows large changes of few pixels
+    size, unit = (sample.eps, "") if is_wide else (NEAR, " in l-inf")
+    rises = sample.measure(partial(_rises, eps=sample.eps, size=size), "rises")
     found = []
     for scale, rise in zip(_SCALES, rises.T, strict=True):
         changed, raised = int((~rise.isnan()).sum()), int((rise > 0).sum())
-        step = f"a step of {scale * sample.eps:.2g} along the gradient"
+        step = f"a step of {scale * size:.2g}{unit} along the gradient"
         message = f"{step} raises the score of {raised} of {changed} queries"
         if changed >= _ENOUGH:
             found.append((binomial.tail(changed - raised, changed, 1 - MOST), message))
@@ -371,12 +384,19 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
 
 def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
     """Queries with random noise of the largest size that eps allows, ``(Q, C, H, W)``."""
-    noise = eps * _directed(torch.randn_like(batch.images), batch.norm)
-    return project(batch.images + noise, batch.images, eps, batch.norm)
+    return project(batch.images + _noise(batch.images, eps, batch.norm), batch.images, eps, batch.norm)
+
+
+def _noise(images: Tensor, eps: float, norm: str) -> Tensor:
+    """Random noise ``(Q, C, H, W)`` of the largest size that eps allows."""
+    noise = torch.randn_like(images)
+    if norm in ("Linf", "L2"):
+        return eps * _directed(noise, norm)
+    return project(images + noise, images, eps, norm) - images
 
 
 def _directed(direction: Tensor, norm: str) -> Tensor:
-    """The point of the unit ball that is furthest in a direction: in Linf, a corner."""
+    """The point of the unit ball in l-inf or l2 that is furthest in a direction: in l-inf, a corner."""
     if norm == "Linf":
         return direction.sign()
     length = direction.flatten(1).norm(dim=1).clamp(min=torch.finfo(direction.dtype).tiny)
@@ -435,18 +455,19 @@ def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
     none = _gradient(batch, point, _lead(batch, before)) == 0
     columns = [none.flatten(1).all(1).float()]
     for radius in radii:
-        noise = radius * _directed(torch.randn_like(point), batch.norm)
+        noise = _noise(point, radius, batch.norm)
         moved, blindly = ((_after(batch, point, s) - before).square().sum(1) for s in (noise, noise * none))
         columns.append((blindly > moved / 2).float())
     return torch.stack([*columns, none.flatten(1).float().mean(1)], 1)
 
 
-def _rises(batch: QueryBatch, eps: float) -> Tensor:
-    """``(Q, S)`` how much steps of each scale along the gradient raise the margin; NaN where they change nothing."""
+def _rises(batch: QueryBatch, eps: float, size: float) -> Tensor:
+    """``(Q, S)`` how much steps of each scale of ``size`` along the gradient raise the margin; NaN where still."""
     point, before = _random_point(batch, eps)
     lead = _lead(batch, before)
-    direction = _directed(_gradient(batch, point, lead).sign(), batch.norm)  # else, in l2, a few pixels would decide
-    moved = [_after(batch, point, scale * eps * direction) for scale in _SCALES]
+    norm = "L2" if batch.norm == "L2" else "Linf"
+    direction = _directed(_gradient(batch, point, lead).sign(), norm)  # else, in l2, a few pixels would decide
+    moved = [_after(batch, point, scale * size * direction) for scale in _SCALES]
     still = [(after == before).all(1) for after in moved]
     return torch.stack(
         [(lead(m) - lead(before)).masked_fill(s, torch.nan) for m, s in zip(moved, still, strict=True)], 1

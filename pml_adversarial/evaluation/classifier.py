@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .embedder import Embed
 from .gallery import Gallery, Targets
 
-_POWER = {"Linf": torch.inf, "L2": 2.0}
+_POWER = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}  # in the other norms, groups hold one query each
 _LOGIT_SPREAD = 10.0
 
 
@@ -25,7 +25,7 @@ class RetrievalClassifier(nn.Module):
         gallery: what is searched.
         images: ``(Q, ...)`` the clean queries.
         targets: what the queries should find.
-        norm: "Linf" or "L2", in which distances between images are measured.
+        norm: in which distances between images are measured. In "L0" and "patch" there is one query.
         modules: the modules that ``embed`` runs.
 
     Attributes:
@@ -40,7 +40,7 @@ class RetrievalClassifier(nn.Module):
         super().__init__()
         self.device_marker = nn.Parameter(gallery.embeddings.new_empty(0), requires_grad=False)  # attacks look for it
         self.watched = nn.ModuleList(modules)
-        self._embed, self._gallery, self._targets, self._power = embed, gallery, targets, _POWER[norm]
+        self._embed, self._gallery, self._targets, self._power = embed, gallery, targets, _POWER.get(norm, 2.0)
         self._images, self._clean = images, images.flatten(1)
         by_label, count = targets.relevant is None, len(gallery.classes)
         self.num_classes = count if by_label else count + 1
@@ -59,7 +59,7 @@ class RetrievalClassifier(nn.Module):
     def wrong_classes(self, nth: int) -> Tensor:
         """Labels ``(Q,)``: each clean query's most similar wrong class (nth 0), the second most similar (nth 1), ..."""
         with torch.no_grad():
-            wrong = self(self._images).scatter(1, self.labels.unsqueeze(1), -torch.inf)
+            wrong = self._logits(self._images, self._targets).scatter(1, self.labels.unsqueeze(1), -torch.inf)
         order = wrong[:, : len(self._gallery.classes)].argsort(dim=1, descending=True)
         return self._gallery.classes[order[:, min(nth, self.num_classes - 2)]]
 
@@ -69,16 +69,19 @@ class RetrievalClassifier(nn.Module):
         Args:
             images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
         """
+        with torch.no_grad():
+            alike = self._targets.are_alike
+            nearest = None if alike else _distances(images, self._clean, self._power).argmin(1)
+        return self._logits(images, self._targets if nearest is None else self._targets[nearest])
+
+    def _logits(self, images: Tensor, targets: Targets) -> Tensor:
+        """Logits of images, each of which belongs to one of the targets; targets that are alike need not correspond."""
         embeddings = self._embed(images.to(self._images.dtype))  # torchattacks gives float32 only
         similarities = self._gallery.similarities(embeddings)
         low = similarities.detach().amin(1, keepdim=True)
         columns = self._gallery.columns.expand_as(similarities)
-        if not self._targets.are_alike:
-            with torch.no_grad():
-                targets = self._targets[_distances(images, self._clean, self._power).argmin(1)]
-                everything = slice(0, len(self._gallery))
-                left_out = targets.is_left_out(everything)
-            similarities = torch.where(left_out, low, similarities)
+        if not targets.are_alike:
+            similarities = torch.where(targets.is_left_out(slice(0, len(self._gallery))), low, similarities)
             if targets.relevant is not None:
                 columns = torch.where(targets.relevant, self.num_classes - 1, columns)
         lowest = low.expand(-1, self.num_classes)
@@ -91,13 +94,15 @@ def separable_groups(images: Tensor, targets: Targets, eps: float, norm: str) ->
 
     Within a group, no image ``(Q, ...)`` lies within ``2 * eps`` of another. Exact duplicates with one label may share
     a group, because both find the same. If all queries search the same items, they form one group:
-    `RetrievalClassifier` need not distinguish them.
+    `RetrievalClassifier` need not distinguish them. In "L0" and "patch" each query is a group of its own.
 
     Returns:
         Indices of the queries of each group.
     """
     if targets.are_alike:
         return [torch.arange(len(images), device=images.device)]
+    if norm not in _POWER:
+        return list(torch.arange(len(images), device=images.device).split(1))
     distances = _distances(images, images.flatten(1), _POWER[norm])
     same = (distances == 0) & (targets.labels.unsqueeze(1) == targets.labels)
     if targets.ignored is not None or targets.relevant is not None:

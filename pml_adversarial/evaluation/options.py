@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attacks.ball import COUNTS
+from ..attacks.ball import NORMS as NORMS
 from ..errors import InputError
-
-NORMS = ("Linf", "L2")
 
 
 def check_probability(name: str, value: float) -> None:
@@ -22,7 +22,10 @@ def check_probability(name: str, value: float) -> None:
 
 
 def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
-    """One or more different radii in pixels of [0, 1], ascending; in Linf none is above 1. 0 needs ``zero``."""
+    """One or more different radii, ascending: in pixels of [0, 1], or whole numbers in "L0" and "patch".
+
+    In Linf none is above 1. 0 needs ``zero``.
+    """
     has_dimensions = getattr(eps, "ndim", True)  # a tensor without dimensions is one number
     given: Iterable[Any] = eps if isinstance(eps, Iterable) and has_dimensions else [eps]
     try:
@@ -31,13 +34,52 @@ def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: 
         radii = ()
     if isinstance(eps, str | bool) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
         smallest = "0 or larger" if zero else "above 0"
-        raise InputError(
-            f"{name}={eps!r}; expected one or more radii {smallest} in pixels of [0, 1], such as "
-            f"{'0.25' if norm == 'L2' else '8/255'}."
-        )
+        raise InputError(f"{name}={eps!r}; expected one or more radii {smallest} {_UNITS[norm]}.")
+    if norm in COUNTS and not all(radius.is_integer() for radius in radii):
+        raise InputError(f"{name}={eps!r}; expected whole numbers from 1 on {_UNITS[norm]}, in norm={norm!r}.")
     if norm == "Linf" and radii[-1] > 1:
         raise InputError(f"{name}={radii[-1]:g} is wider than all pixels; expected 1 at most in Linf, such as 8/255.")
     return radii
+
+
+_UNITS = {
+    "Linf": "in pixels of [0, 1], such as 8/255",
+    "L2": "in pixels of [0, 1], such as 0.25",
+    "L1": "in pixels of [0, 1], such as 2",
+    "L0": "of pixels that change, such as 10",
+    "patch": "as the side of a square of pixels, such as 5",
+}
+
+
+def largest_radius(norm: str, shape: Sequence[int]) -> float:
+    """The radius beyond which the ball around an image of a shape, such as ``(C, H, W)``, holds nothing more.
+
+    For a patch it is the shorter side: no larger square fits.
+    """
+    values = math.prod(shape)
+    if norm == "patch":
+        return min(shape[-2:])
+    positions = math.prod(shape[1:]) if len(shape) > 2 else values
+    return {"Linf": 1, "L2": math.sqrt(values), "L1": values, "L0": positions}[norm]
+
+
+def check_radii(radii: Iterable[float], norm: str, shape: Sequence[int]) -> None:
+    """Refuses radii beyond `largest_radius`."""
+    largest = largest_radius(norm, shape)
+    for radius in radii:
+        if radius > largest:
+            raise InputError(
+                f"eps={radius:g} in norm={norm!r} is wider than images of shape {tuple(shape)}; expected "
+                f"{largest:.6g} at most. {_CAUSES[norm]}"
+            )
+
+
+_LEVELS = "Is it in levels of 0..255 (then divide it by 255), or meant in another norm?"
+_CAUSES = {
+    **dict.fromkeys(("Linf", "L2", "L1"), _LEVELS),
+    "L0": "eps counts positions, all channels of one together. Is it meant in another norm?",
+    "patch": "eps is the side of the square in pixels. Is it its area, or meant in another norm?",
+}
 
 
 def to_recall_at(values: Any) -> list[int]:

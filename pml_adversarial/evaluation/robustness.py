@@ -24,7 +24,15 @@ from .distance import find_distance
 from .embedder import Embedder, embed_all, plain_surroundings
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images, ImageSet
-from .options import NORMS, as_numbers, description_of_mask, to_radii, to_recall_at, to_whole_numbers
+from .options import (
+    NORMS,
+    as_numbers,
+    check_radii,
+    description_of_mask,
+    to_radii,
+    to_recall_at,
+    to_whole_numbers,
+)
 from .progress import Progress, progress_of
 from .report import Report
 from .results import decode_flags
@@ -77,9 +85,11 @@ def evaluate_robustness(
         queries: labelled images, see `images.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
             ``(None, labels)``: items that are known by ``gallery_embeddings`` alone; they cannot be attacked.
-        eps: one or more radii, in pixels of [0, 1].
+        eps: one or more radii: in pixels of [0, 1]; in "L0" how many pixels may change, in "patch" the side of the
+            square that may.
         attacks: "standard", "quick", names of attacks, or attacks such as `suites.standard` returns.
-        norm: of the perturbations, one of `options.NORMS`.
+        norm: of the perturbations: "Linf", "L2", "L1", "L0" or "patch", see `ball.NORMS`. Attacks that do not know
+            it are left out, with a note.
         distance: how the deployed search compares embeddings: "cosine", "euclidean", "normalized_euclidean",
             "inner_product", or a distance object of PML. Attacks, ties and checks follow it.
         recall_at: the k of R@k; 1 is always among them.
@@ -142,6 +152,7 @@ def evaluate_robustness(
         progress_of(progress, suite, ranks) as bar,
     ):
         task = RetrievalTask(embed, queries, gallery, norm, search)
+        check_radii(radii, norm, task.queries[:1].shape[1:])
         check_silent(embed.modules)
         embed.probe_gradient(task.queries[:1])
         embed.on_passes = bar.add
@@ -223,10 +234,17 @@ def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[Re
     for attack in attacks:
         if attack.num_classes > len(task.gallery.classes):
             task.notes.append(f"{attack.name} is left out: it needs {attack.num_classes} classes")
+        elif task.norm not in attack.norms:
+            known = " and ".join(attack.norms)
+            task.notes.append(f"{attack.name} is left out: it is made for {known}, not for {task.norm}")
         elif attack.target == "gallery" and not task.items.has_images:
             task.notes.append(f"{attack.name} is left out: the gallery has no images that could be attacked")
         else:
             able.append(attack)
+    if not able:
+        raise InputError(
+            f"None of the attacks can be made here: {'; '.join(task.notes)}. Expected one or more that can."
+        )
     return tuple(able)
 
 

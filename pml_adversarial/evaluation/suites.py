@@ -11,6 +11,7 @@ import torch
 import torchattacks
 from torch import Tensor
 
+from ..attacks.ball import NORMS
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
@@ -99,6 +100,8 @@ def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
     return lambda name: (name in parameters or (any_name and name != "n_classes")) and name not in bound
 
 
+_LENGTHS = ("Linf", "L2")  # the norms of torchattacks
+
 # Attacks on the gallery: which item is perturbed, and to what end.
 
 
@@ -123,7 +126,7 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def _raising(
-    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: bool
+    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: Any
 ) -> QueryAttack:
     """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
     return QueryAttack(name, gradient_attack(score, steps), restarts, passes=2 * steps + 4, **options)
@@ -145,15 +148,18 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         _raising("margin", margin_score, steps, restarts),
         _raising("targeted", targeted_score, steps, targets, only_robust=True),
         _raising("shift", shift_score, steps),
-        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True, passes=2 * steps + 5),
+        QueryAttack("apgd-ce", classifier_attack(apgd), norms=_LENGTHS, only_robust=True, passes=2 * steps + 5),
         QueryAttack(
             "apgd-t",
             classifier_attack(apgd_t, targets),
+            norms=_LENGTHS,
             only_robust=True,
             num_classes=4,
             passes=targets * (2 * (steps // 2) + 3) + 3,
         ),
-        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True, passes=33 * targets + 3),
+        QueryAttack(
+            "fab-t", classifier_attack(fab_t, targets), norms=_LENGTHS, only_robust=True, passes=33 * targets + 3
+        ),
         QueryAttack(
             "square", square_attack(margin_score, queries), black_box=True, only_robust=True, passes=queries + 1
         ),
@@ -228,7 +234,8 @@ def _as_attack(attack: Any) -> Any:
     """An attack on queries of a class of torchattacks, or of one with options bound; anything else as it is."""
     kind = attack.func if isinstance(attack, partial) else attack
     if isinstance(kind, type) and issubclass(kind, torchattacks.attack.Attack):
-        return QueryAttack(kind.__name__, classifier_attack(attack))
+        norms = _LENGTHS if _taken(attack)("norm") else NORMS
+        return QueryAttack(kind.__name__, classifier_attack(attack), norms=norms)
     return attack
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchattacks
-from query_batches import RADIUS, both_norms, length
+from query_batches import RADIUS, all_norms, both_norms, length
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,6 +107,51 @@ class TestPGD:
         torch.testing.assert_close(found, inputs + 0.1)
         assert not objective.zero_gradient.any()
 
+    @all_norms
+    @pytest.mark.parametrize("kind", [PGD, MomentumPGD])
+    @pytest.mark.parametrize("random_start", [True, False])
+    def test_raises_the_score_within_the_ball(self, norm, kind, random_start, model, images):
+        before, seen = distance_score(model(images)), []
+
+        class Watched(kind):
+            def gradient(self, points):
+                seen.append(points)
+                return super().gradient(points)
+
+        attack = Watched(objective_of(model, images), RADIUS[norm], steps=12, norm=norm, random_start=random_start)
+        found = attack(images)
+        assert (distance_score(model(found)) > before).all()
+        assert len(seen) == 12
+        for points in (*seen, found):
+            assert (length(points - images, norm) <= RADIUS[norm] + 1e-9).all()
+            assert 0 <= points.min() <= points.max() <= 1
+
+    @pytest.mark.parametrize(("norm", "eps"), [("L1", 2.0), ("L0", 3), ("patch", 2)])
+    def test_momentum_finds_the_best_point_of_a_sum(self, norm, eps):
+        """The score is a weighted sum of pixels: by loops, the changes that weigh most are the best."""
+        weights = torch.randn(1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(8, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        objective = Objective(lambda x: x.flatten(1), lambda e: e @ weights.flatten(), images.flatten(1))
+        found = MomentumPGD(objective, eps, 50, norm)(images)
+        for image, end in zip(images, found, strict=True):
+            gains = {
+                (y, x): (abs(w := weights[0, y, x].item()), w * ((w > 0) - image[0, y, x].item()))
+                for y in range(5)
+                for x in range(5)
+            }
+            if norm == "L1":
+                left, best = eps, 0.0
+                for weight, gain in sorted(gains.values(), reverse=True):
+                    best += weight * min(left, gain / weight)
+                    left -= min(left, gain / weight)
+            elif norm == "L0":
+                best = sum(sorted((gain for _, gain in gains.values()), reverse=True)[:eps])
+            else:
+                corners = [(y, x) for y in range(4) for x in range(4)]
+                best = max(sum(gains[y + i, x + j][1] for i in (0, 1) for j in (0, 1)) for y, x in corners)
+            risen = (weights * (end - image)).sum().item()
+            assert 0.97 * best < risen <= best + 1e-9
+
     def test_leaves_its_inputs_alone(self, model, images):
         before = images.clone()
         for attack in (PGD, FriendlyPGD, NFGSM):
@@ -122,7 +167,9 @@ class TestPGD:
             ({"eps": 8}, r"eps=8; .*eps=8/255"),
             ({"steps": 0}, "steps=0; expected a whole number from 1 on"),
             ({"alpha": -0.1}, "alpha=-0.1; expected a number from 0 on"),
-            ({"norm": "l2"}, "norm='l2'; expected 'Linf' or 'L2'"),
+            ({"norm": "l2"}, "norm='l2'; expected 'Linf', 'L2', 'L1', 'L0' or 'patch'"),
+            ({"eps": 0.5, "norm": "L0"}, "eps=0.5; expected a whole number from 1 on, of pixels, in norm='L0'"),
+            ({"eps": 0, "norm": "patch"}, "eps=0; expected a whole number from 1 on, of pixels, in norm='patch'"),
         ],
     )
     def test_options(self, options, message, model, images):
@@ -131,7 +178,7 @@ class TestPGD:
 
 
 class TestUniformNoise:
-    @both_norms
+    @all_norms
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_is_in_the_unit_ball(self, norm, dtype):
         points = uniform_noise(torch.zeros(400, 1, 2, 2, dtype=dtype), norm=norm)
@@ -139,12 +186,12 @@ class TestUniformNoise:
         assert points.shape == (400, 1, 2, 2)
         assert 0.9 < length(points, norm).max() <= 1 + 1e-6
 
-    @both_norms
+    @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
     def test_reaches_eps_and_no_further(self, norm):
         found = length(uniform_noise(torch.zeros(400, 1, 2, 2), 0.3, norm), norm)
         assert 0.27 < found.max() <= 0.3 + 1e-6
 
-    @both_norms
+    @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
     def test_fills_it_evenly(self, norm):
         found = length(uniform_noise(torch.zeros(20_000, 3), norm=norm), norm)
         for radius in (0.5, 0.8):  # the share of a ball that a smaller one holds, by its volume

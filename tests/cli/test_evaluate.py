@@ -325,7 +325,7 @@ class TestRefusals:
             (["--eps", "0,0.1"], "expected one or more radii above 0"),
             (["--eps", "0", "--norm", "L2"], "expected one or more radii above 0"),
             (["--eps", ""], "expected numbers with commas"),
-            (["--norm", "L1"], "--norm"),
+            (["--norm", "L3"], "--norm"),
             (["--attacks", "margn"], "no attack named 'margn'. Did you mean margin? There are: "),
             (["--attacks", "quik"], "Did you mean quick?"),
             (["--normalization", "imgnet"], "expected imagenet or"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchattacks
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from query_batches import all_norms, length
 from seed_paper import seed_paper_loss
 from torch import nn
 from torch.nn.functional import hardsigmoid, normalize
@@ -98,6 +99,14 @@ def numbers(line):
     return [int(word) for word in line.replace(",", " ").replace(";", " ").split() if word.isdigit()]
 
 
+BUDGETS = {"Linf": EPS, "L2": 0.3, "L1": 1.0, "L0": 2, "patch": 2}
+
+
+def counted(model, images, norm):
+    """A sample at a radius of the norm."""
+    return sample_of(model, images, [result(flags="0" * 80, eps=BUDGETS[norm])], norm=norm)
+
+
 class TestProbability:
     def test_ten_coins_alike_are_unlikely_and_nine_are_not(self):
         none, some = torch.zeros(12, dtype=torch.bool), torch.arange(12)
@@ -188,14 +197,17 @@ class TestStrength:
         assert passed is False
         assert numbers(line)[-1] >= 10
 
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @all_norms
     def test_noise_goes_to_the_border(self, pictures, norm):
         batch = sample_of(Front(), (pictures[0] * 0.6 + 0.2, pictures[1]), norm=norm).batches[0]
-        step = checks.at_the_border(batch, 0.1) - batch.images
+        eps = 2 if norm in ("L0", "patch") else 0.1
+        step = checks.at_the_border(batch, eps) - batch.images
+        assert length(step, norm).tolist() == pytest.approx([eps] * len(step), rel=1e-4)
+        if norm in ("L1", "L0", "patch"):
+            return
         if norm == "Linf":
             torch.testing.assert_close(step.abs(), torch.full_like(step, 0.1))
         else:
-            torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((len(step),), 0.1))
             assert step.abs().std() > 0.01
 
     def test_more_steps(self, pictures):
@@ -237,8 +249,31 @@ class TestStrength:
         passed, line = checks.falls_to_chance(sample_of(Front(torch.detach), pictures))
         assert passed is False
         assert "at eps 0.5; chance is 15.4" in line  # 19 of 79 others, 64 queries
-        _, line = checks.falls_to_chance(sample_of(Front(), pictures, norm="L2"))
-        assert "at eps 2;" in line
+
+    @pytest.mark.parametrize(("norm", "large"), [("L2", 2), ("L1", 8), ("L0", 16), ("patch", 4)])
+    def test_chance_at_what_can_make_all_alike(self, pictures, norm, large):
+        passed, line = checks.falls_to_chance(counted(Front(), pictures, norm))
+        assert passed
+        assert f"at eps {large};" in line
+        assert checks.falls_to_chance(counted(Front(torch.detach), pictures, norm)).passed is False
+
+    @pytest.mark.parametrize(
+        ("norm", "eps", "expected"),
+        [
+            ("Linf", 0.08, (0.04, 0.08, 0.16)),
+            ("Linf", 0.8, (0.4, 0.8, 1)),
+            ("L2", 3.0, (1.5, 3, 4)),
+            ("L1", 3.0, (1.5, 3, 6)),
+            ("L0", 1, (1, 1, 2)),
+            ("L0", 5, (2, 5, 10)),
+            ("L0", 9, (4, 9, 16)),
+            ("patch", 3, (1, 3, 4)),
+        ],
+    )
+    def test_radii_around(self, pictures, norm, eps, expected):
+        sample = sample_of(Front(), pictures, [result(flags="0" * 80, eps=eps)], norm=norm)
+        assert sample.radii_around == expected
+        assert checks.gains_by_eps(sample).passed
 
     def test_planted(self, pictures):
         sample = sample_of(Front(), pictures)
@@ -314,9 +349,9 @@ class TestBlackBox:
 
 
 class TestGradients:
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @all_norms
     def test_honest(self, pictures, norm):
-        sample = sample_of(Front(), pictures, norm=norm)
+        sample = counted(Front(), pictures, norm)
         passed, line = checks.has_gradients(sample)
         assert passed
         assert line.startswith("0 of 64 queries have no gradient; 0 are blind")
@@ -401,7 +436,16 @@ class TestGradients:
         front = Front(lambda x: torch.where(off_grid(1e-6)(x), reverse(x), x))
         assert checks.gradients_are_true(sample_of(front, pictures)).passed is False
 
-    @pytest.mark.parametrize(("norm", "eps", "height", "waves"), [("Linf", 0.08, 0.01, 1000), ("L2", 0.3, 0.005, 600)])
+    @pytest.mark.parametrize(
+        ("norm", "eps", "height", "waves"),
+        [
+            ("Linf", 0.08, 0.01, 1000),
+            ("L2", 0.3, 0.005, 600),
+            ("L1", 1.0, 0.01, 1000),
+            ("L0", 2, 0.01, 1000),
+            ("patch", 2, 0.01, 1000),
+        ],
+    )
     def test_of_ripples(self, pictures, norm, eps, height, waves):
         """In l2, a step along the gradient itself would be made of the few pixels in which it is steep and true."""
         rippled = Front(lambda x: x + height * torch.sin(waves * x))
@@ -506,9 +550,9 @@ class TestAll:
         results = [result(flags="0" * len(flags))] if results is None else results
         return run_checks(task, torch.arange(len(flags)), decode_flags(flags), results, seed, batch_size), task
 
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @all_norms
     def test_honest_model_is_not_flagged(self, pictures, norm):
-        found, _ = self.run(Front(), pictures, norm=norm)
+        found, _ = self.run(Front(), pictures, norm=norm, results=[result(flags="0" * 80, eps=BUDGETS[norm])])
         assert [check.name for check in found] == list(CHECKS)
         assert [check.name for check in found if check.passed is False] == []
         assert [check.name for check in found if check.passed is None] == ["black box adds nothing"]
@@ -648,6 +692,15 @@ HONEST = {
 }
 
 
+TRAINED = {"L2": 0.5, "L1": 1.0, "L0": 2, "patch": 2}
+
+
+def report_in(model, norm):
+    data = digits()
+    queries = data.test_images[:120], data.test_labels[:120]
+    return evaluate_robustness(model, queries, eps=TRAINED[norm], norm=norm, attacks=quick(20, 2))
+
+
 def report_of(model, seed=0):
     data = digits()
     square = QueryAttack(
@@ -679,3 +732,13 @@ class TestTrained:
         report = report_of(train(make(), adversarial))
         assert report.flagged == ()
         assert report.worst_case(0.06) > (0.4 if adversarial else 0)
+
+    @pytest.mark.parametrize("norm", TRAINED)
+    @pytest.mark.parametrize("mask", ["detached", "saturated", "ripples", "noise", "half detached"])
+    def test_masked_model_is_flagged_in_every_norm(self, plain, mask, norm):
+        how, expected = MASKS[mask]
+        assert expected in [check.name for check in report_in(Masked(plain, **how), norm).flagged]
+
+    @pytest.mark.parametrize("norm", TRAINED)
+    def test_plain_model_is_not_flagged_in_any_norm(self, plain, norm):
+        assert report_in(plain, norm).flagged == ()

@@ -6,7 +6,7 @@ import by_loops
 import pytest
 import torch
 import torchattacks
-from query_batches import bench_of, embedded, images_of, network
+from query_batches import bench_of, embedded, images_of, length, network
 
 from pml_adversarial.attacks.ball import project
 from pml_adversarial.evaluation.attacks import QueryAttack
@@ -66,11 +66,11 @@ class TestLogits:
         )
         assert (model(images[:1]) / model.scale)[0, 0].item() == 0  # the lowest similarity of all items
 
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
     def test_rows_in_any_order_each_leave_themselves_out(self, norm):
         task = bench_of(network(), images_of(), norm=norm)
         batch = task.batch(torch.arange(24).flip(0))
-        radius = EPS if norm == "Linf" else 0.3
+        radius = {"Linf": EPS, "L2": 0.3, "L1": 1.2}[norm]
         part = batch[separable_groups(batch.images, batch.targets, radius, norm)[0]]
         assert len(part) > 12
         model = classifier(part)
@@ -123,7 +123,7 @@ class TestApart:
 
     def test_none_closer_than_twice_the_radius_in_any_group(self):
         images, labels = images_of(40)
-        for norm, eps in (("Linf", 0.22), ("L2", 0.7)):
+        for norm, eps in (("Linf", 0.22), ("L2", 0.7), ("L1", 3.0)):
             found = separable_groups(images, Targets(labels, torch.arange(40)), eps, norm)
             assert sorted(torch.cat(found).tolist()) == list(range(40))
             assert 1 < len(found) < 40
@@ -132,7 +132,13 @@ class TestApart:
                 for i in range(len(group)):
                     for j in range(i):
                         change = flat[i] - flat[j]
-                        assert (change.abs().max() if norm == "Linf" else change.norm()) > 2 * eps
+                        assert length(change[None], norm) > 2 * eps
+
+    @pytest.mark.parametrize("norm", ["L0", "patch"])
+    def test_where_positions_count_each_is_alone(self, norm):
+        targets = Targets(torch.zeros(3).long(), torch.arange(3))
+        found = separable_groups(torch.rand(3, 1, 2, 2), targets, 1, norm)
+        assert [group.tolist() for group in found] == [[0], [1], [2]]
 
     def test_duplicates_of_one_label_may_share_a_group(self):
         assert self.groups(self.images(0.1, 0.1, 0.1), 0.04, [5, 5, 6]) == [[0, 1], [2]]

@@ -6,8 +6,18 @@ import numpy
 import pytest
 import torch
 
+from pml_adversarial.attacks.ball import project
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.options import check_probability, to_radii, to_recall_at, to_rows, to_whole_numbers
+from pml_adversarial.evaluation.options import (
+    NORMS,
+    check_probability,
+    check_radii,
+    largest_radius,
+    to_radii,
+    to_recall_at,
+    to_rows,
+    to_whole_numbers,
+)
 
 
 class TestProbability:
@@ -55,10 +65,59 @@ class TestRadii:
         with pytest.raises(InputError, match=r"radii=\(0\.5, -1\); expected one or more radii 0 or larger"):
             to_radii((0.5, -1), "L2", zero=True, name="radii")
 
-    @pytest.mark.parametrize(("norm", "such_as"), [("Linf", "8/255"), ("L2", "0.25")])
+    @pytest.mark.parametrize(
+        ("norm", "such_as"), [("Linf", "8/255"), ("L2", "0.25"), ("L1", "2"), ("L0", "10"), ("patch", "5")]
+    )
     def test_the_message_names_a_radius_of_the_norm(self, norm, such_as):
         with pytest.raises(InputError, match=f"such as {such_as}"):
             to_radii(0, norm)
+
+    @pytest.mark.parametrize("norm", ["L0", "patch"])
+    def test_counts_are_whole(self, norm):
+        assert to_radii([3, 1.0], norm) == (1.0, 3.0)
+        with pytest.raises(InputError, match=rf"eps=\(1, 2\.5\); expected whole numbers from 1 on .*norm='{norm}'"):
+            to_radii((1, 2.5), norm)
+
+
+class TestLargestRadius:
+    SHAPES = ((1, 4, 5), (3, 5, 4), (2, 2, 3, 4), (7,))
+
+    @pytest.mark.parametrize(
+        ("norm", "largest"),
+        [
+            ("Linf", (1, 1, 1, 1)),
+            ("L2", (20**0.5, 60**0.5, 48**0.5, 7**0.5)),
+            ("L1", (20, 60, 48, 7)),
+            ("L0", (20, 20, 24, 7)),
+            ("patch", (4, 4, 3, 7)),
+        ],
+    )
+    def test_by_hand(self, norm, largest):
+        for shape, most in zip(self.SHAPES, largest, strict=True):
+            assert largest_radius(norm, shape) == most
+            check_radii([1, most], norm, shape)
+            with pytest.raises(
+                InputError, match=rf"in norm='{norm}' is wider than images .*; expected {most:.6g} at most"
+            ):
+                check_radii([most / 2, most + 1], norm, shape)
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2", "L1", "L0"])
+    def test_is_what_black_and_white_are_apart(self, norm):
+        """No smaller ball around black holds white, and this one does."""
+        black, most = torch.zeros(1, 2, 3, 4), largest_radius(norm, (2, 3, 4))
+        less = most - 1 if norm == "L0" else 0.99 * most
+        assert (project(black + 1, black, most, norm) > 1 - 1e-6).all()
+        assert not (project(black + 1, black, less, norm) > 1 - 1e-6).all()
+
+    @pytest.mark.parametrize(
+        ("norm", "cause"), [("L2", "levels of 0..255"), ("L0", "counts positions"), ("patch", "its area")]
+    )
+    def test_says_what_it_may_be(self, norm, cause):
+        with pytest.raises(InputError, match=cause):
+            check_radii([1000], norm, (1, 8, 8))
+
+    def test_norms(self):
+        assert NORMS == ("Linf", "L2", "L1", "L0", "patch")
 
 
 class TestRecallAt:

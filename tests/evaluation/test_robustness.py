@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchattacks
 from notes import Notes
-from query_batches import Made, embedded, images_of, network
+from query_batches import Made, all_norms, embedded, images_of, length, network
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -571,3 +571,40 @@ class TestRefusals:
     def test_progress(self, capsys):
         evaluated(attacks=(NOISE, MARGIN), progress=True)
         assert "custom: margin, eps 0.12: 100%" in capsys.readouterr().err
+
+
+class TestNorms:
+    """Budgets beyond l-inf and l2."""
+
+    @all_norms
+    def test_worst_case_is_within_the_budget_and_again_by_loops(self, norm):
+        images, labels = images_of()
+        model, eps = network(), {"Linf": 0.05, "L2": 0.3, "L1": 0.4, "L0": 1, "patch": 1}[norm]
+        attacks = (MARGIN, SHIFT, PROMOTE)
+        report = evaluated(model, (images, labels), eps=eps, norm=norm, attacks=attacks, keep_attacked=True)
+        assert (length(report.attacked[eps] - images, norm) <= eps * (1 + 1e-5)).all()
+        items, moved = embedded(model, images), embedded(model, report.attacked[eps])
+        stands = [by_loops.stands(moved[i], labels[i], i, items, labels) for i in range(len(images))]
+        flags = [bits(found.robust_flags) for found in report.attacks if found.target == "query"]
+        assert stands == [all(of) for of in zip(*flags, strict=True)]
+        assert 0 < sum(stands) < sum(bits(report.clean_flags))
+
+    @pytest.mark.parametrize("norm", ["L1", "L0", "patch"])
+    def test_attacks_that_do_not_know_a_norm_are_left_out(self, norm):
+        report = evaluated(eps=2, norm=norm, attacks=[MARGIN, "apgd-ce", PROMOTE])
+        assert f"apgd-ce is left out: it is made for Linf and L2, not for {norm}" in report.notes
+        assert [found.attack for found in report.attacks] == ["margin", "promote"]
+
+    def test_none_left_is_an_error(self):
+        with pytest.raises(InputError, match=r"None of the attacks can be made here: fab-t is left out"):
+            evaluated(eps=2, norm="L1", attacks=["fab-t"])
+
+    def test_classes_of_torchattacks_that_take_no_norm_are_held_to_any(self):
+        report = evaluated(eps=2, norm="L0", attacks=[torchattacks.FGSM, torchattacks.APGD])
+        assert [found.attack for found in report.attacks] == ["FGSM"]
+        assert report.attacks[0].shift > 0
+
+    @pytest.mark.parametrize(("norm", "eps"), [("L2", 8), ("L1", 37), ("L0", 37), ("patch", 7)])
+    def test_radii_wider_than_the_images_are_refused(self, norm, eps):
+        with pytest.raises(InputError, match=rf"eps={eps} in norm='{norm}' is wider than images of shape \(1, 6, 6\)"):
+            evaluated(eps=(1, eps), norm=norm)
