@@ -10,6 +10,7 @@ from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
 from .suites import quick, standard
+from .transfer import transfer_attack, transferred
 
 __all__ = [
     "AttackResult",
@@ -32,4 +33,6 @@ __all__ = [
     "quick",
     "robrank_scores",
     "standard",
+    "transfer_attack",
+    "transferred",
 ]

@@ -24,6 +24,7 @@ from .embedder import Embedder, plain_surroundings
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
 from .images import Images
 from .options import NORMS, as_numbers, description_of_mask, to_radii, to_recall_at, to_whole_numbers
+from .preparation import prepared
 from .progress import progress_bar
 from .report import Report
 from .results import decode_flags
@@ -132,7 +133,7 @@ def evaluate_robustness(
             checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
             _embed_all(task, gallery_embeddings, checkpoint, batch_size, progress)
             rows, left_out = task.rows_with_right_item(subset)
-            members = _able(members, task)
+            members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)
             results = evaluator.attack_results(found)
@@ -187,8 +188,8 @@ def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[Re
     for attack in attacks:
         if attack.num_classes > len(task.gallery.classes):
             task.notes.append(f"{attack.name} is left out: it needs {attack.num_classes} classes")
-        elif attack.target == "gallery" and not task.items.has_images:
-            task.notes.append(f"{attack.name} is left out: the gallery has no images that could be attacked")
+        elif attack.needs_items and not task.items.has_images:
+            task.notes.append(f"{attack.name} is left out: it needs images of the gallery, and there are none")
         else:
             able.append(attack)
     return tuple(able)
