@@ -4,6 +4,7 @@ from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import RetrievalClassifier
 from .gallery import Gallery, Targets
 from .images import Images
+from .rank_only import rank_only_attack
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
@@ -31,6 +32,7 @@ __all__ = [
     "ers",
     "evaluate_robustness",
     "quick",
+    "rank_only_attack",
     "robrank_scores",
     "standard",
     "transfer_attack",

@@ -24,7 +24,7 @@ from ..attacks.ball import per_image, project
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
-from . import binomial
+from . import binomial, random_search
 from .attacks import QueryBatch
 from .gallery import TIE, Gallery, Targets, finite_or_zero
 from .results import AttackResult, Check, decode_flags
@@ -33,6 +33,7 @@ from .suites import margin_score
 
 SAMPLE = 64  #: Queries in the sample, at most.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
+SEARCH = 200  #: Forward passes of the black-box attack that is made if the suite has none.
 LARGE = 0.5  #: l-inf radius that can make every image the same grey; in l2, times the root of the number of pixels.
 SIGNIFICANCE = 1e-3  #: A flag is raised if what was found has a smaller probability on a model that hides nothing.
 FEW = 0.01  #: Share of the queries on which an attack may get stuck although the model hides nothing.
@@ -60,7 +61,8 @@ def run_checks(
     """Makes all checks on the queries ``rows`` ``(Q,)`` of a task whose model is in eval mode and frozen.
 
     ``clean_flags`` ``(Q,)`` says whether their nearest items are right without attack, ``results`` what all attacks on
-    them gave. The checks cost about 260 gradients for each query of the sample.
+    them gave. The checks cost about 260 gradients for each query of the sample, and up to `SEARCH` forward passes if
+    the suite has no black-box attack.
     """
     if not results:
         return ()
@@ -104,12 +106,20 @@ class QuerySample:
         self.num_right = len(right)
         with random_stream(self.seed, _stream("sample")):
             self.chosen = right[torch.randperm(len(right))[:SAMPLE]].sort().values
-        chosen = self.rows[self.chosen.to(self.rows.device)]
-        self.batches = tuple(self.task.batch(part) for part in chosen.split(self.batch_size) if len(part))
-        self.eps = min(self.radii, key=lambda eps: abs(int(self.robust(eps).sum()) - self.num_right / 2))
+        self.batches = self._batches(self.chosen)
+        self.eps = min(self.radii, key=self._distance_from_half)
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def _distance_from_half(self, eps: float) -> tuple[float, float]:
+        """Of radii at which equally many queries are robust, it is less at the larger one if these are most of them."""
+        excess = int(self.robust(eps).sum()) - self.num_right / 2
+        return abs(excess), -eps if excess > 0 else eps
+
+    def _batches(self, chosen: Tensor) -> tuple[QueryBatch, ...]:
+        rows = self.rows[chosen.to(self.rows.device)]
+        return tuple(self.task.batch(part) for part in rows.split(self.batch_size) if len(part))
 
     @property
     def radii(self) -> list[float]:
@@ -139,10 +149,14 @@ class QuerySample:
                 flags &= decode_flags(result.robust_flags)
         return flags
 
-    def measure(self, on_batch: Callable[[QueryBatch], Tensor], stream: str) -> Tensor:
-        """What a function of a batch gives, joined over all batches; it draws from a random stream of its own."""
+    def measure(self, on_batch: Callable[[QueryBatch], Tensor], stream: str, chosen: Tensor | None = None) -> Tensor:
+        """What a function of a batch gives, joined over all batches; it draws from a random stream of its own.
+
+        ``chosen`` says of which of ``rows`` ``(n,)`` there are to be batches; None: the sample.
+        """
+        batches = self.batches if chosen is None else self._batches(chosen)
         with random_stream(self.seed, _stream(stream)):
-            return torch.cat([on_batch(batch) for batch in self.batches]).cpu()
+            return torch.cat([on_batch(batch) for batch in batches]).cpu()
 
     def broken(self, eps: float, steps: int, stream: str) -> Tensor:
         """``(n,)`` bool: queries on which one run of the margin attack succeeds."""
@@ -221,9 +235,10 @@ def falls_to_chance(sample: QuerySample) -> Verdict:
 
 def black_box_adds_nothing(sample: QuerySample) -> Verdict:
     """Black-box attacks are no stronger than white-box ones (Athalye et al.)."""
-    for black_box, kind in ((True, "black-box"), (False, "white-box")):
-        if not sample.on_queries(black_box):
-            return Verdict(None, f"the suite has no {kind} attack on queries")
+    if not sample.on_queries(black_box=False):
+        return Verdict(None, "the suite has no white-box attack on queries")
+    if not sample.on_queries(black_box=True):
+        return _search_adds_nothing(sample)
     found = []
     for eps in sample.radii:
         only = int((sample.robust(eps, False) & ~sample.robust(eps, True)).sum())
@@ -231,6 +246,23 @@ def black_box_adds_nothing(sample: QuerySample) -> Verdict:
         found.append((binomial.tail(only, sample.num_right, FEW), message))
     probability, message = min(found)
     return Verdict(probability >= SIGNIFICANCE, message)
+
+
+def _search_adds_nothing(sample: QuerySample) -> Verdict:
+    """The same for a suite without a black-box attack: a random search is tried on the queries that it leaves."""
+    if sample.task.norm not in random_search.NORMS:
+        return Verdict(None, f"the suite has no black-box attack on queries, and none is known in {sample.task.norm}")
+    left = sample.chosen[sample.robust(sample.eps)[sample.chosen]]
+
+    def searched(batch: QueryBatch) -> Tensor:
+        return is_adversarial(batch, random_search.margin_search(batch, sample.eps, SEARCH))
+
+    only = int(sample.measure(searched, "search", left).sum()) if len(left) else 0
+    return Verdict(
+        plausible(only, len(sample), FEW),
+        f"{only} of {len(sample)} queries are broken by a random search of {SEARCH} passes alone, at eps "
+        f"{sample.eps:.4g}",
+    )
 
 
 def finds_what_is_planted(sample: QuerySample) -> Verdict:
