@@ -17,7 +17,7 @@ from .attacks import QueryBatch
 
 NORMS = ("Linf", "L2")  #: In which it can search.
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Images ``(n, ...)`` and the rows ``(n,)`` they belong to -> a loss for each; it is ``-inf`` where no more is wanted."""
+"""Images ``(n, ...)``, the rows ``(n,)`` they belong to -> a loss for each; it is ``-inf`` where no more is wanted."""
 
 _LARGEST = 0.8  # share of the pixels that the first squares cover
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # share of the search after which it is halved
