@@ -1,7 +1,7 @@
 """Omniglot at 28x28: embeddings trained plainly ("batchnorm": with BatchNorm) and adversarially, then attacked.
 
 Characters of five alphabets are for training, those of three others are never seen and are searched. Each model meets
-"standard-v1", and RobRank's ten attacks as published and corrected, at the same eps and from the same queries.
+"standard-v2", and RobRank's ten attacks as published and corrected, at the same eps and from the same queries.
 
     python benchmarks/omniglot.py                      # torchvision fetches Omniglot (Lake et al., 2015)
     python benchmarks/omniglot.py --data images.npz    # images of your own, see `load`

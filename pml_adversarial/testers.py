@@ -21,13 +21,11 @@ from .evaluation.embedder import Embedder
 from .evaluation.options import NORMS, to_radii, to_recall_at
 from .evaluation.results import TARGETS
 from .evaluation.suites import find_suite
-from .training.isolation import isolated
 from .training.pixels import Normalization, PixelSpace
 
 __all__ = ["AdversarialTester"]
 
 _WORST = {"query": "worst_case", "gallery": "worst_case_gallery"}
-_LENGTH_TOLERANCE = 1e-3  # relative; a network that normalises in half precision stays below it
 
 
 class _Proxy:
@@ -84,7 +82,7 @@ class AdversarialTester(_Proxy):
     no query under it has a right item. With ``GlobalTwoStreamEmbeddingSpaceTester``, the first stream is attacked.
 
     Args:
-        tester: a tester of pytorch-metric-learning that compares normalised embeddings, without PCA.
+        tester: a tester of pytorch-metric-learning, without PCA. Embeddings are compared as it compares them.
         eps: one or more radii, in pixels of [0, 1]. The first gives the metrics without suffix.
         attacks, norm, recall_at, checks, seed: as in `evaluate_robustness`.
         normalization: ``(mean, std)`` with which the data sets normalise images. None: images are pixels in [0, 1].
@@ -245,7 +243,6 @@ class AdversarialTester(_Proxy):
         reports: dict[str, Report],
     ) -> Iterator[dict[str, float]]:
         """The metrics of each group of queries that is tested separately."""
-        _check_lengths(self.tester, split.item_embeddings)
         generator = torch.Generator().manual_seed(self._options["seed"])
         attacked = torch.randperm(len(split.labels), generator=generator)[: self._max_queries]
         for name, queries, items in split.groups(level):
@@ -258,8 +255,7 @@ class AdversarialTester(_Proxy):
                 continue
             images = read([split.name], queries, labels)
             if self._needs_gradient:
-                with isolated(model):
-                    Embedder(model, self._space.normalization).check_gradient(images[0][0].unsqueeze(0))
+                Embedder(model, self._space.normalization).check_gradient(images[0][0].unsqueeze(0))
             leave_one_out = split.includes_queries and len(queries) == len(items)
             report = evaluate_robustness(
                 model,
@@ -267,6 +263,7 @@ class AdversarialTester(_Proxy):
                 None if leave_one_out else read(split.references, items, item_labels, split.item_stream),
                 subset=None if chosen.all() else chosen.nonzero().squeeze(1),
                 own=torch.searchsorted(items, queries) if split.includes_queries and not leave_one_out else None,
+                distance=_distance_of(self.tester),
                 gallery_embeddings=split.item_embeddings[items.to(split.item_embeddings.device)],
                 **self._options,
             )
@@ -434,16 +431,16 @@ def _check_kind(tester: Any) -> None:
         )
 
 
-def _check_lengths(tester: Any, embeddings: Tensor) -> None:
-    distance = getattr(tester.accuracy_calculator.knn_func, "distance", None)
-    if tester.normalize_embeddings or getattr(distance, "normalize_embeddings", False):
-        return
-    shortest, longest = torch.stack(torch.aminmax(embeddings.float().norm(dim=1))).tolist()
-    if longest > shortest * (1 + _LENGTH_TOLERANCE):
-        raise InputError(
-            f"The tester does not normalise embeddings, and their lengths range from {shortest:.3g} to {longest:.3g}, "
-            "but the attacks compare embeddings by cosine similarity. Use normalize_embeddings=True."
-        )
+def _distance_of(tester: Any) -> Any:
+    """How a tester's nearest neighbours are found: by its own distance, or as faiss does it."""
+    knn = tester.accuracy_calculator.knn_func
+    distance = getattr(knn, "distance", None)
+    if distance is not None:
+        return distance
+    if tester.normalize_embeddings:
+        return "cosine"
+    index = getattr(getattr(knn, "index_init_fn", None), "__name__", "IndexFlatL2")
+    return "inner_product" if index == "IndexFlatIP" else "euclidean"
 
 
 def _radii(eps: float | Iterable[float], norm: str) -> tuple[float, ...]:

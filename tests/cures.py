@@ -899,6 +899,15 @@ options_case(
     },
 )
 options_case(
+    "inputs_a_little_beyond_0_and_1",
+    InputError,
+    "range from",
+    (r"images\.clamp\(0, 1\)", r"normalization=\(mean, std\)"),
+    lambda cure: _sharpened().clamp(0, 1) if cure and "clamp" in cure else _sharpened(),
+    {r"normalization=\(mean, std\)": {"normalization": ([0.2], [0.7])}},
+    changes=(r"images\.clamp\(0, 1\)",),
+)
+options_case(
     "inputs_beyond_their_bounds",
     InputError,
     "beyond bounds=",
@@ -911,6 +920,10 @@ options_case(
     },
     changes=("clamp the inputs",),
 )
+
+
+def _sharpened():
+    return (images() - 0.5) * 1.7 + 0.5
 
 
 def _with_nan(cure):

@@ -64,6 +64,6 @@ def bench_of(model, queries, gallery=None, norm="Linf", search=None):
     model.eval().requires_grad_(False)
     task = RetrievalTask(Embedder(model), queries, gallery, norm, search)
     task.set_gallery(embedded(model, task.items[:]))
-    task.set_queries(embedded(model, task.queries[:]))
+    task.set_queries(task.rows(None), embedded(model, task.queries[:]))
     model.eval()
     return task

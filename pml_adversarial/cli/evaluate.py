@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import AdversarialError
 from ..evaluation import RetrievalAttack, evaluate_robustness
+from ..evaluation.distance import DISTANCES
 from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .images import images_from, same_classes
@@ -41,6 +42,10 @@ Examples:
 @click.option("--gallery", type=_PATH, help="What is searched, in that form.  [default: the queries, leave one out]")
 @click.option("--eps", required=True, help="Radii in pixels of [0, 1], with commas: 8/255 or 0.05,0.1.")
 @click.option("--norm", default="Linf", type=click.Choice(["Linf", "L2"], case_sensitive=False), help="Of the radii.")
+@click.option("--distance", default="cosine", type=click.Choice(DISTANCES), help="How the deployed search compares.")
+@click.option(
+    "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."
+)
 @click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
 @click.option(
     "--normalization", help='What the model\'s inputs are normalised with: imagenet, or "mean;std", such as "0.5;0.5".'

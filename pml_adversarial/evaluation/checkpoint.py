@@ -44,7 +44,7 @@ class Checkpoint:
         self.path.mkdir(parents=True, exist_ok=True)
         evaluation = {
             **settings,
-            "model": _digest(task.embed.model.state_dict().values()),
+            "model": _digest(value for module in task.embed.modules for value in module.state_dict().values()),
             "queries": _digest(_some_of(task.queries)),
             "gallery": "the queries" if task.items is task.queries else _digest(_some_of(task.items)),
             "attack_settings": description(attacks),

@@ -118,7 +118,7 @@ class PMLDistance(Distance):
     def vectors(self, embeddings: Tensor) -> Tensor:
         """See `Distance.vectors`."""
         wide = at_least_float(embeddings)
-        return self.distance.maybe_normalize(wide) if self.distance.normalize_embeddings else wide  # type: ignore[no-any-return]
+        return self.distance.maybe_normalize(wide) if self.distance.normalize_embeddings else wide
 
     def to_all(self, one: Tensor, other: Tensor) -> Tensor:
         """See `Distance.to_all`."""
@@ -168,3 +168,17 @@ def find_distance(distance: Any) -> Distance:
         f"distance={distance!r}; expected {', '.join(map(repr, DISTANCES))}, or a distance object of "
         "pytorch-metric-learning that gives a matrix, such as LpDistance(normalize_embeddings=False)."
     )
+
+
+def check_unit_length(distance: Any, what: str) -> None:
+    """Refuses a distance by which search is not that of cosine similarity.
+
+    Raises:
+        InputError: ``what`` is defined for embeddings of length 1 alone.
+    """
+    found = find_distance(distance)
+    if not isinstance(found, Cosine | Euclidean) or not found.has_unit_length:
+        raise InputError(
+            f"distance={found.name!r}; expected 'cosine' or 'normalized_euclidean', which rank alike: {what} for "
+            "embeddings of length 1. For other distances there is evaluate_robustness."
+        )

@@ -33,13 +33,14 @@ class Embedder:
         space: converts pixels to the model's inputs.
         dtype: of the inputs: that of the parameters, or single precision.
         embedding_dtype: of the embeddings; known after `probe`.
-        has_gradient: whether embeddings have a gradient with respect to the images; known after `probe`.
-        takes_gradient: whether images that ask for a gradient can be given to the model; known after `probe`.
+        has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
     """
 
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
         self._call = _callable(model)
         self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
+        self.dtype = torch.float32
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
@@ -50,7 +51,7 @@ class Embedder:
     def _find_place(self) -> None:
         tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
         self.device = next((t.device for t in tensors), torch.device("cpu"))
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
 
     @property
     def pixel_dtype(self) -> torch.dtype:
@@ -82,49 +83,55 @@ class Embedder:
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings
 
-    def probe(self, pixels: Tensor) -> None:
+    def probe(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Embeds pixels ``(n, C, H, W)`` and notes what kind of model this is. It counts as no pass.
+
+        Args:
+            pixels: some images.
+            dtype: of the images as they were given, for a model that has no weights which say what it takes.
 
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
         if not self.modules:
+            self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
-                self.modules = modules_run_by(lambda images: self._tried(images), pixels.detach())
+                self.modules = modules_run_by(self._tried, pixels.detach())
             self._find_place()
+        with self.isolated(), torch.no_grad():
+            self.embedding_dtype = self._tried(pixels).dtype
+
+    def probe_gradient(self, pixels: Tensor) -> None:
+        """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
         with self.isolated():
-            with torch.no_grad():
-                self.embedding_dtype = self._tried(pixels).dtype
             self._note_gradient(pixels.detach().clone().requires_grad_())
 
     def _note_gradient(self, pixels: Tensor) -> None:
+        if any(parameter.is_inference() for module in self.modules for parameter in module.parameters()):
+            raise InputError(
+                "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
+                "Expected weights made outside of it; make or load the model there."
+            )
         try:
             embeddings = self._embed(pixels)
-        except Exception as error:  # such as .numpy() of images that ask for a gradient
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+            asked = embeddings.requires_grad
+            (found,) = torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if asked else (None,)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:  # such as of numpy, which takes no images that ask for a gradient
             self.has_gradient = self.takes_gradient = False
-            if "nference tensor" in str(error):
-                raise InputError(
-                    "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
-                    "Expected weights made outside of it; make or load the model there."
-                ) from error
-            return
-        (gradient,) = (
-            torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if embeddings.requires_grad else (None,)
-        )
-        self.has_gradient = gradient is not None
+        else:
+            self.has_gradient = found is not None
 
     def _tried(self, pixels: Tensor) -> Tensor:
         try:
             return self._embed(pixels)
         except (InputError, torch.cuda.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise InputError(
                 f"The model fails on {len(pixels)} image(s) of shape {tuple(pixels.shape[1:])} and {self.dtype}, with "
-                f"{type(error).__name__}: {error}. Expected a model that takes batches of the images as they are given, "
-                "of any number."
+                f"{type(error).__name__}: {error}. Expected a model that takes batches of any number of these images."
             ) from error
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -139,7 +146,8 @@ class Embedder:
             )
         if embeddings.is_complex() or not embeddings.shape[1]:
             raise InputError(
-                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real embeddings of "
+                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real "
+                "embeddings of "
                 "one dimension or more."
             )
         if embeddings.is_quantized:
@@ -149,7 +157,7 @@ class Embedder:
 
     def check_gradient(self, pixels: Tensor) -> None:
         """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
-        self.probe(pixels)
+        self.probe_gradient(pixels)
         if not self.has_gradient:
             raise InputError(
                 "The embeddings have no gradient with respect to the images, and the attacks need gradients. Use a "

@@ -186,7 +186,7 @@ class Gallery:
     def similarity(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """``(Q,)`` similarity of queries ``(Q, D)`` to vectors ``(Q, D)``; 0 for queries that are not finite."""
         finite = queries.isfinite().all(1)
-        compared = self.distance.to_each(self.distance.query_vectors(finite_or_zero(queries)), vectors)
+        compared = self.distance.to_each(*_of_one_type(self.distance.query_vectors(finite_or_zero(queries)), vectors))
         return torch.where(finite, compared, 0.0)
 
     def similarity_of_items(self, queries: Tensor, embeddings: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Gallery:
         """``(Q, n)`` similarities of queries to items, with a gradient; 0 for queries that are not finite."""
         finite = queries.isfinite().all(1, keepdim=True)
         queries = self.distance.query_vectors(finite_or_zero(queries))
-        return torch.where(finite, self.distance.to_all(queries, self.embeddings[rows]), 0.0)
+        return torch.where(finite, self.distance.to_all(*_of_one_type(queries, self.embeddings[rows])), 0.0)
 
     def shift(self, embeddings: Tensor, others: Tensor) -> Tensor:
         """``(Q,)`` Euclidean distance between embeddings ``(Q, D)`` and others, as they are compared."""
@@ -248,6 +248,12 @@ class Gallery:
 
     def _rows(self) -> Iterator[slice]:
         return batches(len(self), self.block)
+
+
+def _of_one_type(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the more precise of their types; known embeddings of a gallery are often less precise."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return one.to(wide), other.to(wide)
 
 
 def finite_or_zero(embeddings: Tensor) -> Tensor:

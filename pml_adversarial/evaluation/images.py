@@ -24,6 +24,7 @@ Images = Any
 
 _IMAGE_KEYS = ("image", "images", "img", "pixel_values", "pixels", "input", "inputs", "x", "data")
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "class_id")
+_EXPECTED = "expected (images, labels) or a data set of such pairs, also in a data loader"
 _SAMPLE = 16  # images that are read twice
 
 Read = Callable[[Tensor], Any]
@@ -38,11 +39,13 @@ class ImageSet:
         label_sets: ``(N, L)`` bool, which labels each image has; None: each has one.
         has_images: False: only labels are known.
         dtype: of the pixels.
+        given_dtype: of the images that were read last, as they are given.
         space: undoes the normalisation of the data set; set by `check`.
     """
 
     def __init__(self, images: Images, device: torch.device, role: str, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.role, self.dtype = device, role, dtype
+        self.given_dtype = dtype
         self.space, self.has_images, self.is_read_anew = PixelSpace(), True, False
         self._get, labels, count = self._from(images)
         if not count:
@@ -103,6 +106,7 @@ class ImageSet:
         found = self._get(index)
         images = found if isinstance(found, Tensor) else torch.as_tensor(found)
         images = images.detach().to(self.device)
+        self.given_dtype = images.dtype
         if images.is_floating_point():
             images = images.to(self.dtype)
         return (images.clone() if images.is_inference() else images).contiguous()
@@ -115,7 +119,8 @@ class ImageSet:
         for row, label in zip(rows.tolist(), known, strict=True):
             if int(carried(row)) != label:
                 raise InputError(
-                    f"{self.role}: image {row} carries the label {int(carried(row))}, but the data set's list of labels "
+                    f"{self.role}: image {row} carries the label {int(carried(row))}, but the data set's list of "
+                    "labels "
                     f"says {label}. Expected the same; delete or mend the data set's attribute targets (or labels)."
                 )
 
@@ -140,28 +145,27 @@ class ImageSet:
             return self._from_loader(images)
         if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, Tensor):
             return self._from_dataset(images)
-        raise InputError(
-            f"{self.role} is {type(images).__name__}; expected (images, labels), a data set of (image, label) pairs, or "
-            "a data loader of one."
-        )
+        raise InputError(f"{self.role} is {type(images).__name__}; {_EXPECTED}.")
 
     def _from_pair(self, images: Any) -> tuple[Read, Tensor, int]:
         if len(images) != 2:
             found = ", ".join(type(part).__name__ for part in images)
             raise InputError(f"{self.role} is ({found}); expected two tensors or arrays, (images, labels).")
-        pixels, labels = images[0], _as_labels(images[1], self.role)
-        if pixels is None or (hasattr(pixels, "shape") and len(pixels) == len(labels) and 0 in pixels.shape[1:]):
+        pixels: Any = images[0]
+        labels = _as_labels(images[1], self.role)
+        if pixels is None or 0 in getattr(pixels, "shape", ())[1:]:  # no images, or images without pixels
             self.has_images = False
             return _no_images, labels, len(labels)
         if isinstance(pixels, list | tuple) and pixels and all(isinstance(image, Tensor) for image in pixels):
             pixels = _stacked(pixels)
-        if not hasattr(pixels, "shape"):
+        if not hasattr(pixels, "shape") or not hasattr(pixels, "__len__"):
             raise InputError(f"{self.role} has images as {type(pixels).__name__}; expected a tensor or an array.")
-        if len(pixels) and len(pixels.shape) < 2:
+        count: int = pixels.shape[0] if len(pixels.shape) else 1
+        if count and len(pixels.shape) < 2:
             raise InputError(f"{self.role} has images of shape {tuple(pixels.shape)}; expected (N, C, H, W).")
         if isinstance(pixels, Tensor):
-            return lambda rows: pixels[rows.to(pixels.device)], labels, len(pixels)
-        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, len(pixels)
+            return lambda rows: pixels[rows.to(pixels.device)], labels, count
+        return lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, count
 
     def _from_loader(self, loader: Any) -> tuple[Read, Tensor, int]:
         dataset = loader.dataset
@@ -209,7 +213,7 @@ class ImageSet:
 
 def _listed_labels(dataset: Any) -> Any:
     """The labels of a data set that lists them; None if it does not."""
-    known = getattr(dataset, "targets", None)
+    known: Any = getattr(dataset, "targets", None)
     known = getattr(dataset, "labels", None) if known is None else known
     if not hasattr(known, "__len__") or len(known) != len(dataset):
         return None
@@ -230,7 +234,7 @@ def _pair_of(images: Mapping[Any, Any], role: str) -> Any:
         return _split(images, role)
     except InputError:
         raise InputError(
-            f"{role} is a dict with the keys {sorted(map(str, images))}; expected (images, labels) or one data set. "
+            f"{role} is a dict with the keys {sorted(map(str, images))}; {_EXPECTED}. "
             f"Pass one of its entries, such as {next(iter(map(repr, images)), 'images')}."
         ) from None
 
@@ -251,7 +255,7 @@ def _split(item: Any, role: str) -> tuple[Any, Any]:
     raise InputError(
         f"{role}: an item is {type(item).__name__}"
         + (f" of length {len(item)}" if isinstance(item, tuple | list | str) else "")
-        + "; expected (images, labels) or a data set of such pairs."
+        + f"; {_EXPECTED}."
     )
 
 

@@ -11,6 +11,8 @@ from ..errors import InputError
 from .embedder import batches
 from .gallery import Gallery, Ranking
 
+_LARGEST_GRAM = 4096  # rows of a Gram matrix whose eigenvalues are computed: half a minute on one core
+
 PerQuery = dict[str, Tensor]
 """Name of a measure -> ``(Q,)`` in [0, 1]."""
 
@@ -44,30 +46,52 @@ def collapse(gallery: Gallery) -> dict[str, float]:
     """Signs that all embeddings are close to one point, or lie in few directions.
 
     Returns:
-        ``mean_similarity`` of different items, and of those of the same and of other classes
-        (``mean_similarity_same``, ``mean_similarity_other``); ``effective_rank``, the exponential of the entropy of the
-        singular values (Roy, Vetterli, "The effective rank", EUSIPCO 2007), between 1 and the dimension.
+        ``mean_similarity``, the mean cosine of different items, and of those of the same and of other classes
+        (``mean_similarity_same``, ``mean_similarity_other``). If lengths count in the search, the root of the mean
+        squared Euclidean distance stands in place of each: ``rms_distance``, ``rms_distance_same``,
+        ``rms_distance_other``. And ``effective_rank``, the exponential of the entropy of the singular values (Roy,
+        Vetterli, "The effective rank", EUSIPCO 2007), between 1 and the dimension.
     """
-    dimension = gallery.embeddings.shape[1]
-    sums = gallery.embeddings.new_zeros(len(gallery.classes), dimension, dtype=torch.double)
-    products = sums.new_zeros(dimension, dimension)
+    sums = gallery.embeddings.new_zeros(len(gallery.classes), gallery.embeddings.shape[1], dtype=torch.double)
+    squares = sums.new_zeros(len(gallery.classes))
     for rows in batches(len(gallery), gallery.block):
         embeddings = gallery.embeddings[rows].double()
         sums.index_add_(0, gallery.columns[rows], embeddings)
-        products += embeddings.T @ embeddings
-    lengths = products.trace().item()
+        squares.index_add_(0, gallery.columns[rows], embeddings.square().sum(1))
     sizes = gallery.class_sizes.double()
-    total = sums.sum(0).square().sum().item() - lengths
-    same = sums.square().sum().item() - lengths
     pairs, same_pairs = len(gallery) * (len(gallery) - 1), (sizes * (sizes - 1)).sum().item()
+    all_, same = sums.sum(0).square().sum() - squares.sum(), sums.square().sum() - squares.sum()
+    if not gallery.distance.has_unit_length:  # squared distances: |x - y|^2 = |x|^2 + |y|^2 - 2 xy, of different items
+        all_ = 2 * (len(gallery) - 1) * squares.sum() - 2 * all_
+        same = (2 * (sizes - 1) * squares).sum() - 2 * same
+    means = [all_ / max(pairs, 1), same / max(same_pairs, 1), (all_ - same) / max(pairs - same_pairs, 1)]
+    name = "mean_similarity" if gallery.distance.has_unit_length else "rms_distance"
+    if name == "rms_distance":
+        means = [mean.clamp(min=0).sqrt() for mean in means]
+    found = {name + part: mean.item() for part, mean in zip(("", "_same", "_other"), means, strict=True)}
+    return {**found, "effective_rank": effective_rank(gallery.embeddings)}
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """The exponential of the entropy of the singular values of embeddings ``(N, D)``, see `collapse`.
+
+    The singular values are those of the smaller one of the two Gram matrices. If both are large, an even sample of the
+    embeddings is taken.
+    """
+    count, dimension = embeddings.shape
+    if min(count, dimension) > _LARGEST_GRAM:
+        embeddings = embeddings[torch.linspace(0, count - 1, _LARGEST_GRAM).long()]
+    if len(embeddings) < dimension:
+        wide = embeddings.double()
+        products = wide @ wide.T
+    else:
+        products = embeddings.new_zeros(dimension, dimension, dtype=torch.double)
+        for rows in batches(len(embeddings), _LARGEST_GRAM):
+            wide = embeddings[rows].double()
+            products += wide.T @ wide
     strength = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
     share = strength / strength.sum().clamp(min=torch.finfo(strength.dtype).tiny)
-    return {
-        "mean_similarity": total / max(pairs, 1),
-        "mean_similarity_same": same / max(same_pairs, 1),
-        "mean_similarity_other": (total - same) / max(pairs - same_pairs, 1),
-        "effective_rank": torch.special.entr(share).sum().exp().item(),
-    }
+    return torch.special.entr(share).sum().exp().item()
 
 
 def nmi(embeddings: Tensor, labels: Tensor) -> float:

@@ -96,7 +96,8 @@ def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:
         shape, expected = tuple(part.shape), (max(len(part), int(rows.max()) + 1) if part.ndim else 1, total)
     if part.dtype != torch.bool or shape != expected:
         raise InputError(
-            f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which items of "
+            f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which "
+            "items of "
             "the gallery are meant. It may be a function of the queries' indices."
         )
     return (part if callable(mask) else part[rows.to(part.device)]).to(rows.device)

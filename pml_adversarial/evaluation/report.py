@@ -29,7 +29,7 @@ class Report(Results):
         """All results but the images, in types that JSON knows."""
         kept = {key: value for key, value in vars(self).items() if key not in ("examples", "attacked")}
         lists = {key: [asdict(part) for part in kept[key]] for key in _LISTS}
-        return {"schema": SCHEMA, **kept, **lists}
+        return {"schema": SCHEMA, **kept, **lists, "notes": list(self.notes)}
 
     def save_json(self, path: str | Path) -> None:
         """Writes what `to_dict` returns."""

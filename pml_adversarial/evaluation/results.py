@@ -83,7 +83,7 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """An item of the gallery that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
+    """An item that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
 
     The pixels are None if the gallery has no images.
     """
@@ -124,7 +124,7 @@ class Results:
     """All that one evaluation measured.
 
     Attributes:
-        suite: name and version of the attacks, such as "standard-v1".
+        suite: name and version of the attacks, such as "standard-v2".
         protocol: who searches what, such as "leave-one-out" or "separate gallery".
         num_queries: how many queries were evaluated.
         num_gallery: how many items were searched.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .attacks import QueryBatch
-from .distance import Distance, find_distance
+from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
@@ -24,6 +24,8 @@ Mask = Tensor | Callable[[Tensor], Any] | None
 
 _SAMPLE = 16  # items of a given gallery that are embedded anew
 _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image differ by less, in half precision too
+_SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
+_DIFFERENT = 0.5  # percent of R@1
 _CANDIDATES = 8  # nearest items whose images are compared with a query's
 
 
@@ -49,6 +51,7 @@ class RetrievalTask:
         gallery: embeddings of the gallery, after `set_gallery`.
         clean: ``(Q, D)`` embeddings of the queries, after `set_queries`.
         own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
+        finds_own: whether the own items are found by comparing images.
         in_gallery: ``(Q,)`` bool, whether the gallery holds the query's image as an item that it may find.
         norm: of the perturbations.
         notes: what a reader of the report has to know.
@@ -70,7 +73,7 @@ class RetrievalTask:
         self._is_leave_one_out = gallery is None
         self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
         self._read(queries, gallery)
-        self._finds_own = isinstance(search.own, str)
+        self.finds_own = isinstance(search.own, str)
         self.own = self._own(search.own)
         self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
         self.gallery: Gallery
@@ -84,11 +87,7 @@ class RetrievalTask:
     @property
     def protocol(self) -> str:
         """Who searches what, in words."""
-        name = "separate gallery"
-        if self._is_leave_one_out:
-            name = "leave-one-out"
-        elif self.leave_one_out:
-            name = "gallery with the queries, own item left out"
+        name = "leave-one-out" if self.leave_one_out else "separate gallery"
         parts = [name, "ignored items" * (self._ignore is not None), "relevance given" * (self._relevant is not None)]
         parts.append("several labels per image" * (self.queries.label_sets is not None))
         return ", ".join(filter(None, parts))
@@ -97,45 +96,49 @@ class RetrievalTask:
         """Embeddings ``(G, D)`` of all items."""
         return embed_all(self.embed, self.items, batch_size, advance)
 
-    def embed_queries(self, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Embeddings ``(Q, D)`` of all queries."""
-        return embed_all(self.embed, self.queries, batch_size, advance)
+    def embed_queries(self, rows: Tensor, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
+        """Embeddings ``(n, D)`` of the queries ``rows``."""
+        chosen = rows.cpu()
+        return torch.cat(
+            [embed_all(self.embed, self.queries[part], batch_size, advance) for part in chosen.split(batch_size)]
+        )
 
     def set_gallery(self, embeddings: Tensor) -> None:
         """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""
         if len(embeddings) != len(self.items):
             raise InputError(
-                f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one each. A "
+                f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one "
+                "each. A "
                 "gallery without images is gallery=(None, labels)."
             )
-        self.gallery = Gallery(check_finite(embeddings), self.items.labels, distance=self.distance)
+        self._embeddings = check_finite(embeddings)
+        self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
         junk = self.items.labels == self._junk if self._junk is not None else torch.zeros(0)
         if junk.any():
             self.notes.append(f"{int(junk.sum())} items of the label {self._junk} are junk: no query finds them")
         if self._relevant is None and self.items.label_sets is None and len(self._searched_classes()) < 2:
             raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
 
-    def set_queries(self, embeddings: Tensor) -> None:
-        """Uses clean embeddings ``(Q, D)`` of all queries, and looks for queries that lie in the gallery."""
-        self.clean = check_finite(embeddings)
+    def set_queries(self, rows: Tensor, embeddings: Tensor) -> None:
+        """Uses clean embeddings ``(n, D)`` of the queries ``rows``, and looks for those that lie in the gallery."""
+        self.clean = embeddings.new_zeros(len(self.queries), embeddings.shape[1])
+        self.clean[rows] = check_finite(embeddings)
         if embeddings.shape[1] == 1 and self.distance.has_unit_length:
             raise InputError(
                 f"The embeddings have one dimension, and by {self.distance.name} they are 1 or -1. Expected more "
                 "dimensions, or distance='euclidean', if they are searched so."
             )
-        found = self._same_items()
-        if self._finds_own:
-            self.own = found
-            found = self._same_items()
-        self.in_gallery = found >= 0
+        found = self._same_items(rows)
+        if self.finds_own:
+            self.own = self.own.index_copy(0, rows, found)
+            found = self._same_items(rows)
+        self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
             cure = (
-                "expected one of each image"
-                if self._finds_own or self._is_leave_one_out
-                else "own='same' leaves it out"
+                "expected one of each image" if self.finds_own or self._is_leave_one_out else "own='same' leaves it out"
             )
-            self.notes.append(f"{count} of {len(found)} queries find their own image in the gallery; {cure}")
+            self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
 
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
@@ -162,9 +165,12 @@ class RetrievalTask:
             relevant = (self.queries.label_sets[rows].float() @ self.items.label_sets.T.float()) > 0
         return Targets(self.queries.labels[rows], self.own[rows], ignored, relevant)
 
-    def rows_with_right_item(self, subset: Sequence[int] | Tensor | None) -> tuple[Tensor, int]:
-        """Indices of the queries of a subset (None: all) that have a right item, one at least; how many have none."""
-        rows = to_rows(subset, len(self.queries)).to(self.embed.device)
+    def rows(self, subset: Sequence[int] | Tensor | None) -> Tensor:
+        """Indices of the queries of a subset; None: all."""
+        return to_rows(subset, len(self.queries)).to(self.embed.device)
+
+    def with_right_item(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Those of the queries ``rows`` that have a right item, one at least; how many have none."""
         parts = [self.targets(rows[part]) for part in batches(len(rows), 1024)]
         right, searched = (torch.cat(f) for f in zip(*map(self._counts, parts), strict=True))
         if bool((right == searched).all()):
@@ -177,6 +183,25 @@ class RetrievalTask:
                 + (" at least twice." if self.leave_one_out else ".")
             )
         return rows[right > 0], int((right == 0).sum())
+
+    def note_lengths(self, rows: Tensor) -> None:
+        """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
+        "them out.
+        """
+        lengths = self._embeddings.float().norm(dim=1)
+        if not isinstance(self.distance, Cosine) or float(lengths.amax()) <= _SAME_LENGTH * float(lengths.amin()):
+            return
+        by_length = Gallery(self._embeddings, self.items.labels, distance=Euclidean())
+        shares = []
+        for gallery in (self.gallery, by_length):
+            margins = [gallery.ranking(self.clean[part], self.targets(part), 1).margin for part in rows.split(1024)]
+            shares.append(100 * float((torch.cat(margins) < 0).float().mean()))
+        if abs(shares[0] - shares[1]) >= _DIFFERENT:
+            self.notes.append(
+                f"lengths of embeddings range from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}: by "
+                f"Euclidean distance R@1 without attack would be {shares[1]:.1f}, by cosine it is {shares[0]:.1f}; "
+                "distance=... has to be that of the deployed search"
+            )
 
     def batch(self, rows: Tensor) -> QueryBatch:
         """The queries ``rows`` with the gallery that they search, ready to be attacked."""
@@ -214,7 +239,7 @@ class RetrievalTask:
             note = images.check(self.embed.space)
             if note is not None:
                 self.notes.append(note)
-        self.embed.probe(self.queries[:1])
+        self.embed.probe(self.queries[:1], self.queries.given_dtype)
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_label_sets()
@@ -231,7 +256,8 @@ class RetrievalTask:
         ):
             shapes = [None if s.label_sets is None else tuple(s.label_sets.shape) for s in (queries, items)]
             raise InputError(
-                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as many labels "
+                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as "
+                "many labels "
                 "in both."
             )
         joint = torch.cat([queries.label_sets, items.label_sets]).unique(dim=0, return_inverse=True)[1]
@@ -247,17 +273,16 @@ class RetrievalTask:
         if float(apart.amax()) > max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors)):
             raise InputError(
                 f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
-                f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is {spread:.3g}. "
-                "Expected embeddings of this model in the order of the gallery. To search vectors of another model, pass "
+                f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "
+                f"{spread:.3g}. "
+                "Expected embeddings of this model in the order of the gallery. To search vectors of another "
+                "model, pass "
                 "gallery=(None, labels)."
             )
 
-    def _same_items(self) -> Tensor:
-        """``(Q,)`` index of an item that a query may find and that has its image; -1: there is none."""
-        found = torch.full_like(self.own, -1)
-        for rows in batches(len(self.queries), 256):
-            found[rows] = self._same_as(torch.arange(rows.start, rows.stop, device=found.device))
-        return found
+    def _same_items(self, rows: Tensor) -> Tensor:
+        """``(n,)`` index of an item that a query may find and that has its image; -1: there is none."""
+        return torch.cat([self._same_as(part) for part in rows.split(256)])
 
     def _same_as(self, rows: Tensor) -> Tensor:
         vectors, items = (self.distance.vectors(e) for e in (self.clean[rows], self.gallery.embeddings))

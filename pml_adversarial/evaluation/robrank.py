@@ -54,16 +54,17 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pairwise_distance
 
 from ..attacks import PGD, Objective
 from ..attacks.checks import check_choice, check_number, check_whole
 from ..errors import InputError
-from ..training.isolation import isolated, random_stream
+from ..training.isolation import random_stream
 from ..training.numeric import unit_length
-from ..training.pixels import Normalization
-from .embedder import Embed, Embedder, batches, check_finite, embed_all
+from ..training.pixels import Bounds, Normalization
+from .distance import check_unit_length
+from .embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
 from .images import Images, ImageSet
 from .options import to_rows
 from .progress import progress_bar
@@ -171,15 +172,17 @@ class RobRankScores:
 
 
 def robrank_scores(
-    model: nn.Module,
+    model: Any,
     images: Images,
     *,
     eps: float,
     alpha: float = 3 / 255,
     steps: int = 32,
     version: Version = "published",
+    distance: Any = "cosine",
     subset: int | Sequence[int] | Tensor | None = None,
     normalization: Normalization | None = None,
+    bounds: Bounds | None = None,
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = False,
@@ -187,14 +190,16 @@ def robrank_scores(
     """Perturbs queries by each of RobRank's attacks. Each query searches all other images, which stay clean.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It is attacked in eval mode, and comes back in its own mode.
-        images: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
+        model: as in `evaluate_robustness`. It is attacked in eval mode, and comes back in its own mode.
+        images: labelled images, see `images.Images`; pixels in [0, 1].
         eps: l-inf radius, in pixels of [0, 1]; in the papers 77/255 for 28x28 pixels, 8/255 for 224x224.
         alpha: length of one sign step, in pixels of [0, 1].
         steps: sign steps of each attack.
         version: "published" or "corrected", see the module.
+        distance: "cosine" or "normalized_euclidean", which rank alike: the scores are defined for no other.
         subset: indices of the queries, or how many are drawn; None: all images are queries.
-        normalization: ``(mean, std)`` if the model takes normalised inputs. Images are given as pixels all the same.
+        normalization: as in `evaluate_robustness`.
+        bounds: as in `evaluate_robustness`.
         seed: of the choice of queries and of the items that attacks are about.
         batch_size: queries that are attacked together; memory grows with it times the size of the gallery.
         progress: whether to show a progress bar (needs tqdm).
@@ -208,12 +213,16 @@ def robrank_scores(
     check_whole("steps", steps)
     check_whole("batch_size", batch_size)
     check_choice("version", version, ("published", "corrected"))
-    embed = Embedder(model, normalization)
-    gallery = ImageSet(images, embed.device, "images")
+    check_unit_length(distance, "RobRank's scores are defined")
+    embed = Embedder(model, normalization, bounds)
+    with plain_surroundings(), random_stream(seed, -2):
+        gallery = ImageSet(images, embed.device, "images", embed.pixel_dtype)
+        gallery.check(embed.space)
+        embed.probe(gallery[:1], gallery.given_dtype)
+        embed.check_gradient(gallery[:1])
     if len(gallery.labels.unique()) < 2:
         raise InputError(f"labels hold the classes {gallery.labels.unique().tolist()}; expected two or more.")
-    with isolated(model), random_stream(seed, -1):
-        embed.check_gradient(gallery[:1])
+    with embed.isolated(), random_stream(seed, -1):
         embeddings = unit_length(check_finite(embed_all(embed, gallery, batch_size)))
         queries, left_out = _queries(subset, gallery.labels)
         draws = torch.rand(len(queries), len(_ATTACKS), dtype=torch.float64)

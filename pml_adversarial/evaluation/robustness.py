@@ -129,10 +129,13 @@ def evaluate_robustness(
     }
     with plain_surroundings(), random_stream(seed, -1):
         task = RetrievalTask(embed, queries, gallery, norm, search)
+        embed.probe_gradient(task.queries[:1])
         with embed.isolated():
             checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
-            _embed_all(task, gallery_embeddings, checkpoint, batch_size, progress)
-            rows, left_out = task.rows_with_right_item(subset)
+            asked = task.rows(subset)
+            _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, progress)
+            rows, left_out = task.with_right_item(asked)
+            task.note_lengths(rows)
             members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)
@@ -163,23 +166,25 @@ def evaluate_robustness(
         )
 
 
-def _embed_all(task: RetrievalTask, known: Any, checkpoint: Checkpoint, batch_size: int, progress: bool) -> None:
-    """Embeds the gallery, unless its embeddings are known, and the queries."""
+def _embed_all(
+    task: RetrievalTask, rows: Tensor, known: Any, checkpoint: Checkpoint, batch_size: int, progress: bool
+) -> None:
+    """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
     if known is None and not task.items.has_images:
         raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-    total = len(task.items) * (known is None) + len(task.queries) * (
-        known is not None or task.items is not task.queries
-    )
+    are_items = known is None and task.items is task.queries
+    total = len(task.items) * (known is None) + len(rows) * (not are_items)
     with progress_bar(progress, total, "embeddings") as bar:
         if known is None:
             items = checkpoint.load_or_make("gallery", lambda: task.embed_gallery(batch_size, bar.update))
         else:
             items = task.check_embeddings(known)
         task.set_gallery(items)
-        if known is None and task.items is task.queries:
-            task.set_queries(items)
+        if are_items:
+            task.set_queries(rows, items[rows])
         else:
-            task.set_queries(checkpoint.load_or_make("queries", lambda: task.embed_queries(batch_size, bar.update)))
+            make = partial(task.embed_queries, rows, batch_size, bar.update)
+            task.set_queries(rows, checkpoint.load_or_make("queries", make))
 
 
 def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:

@@ -29,24 +29,26 @@ the mean, half for the shares, in equal parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.special import ndtr, ndtri
 
 from ..attacks.checks import check_number, check_whole
 from ..errors import InputError
-from ..training.isolation import isolated, random_stream
+from ..training.isolation import random_stream
 from ..training.numeric import unit_length
-from ..training.pixels import Normalization
+from ..training.pixels import Bounds, Normalization
 from . import binomial
-from .embedder import Embed, Embedder, batches, check_finite, embed_all
+from .distance import check_unit_length
+from .embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
 from .images import Images, ImageSet
 from .options import check_probability, to_radii
 from .progress import progress_bar
+from .retrieval_task import JUNK, Mask, RetrievalTask, Search
 
 _QUANTILES = ndtr(torch.linspace(-3, 2.5, 15, dtype=torch.float64)).tolist()  # denser at both ends
 _THRESHOLDS = 1 + len(_QUANTILES)
@@ -70,6 +72,7 @@ class Certificate:
         right: ``(Q,)`` bool, whether the smoothed model seems right without perturbation. This is an estimate.
         has_right_item: ``(Q,)`` bool, whether the gallery holds a right item. Queries without one count in no share.
         items: ``(G, D)`` unit vectors of the gallery, for which the certificate holds.
+        queries: ``(Q,)`` indices of the queries.
     """
 
     radius: Tensor
@@ -84,6 +87,7 @@ class Certificate:
     gallery_samples: int
     alpha: float
     seed: int
+    queries: Tensor
 
     def recall_at_1(self, radius: float = 0.0) -> float:
         """Share of queries that are certified beyond ``radius``, the number that papers report.
@@ -118,8 +122,8 @@ class Certificate:
         return self._share(self.right & (self.radius == 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but ``items``, in types that JSON knows, and the shares at all ``radii``."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii")}
+        """Everything but ``items`` and ``queries``, in types that JSON knows, and the shares at all ``radii``."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii", "queries")}
         return {
             "norm": "L2",
             **{key: value.tolist() if isinstance(value, Tensor) else value for key, value in kept.items()},
@@ -157,13 +161,21 @@ class Certificate:
 
 
 def certify(
-    model: nn.Module,
+    model: Any,
     queries: Images,
     gallery: Images | None = None,
     *,
     sigma: float,
     radii: float | Iterable[float],
+    distance: Any = "cosine",
     normalization: Normalization | None = None,
+    bounds: Bounds | None = None,
+    subset: Sequence[int] | Tensor | None = None,
+    own: Sequence[int] | Tensor | str | None = None,
+    ignore: Mask = None,
+    relevant: Mask = None,
+    junk_label: int | None = JUNK,
+    gallery_embeddings: Tensor | None = None,
     samples: int = 10_000,
     selection_samples: int = 1_000,
     gallery_samples: int = 100,
@@ -181,12 +193,20 @@ def certify(
     gallery is not attacked.
 
     Args:
-        model: images -> embeddings ``(N, D)``. It runs in eval mode, and comes back in its own mode.
-        queries: ``(images, labels)`` or a data set of pairs; pixels in [0, 1].
+        model: as in `evaluate_robustness`. It runs in eval mode, and comes back in its own mode.
+        queries: labelled images, see `images.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
         sigma: standard deviation of the noise, in pixels of [0, 1].
         radii: one or more radii, in l2 of pixels in [0, 1], that tables show. The bounds hold at all other radii too.
-        normalization: ``(mean, std)`` if the model takes normalised inputs. Images are given as pixels all the same.
+        distance: "cosine" or "normalized_euclidean", which rank alike: the proof needs embeddings of length 1.
+        normalization: as in `evaluate_robustness`.
+        bounds: as in `evaluate_robustness`.
+        subset: as in `evaluate_robustness`.
+        own: as in `evaluate_robustness`.
+        ignore: as in `evaluate_robustness`.
+        relevant: as in `evaluate_robustness`.
+        junk_label: as in `evaluate_robustness`.
+        gallery_embeddings: ``(G, D)`` vectors that are searched as they are, in place of smoothed ones.
         samples: noisy copies per query. No radius is above 3 to 4 ``sigma``, however many there are.
         selection_samples: further noisy copies per query, on which right items and thresholds are chosen.
         gallery_samples: noisy copies per gallery item, whose normalised mean is searched; 0: its clean embedding.
@@ -197,9 +217,8 @@ def certify(
         progress: whether to show a progress bar (needs tqdm).
 
     Raises:
-        InputError: a setting is out of range, there are too few samples to certify anything at ``alpha``, images are
-            no pixels, labels do not fit them, the gallery has one class only, no query has a right item, or embeddings
-            are not finite.
+        InputError: a setting is out of range, there are too few samples to certify anything at ``alpha``, the images
+            cannot be evaluated, no query has a right item, or embeddings are not finite.
     """
     check_number("sigma", sigma, above=True, hint=", in pixels of [0, 1], such as 0.25")
     check_probability("alpha", alpha)
@@ -208,32 +227,57 @@ def certify(
     check_whole("gallery_samples", gallery_samples, 0)
     check_whole("batch_size", batch_size)
     check_whole("block", block)
+    check_unit_length(distance, "the certificate holds")
     radii = to_radii(radii, "L2", zero=True, name="radii")
-    embed = Embedder(model, normalization)
-    query_set = ImageSet(queries, embed.device, "queries")
-    item_set = query_set if gallery is None else ImageSet(gallery, embed.device, "gallery")
-    has_right_item = _has_right_item(query_set, item_set, samples, alpha)
-    radius, lipschitz = torch.zeros(2, len(query_set), dtype=torch.float64, device=embed.device)
-    right = torch.zeros_like(has_right_item)
-    with isolated(model), torch.no_grad(), progress_bar(progress, int(has_right_item.sum()), "certify") as bar:
-        with random_stream(seed, len(query_set)):
-            items = smoothed_embeddings(embed, item_set, sigma, gallery_samples, batch_size)
-        for query in has_right_item.nonzero().flatten().tolist():
-            with random_stream(seed, query):
-                image = query_set[[query]]
-                chosen_on = _embed_noisy(embed, image, sigma, selection_samples, batch_size)
-                sample = _embed_noisy(embed, image, sigma, samples, batch_size)
-            is_right = item_set.labels == query_set.labels[query]
-            wrong_items = items[~is_right]
-            if gallery is None:
-                is_right[query] = False
-            mean = sample.mean(0)
-            right[query] = (items[is_right] @ mean).amax() > (wrong_items @ mean).amax() + _ROUNDING
-            smallest = _smallest_radii(chosen_on, sample, items[is_right], wrong_items, alpha, block)
-            radius[query], lipschitz[query] = sigma * smallest
-            bar.update()
+    embed = Embedder(model, normalization, bounds)
+    with plain_surroundings(), random_stream(seed, -2):
+        search = Search(distance, own, ignore, relevant, junk_label)
+        task = RetrievalTask(embed, queries, gallery, "L2", search)
+    with embed.isolated(), torch.no_grad():
+        rows = task.rows(subset)
+        radius, lipschitz = torch.zeros(2, len(rows), dtype=torch.float64, device=embed.device)
+        right = torch.zeros(len(rows), dtype=torch.bool, device=embed.device)
+        with random_stream(seed, len(task.queries)):
+            items = _items(task, rows, gallery_embeddings, sigma, gallery_samples, batch_size)
+        has_right_item = _has_right_item(task, rows, samples, alpha)
+        with progress_bar(progress, int(has_right_item.sum()), "certify") as bar:
+            for place in has_right_item.nonzero().flatten().tolist():
+                query = int(rows[place])
+                with random_stream(seed, query):
+                    image = task.queries[[query]]
+                    chosen_on = _embed_noisy(embed, image, sigma, selection_samples, batch_size)
+                    sample = _embed_noisy(embed, image, sigma, samples, batch_size)
+                is_right, is_wrong = _right_and_wrong(task, rows[[place]])
+                mean = sample.mean(0)
+                right[place] = (items[is_right] @ mean).amax() > (items[is_wrong] @ mean).amax() + _ROUNDING
+                smallest = _smallest_radii(chosen_on, sample, items[is_right], items[is_wrong], alpha, block)
+                radius[place], lipschitz[place] = sigma * smallest
+                bar.update()
     settings = sigma, radii, samples, selection_samples, gallery_samples, alpha, seed
-    return Certificate(radius, lipschitz, right, has_right_item, items, *settings)
+    return Certificate(radius, lipschitz, right, has_right_item, items, *settings, queries=rows)
+
+
+def _items(
+    task: RetrievalTask, rows: Tensor, known: Tensor | None, sigma: float, gallery_samples: int, batch_size: int
+) -> Tensor:
+    """``(G, D)`` unit vectors of the gallery in double precision, which the task then searches."""
+    if known is None and not task.items.has_images:
+        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+    if known is None:
+        items = smoothed_embeddings(task.embed, task.items, sigma, gallery_samples, batch_size)
+    else:
+        items = _unit(task.check_embeddings(known))
+    task.set_gallery(items)
+    if task.finds_own:
+        task.set_queries(rows, task.embed_queries(rows, batch_size))
+    return items
+
+
+def _right_and_wrong(task: RetrievalTask, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(G,)`` bool each: items that are right for a query, and items that are wrong for it."""
+    targets, everything = task.targets(rows), slice(0, len(task.gallery))
+    found, right = ~targets.is_left_out(everything)[0], targets.is_right(task.gallery.labels)[0]
+    return found & right, found & ~right
 
 
 def smoothed_embeddings(
@@ -336,24 +380,22 @@ def _unit(embeddings: Tensor) -> Tensor:
     return unit_length(check_finite(embeddings).double())
 
 
-def _has_right_item(queries: ImageSet, items: ImageSet, samples: int, alpha: float) -> Tensor:
+def _has_right_item(task: RetrievalTask, rows: Tensor, samples: int, alpha: float) -> Tensor:
     """``(Q,)`` bool: whether the gallery holds a right item; also checks whether anything can be certified."""
-    classes, sizes = items.labels.unique(return_counts=True)
-    if len(classes) < 2:
-        raise InputError(
-            f"The gallery holds the classes {classes.tolist()}; expected two or more, since otherwise no item is wrong."
-        )
-    same = (queries.labels.unsqueeze(1) == classes).long() @ sizes
-    found = same > int(queries is items)
-    if not found.any():
+    parts = [task.targets(rows[part]) for part in batches(len(rows), 1024)]
+    right = torch.cat([task.gallery.num_right(part) for part in parts])
+    searched = torch.cat([task.gallery.num_searched(part) for part in parts])
+    if not right.any():
         raise InputError(
             "No query has a right item in the gallery, other than itself; expected images of the same classes in both."
         )
-    wrong = int((len(items) - same).max())
-    needed = math.floor(math.log2(2 * _THRESHOLDS * wrong / alpha)) + 1  # if all are hits, the bound is then above 1/2
+    wrong = int((searched - right).max())
+    needed = (
+        math.floor(math.log2(2 * _THRESHOLDS * max(wrong, 1) / alpha)) + 1
+    )  # if all are hits, the bound is above 1/2
     if samples < needed:
         raise InputError(
             f"samples={samples} certify nothing at alpha={alpha:g} against {wrong} wrong items, whatever the model "
             f"does; at least {needed} are needed, and 10000 are usual."
         )
-    return found
+    return right > 0

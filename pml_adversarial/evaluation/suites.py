@@ -16,6 +16,7 @@ from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
 from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
+from .square import square_attack
 
 # Scores of perturbed queries, by batch and number of the restart.
 
@@ -117,7 +118,7 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
-    """The attacks of "standard-v1", if called without arguments: the strongest that we know at a bounded cost.
+    """The attacks of "standard-v2", if called without arguments: the strongest that we know at a bounded cost.
 
     Args:
         steps: gradient steps of each run.
@@ -128,7 +129,6 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
-    square = partial(torchattacks.Square, n_queries=queries)
     return (
         QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
         QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
@@ -136,7 +136,7 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
         QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
         QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
-        QueryAttack("square", classifier_attack(square), black_box=True, only_robust=True),
+        QueryAttack("square", square_attack(margin_score, queries), black_box=True, only_robust=True),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
     )
@@ -154,7 +154,7 @@ def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
 
 
 SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
-    "standard": ("standard-v1", standard),
+    "standard": ("standard-v2", standard),
     "quick": ("quick-v1", quick),
 }
 """Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""

@@ -62,7 +62,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:
             if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
                 parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
@@ -128,7 +129,8 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
             for submodule in module.modules():
                 submodule.training = False
             for parameter in module.parameters():
-                parameter.requires_grad_(False)
+                if not parameter.is_inference():  # which has no gradient, and could not be unfrozen
+                    parameter.requires_grad_(False)
                 parameter.grad = None
         yield
 

@@ -149,9 +149,9 @@ class PixelSpace:
             )
         if self.normalization is None and is_overshoot(low, high):
             return (
-                f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. Resizing by bicubic "
-                "or Lanczos filters, sharpening and noise give values a little beyond: clamp the images after it, "
-                "images.clamp(0, 1)."
+                f"The model's inputs range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]. If a resize by a "
+                "bicubic or Lanczos filter, sharpening or noise made them, clamp the images after it, "
+                "images.clamp(0, 1); if they are normalised, pass normalization=(mean, std)."
             )
         if self.normalization is None:
             return (

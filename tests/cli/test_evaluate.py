@@ -90,6 +90,8 @@ class TestPassesOn:
             "eps": (0.1,),
             "attacks": "standard",
             "norm": "Linf",
+            "distance": "cosine",
+            "own": None,
             "recall_at": (1, 2, 4, 8),
             "normalization": None,
             "subset": None,

@@ -47,7 +47,7 @@ class TestQueryBatch:
         torch.testing.assert_close(objective.clean_score, score(batch.clean))
         torch.testing.assert_close(batch.objective(score, origin).clean_score, score(origin))
         moved = (batch.images + 0.1).clamp(0, 1)
-        torch.testing.assert_close(objective.score(moved), score(embedded(batch.embed.model, moved)))
+        torch.testing.assert_close(objective.score(moved), score(embedded(batch.embed.modules[0], moved)))
 
     def test_its_classifier_is_right_where_the_nearest_item_is(self, batch):
         model = batch.classifier()
@@ -76,7 +76,7 @@ class TestQueryAttack:
     def test_outcome_is_what_its_images_do(self, score, norm):
         batch = bench_of(network(), images_of(), norm=norm).batch(torch.arange(24))
         outcome = QueryAttack("x", gradient_attack(score, 10)).run(batch, RADIUS[norm], 0, 6)
-        again = embedded(batch.embed.model, outcome.images)
+        again = embedded(batch.embed.modules[0], outcome.images)
         embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
         margins = [by_loops.margin(again[i], labels[i], i, embeddings, labels) for i in range(24)]
         assert outcome.ranking.margin.tolist() == pytest.approx(margins, abs=3e-6)
@@ -127,7 +127,7 @@ class TestGalleryAttacks:
         items = attack.choose(batch, restart)
         embeddings, labels = batch.gallery.embeddings, batch.gallery.labels
         pixels = batch.pixels_of(torch.arange(24))
-        moved = embedded(batch.embed.model, outcome.images)
+        moved = embedded(batch.embed.modules[0], outcome.images)
         broken = 0
         for i in range(24):
             near = by_loops.similarities(batch.clean[i], i, embeddings)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from notes import Notes
-from query_batches import images_of, network
+from query_batches import embedded, images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
@@ -91,10 +91,10 @@ class TestGoesOn:
             "gallery.pt",
         ]
 
-    def test_a_finished_run_asks_the_model_nothing(self, tmp_path):
+    def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
         model = network()
         first = evaluated(tmp_path, model)
-        handle = interrupt_after(0, model)
+        handle = interrupt_after(2, model)
         again = evaluated(tmp_path, model)
         handle.remove()
         assert_same(first, again)
@@ -188,7 +188,7 @@ class TestBelongsToOneEvaluation:
             evaluated(tmp_path, **changed)
 
     def test_other_known_embeddings_are_refused(self, tmp_path):
-        known = torch.randn(24, 6)
+        known = embedded(network(), images_of(seed=1)[0])
         evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=known)
         with pytest.raises(InputError, match="another evaluation: gallery_embeddings differ"):
             evaluated(tmp_path, gallery=images_of(seed=1), gallery_embeddings=-known)

@@ -64,7 +64,7 @@ class TestLogits:
         model = RetrievalClassifier(
             lambda x: gallery.embeddings[: len(x)], gallery, images, gallery.leave_one_out(), "Linf"
         )
-        assert (model(images[:1]) / model.scale)[0, 0].item() == -1
+        assert (model(images[:1]) / model.scale)[0, 0].item() == 0  # the lowest similarity of all items
 
     @pytest.mark.parametrize("norm", ["Linf", "L2"])
     def test_rows_in_any_order_each_leave_themselves_out(self, norm):
@@ -93,9 +93,9 @@ class TestLogits:
         assert classifier(batch)(batch.images).std(1).median().item() == pytest.approx(10)
 
     def test_gradient_by_differences(self, task):
-        task.embed.model.double()
+        task.embed.modules[0].double()
         images, labels = images_of(8)
-        double = bench_of(task.embed.model, (images.double(), labels)).batch(torch.arange(8))
+        double = bench_of(task.embed.modules[0], (images.double(), labels)).batch(torch.arange(8))
         model = classifier(double)
         assert torch.autograd.gradcheck(lambda x: model(x).logsumexp(1), double.images[:2].clone().requires_grad_())
 
@@ -184,7 +184,7 @@ class TestAttacksOnClassifiers:
         stands = outcome.ranking.margin < 0
         again = [
             by_loops.stands(query, labels[i], int(batch.targets.own[i]), batch.gallery.embeddings, labels)
-            for i, query in enumerate(embedded(task.embed.model, outcome.images))
+            for i, query in enumerate(embedded(task.embed.modules[0], outcome.images))
         ]
         assert stands.tolist() == again
         assert (stands & clean).sum() < clean.sum()
@@ -203,9 +203,9 @@ class TestAttacksOnClassifiers:
         assert ((outcome.ranking.margin < 0) & clean).sum() < clean.sum()
 
     def test_leave_the_model_in_eval_mode(self, batch):
-        batch.embed.model.eval()
+        batch.embed.modules[0].eval()
         classifier_attack(partial(torchattacks.APGD, steps=2))(batch, EPS, 0)
-        assert not any(module.training for module in batch.embed.model.modules())
+        assert not any(module.training for module in batch.embed.modules[0].modules())
 
     def test_large_radii_leave_the_right_item_out_all_the_same(self):
         """In one group no two rows could be mistaken, so the found broken rows are those of each row alone."""

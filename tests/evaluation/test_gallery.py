@@ -5,9 +5,11 @@ import math
 import by_loops
 import pytest
 import torch
+from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance, SNRDistance
 from some_galleries import RECALL_AT, assert_same, expected, labels_of, measured, some
 from torch.nn.functional import normalize
 
+from pml_adversarial.evaluation.distance import find_distance
 from pml_adversarial.evaluation.gallery import Gallery, ReplacedItems, Targets, unit_or_zero
 
 
@@ -70,7 +72,7 @@ class TestNearest:
         own = torch.tensor([4, 17, 0, -1])
         queries = torch.cat([embeddings[own[:3]], some(1, 1)])
         for block in (1, 4, 8192):
-            found = Gallery(embeddings, torch.arange(30) % 3, block).nearest(queries, own, 6)
+            found = Gallery(embeddings, torch.arange(30) % 3, block).nearest(queries, Targets(own, own), 6)
             for row, query in enumerate(queries):
                 near = by_loops.similarities(query, int(own[row]), embeddings)
                 assert found[row].tolist() == sorted(near, key=lambda j: -near[j])[:6]
@@ -78,7 +80,9 @@ class TestNearest:
             assert found[1, 0] == 4
 
     def test_no_more_than_there_are(self):
-        assert Gallery(some(4), torch.arange(4)).nearest(some(2, 1), torch.tensor([0, 1]), 3).shape == (2, 3)
+        assert Gallery(some(4), torch.arange(4)).nearest(
+            some(2, 1), Targets(*torch.tensor([[0, 1], [0, 1]])), 3
+        ).shape == (2, 3)
 
 
 class TestHardest:
@@ -143,3 +147,77 @@ class TestPrecision:
 
     def test_unit_is_in_half_no_shorter_than_one(self):
         assert unit_or_zero(torch.full((1, 300), 60000.0, dtype=torch.float16)).norm().item() == pytest.approx(1)
+
+
+def rank_by_loops(query, own, ignored, embeddings, distance):
+    """Items that a query may find, nearest first, by a plain loop over PML's distance in double precision."""
+    found = {
+        j: float(distance(query.double()[None], embeddings[j].double()[None]))
+        for j in range(len(embeddings))
+        if j != own and not ignored[j]
+    }
+    return sorted(found, key=lambda j: found[j], reverse=distance.is_inverted)
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        LpDistance(normalize_embeddings=False),
+        LpDistance(),
+        DotProductSimilarity(normalize_embeddings=False),
+        SNRDistance(),
+    ],
+    ids=["euclidean", "normalized", "inner", "snr"],
+)
+@pytest.mark.parametrize("block", [3, 8192])
+class TestOtherDistancesAndMasks:
+    def test_everything_by_loops(self, distance, block):
+        embeddings, queries = some(14, 2) * torch.linspace(0.2, 3, 14)[:, None], some(6, 1)
+        labels = labels_of(6, 5, 3)
+        generator = torch.Generator().manual_seed(1)
+        ignored = torch.rand(6, 14, generator=generator) < 0.2
+        relevant = torch.rand(6, 14, generator=generator) < 0.4
+        ignored[5] = False
+        targets = Targets(labels[:6], torch.tensor([0, -1, 2, 3, -1, -1]), ignored, relevant)
+        gallery = Gallery(embeddings, labels, block, find_distance(distance))
+        wrong, right = gallery.hardest(queries, targets)
+        near = gallery.nearest(queries, targets, 4)
+        for i in range(6):
+            ranked = rank_by_loops(queries[i], int(targets.own[i]), ignored[i], embeddings, distance)
+            assert near[i].tolist() == ranked[:4]
+            assert int(right[i]) == next(j for j in ranked if relevant[i, j])
+            assert int(wrong[i]) == next(j for j in ranked if not relevant[i, j])
+            stands = bool(relevant[i, ranked[0]])
+            assert bool(gallery.margin(queries, targets)[i] < 0) == stands
+            assert int(gallery.num_right(targets)[i]) == sum(bool(relevant[i, j]) for j in ranked)
+            assert int(gallery.num_searched(targets)[i]) == len(ranked)
+        found = measured(gallery, queries, targets)
+        for i in range(6):
+            ranked = [
+                bool(relevant[i, j])
+                for j in rank_by_loops(queries[i], int(targets.own[i]), ignored[i], embeddings, distance)
+            ]
+            total = sum(ranked)
+            assert found["recall_at_3"][i] == any(ranked[:3])
+            assert float(found["r_precision"][i]) == pytest.approx(sum(ranked[:total]) / total)
+
+    def test_ties_count_against_the_query(self, distance, block):
+        point = some(1)
+        gallery = Gallery(point.expand(8, -1), torch.arange(8) % 2, block, find_distance(distance))
+        targets = gallery.leave_one_out()
+        assert (gallery.margin(point.expand(8, -1) + 1e-7, targets) >= 0).all()
+
+    def test_a_query_that_is_not_finite_finds_nothing(self, distance, block):
+        gallery = Gallery(some(8), torch.arange(8) % 2, block, find_distance(distance))
+        queries = some(8).clone()
+        queries[3, 1] = math.nan
+        assert measured(gallery, queries, gallery.leave_one_out())["recall_at_1"][3] == 0
+        assert gallery.margin(queries, gallery.leave_one_out())[3] >= 0
+
+
+def test_an_attack_that_leads_to_a_label_leaves_out_what_is_right():
+    relevant = torch.tensor([[True, False, False], [False, True, False]])
+    aimed = Targets(torch.tensor([0, 1]), torch.tensor([-1, -1]), None, relevant).aimed_at(torch.tensor([5, 6]))
+    assert aimed.relevant is None
+    assert torch.equal(aimed.ignored, relevant)
+    assert aimed.labels.tolist() == [5, 6]

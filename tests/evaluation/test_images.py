@@ -102,9 +102,12 @@ class TestRefusals:
         ("queries", "message"),
         [
             (PIXELS, r"queries is Tensor; expected \(images, labels\) or a data set"),
-            ((PIXELS,), r"queries is \(Tensor\); expected two tensors, \(images, labels\)"),
-            ((PIXELS, [0, 0, 1, 1]), r"queries is \(Tensor, list\); expected two tensors"),
-            (TensorDataset(PIXELS), r"queries is \(Tensor\); expected two tensors"),
+            ((PIXELS,), r"queries is \(Tensor\); expected two tensors or arrays, \(images, labels\)"),
+            ((PIXELS, [0.0, 0, 1, 1]), r"queries has labels torch.float32 of shape \(4,\)"),
+            (
+                TensorDataset(PIXELS),
+                r"queries: an item is tuple of length 1; expected \(images, labels\) or a data set",
+            ),
             (3, r"queries is int; expected \(images, labels\) or a data set"),
             ((PIXELS[:0], torch.zeros(0).long()), r"queries holds no images\."),
             ((PIXELS, torch.arange(3)), r"queries has labels torch.int64 of shape \(3,\) for 4 images; expected one"),
@@ -149,7 +152,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize("given", ["abcd", {"a": 1}, torch.zeros(4, 1, 2).numpy(), Listed(lambda row: (row,), 4)])
 def test_what_holds_no_pairs_is_refused(given):
-    with pytest.raises(InputError, match=r"queries .*expected \(images, labels\) or a data set of such pairs"):
+    with pytest.raises(InputError, match=r"queries.*expected \(images, labels\) or a data set of such pairs"):
         ImageSet(given, CPU, "queries")
 
 

@@ -11,8 +11,10 @@ from some_galleries import assert_same, expected, labels_of, measured, some
 from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation import metrics
+from pml_adversarial.evaluation.distance import find_distance
 from pml_adversarial.evaluation.gallery import Gallery, Ranking, Targets
-from pml_adversarial.evaluation.metrics import collapse, nmi, per_query
+from pml_adversarial.evaluation.metrics import collapse, effective_rank, nmi, per_query
 
 
 class TestMeasures:
@@ -95,6 +97,30 @@ class TestCollapse:
             "effective_rank": math.exp(-sum(share * math.log(share) for share in shares)),
         }
         assert found == pytest.approx(wanted)
+
+    @pytest.mark.parametrize("name", ["euclidean", "inner_product"])
+    def test_where_lengths_count_it_is_of_distances(self, name):
+        labels, embeddings = labels_of(5, 4, 1), some(10).double() * torch.arange(1, 11)[:, None]
+        found = collapse(Gallery(embeddings, labels, 4, find_distance(name)))
+        squares = {(i, j): math.dist(embeddings[i], embeddings[j]) ** 2 for i in range(10) for j in range(10) if i != j}
+        same = [value for (i, j), value in squares.items() if labels[i] == labels[j]]
+        other = [value for (i, j), value in squares.items() if labels[i] != labels[j]]
+        wanted = {"": [*squares.values()], "_same": same, "_other": other}
+        for part, values in wanted.items():
+            assert found["rms_distance" + part] == pytest.approx(math.sqrt(sum(values) / len(values)))
+
+    @pytest.mark.parametrize("shape", [(30, 200), (200, 30)])
+    def test_rank_of_either_shape_and_of_a_sample(self, shape, monkeypatch):
+        embeddings = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+
+        def by_loops(rows):
+            strengths = torch.linalg.svdvals(rows).tolist()
+            return math.exp(-sum(s / sum(strengths) * math.log(s / sum(strengths)) for s in strengths))
+
+        assert effective_rank(embeddings) == pytest.approx(by_loops(embeddings))
+        monkeypatch.setattr(metrics, "_LARGEST_GRAM", 20)
+        rows = torch.linspace(0, shape[0] - 1, 20).long()
+        assert effective_rank(embeddings) == pytest.approx(by_loops(embeddings[rows]))
 
     def test_of_a_point_and_of_all_directions(self):
         point = collapse(Gallery(torch.ones(6, 3), torch.arange(6) % 2))

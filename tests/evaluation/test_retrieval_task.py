@@ -8,17 +8,18 @@ from notes import Notes
 from query_batches import bench_of, embedded, images_of, network
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.retrieval_task import RetrievalTask
+from pml_adversarial.evaluation.embedder import Embedder
+from pml_adversarial.evaluation.retrieval_task import RetrievalTask, Search
 
 
 def task_of(gallery=None, queries=None, **options):
-    return RetrievalTask(network().eval(), queries or images_of(), gallery, "Linf", None, **options)
+    return RetrievalTask(Embedder(network().eval()), queries or images_of(), gallery, "Linf", Search(**options))
 
 
 def pixels_asked(task):
     """The images of each call of the model from now on."""
     asked = Notes()
-    task.embed.model.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    task.embed.modules[0].register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     return asked
 
 
@@ -53,7 +54,11 @@ class TestOwn:
         with pytest.raises(InputError, match="expected, together with a gallery, for each of 24 queries"):
             task_of(own=range(24))
 
-    @pytest.mark.parametrize("own", [[0.0] * 24, "all", 3])
+    def test_another_word_is_refused(self):
+        with pytest.raises(InputError, match="own='all'; expected 'same', or the index"):
+            task_of(images_of(30, seed=1), own="all")
+
+    @pytest.mark.parametrize("own", [[0.0] * 24, 3])
     def test_what_is_no_whole_number_is_refused(self, own):
         with pytest.raises(InputError, match=r"own.*; expected whole numbers"):
             task_of(images_of(30, seed=1), own=own)
@@ -84,14 +89,36 @@ class TestGallery:
 
 
 class TestKnownEmbeddings:
-    def test_of_the_model_s_dimension_are_taken(self):
+    def test_of_the_model_are_taken(self):
+        task = task_of(images_of(30, seed=1))
+        known = embedded(task.embed.modules[0], images_of(30, seed=1)[0])
+        task.embed.modules[0].eval()
+        for given in (known, 3 * known, known.half()):  # of another length: a search by cosine does not see it
+            assert torch.equal(task.check_embeddings(given), given)
+
+    def test_of_another_model_are_refused(self):
+        with pytest.raises(
+            InputError, match=r"not those that the model gives: item \d+ is .* gallery=\(None, labels\)"
+        ):
+            task_of(images_of(30, seed=1)).check_embeddings(torch.randn(30, 6))
+
+    def test_in_another_order_are_refused(self):
+        task = task_of(images_of(30, seed=1))
+        known = embedded(task.embed.modules[0], images_of(30, seed=1)[0])
+        task.embed.modules[0].eval()
+        with pytest.raises(InputError, match="in the order of the gallery"):
+            task.check_embeddings(known.roll(1, 0))
+
+    def test_of_another_model_are_taken_where_there_are_no_images(self):
         known = torch.randn(30, 6)
-        assert torch.equal(task_of(images_of(30, seed=1)).check_embeddings(known), known)
+        assert torch.equal(task_of((None, images_of(30)[1])).check_embeddings(known), known)
 
     @pytest.mark.parametrize("shape", [(24, 7), (24,), (24, 6, 1), (24, 1, 6)])
     def test_of_another_are_refused(self, shape):
         found = ", ".join(map(str, shape))
-        message = rf"gallery_embeddings are \({found},?\); expected \(24, 6\), as the model gives them\."
+        message = (
+            rf"gallery_embeddings are torch.float32 \({found},?\); expected \(24, 6\) in floating point, as the model"
+        )
         with pytest.raises(InputError, match=message):
             task_of(images_of(seed=1)).check_embeddings(torch.rand(shape))
 
@@ -103,19 +130,19 @@ class TestRowsWithRightItem:
 
     def test_leave_one_out_a_label_has_to_occur_twice(self):
         task = self.made([5, 6, 5, 7, 8, 8])
-        rows, left_out = task.rows_with_right_item(None)
+        rows, left_out = task.with_right_item(task.rows(None))
         assert (rows.tolist(), left_out) == ([0, 2, 4, 5], 2)
-        rows, left_out = task.rows_with_right_item([4, 3, 0])
+        rows, left_out = task.with_right_item(task.rows([4, 3, 0]))
         assert (rows.tolist(), left_out) == ([4, 0], 1)
         with pytest.raises(InputError, match=r"None of 2 queries has a right item .* expected .* at least twice\."):
-            task.rows_with_right_item([1, 3])
+            task.with_right_item(task.rows([1, 3]))
 
     def test_in_another_gallery_once(self):
         task = self.made([5, 6, 5, 7], torch.tensor([6, 8, 8, 5]))
-        rows, left_out = task.rows_with_right_item(None)
+        rows, left_out = task.with_right_item(task.rows(None))
         assert (rows.tolist(), left_out) == ([0, 1, 2], 1)
         with pytest.raises(InputError, match=r"None of 1 queries has a right item .* that occur there\.$"):
-            task.rows_with_right_item([3])
+            task.with_right_item(task.rows([3]))
 
 
 class TestBatch:
@@ -130,31 +157,22 @@ class TestBatch:
         assert batch.targets.own.tolist() == [-1] * 3
         assert torch.equal(batch.pixels_of(torch.tensor([29, 0])), pixels[[29, 0]])
         assert batch.gallery is task.gallery
-        assert batch.modules == (task.embed.model,)
+        assert batch.modules == (task.embed.modules[0],)
         assert batch.norm == "L2"
 
-    def test_queries_of_the_gallery_are_not_embedded_again(self):
-        task = bench_of(network(), images_of())
+    @pytest.mark.parametrize("gallery", [None, images_of(30, seed=1)])
+    def test_no_query_is_embedded_again(self, gallery):
+        task = bench_of(network(), images_of(), gallery)
         asked = pixels_asked(task)
-        assert torch.equal(task.batch(self.ROWS).clean, task.gallery.embeddings[self.ROWS])
-        assert asked == []
-
-    @pytest.mark.parametrize("own", [None, [*range(20), -1, -1, -1, -1]])
-    def test_others_are(self, own):
-        queries, gallery = images_of(), images_of(30, seed=1)
-        task = RetrievalTask(network().eval(), queries, gallery, "Linf", None, own)
-        task.set_gallery(torch.randn(30, 6))
-        asked = pixels_asked(task)
-        batch = task.batch(self.ROWS)
-        assert len(asked) == 1
-        assert torch.equal(asked[0], queries[0][self.ROWS])
-        torch.testing.assert_close(batch.clean, embedded(task.embed.model, queries[0][self.ROWS]))
-        assert not batch.clean.requires_grad
+        wanted = embedded(task.embed.modules[0], images_of()[0])[self.ROWS]
+        asked.taken()
+        assert torch.equal(task.batch(self.ROWS).clean, wanted)
+        assert asked.taken() == []
 
     def test_queries_that_the_model_cannot_embed_are_refused(self):
         images, labels = images_of()
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(0.0, math.nan))
-        images[3] = 0.0
-        task = bench_of(model, (images, labels), (images_of(seed=1)[0].clamp(min=0.1), labels))
-        with pytest.raises(InputError, match="NaN or infinite embeddings for 1 of 3 images without attack"):
-            task.batch(self.ROWS)
+        images[:] = images.clamp(min=0.1)
+        images[3, 0, 0], images[9] = 0.0, 0.0
+        with pytest.raises(InputError, match="NaN or infinite embeddings for 2 of 24 images without attack"):
+            bench_of(model, (images, labels), (images_of(seed=1)[0].clamp(min=0.1), labels))

@@ -350,7 +350,7 @@ class TestCertify:
         images[:, 0, 1, 1] = 1
         both = images, torch.tensor([0, 1])
         certified(Watched(), both, both, gallery_samples=0)
-        noise = torch.cat(seen[1:]) - 1  # the first are the items, without noise
+        noise = torch.cat(seen[2:]) - 1  # the first are a probe and the items, without noise
         assert len(noise) == 2 * (300 + 2000)
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(SIGMA, rel=0.05)
@@ -589,7 +589,7 @@ class TestErrors:
             ((TWO_SIDES[0][:0], TWO_SIDES[1][:0]), "queries holds no images"),
             ((TWO_SIDES[0], torch.ones(4).long()), "two or more"),
             ((TWO_SIDES[0], torch.arange(4)), "No query has a right item"),
-            ((TWO_SIDES[0], [1, 1, 0, 0]), "expected two tensors"),
+            ((TWO_SIDES[0], [1.0, 1, 0, 0]), "whole number"),
             (TWO_SIDES[0], r"Tensor; expected \(images, labels\) or a data set"),
         ],
     )

@@ -2,17 +2,21 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import by_loops
 import pytest
 import torch
+import torchattacks
 from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, length, network
 
+from pml_adversarial import evaluate_robustness
 from pml_adversarial.attacks.objective import Objective
 from pml_adversarial.attacks.pgd import MomentumPGD
 from pml_adversarial.evaluation.suites import (
     SUITES,
     demotion,
+    find_suite,
     margin_score,
     nearest_right,
     nearest_wrong,
@@ -185,3 +189,47 @@ class TestSuites:
         members = SUITES["standard"][1]()
         assert {attack.target for attack in members} == {"query", "gallery"}
         assert any(attack.black_box for attack in members)
+
+
+class TestClassesOfTorchattacks:
+    """Attacks on classifiers, as torchattacks makes them: they get those options that they take, and are held to "
+    "eps."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            torchattacks.PGD,
+            torchattacks.CW,
+            torchattacks.DeepFool,
+            torchattacks.Jitter,
+            pytest.param(torchattacks.AutoAttack, marks=pytest.mark.slow),
+            torchattacks.FGSM,
+            torchattacks.PGDL2,
+            partial(torchattacks.APGD, steps=3, norm="Linf"),
+            partial(torchattacks.FAB, steps=3),
+        ],
+    )
+    @both_norms
+    def test_run_as_they_are(self, make, norm):
+        kind = make.func if isinstance(make, partial) else make
+        images, eps = images_of(12), RADIUS[norm]
+        name, (attack,) = find_suite([make])
+        assert (name, attack.name) == ("custom", kind.__name__)
+        report = evaluate_robustness(
+            network(), images, eps=eps, norm=norm, attacks=[make], checks=False, keep_attacked=True
+        )
+        assert (length(report.attacked[eps] - images[0], norm) <= eps * (1 + 1e-4)).all()
+        assert report.attacks[0].attack == kind.__name__
+
+    def test_what_is_bound_stays(self):
+        seen = []
+
+        class Watched(torchattacks.FGSM):
+            def __init__(self, model, eps=8 / 255):
+                seen.append(eps)
+                super().__init__(model, eps)
+
+        options = {"eps": 0.05, "checks": False}
+        evaluate_robustness(network(), images_of(12), attacks=[Watched], **options)
+        evaluate_robustness(network(), images_of(12), attacks=[partial(Watched, eps=0.01)], **options)
+        assert set(seen) == {0.05, 0.01}

@@ -40,9 +40,17 @@ class TestTable:
         assert lines[18] == ""
 
     def test_says_on_what(self):
-        made = report(checks=CHECKS, settings={"norm": "L2"}, chance=0.2174, nmi=0.5)
+        made = report(
+            checks=CHECKS,
+            settings={"norm": "L2", "distance": "cosine", "precision": "half"},
+            notes=("odd",),
+            chance=0.2174,
+            nmi=0.5,
+        )
         assert table(made).splitlines()[19:] == [
-            "standard-v1, L2, leave-one-out: 12345 queries, 23456 items of 17 classes; percent; chance 21.7",
+            "standard-v1, L2, cosine, leave-one-out: 12345 queries, 23456 items of 17 classes; percent; chance "
+            "21.7; half",
+            "note: odd",
             "embedding: mean similarity 0.432, effective rank 12.3; NMI 50.0",
             "[ok] one: fine",
             "[FLAG] two: not fine",
