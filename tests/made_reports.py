@@ -74,6 +74,14 @@ def report(attacks=(("margin", "query"), ("square", "query"), ("demote", "galler
         ),
         "settings": {"norm": "Linf", "eps": list(eps), "subset": list(range(50)), "normalization": None},
         "versions": {"torch": "2.14.1"},
+        "provenance": {
+            "model": {"class": "Net", "sha256": "ab12" * 16},
+            "queries": {"images": 12386, "hashed": 1024, "sha256": "cd34" * 16},
+            "gallery": "the queries",
+            "autocast": None,
+            "cudnn_benchmark": True,
+            "command": ["python", "-m", "a b"],
+        },
         "clean_flags": "1",
         "examples": (example(), example(5, (3, 8, 8))),
     }

@@ -95,6 +95,7 @@ def same_report(found, expected, **settings):
     """Whether two reports agree, but for seconds and last digits, which batches of another size round otherwise."""
     found, expected = found.to_dict(), expected.to_dict()
     assert found.pop("settings") == {**expected.pop("settings"), **settings}
+    assert found.pop("provenance")["queries"] == expected.pop("provenance")["queries"]
     assert found.pop("collapse") == pytest.approx(expected.pop("collapse"), rel=1e-5)
     attacks, others = found.pop("attacks"), expected.pop("attacks")
     for result, other in zip(attacks, others, strict=True):

@@ -19,6 +19,7 @@ from ..evaluation.options import to_radii
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""
 
+REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -87,6 +88,22 @@ def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
             f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
         ) from error
     return try_option(lambda: to_radii(found, norm), "--eps")
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers above 0 with commas."""
+    try:
+        numbers = tuple(int(value) for value in text.split(","))
+    except ValueError as error:
+        raise refused(option, f"{text!r}; expected whole numbers with commas.") from error
+    if min(numbers) < 1:
+        raise refused(option, f"{text!r}; expected numbers above 0.")
+    return numbers
+
+
+def refused(option: str, why: str) -> click.BadParameter:
+    """An error of an option."""
+    return click.BadParameter(why, param_hint=option)
 
 
 def check_device(name: str) -> str:

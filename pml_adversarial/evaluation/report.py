@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .binomial import CONFIDENCE
 from .html import render
-from .results import AttackResult, Check, Results, WorstCase
+from .results import INTERVAL, AttackResult, Check, Measures, Results, WorstCase
 from .table import table
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the JSON that `Report.save_json` writes."""
 
 _LISTS: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
@@ -26,10 +27,16 @@ class Report(Results):
         return table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All results but the images, in types that JSON knows."""
+        """All results but the images, with the confidence intervals of all rates, in types that JSON knows."""
         kept = {key: value for key, value in vars(self).items() if key not in ("examples", "attacked")}
         lists = {key: [asdict(part) for part in kept[key]] for key in _LISTS}
-        return {"schema": SCHEMA, **kept, **lists, "notes": list(self.notes)}
+        for part in (*lists["attacks"], *lists["worst"]):
+            part["intervals"] = self._intervals(part["measures"])
+        intervals = {"kind": INTERVAL, "confidence": CONFIDENCE, "clean": self._intervals(self.clean)}
+        return {"schema": SCHEMA, **kept, **lists, "notes": list(self.notes), "intervals": intervals}
+
+    def _intervals(self, measures: Measures) -> dict[str, list[float]]:
+        return {name: list(interval) for name, interval in self.intervals(measures).items()}
 
     def save_json(self, path: str | Path) -> None:
         """Writes what `to_dict` returns."""
@@ -46,6 +53,8 @@ class Report(Results):
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = found.pop("schema")
             if schema == SCHEMA:
+                for part in (found, *found["attacks"], *found["worst"]):
+                    del part["intervals"]  # they follow from the numbers
                 lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
                 return cls(**{**found, **lists, "notes": tuple(found["notes"])})
         except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .binomial import Interval, rate_interval
 
 TARGETS = ("query", "gallery")  #: What an attack may perturb.
+
+INTERVAL = "Clopper-Pearson"  #: The kind of the confidence intervals of rates.
 
 Measures = Mapping[str, float]
 """Name of a measure (``recall_at_1``, ``map_at_r``, ``r_precision``, ...) -> its mean over the queries, in [0, 1]."""
@@ -139,6 +142,8 @@ class Results:
         checks: see the module `checks`.
         settings: all settings that are needed to repeat the evaluation.
         versions: of Python and the libraries.
+        provenance: what was measured, and where: fingerprints of the model, the queries and the gallery (see the module
+            `fingerprints`), the device, threads and flags of torch, the time and the command (see `provenance`).
         notes: what else a reader has to know, such as attacks that were left out, and why.
         clean_flags: one character per query: "1" if the nearest item is right without attack, "0" if not.
         examples: some queries with the items that they find. They are not saved as JSON.
@@ -161,6 +166,7 @@ class Results:
     checks: tuple[Check, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    provenance: Mapping[str, Any]
     clean_flags: str = field(repr=False)
     notes: tuple[str, ...] = ()
     examples: tuple[Example, ...] = field(default=(), repr=False)
@@ -181,6 +187,29 @@ class Results:
             raise InputError(f"{measure} at eps={eps} on {target} was not measured; choose {choices}.")
         return found[eps][measure]
 
+    def interval(self, eps: float, measure: str = "recall_at_1", target: str = "query") -> Interval:
+        """The 95 % confidence interval (Clopper-Pearson) of a rate in the worst case; eps 0 is without attack.
+
+        The rate is that of all queries of the kind of which these are a sample, on this model, gallery and attacks.
+
+        Raises:
+            InputError: the evaluation did not measure this, or it is no rate.
+        """
+        if not is_rate(measure):
+            raise InputError(
+                f"{measure} is no rate, so it has no interval; expected a measure that is 0 or 1 for each query: "
+                f"{', '.join(filter(is_rate, self.clean))}."
+            )
+        is_clean = eps == 0 and measure in self.clean
+        return self._interval(self.clean[measure] if is_clean else self.worst_case(eps, measure, target))
+
+    def intervals(self, measures: Measures) -> dict[str, Interval]:
+        """The 95 % confidence intervals of those measures that are rates over the queries, see `interval`."""
+        return {name: self._interval(rate) for name, rate in measures.items() if is_rate(name)}
+
+    def _interval(self, rate: float) -> Interval:
+        return rate_interval(round(rate * self.num_queries), self.num_queries)
+
     def curve(self, measure: str = "recall_at_1", target: str = "query") -> dict[float, float]:
         """A measure in the worst case, by eps; eps 0 is without attack."""
         return {0.0: self.clean[measure], **{w.eps: w.measures[measure] for w in self.worst if w.target == target}}
@@ -198,6 +227,15 @@ def decode_flags(flags: str) -> Tensor:
     tensor([ True, False])
     """
     return torch.tensor([flag == "1" for flag in flags], dtype=torch.bool)
+
+
+def is_rate(measure: str) -> bool:
+    """Whether a measure is 0 or 1 for each query, so that its mean is a rate.
+
+    >>> [is_rate(measure) for measure in ("recall_at_1", "recall_at_8", "map_at_r", "r_precision")]
+    [True, True, False, False]
+    """
+    return measure.startswith("recall_at_")
 
 
 def heading(measure: str) -> str:

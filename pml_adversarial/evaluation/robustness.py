@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from ..attacks.checks import check_choice, check_whole
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from . import metrics
+from . import attack_options, fingerprints, metrics, provenance
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
@@ -113,6 +111,7 @@ def evaluate_robustness(
         "norm": norm,
         "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],
+        "attack_settings": [attack_options.to_json(attack) for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
@@ -131,9 +130,11 @@ def evaluate_robustness(
         task = RetrievalTask(embed, queries, gallery, norm, search)
         embed.probe_gradient(task.queries[:1])
         with embed.isolated():
-            checkpoint = Checkpoint(resume, settings, task, members, gallery_embeddings)
             asked = task.rows(subset)
+            measured = cache(partial(fingerprints.of_task, task, asked, gallery_embeddings))
+            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device)
             _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, progress)
+            origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)
             members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
@@ -158,7 +159,8 @@ def evaluate_robustness(
             nmi=evaluator.nmi_of(found, "clean", labels),
             checks=made,
             settings={**settings, "device": str(embed.device), "precision": embed.precision},
-            versions=_versions(),
+            versions=provenance.versions(),
+            provenance=origin,
             notes=tuple(task.notes),
             clean_flags=flags,
             examples=evaluator.examples(found[0]),
@@ -211,15 +213,3 @@ def _evaluate(
             found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
             bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
     return found
-
-
-def _versions() -> dict[str, str]:
-    packages = ("pml-adversarial", "torch", "pytorch-metric-learning", "torchattacks")
-    return {**{package: _version(package) for package in packages}, "python": platform.python_version()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a folder
-        return "not installed"

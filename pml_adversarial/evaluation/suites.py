@@ -47,21 +47,24 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
     return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
 
 
-def gradient_attack(
-    score: Callable[[QueryBatch, int], Score], steps: int
-) -> Callable[[QueryBatch, float, int], Tensor]:
+Perturb = Callable[[QueryBatch, float, int], Tensor]
+"""What `QueryAttack` takes: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``."""
+
+
+def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
     """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
-
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        objective = batch.objective(score(batch, restart))
-        return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
-
-    return perturb
+    return partial(raise_score, score=score, steps=steps)
 
 
-def classifier_attack(
-    make: Callable[..., Any], targets: int | None = None
-) -> Callable[[QueryBatch, float, int], Tensor]:
+def raise_score(
+    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], steps: int
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`."""
+    objective = batch.objective(score(batch, restart))
+    return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
+
+
+def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> Perturb:
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
@@ -70,20 +73,22 @@ def classifier_attack(
         targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
             ``n_classes``.
     """
-    taken = _taken(make)
+    return partial(fool_classifier, make=make, targets=targets)
 
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        found = batch.images.clone()
-        for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
-            part = batch[rows]
-            model = part.classifier()
-            options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
-            options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
-            options = {name: value for name, value in options.items() if taken(name)}
-            found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
-        return found
 
-    return perturb
+def fool_classifier(
+    batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
+    taken, found = _taken(make), batch.images.clone()
+    for rows in separable_groups(batch.images, batch.targets, eps, batch.norm):
+        part = batch[rows]
+        model = part.classifier()
+        options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
+        options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
+        options = {name: value for name, value in options.items() if taken(name)}
+        found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
+    return found
 
 
 def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import dataclass
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from torch.export import Dim
 from pml_adversarial import InputError
 from pml_adversarial.cli import evaluate as saved_model
 from pml_adversarial.cli import main
+from pml_adversarial.evaluation.fingerprints import of_file
 from pml_adversarial.evaluation.report import Report
 
 NETWORK = "from torch import nn\n\n\ndef make(width=4):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, width))\n"
@@ -48,11 +50,14 @@ def run(*arguments, model="model.pt2", queries="queries.npz", eps="0.1"):
     return CliRunner().invoke(main, ["evaluate", *given])
 
 
+@dataclass
 class Written:
-    """A report with nothing in it."""
+    """A report with nothing in it but where it comes from."""
+
+    provenance: dict
 
     def save_json(self, path):
-        path.write_text("{}")
+        path.write_text(json.dumps(self.provenance))
 
     def save_html(self, path):
         path.write_text("<html>")
@@ -68,7 +73,7 @@ def asked(monkeypatch):
 
     def evaluate_robustness(model, queries, gallery=None, **options):
         calls.append({"model": model, "queries": queries, "gallery": gallery, **options})
-        return Written()
+        return Written({"time": "now"})
 
     monkeypatch.setattr(saved_model, "evaluate_robustness", evaluate_robustness)
     return calls
@@ -203,10 +208,35 @@ class TestPassesOn:
         assert run("--network", "nets:make:width=7", model="wide.pt").exit_code == 0
         assert asked[0]["model"](torch.rand(2, 36)).shape == (2, 7)
 
+    def test_what_was_given_is_written_down(self, workplace, asked):
+        torch.save(nn.Sequential(nn.Flatten(), nn.Linear(36, 7)).state_dict(), "wide.pt")
+        network = "nets:make:width=7"
+        result = run("--network", network, "--size", "8,6", "--grayscale", model="wide.pt", queries="photos")
+        assert result.exit_code == 0, result.output
+        written = json.loads((workplace / "pml_adversarial_evaluation" / "report.json").read_text())
+        assert written["inputs"] == {
+            "model": of_file("wide.pt"),
+            "network": network,
+            "queries": {"path": "photos"},
+            "gallery": None,
+            "size": "8,6",
+            "grayscale": True,
+        }
+
     def test_report_is_written_and_printed(self, workplace, asked):
         result = run("--output", "new/folder")
         assert result.output == "the table\n\nWritten to new/folder/: report.json, report.html\n"
-        assert (workplace / "new" / "folder" / "report.json").read_text() == "{}"
+        assert json.loads((workplace / "new" / "folder" / "report.json").read_text()) == {
+            "time": "now",
+            "inputs": {
+                "model": of_file("model.pt2"),
+                "network": None,
+                "queries": of_file("queries.npz"),
+                "gallery": None,
+                "size": None,
+                "grayscale": False,
+            },
+        }
         assert (workplace / "new" / "folder" / "report.html").read_text() == "<html>"
 
 
@@ -382,7 +412,7 @@ class TestBesideTheMainJob:
     def test_help_of_both(self):
         both, one = (CliRunner().invoke(main, [*words, "--help"]).output for words in ([], ["evaluate"]))
         assert "--train-classes" in both
-        assert "evaluate " in both
+        assert all(f"  {command} " in both for command in ("evaluate", "repeat", "compare"))
         for option in ("model", "network", "queries", "gallery", "eps", "norm", "attacks", "normalization", "size"):
             assert f"--{option} " in one
         for option in (

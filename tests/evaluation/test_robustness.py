@@ -53,6 +53,7 @@ def without_times(report):
     found = report.to_dict()
     for attack in found["attacks"]:
         del attack["seconds"]
+    found["provenance"] = {key: value for key, value in found["provenance"].items() if key != "time"}
     return found
 
 
@@ -292,6 +293,8 @@ class TestQueriesAndSubsets:
             assert report.clean_flags == "".join(whole.clean_flags[row] for row in rows)
             assert (report.num_queries, report.num_gallery) == (3, 24)
             assert report.settings["subset"] == rows
+            assert report.provenance["gallery"] == whole.provenance["gallery"]
+            assert report.provenance["queries"] != whole.provenance["queries"]
         assert evaluated(model, attacks=(NOISE,), subset=range(24)).clean == whole.clean
 
     @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int64])

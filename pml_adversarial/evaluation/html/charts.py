@@ -18,6 +18,7 @@ class Line(NamedTuple):
     target: str
     worst: bool
     points: tuple[tuple[float, float], ...]  # eps, ascending, and values in [0, 1]
+    intervals: tuple[tuple[float, float], ...] = ()  # of the value at each eps; none: no whiskers are drawn
 
     @property
     def kind(self) -> str:
@@ -46,13 +47,18 @@ def chart(lines: Sequence[Line], norm: str, chance: float | None = None) -> dict
     """
     radii, values = zip(*(point for line in lines for point in line.points), strict=True)
     largest = max(radii) or 1.0
-    top = math.ceil(5 * max(*values, chance or 0.0)) / 5 or 1.0
+    highest = max(*values, *(high for line in lines for _, high in line.intervals), chance or 0.0)
+    top = math.ceil(5 * highest) / 5 or 1.0
 
     def x(eps: float) -> float:
         return round(_LEFT + (_RIGHT - _LEFT) * eps / largest, 1)
 
     def y(value: float) -> float:
         return round(_BOTTOM - (_BOTTOM - _TOP) * value / top, 1)
+
+    def whiskers(line: Line) -> list[tuple[float, float, float]]:
+        ends = zip(line.points, line.intervals, strict=False)
+        return [(x(eps), y(low), y(high)) for (eps, _), (low, high) in ends]
 
     ticks, free = [], math.inf
     for eps in sorted(set(radii), reverse=True):  # each has a number where there is room for one
@@ -72,7 +78,7 @@ def chart(lines: Sequence[Line], norm: str, chance: float | None = None) -> dict
         "levels": {percent: y(percent / 100) for percent in percents},
         "ticks": ticks,
         "chance": None if chance is None else y(chance),
-        "curves": [(line, [(x(eps), y(value)) for eps, value in line.points]) for line in lines],
+        "curves": [(line, [(x(eps), y(value)) for eps, value in line.points], whiskers(line)) for line in lines],
         "labels": _labels(ends),
     }
 

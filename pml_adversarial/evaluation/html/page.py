@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..results import TARGETS, Example, Neighbour, Results, WorstCase, heading
+from ..binomial import CONFIDENCE
+from ..results import INTERVAL, TARGETS, Example, Neighbour, Results, WorstCase, heading
 from .charts import Line, chart, radius
 from .pictures import magnified, picture, small, visible
 
@@ -35,6 +38,8 @@ def render(results: Results) -> str:
         num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
         figures=[_figure(results, measure, norm) for measure in measures],
         examples=[_pictures(example) for example in results.examples],
+        about_intervals=f"{100 * CONFIDENCE:.0f} % confidence intervals ({INTERVAL})",
+        provenance=list(_entries(results.provenance)),
         settings=_json(settings, 2),
     )
 
@@ -65,17 +70,19 @@ def _few(cases: Sequence[WorstCase]) -> Sequence[WorstCase]:
 def _figure(results: Results, measure: str, norm: str) -> dict[str, Any]:
     """A measure over eps: its curves, its chart, and a description for readers who do not see the chart."""
     lines = _lines(results, measure)
-    worst = "; ".join(
-        f"{line.name}: " + ", ".join(f"{100 * value:.1f} at eps {eps:.4g}" for eps, value in line.points)
-        for line in lines
-        if line.worst
-    )
+    worst = "; ".join(f"{line.name}: {_in_words(line)}" for line in lines if line.worst)
     return {
         "measure": measure,
         "lines": lines,
         "chart": chart(lines, norm, results.chance if measure == "recall_at_1" else None),
         "description": f"{heading(measure)} in percent against eps. {worst}.",
     }
+
+
+def _in_words(line: Line) -> str:
+    points = [f"{100 * value:.1f} at eps {eps:.4g}" for eps, value in line.points]
+    intervals = [f" ({100 * low:.1f} to {100 * high:.1f})" for low, high in line.intervals]
+    return ", ".join(map("".join, zip_longest(points, intervals, fillvalue="")))
 
 
 def _lines(results: Results, measure: str) -> list[Line]:
@@ -87,7 +94,13 @@ def _lines(results: Results, measure: str) -> list[Line]:
     for worst in sorted(results.worst, key=lambda worst: worst.target == "query"):
         key = (f"worst ({worst.target})", worst.target, True)
         points.setdefault(key, []).append((worst.eps, worst.measures[measure]))
-    return [Line(*key, (clean, *sorted(values))) for key, values in points.items()]
+    return [_line(results, measure, key, (clean, *sorted(values))) for key, values in points.items()]
+
+
+def _line(results: Results, measure: str, key: tuple[str, str, bool], points: tuple[tuple[float, float], ...]) -> Line:
+    """A line; if it is a worst case and its measure is a rate, with intervals."""
+    intervals = [results.intervals({measure: value}).values() for _, value in points if key[-1]]
+    return Line(*key, points, tuple(interval for found in intervals for interval in found))
 
 
 def _pictures(example: Example) -> dict[str, Any]:
@@ -113,6 +126,19 @@ def _thumbnail(item: Neighbour) -> tuple[bool, dict[str, Any]]:
     description = f"item {item.item}, label {item.label}, {'right' if item.is_right else 'wrong'}"
     caption = f"{'✓' if item.is_right else '✗'} {item.label}"
     return item.is_right, picture(small(visible(image), _THUMBNAIL), description, caption)
+
+
+def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values as text; those of a mapping within the mapping one by one."""
+    for name, value in values.items():
+        shown = prefix + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{shown}: ")
+        elif isinstance(value, list):
+            yield shown, shlex.join(map(str, value))
+        else:
+            words = {None: "none", True: "yes", False: "no"}
+            yield shown, words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _json(value: Any, depth: int, indent: str = "") -> str:

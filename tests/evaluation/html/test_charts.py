@@ -46,8 +46,9 @@ def test_points_stand_on_straight_scales():
     def y(value):
         return found["bottom"] + (found["levels"][80] - found["bottom"]) * value / 0.8
 
-    for (line, drawn_points), part in zip(found["curves"], points, strict=True):
+    for (line, drawn_points, whiskers), part in zip(found["curves"], points, strict=True):
         assert line.points == part
+        assert whiskers == []
         for (x, height), (eps, value) in zip(drawn_points, part, strict=True):
             assert x == pytest.approx(found["left"] + (found["right"] - found["left"]) * eps / 0.2, abs=0.06)
             assert height == pytest.approx(y(value), abs=0.06)
@@ -58,6 +59,26 @@ def test_points_stand_on_straight_scales():
         ("a1", "query one"),
         ("chance", "level"),
     ]
+
+
+def test_whiskers_reach_from_one_end_of_the_interval_to_the_other_and_stay_inside():
+    intervals = ((0.6, 0.93), (0.0, 0.3))
+    made = [Line("worst", "query", True, ((0.0, 0.8), (0.2, 0.1)), intervals)]
+    found = chart(made, "Linf")
+    assert max(found["levels"]) == 100  # the highest interval ends above 80 percent
+    height = found["bottom"] - found["levels"][100]
+    ((_, points, whiskers),) = found["curves"]
+    for (x, _), (at, low, high), interval in zip(points, whiskers, intervals, strict=True):
+        assert at == x
+        assert (low, high) == pytest.approx([found["bottom"] - height * end for end in interval], abs=0.06)
+    tree = drawn(made)
+    drawn_at = [
+        [tuple(map(float, p.split(","))) for p in w.attrs["points"].split()] for w in tree.all("polyline", "whisker")
+    ]
+    assert [{y for _, y in part} for part in drawn_at] == [{low, high} for _, low, high in whiskers]
+    for part, (x, _, _) in zip(drawn_at, whiskers, strict=True):
+        assert {at for at, _ in part} == {x - 4, x, x + 4}
+    assert curves(tree) == {("query worst", "worst"): points}
 
 
 def test_without_chance_no_line_is_drawn_for_it():

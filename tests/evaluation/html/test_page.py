@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from made_reports import EPS, example, measures, report
 from page_trees import Node, Tree, curves, decoded, levels
 from PIL import Image
+from scipy.stats import binomtest
 
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.html import render
@@ -80,6 +82,26 @@ def percent(value):
     return number(f"{value * 100:.1f}", value)
 
 
+def interval(value, total=12345):
+    theirs = binomtest(round(value * total), total).proportion_ci(0.95, method="exact")
+    return [theirs.low, theirs.high], f"[{100 * theirs.low:.1f}, {100 * theirs.high:.1f}]"
+
+
+class Measured:
+    """A cell of a measure: of a rate, with its interval."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __eq__(self, cell):
+        text, values = cell
+        if not self.name.startswith("recall_at_"):
+            return cell == percent(self.value)
+        ends, shown = interval(self.value)
+        assert values == pytest.approx([self.value, *ends], abs=1e-12)
+        return text == f"{self.value * 100:.1f} {shown}"
+
+
 class TestWhole:
     @each_report
     def test_is_balanced_and_has_each_section_once(self, name):
@@ -87,7 +109,8 @@ class TestWhole:
         assert [len(tree.all(tag)) for tag in ("html", "head", "body", "main", "h1", "title")][:5] == [1] * 5
         titles = [node.text for node in tree.all("h2")]
         shown = ["Queries, before and after"] if report(**REPORTS[name]).examples else []
-        assert titles == ["Checks", "Curves", "Attacks", "Embedding", *shown, "To measure it again"]
+        last = ["What was measured, and where", "To measure it again"]
+        assert titles == ["Checks", "Curves", "Attacks", "Embedding", *shown, *last]
 
     @each_report
     def test_needs_no_network_and_runs_nothing(self, name):
@@ -121,6 +144,7 @@ class TestWhole:
             collapse={text: 1.0},
             settings={"norm": text, text: [text]},
             versions={text: text},
+            provenance={text: text, "x": {text: [text, text]}},
             examples=(example(attack=text),),
         )
         harmless = report(
@@ -131,6 +155,7 @@ class TestWhole:
             collapse={"x": 1.0},
             settings={"norm": "x", "x": ["x"]},
             versions={"x": "x"},
+            provenance={"y": "x", "x": {"x": ["x", "x"]}},
             examples=(example(attack="x"),),
         )
         found, expected = (Tree(render(made)).root for made in (hostile, harmless))
@@ -142,6 +167,12 @@ class TestWhole:
         assert text in found.all("title")[0].text
         assert text in found.all("li")[0].text
         assert json.loads(found.all("pre")[0].text)["versions"] == {text: text}
+        (table,) = (part for part in found.all("table") if "What was measured" in part.attrs["aria-label"])
+        shown = text.replace("_", " ")
+        assert rows(table)[1:] == [
+            [(shown, []), (text, [])],
+            [(f"x: {shown}", []), (shlex.join([text, text]), [])],
+        ]
 
     def test_a_report_loaded_from_json_gives_the_same_page_without_examples(self, tmp_path):
         made = report()
@@ -171,22 +202,26 @@ class TestOpening:
 
     def test_headline(self):
         made = report(eps=(26 / 255,))
-        clean, attacked = (f"{100 * part['recall_at_1']:.1f}\u00a0%" for part in (made.clean, made.worst[0].measures))
+        values = [part["recall_at_1"] for part in (made.clean, made.worst[0].measures)]
+        ends, texts = zip(*map(interval, values), strict=True)
+        clean, attacked = (f"{100 * value:.1f}\u00a0% {text}" for value, text in zip(values, texts, strict=True))
         (headline,) = Tree(render(made)).root.all("p", "headline")
         assert headline.text == (
             f"R@1 {clean} clean; {attacked} at eps\u00a026/255 in the worst case per query (Linf, 2 attacks)."
         )
-        assert [float(data.attrs["value"]) for data in headline.all("data")] == [
-            made.clean["recall_at_1"],
-            made.worst[0].measures["recall_at_1"],
-            26 / 255,
-        ]
+        found = [float(data.attrs["value"]) for data in headline.all("data")]
+        assert [found[0], found[3], found[6]] == [*values, 26 / 255]
+        assert found[1:3] + found[4:6] == pytest.approx([*ends[0], *ends[1]], abs=1e-12)
+
+    def test_intervals_are_explained(self):
+        (text,) = (node.text for node in Tree(render(report())).root.all("p") if "In brackets" in node.text)
+        assert "95 % confidence intervals (Clopper-Pearson)" in text
 
     def test_headline_on_the_gallery(self):
         made = report()
         texts = [node.text for node in Tree(render(made)).root.all("p")]
         (line,) = (text for text in texts if text.startswith("If instead"))
-        found = re.findall(r"([\d.]+)\u00a0% at eps\u00a0([\d./]+)", line)
+        found = re.findall(r"([\d.]+)\u00a0% \[[\d., ]+\] at eps\u00a0([\d./]+)", line)
         gallery = [w for w in made.worst if w.target == "gallery"]
         assert [value for value, _ in found] == [f"{100 * w.measures['recall_at_1']:.1f}" for w in gallery]
         assert [eps for _, eps in found] == ["4/255", "0.1", "26/255"]
@@ -279,6 +314,30 @@ class TestCurves:
             for worst in made.worst:
                 assert f"{100 * worst.measures[measure]:.1f} at eps {worst.eps:.4g}" in picture.attrs["aria-label"]
             assert f"{100 * made.clean[measure]:.1f} at eps 0" in picture.attrs["aria-label"]
+            of_rates = re.findall(r"\(([\d.]+) to ([\d.]+)\)", picture.attrs["aria-label"])
+            values = [v for target in ("query", "gallery") for v in made.curve(measure, target).values()]
+            ends = [re.findall(r"[\d.]+", interval(value)[1]) for value in values]
+            assert sorted(map(list, of_rates)) == (sorted(ends) if measure == "recall_at_1" else [])
+
+    @pytest.mark.parametrize("name", ["whole", "one eps", "many eps", "gallery only"])
+    def test_whiskers_are_the_intervals_of_the_worst_cases(self, name):
+        made = report(**REPORTS[name])
+        recall, precision = charts(made)
+        assert precision.all("polyline", "whisker") == []
+        x, y = axes(recall, made)
+        found = []
+        for whisker in recall.all("polyline", "whisker"):
+            points = [tuple(map(float, point.split(","))) for point in whisker.attrs["points"].split()]
+            found.append((points[2][0], points[0][1], points[-1][1]))
+        expected = []
+        for target in ("gallery", "query"):
+            if any(worst.target == target for worst in made.worst):
+                for eps, value in made.curve("recall_at_1", target).items():
+                    low, high = interval(value)[0]
+                    expected.append((x(eps), y(low), y(high)))
+        assert len(found) == len(expected)
+        for whisker, place in zip(found, expected, strict=True):
+            assert whisker == pytest.approx(place, abs=0.06)
 
     def test_numbers(self):
         made = report()
@@ -290,9 +349,11 @@ class TestCurves:
             assert len(found) == 5
             for name, target in (("margin", "query"), ("square", "query"), ("demote", "gallery")):
                 values = [r.measures[measure] for r in made.attacks if (r.attack, r.target) == (name, target)]
-                assert found[name] == [percent(value) for value in (made.clean[measure], *values)]
+                assert found[name] == [Measured(measure, value) for value in (made.clean[measure], *values)]
             for target in ("query", "gallery"):
-                assert found[f"worst ({target})"] == [percent(v) for v in made.curve(measure, target).values()]
+                assert found[f"worst ({target})"] == [
+                    Measured(measure, v) for v in made.curve(measure, target).values()
+                ]
 
     def test_one_name_on_both_targets_stays_two_lines(self):
         figure, _ = charts(report(attacks=(("same", "query"), ("same", "gallery"))))
@@ -367,7 +428,8 @@ class TestAttacks:
             )
         ]
         empty = ("", [])
-        expected = [[empty, ("none", []), empty, empty, *(percent(made.clean[name]) for name in names), *[empty] * 4]]
+        clean = [Measured(name, made.clean[name]) for name in names]
+        expected = [[empty, ("none", []), empty, empty, *clean, *[empty] * 4]]
         for eps, shown in zip(EPS, ("4/255", "0.1", "26/255"), strict=True):
             for r in (r for r in made.attacks if r.eps == eps):
                 access = "black box" if r.attack == "square" else "white box"
@@ -378,10 +440,10 @@ class TestAttacks:
                     number(f"{r.backward_passes:,}", r.backward_passes),
                     number(f"{r.seconds:.1f}", r.seconds),
                 ]
-                expected.append([*head, *(percent(r.measures[name]) for name in names), *costs])
+                expected.append([*head, *(Measured(name, r.measures[name]) for name in names), *costs])
             for w in (w for w in made.worst if w.eps == eps):
                 head = [number(shown, eps), ("worst case", []), (w.target, []), empty]
-                expected.append([*head, *(percent(w.measures[name]) for name in names), *[empty] * 4])
+                expected.append([*head, *(Measured(name, w.measures[name]) for name in names), *[empty] * 4])
         assert grid[1:] == expected
 
     def test_worst_cases_are_marked(self):
@@ -473,6 +535,23 @@ class TestExamples:
 
 def pictures(page):
     return {img.attrs["alt"]: decoded(img.attrs["src"]) for img in Tree(page).root.all("img")}
+
+
+class TestProvenance:
+    def test_every_entry_in_words(self):
+        grid = rows(section(render(report()), "What was measured, and where").all("table")[0])
+        assert [[text for text, _ in row] for row in grid] == [
+            ["what", "value"],
+            ["model: class", "Net"],
+            ["model: sha256", "ab12" * 16],
+            ["queries: images", "12386"],
+            ["queries: hashed", "1024"],
+            ["queries: sha256", "cd34" * 16],
+            ["gallery", "the queries"],
+            ["autocast", "none"],
+            ["cudnn benchmark", "yes"],
+            ["command", "python -m 'a b'"],
+        ]
 
 
 class TestSettings:
