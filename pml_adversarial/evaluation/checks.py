@@ -24,11 +24,12 @@ from ..attacks.ball import per_image, project
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
-from . import binomial, random_search
+from . import binomial
 from .attacks import QueryBatch
 from .gallery import TIE, Gallery, Targets, finite_or_zero
 from .results import AttackResult, Check, decode_flags
 from .retrieval_task import RetrievalTask
+from .square import square_attack
 from .suites import margin_score
 
 SAMPLE = 64  #: Queries in the sample, at most.
@@ -249,19 +250,16 @@ def black_box_adds_nothing(sample: QuerySample) -> Verdict:
 
 
 def _search_adds_nothing(sample: QuerySample) -> Verdict:
-    """The same for a suite without a black-box attack: a random search is tried on the queries that it leaves."""
-    if sample.task.norm not in random_search.NORMS:
-        return Verdict(None, f"the suite has no black-box attack on queries, and none is known in {sample.task.norm}")
+    """The same for a suite without a black-box attack: Square is tried on the queries that it leaves."""
     left = sample.chosen[sample.robust(sample.eps)[sample.chosen]]
 
     def searched(batch: QueryBatch) -> Tensor:
-        return is_adversarial(batch, random_search.margin_search(batch, sample.eps, SEARCH))
+        return is_adversarial(batch, square_attack(margin_score, SEARCH)(batch, sample.eps, 0))
 
     only = int(sample.measure(searched, "search", left).sum()) if len(left) else 0
     return Verdict(
         plausible(only, len(sample), FEW),
-        f"{only} of {len(sample)} queries are broken by a random search of {SEARCH} passes alone, at eps "
-        f"{sample.eps:.4g}",
+        f"{only} of {len(sample)} queries are broken by Square with {SEARCH} passes alone, at eps {sample.eps:.4g}",
     )
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..attacks.checks import check_whole
+from ..attacks.objective import Score
 from .attacks import QueryAttack, QueryBatch
-from .random_search import random_search
+from .square import square_attack
 
 
 def rank_only_attack(queries: int = 500, listed: int = 20, name: str = "rank-only") -> QueryAttack:
@@ -31,21 +32,21 @@ def rank_only_attack(queries: int = 500, listed: int = 20, name: str = "rank-onl
     """
     check_whole("queries", queries)
     check_whole("listed", listed)
-    return QueryAttack(name, partial(lower_relevance, queries=queries, listed=listed), black_box=True, only_robust=True)
+    score = partial(irrelevance_score, listed=listed)
+    return QueryAttack(name, square_attack(score, queries), black_box=True, only_robust=True)
 
 
-def lower_relevance(batch: QueryBatch, eps: float, restart: int, *, queries: int, listed: int) -> Tensor:
-    """Queries ``(Q, C, H, W)`` after a `random_search` that lowers the relevance of what they find.
+def irrelevance_score(batch: QueryBatch, restart: int, *, listed: int) -> Score:
+    """How irrelevant the first items on the list are: 0 if the first one is wrong, else below 0.
 
-    The relevance is the sum of ``2**-place`` over the right items on the list. So one place counts as much as all later
-    ones together.
+    It is minus the sum of ``2**-place`` over the right items. So one place counts as much as all later ones together.
     """
     is_right = batch.targets.is_right(batch.gallery.labels)
     weights = 0.5 ** torch.arange(1, listed + 1, dtype=torch.float64, device=is_right.device)
 
-    def relevance(images: Tensor, rows: Tensor) -> Tensor:
-        items = batch.gallery.nearest(batch.embed(images), batch.targets[rows], listed)
-        right = is_right[rows].gather(1, items)
-        return (right * weights[: items.shape[1]]).sum(1).masked_fill(~right[:, 0], -torch.inf)
+    def score(queries: Tensor) -> Tensor:
+        items = batch.gallery.nearest(queries, batch.targets, listed)
+        right = is_right.gather(1, items)
+        return -(right * weights[: items.shape[1]]).sum(1) * right[:, 0]
 
-    return random_search(relevance, batch.images, eps, batch.norm, queries)
+    return score

@@ -159,6 +159,7 @@ class _OnSurrogate:
             return self.attack(there, eps, restart)
 
     def _check(self, images: Tensor) -> None:
+        self.embed.probe(images[:1], images.dtype)
         self.embed.check_gradient(images[:1])
         if self.embed.device != images.device:
             raise InputError(

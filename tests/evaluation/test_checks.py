@@ -340,7 +340,7 @@ class TestNoBlackBox:
         (passed, line), left = self.ask(torch.detach, pictures, "1" * 60 + "0" * 20, norm, eps)
         assert passed is False
         assert 5 < numbers(line)[0] <= left < 64 == numbers(line)[1]
-        assert "random search of 200 passes" in line
+        assert "Square with 200 passes" in line
 
     def test_what_the_suite_broke_is_not_asked_again(self, pictures):
         assert self.ask(torch.detach, pictures, "0" * 80)[0].passed
