@@ -4,6 +4,7 @@ from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .binomial import Interval
 from .classifier import RetrievalClassifier
 from .comparison import Comparison, Difference, compare
+from .cost import Cost, estimate_cost
 from .gallery import Gallery, Targets
 from .images import Images
 from .rank_only import rank_only_attack
@@ -13,31 +14,62 @@ from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
-from .suites import quick, standard
+from .suites import fast, quick, standard
 from .transfer import transfer_attack, transferred
+from .verification import (
+    ROC,
+    EqualErrorRate,
+    PairAttack,
+    PairAttackResult,
+    PairBatch,
+    Pairs,
+    PairScores,
+    Rate,
+    ThresholdResult,
+    VerificationReport,
+    VerificationResult,
+    draw_pairs,
+    evaluate_verification,
+)
 
 __all__ = [
+    "ROC",
     "AttackResult",
     "Certificate",
     "Check",
     "Comparison",
+    "Cost",
     "Difference",
+    "EqualErrorRate",
     "Gallery",
     "GalleryAttack",
     "Images",
     "Interval",
+    "PairAttack",
+    "PairAttackResult",
+    "PairBatch",
+    "PairScores",
+    "Pairs",
     "QueryAttack",
     "QueryBatch",
+    "Rate",
     "Report",
     "RetrievalAttack",
     "RetrievalClassifier",
     "RobRankScores",
     "Targets",
+    "ThresholdResult",
+    "VerificationReport",
+    "VerificationResult",
     "WorstCase",
     "certify",
     "compare",
+    "draw_pairs",
     "ers",
+    "estimate_cost",
     "evaluate_robustness",
+    "evaluate_verification",
+    "fast",
     "quick",
     "rank_only_attack",
     "repeat",

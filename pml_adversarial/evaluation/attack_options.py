@@ -14,10 +14,11 @@ import torchattacks
 from torchattacks.attack import Attack as TorchAttack
 
 from ..errors import InputError
-from . import suites
+from . import square, suites
 from .attacks import GalleryAttack, QueryAttack, RetrievalAttack
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (QueryAttack, GalleryAttack)}
+_MODULES = (suites, square)
 _THEIRS = f"{torchattacks.__name__}."
 _GIVEN_LATER = ("eps", "norm", "seed", "n_classes")  # see `suites.classifier_attack`
 
@@ -26,8 +27,8 @@ def to_json(value: object) -> Any:
     """An attack, or an option of one, in types that JSON knows.
 
     - ``{"kind": ...}`` is a `QueryAttack` or `GalleryAttack`, with its attributes.
-    - ``{"function": ...}`` is a function of the module `suites` or a class of torchattacks, with the ``options`` that
-      are bound to it (`functools.partial`); of a class of torchattacks, also with its default options.
+    - ``{"function": ...}`` is a function of the modules `suites` and `square`, or a class of torchattacks, with the
+      ``options`` that are bound to it (`functools.partial`); of a class of torchattacks, also its default options.
     - ``{"own": ...}`` describes anything else, such as a function of the user, see `description`. No attack can be made
       from it.
     """
@@ -71,7 +72,7 @@ def from_json(specs: Sequence[Mapping[str, Any]], own: Sequence[RetrievalAttack]
         raise InputError(
             f"attacks holds {', '.join(given)}; expected none but those of the report: {', '.join(names)}."
         )
-    return tuple(given[spec["name"]] if spec["name"] in given else _made(spec) for spec in specs)
+    return tuple(given[spec["name"]] if spec["name"] in given else _attack(spec) for spec in specs)
 
 
 def description(value: object) -> str:
@@ -111,12 +112,12 @@ def _name(value: Any) -> str | None:
 
 
 def _named(name: str) -> Any:
-    """A function that the module `suites` defines, or a class of attacks of torchattacks; None: there is none."""
+    """A function of the modules that define attacks, or a class of torchattacks; None: there is none."""
     if name.startswith(_THEIRS):
         kind = getattr(torchattacks, name.removeprefix(_THEIRS), None)
         return kind if isinstance(kind, type) and issubclass(kind, TorchAttack) else None
-    found = getattr(suites, name, None)
-    return found if isinstance(found, FunctionType) and found.__module__ == suites.__name__ else None
+    found = next((vars(module)[name] for module in _MODULES if name in vars(module)), None)
+    return found if isinstance(found, FunctionType) and found.__module__ in [m.__name__ for m in _MODULES] else None
 
 
 def _defaults(function: Any) -> dict[str, Any]:
@@ -139,6 +140,17 @@ def _own(spec: Any) -> str:
     if isinstance(spec, Mapping):
         return str(spec["own"]) if "own" in spec else next(filter(None, map(_own, spec.values())), "")
     return next(filter(None, map(_own, spec)), "") if isinstance(spec, list) else ""
+
+
+def _attack(spec: Mapping[str, Any]) -> RetrievalAttack:
+    try:
+        made: RetrievalAttack = _made(spec)
+    except (KeyError, TypeError) as error:  # of another version
+        raise InputError(
+            f"The attack {spec['name']} cannot be made from {spec} ({error!r}). Install the versions that the report "
+            "lists."
+        ) from error
+    return made
 
 
 def _made(spec: Any) -> Any:

@@ -75,6 +75,9 @@ class QueryAttack:
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
         needs_items: whether it needs the images of the gallery; where only their embeddings are known, it is left out.
+        passes: how many image passes one run takes for each query, at most; None: it is not known.
+        follows: whether it attacks only queries that are still robust after the attacks before it. Its measures are
+            then the lowest of these attacks and of its own.
     """
 
     name: str
@@ -84,6 +87,8 @@ class QueryAttack:
     only_robust: bool = False
     num_classes: int = 2
     needs_items: bool = False
+    passes: int | None = None
+    follows: bool = False
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -116,7 +121,13 @@ class GalleryAttack:
     only_robust = False
     num_classes = 2
     needs_items = True
+    follows = False
     target = "gallery"
+
+    @property
+    def passes(self) -> int:
+        """How many image passes one run takes for each query."""
+        return 2 * self.steps + 2
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks one item for each query of a batch and ranks what the queries find then, down to ``depth``."""

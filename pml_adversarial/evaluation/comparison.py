@@ -103,8 +103,7 @@ def compare(first: Report, second: Report, eps: float | Iterable[float] | None =
     """Compares R@1 of two models on the same queries, without attack and in the worst case at each eps.
 
     Both were measured on the same images and labels, with the same gallery, norm and distance. Attacks and seeds may
-    differ; the notes of the comparison say so if the attacks do. Every eps is one test: of many, some fall below 0.05
-    by chance.
+    differ; a note says so if the attacks do. Every eps is one test: of many, some fall below 0.05 by chance.
 
     Args:
         first: of the model a.
@@ -184,6 +183,9 @@ def _radii(first: Report, second: Report, eps: float | Iterable[float] | None) -
 
 
 def _notes(first: Report, second: Report) -> Iterator[str]:
+    radii = [", ".join(f"{eps:g}" for eps in report.settings["eps"]) for report in (first, second)]
+    if radii[0] != radii[1]:
+        yield f"The eps differ: a has {radii[0]}; b has {radii[1]}. A worst case includes attacks at smaller eps."
     one, other = (report.settings.get("attack_settings") for report in (first, second))
     if one != other:
         yield f"The attacks differ: a met {_attacks(first)}; b met {_attacks(second)}."

@@ -33,7 +33,7 @@ def rank_only_attack(queries: int = 500, listed: int = 20, name: str = "rank-onl
     check_whole("queries", queries)
     check_whole("listed", listed)
     score = partial(irrelevance_score, listed=listed)
-    return QueryAttack(name, square_attack(score, queries), black_box=True, only_robust=True)
+    return QueryAttack(name, square_attack(score, queries), black_box=True, only_robust=True, passes=queries + 1)
 
 
 def irrelevance_score(batch: QueryBatch, restart: int, *, listed: int) -> Score:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,16 +34,19 @@ def square_attack(
         score: the score of a batch. A query whose score is 0 or above is broken, and is not asked about any more.
         queries: how often the model is asked about each query, at most.
     """
+    return partial(search_squares, score=score, queries=queries)
 
-    def perturb(batch: QueryBatch, eps: float, restart: int) -> Tensor:
-        search = _Search(batch, score, eps, restart)
-        for step in range(queries):
-            if not len(search.open):
-                break
-            search.step(_share(step, queries), is_first=step == 0)
-        return search.best.reshape(batch.images.shape)
 
-    return perturb
+def search_squares(
+    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], queries: int
+) -> Tensor:
+    """Queries ``(Q, C, H, W)`` as random search perturbed them, see `square_attack`."""
+    search = _Search(batch, score, eps, restart)
+    for step in range(queries):
+        if not len(search.open):
+            break
+        search.step(_share(step, queries), is_first=step == 0)
+    return search.best.reshape(batch.images.shape)
 
 
 class _Search:

@@ -145,6 +145,12 @@ class TestFromJSON:
         with pytest.raises(InputError, match=rf"The report names {name}, which the installed versions do not have"):
             from_json(spec)
 
+    @pytest.mark.parametrize("change", [{"kind": "LaterAttack"}, {"an_option_of_a_later_version": 3}])
+    def test_an_attack_of_another_version_is_refused(self, change):
+        spec = {**through_json(quick())[0], **change}
+        with pytest.raises(InputError, match=r"The attack margin cannot be made from .*Install the versions that"):
+            from_json([spec])
+
 
 class TestDescription:
     def test_tells_attacks_apart_by_all_that_is_bound(self):

@@ -160,7 +160,11 @@ class TestRefusals:
         other = measured(6, eps=(0.02, 0.1))
         with pytest.raises(InputError, match=message):
             compare(pair[0], other, eps=eps)
-        assert [one.eps for one in compare(pair[0], other, eps=0.02).differences] == [0, 0.02, 0.02]
+        found = compare(pair[0], other, eps=0.02)
+        assert [one.eps for one in found.differences] == [0, 0.02, 0.02]
+        assert found.notes == (
+            "The eps differ: a has 0.02, 0.05; b has 0.02, 0.1. A worst case includes attacks at smaller eps.",
+        )
 
     def test_no_eps_in_common(self, pair):
         with pytest.raises(InputError, match=r"0\.02, 0\.05 and none; expected eps that both have: none"):

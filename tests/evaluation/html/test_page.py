@@ -213,6 +213,13 @@ class TestOpening:
         assert [found[0], found[3], found[6]] == [*values, 26 / 255]
         assert found[1:3] + found[4:6] == pytest.approx([*ends[0], *ends[1]], abs=1e-12)
 
+    def test_notes(self):
+        texts = ["margin is left out: it needs <7> classes", "odd"]
+        (header,) = Tree(render(report(notes=tuple(texts)))).root.all("header")
+        assert [item.text for item in header.all("li")] == texts
+        (header,) = Tree(render(report())).root.all("header")
+        assert header.all("ul") == []
+
     def test_intervals_are_explained(self):
         (text,) = (node.text for node in Tree(render(report())).root.all("p") if "In brackets" in node.text)
         assert "95 % confidence intervals (Clopper-Pearson)" in text
