@@ -7,6 +7,7 @@ from .comparison import Comparison, Difference, compare
 from .cost import Cost, estimate_cost
 from .gallery import Gallery, Targets
 from .images import Images
+from .rank_only import rank_only_attack
 from .repetition import repeat
 from .report import Report
 from .results import AttackResult, Check, WorstCase
@@ -14,6 +15,7 @@ from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
 from .suites import fast, quick, standard
+from .transfer import transfer_attack, transferred
 from .verification import (
     ROC,
     EqualErrorRate,
@@ -69,7 +71,10 @@ __all__ = [
     "evaluate_verification",
     "fast",
     "quick",
+    "rank_only_attack",
     "repeat",
     "robrank_scores",
     "standard",
+    "transfer_attack",
+    "transferred",
 ]

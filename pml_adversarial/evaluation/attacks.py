@@ -29,6 +29,7 @@ class QueryBatch:
         clean: ``(Q, D)`` embeddings of the clean queries.
         targets: what the queries should find.
         norm: of the perturbations, one of `ball.NORMS`.
+        rows: ``(Q,)`` indices of the queries among all queries that were passed to the evaluation.
     """
 
     embed: Embed
@@ -39,9 +40,11 @@ class QueryBatch:
     clean: Tensor
     targets: Targets
     norm: str
+    rows: Tensor
 
     def __getitem__(self, rows: Tensor) -> QueryBatch:
-        return replace(self, images=self.images[rows], clean=self.clean[rows], targets=self.targets[rows])
+        parts = {name: getattr(self, name)[rows] for name in ("images", "clean", "targets", "rows")}
+        return replace(self, **parts)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,17 +58,23 @@ class QueryBatch:
         return RetrievalClassifier(self.embed, self.gallery, self.images, self.targets, self.norm, *self.modules)
 
 
+Perturb = Callable[[QueryBatch, float, int], Tensor]
+"""Batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``."""
+
+
 @dataclass(frozen=True)
 class QueryAttack:
     """Perturbs queries; the gallery stays clean.
 
     Attributes:
         name: of the attack in reports.
-        perturb: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``.
+        perturb: see `Perturb`. Whatever it returns is held to the budget. It may have to know the evaluation first, see
+            `preparation`.
         restarts: how often it runs. Later runs attack only queries that are still robust.
         black_box: whether it uses outputs of the model only, no gradients.
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
+        needs_items: whether it needs the images of the gallery; where only their embeddings are known, it is left out.
         passes: how many image passes one run takes for each query, at most; None: it is not known.
         follows: whether it attacks only queries that are still robust after the attacks before it. Its measures are
             then the lowest of these attacks and of its own.
@@ -73,11 +82,12 @@ class QueryAttack:
     """
 
     name: str
-    perturb: Callable[[QueryBatch, float, int], Tensor]
+    perturb: Perturb
     restarts: int = 1
     black_box: bool = False
     only_robust: bool = False
     num_classes: int = 2
+    needs_items: bool = False
     passes: int | None = None
     follows: bool = False
     norms: tuple[str, ...] = NORMS
@@ -114,6 +124,7 @@ class GalleryAttack:
     black_box = False
     only_robust = False
     num_classes = 2
+    needs_items = True
     follows = False
     target = "gallery"
 

@@ -30,10 +30,12 @@ from .options import largest_radius
 from .results import AttackResult, Check, decode_flags
 from .retrieval_task import RetrievalTask
 from .sharing import Ranks
+from .square import square_attack
 from .suites import margin_score
 
 SAMPLE = 64  #: Queries in the sample, at most.
-PASSES = 551  #: Image passes of all checks for each query of the sample, about.
+SEARCH = 200  #: Forward passes of the black-box attack that is made if the suite has none.
+PASSES = 551 + SEARCH  #: Image passes of all checks for each query of the sample, about; without a search, fewer.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
 LARGE = 0.5  #: l-inf radius that can make every image the same grey.
 NEAR = 8 / 255  #: Size of the steps that ask whether gradients are true, in l-inf, where eps is no size of all pixels.
@@ -110,12 +112,20 @@ class QuerySample:
         self.num_right = len(right)
         with random_stream(self.seed, _stream("sample")):
             self.chosen = right[torch.randperm(len(right))[:SAMPLE]].sort().values
-        chosen = self.rows[self.chosen.to(self.rows.device)]
-        self.batches = tuple(self.task.batch(part) for part in chosen.split(self.batch_size) if len(part))
-        self.eps = min(self.radii, key=lambda eps: abs(int(self.robust(eps).sum()) - self.num_right / 2))
+        self.batches = self._batches(self.chosen)
+        self.eps = min(self.radii, key=self._distance_from_half)
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def _distance_from_half(self, eps: float) -> tuple[float, float]:
+        """Of radii at which equally many queries are robust, it is less at the larger one if these are most of them."""
+        excess = int(self.robust(eps).sum()) - self.num_right / 2
+        return abs(excess), -eps if excess > 0 else eps
+
+    def _batches(self, chosen: Tensor) -> tuple[QueryBatch, ...]:
+        rows = self.rows[chosen.to(self.rows.device)]
+        return tuple(self.task.batch(part) for part in rows.split(self.batch_size) if len(part))
 
     @property
     def radii(self) -> list[float]:
@@ -155,10 +165,14 @@ class QuerySample:
                 flags &= decode_flags(result.robust_flags)
         return flags
 
-    def measure(self, on_batch: Callable[[QueryBatch], Tensor], stream: str) -> Tensor:
-        """What a function of a batch gives, joined over all batches; it draws from a random stream of its own."""
+    def measure(self, on_batch: Callable[[QueryBatch], Tensor], stream: str, chosen: Tensor | None = None) -> Tensor:
+        """What a function of a batch gives, joined over all batches; it draws from a random stream of its own.
+
+        ``chosen`` says of which of ``rows`` ``(n,)`` there are to be batches; None: the sample.
+        """
+        batches = self.batches if chosen is None else self._batches(chosen)
         with random_stream(self.seed, _stream(stream)):
-            return torch.cat([on_batch(batch) for batch in self.batches]).cpu()
+            return torch.cat([on_batch(batch) for batch in batches]).cpu()
 
     def broken(self, eps: float, steps: int, stream: str) -> Tensor:
         """``(n,)`` bool: queries on which one run of the margin attack succeeds."""
@@ -237,9 +251,10 @@ def falls_to_chance(sample: QuerySample) -> Verdict:
 
 def black_box_adds_nothing(sample: QuerySample) -> Verdict:
     """Black-box attacks are no stronger than white-box ones (Athalye et al.)."""
-    for black_box, kind in ((True, "black-box"), (False, "white-box")):
-        if not sample.on_queries(black_box):
-            return Verdict(None, f"the suite has no {kind} attack on queries")
+    if not sample.on_queries(black_box=False):
+        return Verdict(None, "the suite has no white-box attack on queries")
+    if not sample.on_queries(black_box=True):
+        return _search_adds_nothing(sample)
     found = []
     for eps in sample.radii:
         only = int((sample.robust(eps, False) & ~sample.robust(eps, True)).sum())
@@ -247,6 +262,20 @@ def black_box_adds_nothing(sample: QuerySample) -> Verdict:
         found.append((binomial.tail(only, sample.num_right, FEW), message))
     probability, message = min(found)
     return Verdict(probability >= SIGNIFICANCE, message)
+
+
+def _search_adds_nothing(sample: QuerySample) -> Verdict:
+    """The same for a suite without a black-box attack: Square is tried on the queries that it leaves."""
+    left = sample.chosen[sample.robust(sample.eps)[sample.chosen]]
+
+    def searched(batch: QueryBatch) -> Tensor:
+        return is_adversarial(batch, square_attack(margin_score, SEARCH)(batch, sample.eps, 0))
+
+    only = int(sample.measure(searched, "search", left).sum()) if len(left) else 0
+    return Verdict(
+        plausible(only, len(sample), FEW),
+        f"{only} of {len(sample)} queries are broken by Square with {SEARCH} passes alone, at eps {sample.eps:.4g}",
+    )
 
 
 def finds_what_is_planted(sample: QuerySample) -> Verdict:

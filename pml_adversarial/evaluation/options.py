@@ -114,7 +114,15 @@ def description_of_mask(mask: Any) -> str | None:
     """What tells one mask from another: the hash of its values, or the name of the function."""
     if mask is None or callable(mask):
         return None if mask is None else getattr(mask, "__qualname__", type(mask).__qualname__)
-    return hashlib.sha256(torch.as_tensor(mask).cpu().contiguous().numpy().tobytes()).hexdigest()
+    return digest_of(torch.as_tensor(mask))
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """The SHA-256 of the values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:

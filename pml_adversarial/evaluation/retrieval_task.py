@@ -203,6 +203,7 @@ class RetrievalTask:
             clean=self.clean[rows],
             targets=self.targets(rows),
             norm=self.norm,
+            rows=rows,
         )
 
     def _counts(self, targets: Targets) -> tuple[Tensor, Tensor]:

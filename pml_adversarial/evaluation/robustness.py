@@ -33,6 +33,7 @@ from .options import (
     to_recall_at,
     to_whole_numbers,
 )
+from .preparation import prepared
 from .progress import Progress, progress_of
 from .report import Report
 from .results import decode_flags
@@ -164,7 +165,7 @@ def evaluate_robustness(
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)
-            members = _able(members, task)
+            members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             then = checks * passes_of_checks(len(rows)) // ranks.count
             found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, then)
@@ -237,8 +238,8 @@ def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[Re
         elif task.norm not in attack.norms:
             known = " and ".join(attack.norms)
             task.notes.append(f"{attack.name} is left out: it is made for {known}, not for {task.norm}")
-        elif attack.target == "gallery" and not task.items.has_images:
-            task.notes.append(f"{attack.name} is left out: the gallery has no images that could be attacked")
+        elif attack.needs_items and not task.items.has_images:
+            task.notes.append(f"{attack.name} is left out: it needs images of the gallery, and there are none")
         else:
             able.append(attack)
     if not able:

@@ -75,7 +75,7 @@ class _Search:
         points = project(points.reshape(images.shape), images, self._eps, norm)
         with torch.no_grad():
             found = self._score(self._part.embed(points)).to(self._highest)
-        higher = found > self._highest[rows]
+        higher = found >= self._highest[rows]
         self.best[rows] = torch.where(per_image(higher, clean), points.reshape(clean.shape), best)
         self._highest[rows] = torch.where(higher, found, self._highest[rows])
         still = self._highest[rows] < self._goal
