@@ -7,8 +7,8 @@ from query_batches import images_of, network
 
 from pml_adversarial.evaluation import draw_pairs, evaluate_verification
 from pml_adversarial.evaluation.embedder import Embedder
-from pml_adversarial.evaluation.pair_task import PairTask
-from pml_adversarial.evaluation.pairs import PairChoice
+from pml_adversarial.evaluation.verification.pairs import PairChoice
+from pml_adversarial.evaluation.verification.task import PairTask
 
 TIE = 1e-6
 LISTED = draw_pairs(torch.arange(24) % 4, 20, 20, seed=3)

@@ -176,9 +176,10 @@ def test_paths_of_commands_are_there():
 def test_every_file_of_the_package_is_on_the_page_of_the_architecture():
     package = ROOT / "pml_adversarial"
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^### (At the root|`\w+/`)\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
-    for folder in [package, *(path for path in package.iterdir() if (path / "__init__.py").exists())]:
-        section = sections["At the root" if folder == package else f"`{folder.name}/`"]
+    sections = dict(re.findall(r"^### (At the root|`[\w/]+/`)\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    folders = {path.parent for path in package.rglob("__init__.py")} - {package / "evaluation" / "html"}
+    for folder in folders:
+        section = sections["At the root" if folder == package else f"`{folder.relative_to(package)}/`"]
         files = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
         assert set(re.findall(r"`(\w+\.py)`", section)) == files, folder
 

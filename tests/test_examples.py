@@ -243,6 +243,23 @@ def test_evaluate_timm_refuses_weights_of_another_model(example):
         example("evaluate_timm.py", "--model", "test_resnet", "--checkpoint", "weights.pth", "--images", "none")
 
 
+@pytest.mark.slow
+def test_evaluate_torchrun(run):
+    reports = []
+    for processes in (2, 1):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+        out, _ = run(*launch, EXAMPLES / "evaluate_torchrun.py")
+        assert out.count("quick-v1, Linf") == 1  # one process prints
+        folder = run.folder / "evaluate_torchrun_run"
+        reports.append(check_report(folder, [0.01, 0.02]))
+        assert len(list(folder.glob("batch_*.pt"))) == 10
+        shutil.rmtree(folder)
+    for report in reports:
+        for attack in report["attacks"]:
+            del attack["seconds"]
+    assert reports[0] == reports[1]
+
+
 NOTEBOOK = EXAMPLES / "first_steps.ipynb"
 
 

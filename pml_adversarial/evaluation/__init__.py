@@ -4,20 +4,31 @@ from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
 from .binomial import Interval
 from .classifier import RetrievalClassifier
 from .comparison import Comparison, Difference, compare
+from .cost import Cost, estimate_cost
 from .gallery import Gallery, Targets
 from .images import Images
-from .pair_attacks import PairAttack, PairBatch
-from .pairs import Pairs, draw_pairs
 from .repetition import repeat
 from .report import Report
 from .results import AttackResult, Check, WorstCase
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
-from .roc import ROC, EqualErrorRate, PairScores, Rate
 from .smoothing import Certificate, certify
-from .suites import quick, standard
-from .verification import evaluate_verification
-from .verification_report import PairAttackResult, ThresholdResult, VerificationReport, VerificationResult
+from .suites import fast, quick, standard
+from .verification import (
+    ROC,
+    EqualErrorRate,
+    PairAttack,
+    PairAttackResult,
+    PairBatch,
+    Pairs,
+    PairScores,
+    Rate,
+    ThresholdResult,
+    VerificationReport,
+    VerificationResult,
+    draw_pairs,
+    evaluate_verification,
+)
 
 __all__ = [
     "ROC",
@@ -25,6 +36,7 @@ __all__ = [
     "Certificate",
     "Check",
     "Comparison",
+    "Cost",
     "Difference",
     "EqualErrorRate",
     "Gallery",
@@ -52,8 +64,10 @@ __all__ = [
     "compare",
     "draw_pairs",
     "ers",
+    "estimate_cost",
     "evaluate_robustness",
     "evaluate_verification",
+    "fast",
     "quick",
     "repeat",
     "robrank_scores",

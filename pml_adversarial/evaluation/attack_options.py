@@ -27,8 +27,8 @@ def to_json(value: object) -> Any:
     """An attack, or an option of one, in types that JSON knows.
 
     - ``{"kind": ...}`` is a `QueryAttack` or `GalleryAttack`, with its attributes.
-    - ``{"function": ...}`` is a function of the modules `suites` and `square`, or a class of torchattacks, with the ``options`` that
-      are bound to it (`functools.partial`); of a class of torchattacks, also with its default options.
+    - ``{"function": ...}`` is a function of the modules `suites` and `square`, or a class of torchattacks, with the
+      ``options`` that are bound to it (`functools.partial`); of a class of torchattacks, also its default options.
     - ``{"own": ...}`` describes anything else, such as a function of the user, see `description`. No attack can be made
       from it.
     """

@@ -66,6 +66,9 @@ class QueryAttack:
         black_box: whether it uses outputs of the model only, no gradients.
         only_robust: whether the first run, too, attacks only queries that are still robust.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
+        passes: how many image passes one run takes for each query, at most; None: it is not known.
+        follows: whether it attacks only queries that are still robust after the attacks before it. Its measures are
+            then the lowest of these attacks and of its own.
     """
 
     name: str
@@ -74,6 +77,8 @@ class QueryAttack:
     black_box: bool = False
     only_robust: bool = False
     num_classes: int = 2
+    passes: int | None = None
+    follows: bool = False
     target = "query"
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
@@ -105,7 +110,13 @@ class GalleryAttack:
     black_box = False
     only_robust = False
     num_classes = 2
+    follows = False
     target = "gallery"
+
+    @property
+    def passes(self) -> int:
+        """How many image passes one run takes for each query."""
+        return 2 * self.steps + 2
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks one item for each query of a batch and ranks what the queries find then, down to ``depth``."""

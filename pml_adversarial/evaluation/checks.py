@@ -29,9 +29,11 @@ from .attacks import QueryBatch
 from .gallery import TIE, Gallery, Targets, finite_or_zero
 from .results import AttackResult, Check, decode_flags
 from .retrieval_task import RetrievalTask
+from .sharing import Ranks
 from .suites import margin_score
 
 SAMPLE = 64  #: Queries in the sample, at most.
+PASSES = 551  #: Image passes of all checks for each query of the sample, about.
 STEPS = 40  #: Gradient steps of the attack that other attacks are compared with.
 LARGE = 0.5  #: l-inf radius that can make every image the same grey; in l2, times the root of the number of pixels.
 SIGNIFICANCE = 1e-3  #: A flag is raised if what was found has a smaller probability on a model that hides nothing.
@@ -56,11 +58,13 @@ def run_checks(
     results: Sequence[AttackResult],
     seed: int,
     batch_size: int,
+    ranks: Ranks | None = None,
+    begin: Callable[[str], object] = str,
 ) -> tuple[Check, ...]:
     """Makes all checks on the queries ``rows`` ``(Q,)`` of a task whose model is in eval mode and frozen.
 
     ``clean_flags`` ``(Q,)`` says whether their nearest items are right without attack, ``results`` what all attacks on
-    them gave. The checks cost about 260 gradients for each query of the sample.
+    them gave. Each check is made by one of the processes ``ranks``; ``begin`` is told its name before it runs.
     """
     if not results:
         return ()
@@ -68,16 +72,17 @@ def run_checks(
     few = f"only {len(sample)} queries are right without attack; {_ENOUGH} are needed"
     cannot = "not asked: the model cannot be asked for gradients, and no attack of the suite needs them"
     black_box_only = not task.embed.takes_gradient and not sample.on_queries(black_box=False)
-    found = []
-    for name, check in CHECKS.items():
+
+    def make(number: int) -> Check:
+        name, check = list(CHECKS.items())[number]
+        begin(name)
         if len(sample) < _ENOUGH and check is not finds_no_copies:
-            verdict = Verdict(None, few)
-        elif black_box_only and check not in _WITHOUT_GRADIENT:
-            verdict = Verdict(None, cannot)
-        else:
-            verdict = check(sample)
-        found.append(Check(name, *verdict))
-    return tuple(found)
+            return Check(name, None, few)
+        if black_box_only and check not in _WITHOUT_GRADIENT:
+            return Check(name, None, cannot)
+        return Check(name, *check(sample))
+
+    return tuple((Ranks() if ranks is None else ranks).share(range(len(CHECKS)), make))
 
 
 @dataclass(eq=False)

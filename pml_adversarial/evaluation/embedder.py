@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CaptureError, InputError
 from ..training.capture import in_order, modules_run_by
-from ..training.isolation import isolated
+from ..training.isolation import isolated, random_stream
 from ..training.pixels import Bounds, Normalization, PixelSpace
 from .images import ImageSet
+from .sharing import Ranks
 
 Embed = Callable[[Tensor], Tensor]
 """Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``."""
@@ -35,6 +37,7 @@ class Embedder:
         embedding_dtype: of the embeddings; known after `probe`.
         has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
+        on_passes: is told how many image passes each call takes, forward and backward.
     """
 
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
@@ -45,6 +48,7 @@ class Embedder:
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
         self.forward_passes = self.backward_passes = 0
+        self.on_passes: Callable[[int], object] = lambda passes: None
         self.space = PixelSpace(normalization, bounds)
         self._autocast = _Autocast()
 
@@ -78,6 +82,7 @@ class Embedder:
         with_gradient = pixels.requires_grad and torch.is_grad_enabled()
         self.forward_passes += len(pixels)
         self.backward_passes += len(pixels) * with_gradient
+        self.on_passes(len(pixels) * (1 + with_gradient))
         embeddings = self._embed(pixels if self.takes_gradient else pixels.detach())
         if with_gradient:  # where the model gives no gradient, it is 0
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
@@ -202,9 +207,18 @@ def _state(kind: str) -> tuple[bool, torch.dtype]:
 
 def _callable(model: Any) -> Callable[..., Any]:
     try:
-        return in_order(model)
+        return in_order(_inside(model))
     except CaptureError as error:
         raise InputError(str(error)) from error
+
+
+def _inside(model: Any) -> Any:
+    """The same without `DistributedDataParallel`, which sends buffers to other processes in each call."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    if isinstance(model, Mapping | nn.ModuleDict):
+        return {name: _inside(model[name]) for name in model}
+    return [_inside(part) for part in model] if isinstance(model, list | tuple | nn.ModuleList) else model
 
 
 def _known_modules(call: Any) -> tuple[nn.Module, ...]:
@@ -216,16 +230,23 @@ def _known_modules(call: Any) -> tuple[nn.Module, ...]:
 
 
 def embed_all(
-    embed: Embed, images: Tensor | ImageSet, batch_size: int, advance: Callable[[int], object] | None = None
+    embed: Embed,
+    images: Tensor | ImageSet,
+    batch_size: int,
+    rows: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """Embeddings ``(N, D)`` of all images, without gradient; ``advance`` takes the number of images of each batch."""
-    parts = []
-    with torch.no_grad():
-        for rows in batches(len(images), batch_size):
-            parts.append(embed(images[rows]))
-            if advance is not None:
-                advance(len(parts[-1]))
-    return torch.cat(parts)
+    """Embeddings ``(N, D)`` of the images ``rows`` ``(N,)``, or of all, without gradient.
+
+    Processes may share the batches. A model that draws random numbers draws them from a stream of each batch.
+    """
+    parts = (torch.arange(len(images)) if rows is None else rows.cpu()).split(batch_size)
+
+    def make(number: int) -> Tensor:
+        with torch.no_grad(), random_stream(0, number):
+            return embed(images[parts[number]])
+
+    return torch.cat(list((Ranks() if ranks is None else ranks).share(range(len(parts)), make)))
 
 
 def check_finite(embeddings: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,16 @@ class Evaluator:
     keep_attacked: bool
     nmi: bool
 
-    @property
-    def steps_per_batch(self) -> int:
-        """How often `evaluate_batch` calls ``advance``."""
-        return len(self.radii) * sum(attack.restarts for attack in self.attacks)
-
-    def evaluate_batch(self, rows: Tensor, examples: bool, advance: Callable[[], object]) -> BatchResult:
+    def evaluate_batch(self, rows: Tensor, examples: bool, begin: Callable[[str], object]) -> BatchResult:
         """Runs all attacks on the queries ``rows`` ``(n,)``, and keeps some of them as examples if asked to.
 
-        ``advance`` is called after each run of an attack.
+        ``begin`` is told the name and eps of each attack before it runs. All random numbers depend on ``seed`` and
+        ``rows`` alone, so it makes no difference which process does this, and what was done before.
         """
+        with random_stream(self.seed, zlib.crc32(repr(int(rows[0])).encode())):
+            return self._evaluate(rows, examples, begin)
+
+    def _evaluate(self, rows: Tensor, examples: bool, begin: Callable[[str], object]) -> BatchResult:
         batch, first_row = self.task.batch(rows), int(rows[0])
         depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
         clean = metrics.per_query(self.task.gallery.ranking(batch.clean, batch.targets, depth), self.recall_at)
@@ -58,7 +58,9 @@ class Evaluator:
         worst = _WorstPerturbations(batch.images)
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
-                result, images = self._run(attack, batch, eps, depth, first_row, lowest[attack.name], advance)
+                begin(f"{attack.name}, eps {eps:.4g}")
+                before = self._before(number, lowest) if attack.follows else lowest[attack.name]
+                result, images = self._run(attack, batch, eps, depth, first_row, before)
                 lowest[attack.name] = result["measures"]
                 kept[_key(attack, eps)] = result
                 if attack.target == "query":
@@ -79,7 +81,6 @@ class Evaluator:
         depth: int,
         first_row: int,
         lowest: PerQuery,
-        advance: Callable[[], object],
     ) -> tuple[BatchResult, Tensor]:
         """Of each query, the lowest measures over ``lowest`` and all restarts; and the perturbed images."""
         embed, start = self.task.embed, time.perf_counter()
@@ -89,7 +90,7 @@ class Evaluator:
         shift = torch.full((len(batch),), torch.nan, device=images.device)
         for restart in range(attack.restarts):
             robust = measures["recall_at_1"] > 0
-            all_queries = restart == 0 and not attack.only_robust
+            all_queries = restart == 0 and not attack.only_robust and not attack.follows
             chosen = (torch.ones_like(robust) if all_queries else robust).nonzero().squeeze(1)
             if len(chosen):
                 stream = zlib.crc32(repr((attack.name, eps, restart, first_row)).encode())
@@ -102,9 +103,14 @@ class Evaluator:
                 for name, values in found.items():
                     measures[name][chosen] = torch.minimum(measures[name][chosen], values)
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
-            advance()
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
         return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
+
+    def _before(self, number: int, lowest: Mapping[str, PerQuery]) -> PerQuery:
+        """The lowest measures over an attack and those before it that perturb the same."""
+        target = self.attacks[number].target
+        found = [lowest[attack.name] for attack in self.attacks[: number + 1] if attack.target == target]
+        return {name: torch.stack([measures[name] for measures in found]).amin(0) for name in found[0]}
 
     def _embed(self, images: Tensor) -> Tensor:
         with torch.no_grad():

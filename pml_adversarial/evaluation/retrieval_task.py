@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .attacks import QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
-from .embedder import Embedder, batches, check_finite, embed_all
+from .embedder import Embedder, batches, check_finite
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
 from .options import to_mask, to_rows, to_whole_numbers
@@ -91,17 +91,6 @@ class RetrievalTask:
         parts = [name, "ignored items" * (self._ignore is not None), "relevance given" * (self._relevant is not None)]
         parts.append("several labels per image" * (self.queries.label_sets is not None))
         return ", ".join(filter(None, parts))
-
-    def embed_gallery(self, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Embeddings ``(G, D)`` of all items."""
-        return embed_all(self.embed, self.items, batch_size, advance)
-
-    def embed_queries(self, rows: Tensor, batch_size: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Embeddings ``(n, D)`` of the queries ``rows``."""
-        chosen = rows.cpu()
-        return torch.cat(
-            [embed_all(self.embed, self.queries[part], batch_size, advance) for part in chosen.split(batch_size)]
-        )
 
     def set_gallery(self, embeddings: Tensor) -> None:
         """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""

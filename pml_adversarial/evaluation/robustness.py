@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attacks.checks import check_choice, check_whole
@@ -17,16 +19,20 @@ from . import attack_options, fingerprints, metrics, provenance
 from .attacks import RetrievalAttack
 from .checkpoint import Checkpoint
 from .checks import run_checks
+from .cost import most_passes, passes_of_checks
 from .distance import find_distance
-from .embedder import Embedder, plain_surroundings
+from .embedder import Embedder, embed_all, plain_surroundings
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
-from .images import Images
+from .images import Images, ImageSet
 from .options import NORMS, as_numbers, description_of_mask, to_radii, to_recall_at, to_whole_numbers
-from .progress import progress_bar
+from .progress import Progress, progress_of
 from .report import Report
 from .results import decode_flags
 from .retrieval_task import JUNK, Mask, RetrievalTask, Search
+from .sharing import Ranks, check_silent, sharing
 from .suites import find_suite
+
+logger = logging.getLogger("pml_adversarial")
 
 
 def evaluate_robustness(
@@ -54,6 +60,7 @@ def evaluate_robustness(
     batch_size: int = 128,
     resume: str | Path | None = None,
     progress: bool = False,
+    share: bool = True,
 ) -> Report:
     """Attacks queries, and items of the gallery, and measures how well retrieval still works.
 
@@ -93,7 +100,10 @@ def evaluate_robustness(
         seed: of all random choices.
         batch_size: queries that are attacked together.
         resume: a folder that keeps finished batches. The same call with the same folder goes on from them.
-        progress: whether to show progress bars (needs tqdm).
+        progress: whether to show a progress bar (needs tqdm). After the first batch of queries, the expected cost is
+            logged; without a bar, only if the evaluation will take minutes.
+        share: whether processes of ``torch.distributed`` share the work, where there are several. Then all of them have
+            to call, with the same arguments, and get the same report. If not, this process evaluates alone.
 
     Raises:
         InputError: the inputs cannot be evaluated, or the folder ``resume`` belongs to another evaluation.
@@ -125,25 +135,35 @@ def evaluate_robustness(
         "seed": seed,
         "batch_size": batch_size,
     }
-    with plain_surroundings(), random_stream(seed, -1):
+    with (
+        plain_surroundings(),
+        random_stream(seed, -1),
+        sharing(share) as ranks,
+        progress_of(progress, suite, ranks) as bar,
+    ):
         task = RetrievalTask(embed, queries, gallery, norm, search)
+        check_silent(embed.modules)
         embed.probe_gradient(task.queries[:1])
+        embed.on_passes = bar.add
         with embed.isolated():
             asked = task.rows(subset)
             measured = cache(partial(fingerprints.of_task, task, asked, gallery_embeddings))
-            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device)
-            _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, progress)
+            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device, ranks)
+            _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, ranks, bar)
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)
             members = _able(members, task)
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
-            found = _evaluate(evaluator, rows, checkpoint, batch_size, suite if progress else None)
+            then = checks * passes_of_checks(len(rows)) // ranks.count
+            found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, then)
             results = evaluator.attack_results(found)
             clean, labels = joined(found, "clean"), task.queries.labels[rows]
             flags = robust_flags(clean)
-            made = run_checks(task, rows, decode_flags(flags), results, seed, batch_size) if checks else ()
-        return Report(
+            arguments = (task, rows, decode_flags(flags), results, seed, batch_size, ranks, bar.begin)
+            made = run_checks(*arguments) if checks else ()
+        devices = dict.fromkeys(ranks.share(range(ranks.count), lambda number: str(embed.device)))
+        report = Report(
             suite=suite,
             protocol=task.protocol,
             num_queries=len(rows),
@@ -157,7 +177,7 @@ def evaluate_robustness(
             collapse=metrics.collapse(task.gallery),
             nmi=evaluator.nmi_of(found, "clean", labels),
             checks=made,
-            settings={**settings, "device": str(embed.device), "precision": embed.precision},
+            settings={**settings, "device": ", ".join(devices), "precision": embed.precision},
             versions=provenance.versions(),
             provenance=origin,
             notes=tuple(task.notes),
@@ -165,27 +185,36 @@ def evaluate_robustness(
             examples=evaluator.examples(found[0]),
             attacked=evaluator.attacked(found),
         )
+        return ranks.tell(report)
 
 
 def _embed_all(
-    task: RetrievalTask, rows: Tensor, known: Any, checkpoint: Checkpoint, batch_size: int, progress: bool
+    task: RetrievalTask,
+    rows: Tensor,
+    known: Any,
+    checkpoint: Checkpoint,
+    batch_size: int,
+    ranks: Ranks,
+    bar: Progress,
 ) -> None:
     """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
     if known is None and not task.items.has_images:
         raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-    are_items = known is None and task.items is task.queries
-    total = len(task.items) * (known is None) + len(rows) * (not are_items)
-    with progress_bar(progress, total, "embeddings") as bar:
-        if known is None:
-            items = checkpoint.load_or_make("gallery", lambda: task.embed_gallery(batch_size, bar.update))
-        else:
-            items = task.check_embeddings(known)
-        task.set_gallery(items)
-        if are_items:
-            task.set_queries(rows, items[rows])
-        else:
-            make = partial(task.embed_queries, rows, batch_size, bar.update)
-            task.set_queries(rows, checkpoint.load_or_make("queries", make))
+
+    def embedded(images: ImageSet, rows: Tensor) -> Tensor:
+        bar.begin(images.role)
+        bar.expect(len(rows) // ranks.count)
+        return embed_all(task.embed, images, batch_size, rows, ranks)
+
+    if known is None:
+        items = checkpoint.load_or_make("gallery", lambda: embedded(task.items, torch.arange(len(task.items))))
+    else:
+        items = task.check_embeddings(known)
+    task.set_gallery(items)
+    if known is None and task.items is task.queries:
+        task.set_queries(rows, items[rows])
+    else:
+        task.set_queries(rows, checkpoint.load_or_make("queries", lambda: embedded(task.queries, rows)))
 
 
 def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:
@@ -202,13 +231,31 @@ def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[Re
 
 
 def _evaluate(
-    evaluator: Evaluator, rows: Tensor, checkpoint: Checkpoint, batch_size: int, title: str | None
+    evaluator: Evaluator, parts: Sequence[Tensor], checkpoint: Checkpoint, ranks: Ranks, bar: Progress, then: int
 ) -> list[BatchResult]:
-    """The results of all batches; with a title, a progress bar is shown."""
-    parts, found = rows.split(batch_size), []
-    with progress_bar(title is not None, len(parts) * evaluator.steps_per_batch, title or "") as bar:
-        for number, part in enumerate(parts):
-            make = partial(evaluator.evaluate_batch, part, number == 0, bar.update)
-            found.append(checkpoint.load_or_make(f"batch_{number:05d}", make))
-            bar.update((number + 1) * evaluator.steps_per_batch - bar.n)
+    """The results of all batches of queries; ``then`` passes of this process follow after them."""
+    names = [f"batch_{number:05d}" for number in range(len(parts))]
+    own = [len(parts[number]) for number in ranks.own(checkpoint.missing(names))]
+    most = most_passes(evaluator.attacks, sum(own), len(evaluator.radii))
+    bar.expect(None if most is None else most + then)
+    batches = bar.batches(own, then)
+
+    def make(number: int) -> BatchResult:
+        with next(batches):
+            return evaluator.evaluate_batch(parts[number], number == 0, bar.begin)
+
+    found = list(checkpoint.load_or_share(names, make))
+    bar.expect(then)
     return found
+
+
+def _split(rows: Tensor, batch_size: int, ranks: Ranks) -> tuple[Tensor, ...]:
+    parts = rows.split(batch_size)
+    if len(parts) < ranks.count and ranks.is_first:
+        logger.warning(
+            "%d batch(es) of queries for %d processes: some have nothing to do. batch_size=%d gives each a batch.",
+            len(parts),
+            ranks.count,
+            max(1, len(rows) // ranks.count),
+        )
+    return parts

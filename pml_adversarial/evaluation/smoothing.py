@@ -269,7 +269,7 @@ def _items(
         items = _unit(task.check_embeddings(known))
     task.set_gallery(items)
     if task.finds_own:
-        task.set_queries(rows, task.embed_queries(rows, batch_size))
+        task.set_queries(rows, embed_all(task.embed, task.queries, batch_size, rows))
     return items
 
 

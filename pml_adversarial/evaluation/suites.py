@@ -122,6 +122,13 @@ def demotion(batch: QueryBatch) -> Score:
     return lambda items: -batch.gallery.similarity_of_items(batch.clean, items)
 
 
+def _raising(
+    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: bool
+) -> QueryAttack:
+    """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
+    return QueryAttack(name, gradient_attack(score, steps), restarts, passes=2 * steps + 4, **options)
+
+
 def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
     """The attacks of "standard-v2", if called without arguments: the strongest that we know at a bounded cost.
 
@@ -135,15 +142,42 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
     return (
-        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
-        QueryAttack("targeted", gradient_attack(targeted_score, steps), targets, only_robust=True),
-        QueryAttack("shift", gradient_attack(shift_score, steps)),
-        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True),
-        QueryAttack("apgd-t", classifier_attack(apgd_t, targets), only_robust=True, num_classes=4),
-        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True),
-        QueryAttack("square", square_attack(margin_score, queries), black_box=True, only_robust=True),
+        _raising("margin", margin_score, steps, restarts),
+        _raising("targeted", targeted_score, steps, targets, only_robust=True),
+        _raising("shift", shift_score, steps),
+        QueryAttack("apgd-ce", classifier_attack(apgd), only_robust=True, passes=2 * steps + 5),
+        QueryAttack(
+            "apgd-t",
+            classifier_attack(apgd_t, targets),
+            only_robust=True,
+            num_classes=4,
+            passes=targets * (2 * (steps // 2) + 3) + 3,
+        ),
+        QueryAttack("fab-t", classifier_attack(fab_t, targets), only_robust=True, passes=33 * targets + 3),
+        QueryAttack(
+            "square", square_attack(margin_score, queries), black_box=True, only_robust=True, passes=queries + 1
+        ),
         GalleryAttack("promote", nearest_wrong, promotion, steps),
         GalleryAttack("demote", nearest_right, demotion, steps),
+    )
+
+
+def fast(steps: int = 20, queries: int = 50, targets: int = 3) -> tuple[RetrievalAttack, ...]:
+    """The attacks of "fast-v1", if called without arguments: most of what "standard-v2" finds, for a tenth of the cost.
+
+    Each attack on the query is given only those that are still robust after the ones before it.
+
+    Args:
+        steps: gradient steps of the targeted attack; the others take half of it.
+        queries: forward passes of the black-box attack.
+        targets: how many wrong classes the targeted attack tries, the most similar one first.
+    """
+    return (
+        _raising("margin", margin_score, steps // 2),
+        _raising("targeted", targeted_score, steps, targets, follows=True),
+        QueryAttack("square", square_attack(margin_score, queries), black_box=True, passes=queries + 1, follows=True),
+        GalleryAttack("promote", nearest_wrong, promotion, steps // 2),
+        GalleryAttack("demote", nearest_right, demotion, steps // 2),
     )
 
 
@@ -153,13 +187,14 @@ def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
     Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
     """
     return (
-        QueryAttack("margin", gradient_attack(margin_score, steps), restarts),
-        QueryAttack("shift", gradient_attack(shift_score, steps), restarts),
+        _raising("margin", margin_score, steps, restarts),
+        _raising("shift", shift_score, steps, restarts),
     )
 
 
 SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
     "standard": ("standard-v2", standard),
+    "fast": ("fast-v1", fast),
     "quick": ("quick-v1", quick),
 }
 """Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""

@@ -156,8 +156,8 @@ def agree(work: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
     """
     result, error = _attempt(work)
     told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, (tell(cast(T, result)) if error is None else None, _portable(error)))
-    _raise_first(error, told)
+    dist.all_gather_object(told, (tell(cast(T, result)) if error is None else None, portable(error)))
+    raise_first(error, told)
     return cast(T, result), [said for said, _ in told]
 
 
@@ -168,9 +168,9 @@ def decide(work: Callable[[], T]) -> T:
         work: must not use a collective operation; returns an object that can be pickled, with tensors on the CPU.
     """
     result, error = _attempt(work) if rank() == 0 else (None, None)
-    told: list[Any] = [(result, _portable(error))]
+    told: list[Any] = [(result, portable(error))]
     dist.broadcast_object_list(told, src=0)
-    _raise_first(error, told)
+    raise_first(error, told)
     return cast(T, told[0][0])
 
 
@@ -181,7 +181,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def portable(error: Exception | None) -> Exception | None:
     """The error itself if it can be sent to another process; otherwise a `RuntimeError` with its name and message."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -190,7 +190,7 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-def _raise_first(own: Exception | None, told: list[tuple[Any, Exception | None]]) -> None:
+def raise_first(own: Exception | None, told: Sequence[tuple[Any, Exception | None]]) -> None:
     """Raises the error of this rank, or else the first that another rank told."""
     if own is not None:
         raise own

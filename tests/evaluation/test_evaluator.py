@@ -1,7 +1,12 @@
 import pytest
 import torch
+from notes import Notes
+from query_batches import images_of, network
 
+from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.evaluator import choose_queries
+from pml_adversarial.evaluation.suites import gradient_attack, margin_score, nearest_wrong, promotion, shift_score
 
 
 @pytest.mark.parametrize(
@@ -17,3 +22,61 @@ from pml_adversarial.evaluation.evaluator import choose_queries
 def test_one_query_of_each_class_first_and_preferred_ones_before_others(labels, preferred, count, chosen):
     found = choose_queries(torch.tensor(labels, dtype=torch.long), torch.tensor(preferred, dtype=torch.bool), count)
     assert found.tolist() == chosen
+
+
+class TestFollows:
+    """An attack that follows others is given what these left robust, and its measures count theirs."""
+
+    FIRST = QueryAttack("first", gradient_attack(margin_score, 4))
+    ITEMS = GalleryAttack("items", nearest_wrong, promotion, 12)
+
+    def noted(self, given, **options):
+        """An attack that turns queries into their classes' opposites, and notes which it was given."""
+
+        def perturb(batch, eps, restart):
+            given.append((eps, restart, [image.tolist() for image in batch.images]))
+            return gradient_attack(shift_score, 2)(batch, eps, restart)
+
+        return QueryAttack("then", perturb, **options)
+
+    def reports(self, **options):
+        given = Notes()
+        images, labels = images_of()
+        attacks = (self.ITEMS, self.FIRST, self.noted(given, **options))
+        setting = {"eps": (0.02, 0.05), "checks": False}
+        report = evaluate_robustness(network(), (images, labels), attacks=attacks, **setting)
+        number = {str(image.tolist()): row for row, image in enumerate(images)}
+        return report, [(eps, restart, [number[str(image)] for image in found]) for eps, restart, found in given]
+
+    def flags(self, report, attack, eps):
+        (found,) = (r.robust_flags for r in report.attacks if (r.attack, r.eps) == (attack, eps))
+        return [row for row, flag in enumerate(found) if flag == "1"]
+
+    def test_is_given_what_those_before_left(self):
+        report, given = self.reports(follows=True)
+        assert [found[:2] for found in given] == [(0.02, 0), (0.05, 0)]
+        assert given[0][2] == self.flags(report, "first", 0.02)
+        left = set(self.flags(report, "first", 0.05)) & set(self.flags(report, "then", 0.02))
+        assert given[1][2] == sorted(left)
+        assert 0 < len(given[1][2]) < len(given[0][2]) < round(24 * report.clean["recall_at_1"])
+
+    def test_its_measures_count_those_of_the_others_on_the_query(self):
+        report, _ = self.reports(follows=True)
+        by_items = []
+        for eps in (0.02, 0.05):
+            then = set(self.flags(report, "then", eps))
+            assert then <= set(self.flags(report, "first", eps))
+            by_items += then - set(self.flags(report, "items", eps))
+            assert report.worst_case(eps) == len(then) / 24
+        assert by_items
+
+    def test_a_later_start_is_given_what_the_earlier_one_left(self):
+        _, given = self.reports(follows=True, restarts=2)
+        assert [found[:2] for found in given] == [(0.02, 0), (0.02, 1), (0.05, 0), (0.05, 1)]
+        assert set(given[1][2]) <= set(given[0][2])
+
+    def test_others_are_given_all_or_what_they_left_themselves(self):
+        report, given = self.reports()
+        assert [len(found[2]) for found in given] == [24, 24]
+        _, given = self.reports(only_robust=True)
+        assert len(given[0][2]) == round(24 * report.clean["recall_at_1"])

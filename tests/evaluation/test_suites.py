@@ -13,8 +13,11 @@ from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, len
 from pml_adversarial import evaluate_robustness
 from pml_adversarial.attacks.objective import Objective
 from pml_adversarial.attacks.pgd import MomentumPGD
+from pml_adversarial.evaluation.checkpoint import description
+from pml_adversarial.evaluation.cost import most_passes
 from pml_adversarial.evaluation.suites import (
     SUITES,
+    attacks_by_name,
     demotion,
     find_suite,
     margin_score,
@@ -233,3 +236,13 @@ class TestClassesOfTorchattacks:
         evaluate_robustness(network(), images_of(12), attacks=[Watched], **options)
         evaluate_robustness(network(), images_of(12), attacks=[partial(Watched, eps=0.01)], **options)
         assert set(seen) == {0.05, 0.01}
+
+    def test_fast_costs_an_eighth_at_most(self):
+        most = {name: most_passes(make(), 1, 1) for name, (_, make) in SUITES.items()}
+        assert 8 * most["fast"] < most["standard"]
+        assert all(attack.follows for attack in SUITES["fast"][1]()[1:3])
+
+    def test_of_two_attacks_with_one_name_that_of_standard_is_meant(self):
+        wanted = {attack.name: description(attack) for attack in SUITES["standard"][1]()}
+        found = attacks_by_name()
+        assert {name: description(found[name]) for name in wanted} == wanted

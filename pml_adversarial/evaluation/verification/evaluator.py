@@ -12,12 +12,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image
-from ..training.isolation import random_stream
-from .pair_attacks import PairAttack, PairBatch
-from .pair_task import PairTask
+from ...attacks.ball import per_image
+from ...training.isolation import random_stream
+from .attacks import PairAttack, PairBatch
+from .report import PairAttackResult, ThresholdResult, VerificationResult
 from .roc import ROC, PairScores, Rate
-from .verification_report import PairAttackResult, ThresholdResult, VerificationResult
+from .task import PairTask
 
 Thresholds = dict[float | str, float]
 """False accept rate without attack, or "EER" -> threshold on similarity; "EER" is the last."""

@@ -13,7 +13,7 @@ from torch import nn
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import PairAttack, VerificationReport, evaluate_verification
 from pml_adversarial.evaluation.distance import DISTANCES
-from pml_adversarial.evaluation.pair_attacks import pair_attacks
+from pml_adversarial.evaluation.verification.attacks import pair_attacks
 
 IMAGES, LABELS = images_of()
 NOISE = PairAttack("noise", lambda batch, eps, restart: batch.images + eps * torch.randn_like(batch.images).sign())

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.distance import find_distance
 from pml_adversarial.evaluation.embedder import Embedder
-from pml_adversarial.evaluation.pair_task import PairTask
-from pml_adversarial.evaluation.roc import PairScores
+from pml_adversarial.evaluation.verification.roc import PairScores
+from pml_adversarial.evaluation.verification.task import PairTask
 
 IMAGES, LABELS = images_of()
 

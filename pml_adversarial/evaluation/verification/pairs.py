@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..attacks.checks import check_whole
-from ..errors import InputError
-from ..training.isolation import random_stream
-from .images import ImageSet
+from ...attacks.checks import check_whole
+from ...errors import InputError
+from ...training.isolation import random_stream
+from ..images import ImageSet
 
 Pairs = Any
 """Pairs of images with pixels in [0, 1]:

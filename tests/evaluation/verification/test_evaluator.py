@@ -5,9 +5,9 @@ import torch
 from query_batches import both_norms, images_of, length, network
 from some_pairs import LISTED, TIE, rates_by_loops, similarities_by_loops, task_of, verified
 
-from pml_adversarial.evaluation.pair_attacks import PairAttack
-from pml_adversarial.evaluation.pair_evaluator import PairEvaluator, Worst, at_thresholds, find_thresholds
-from pml_adversarial.evaluation.roc import ROC, PairScores
+from pml_adversarial.evaluation.verification.attacks import PairAttack
+from pml_adversarial.evaluation.verification.evaluator import PairEvaluator, Worst, at_thresholds, find_thresholds
+from pml_adversarial.evaluation.verification.roc import ROC, PairScores
 
 RADII = {"Linf": (0.02, 0.06), "L2": (0.1, 0.4)}
 NOISE = PairAttack("noise", lambda batch, eps, restart: batch.images + eps * torch.randn_like(batch.images).sign(), 2)

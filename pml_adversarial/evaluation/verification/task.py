@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..training.isolation import random_stream
-from . import fingerprints
-from .distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
-from .embedder import Embedder, batches, check_finite
-from .gallery import TIE
-from .images import ImageSet
-from .options import to_rows
-from .pair_attacks import PairBatch
+from ...errors import InputError
+from ...training.isolation import random_stream
+from .. import fingerprints
+from ..distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
+from ..embedder import Embedder, batches, check_finite
+from ..gallery import TIE
+from ..images import ImageSet
+from ..options import to_rows
+from .attacks import PairBatch
 from .pairs import PairChoice, Pairs, PairSet
 from .roc import PairScores
 

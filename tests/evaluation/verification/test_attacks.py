@@ -11,7 +11,7 @@ from some_pairs import LISTED, SIMILARITIES, similarities_by_loops, task_of
 from torch import nn
 
 from pml_adversarial.evaluation.distance import find_distance
-from pml_adversarial.evaluation.pair_attacks import (
+from pml_adversarial.evaluation.verification.attacks import (
     REJECTED,
     PairAttack,
     from_enrolled,

@@ -7,21 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attacks.checks import check_choice, check_steps, check_whole
-from ..errors import InputError
-from ..training.isolation import random_stream
-from ..training.pixels import Bounds, Normalization
-from . import provenance
-from .distance import find_distance
-from .embedder import Embedder, plain_surroundings
-from .options import NORMS, as_numbers, check_probability, to_radii, to_whole_numbers
-from .pair_attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
-from .pair_checks import run_pair_checks
-from .pair_evaluator import PairEvaluator, find_thresholds
-from .pair_task import PairTask
+from ...attacks.checks import check_choice, check_steps, check_whole
+from ...errors import InputError
+from ...training.isolation import random_stream
+from ...training.pixels import Bounds, Normalization
+from .. import provenance
+from ..distance import find_distance
+from ..embedder import Embedder, plain_surroundings
+from ..options import NORMS, as_numbers, check_probability, to_radii, to_whole_numbers
+from ..progress import progress_bar
+from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
+from .checks import run_pair_checks
+from .evaluator import PairEvaluator, find_thresholds
 from .pairs import PairChoice, Pairs
-from .progress import progress_bar
-from .verification_report import VerificationReport
+from .report import VerificationReport
+from .task import PairTask
 
 
 def evaluate_verification(

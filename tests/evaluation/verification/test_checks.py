@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import hardsigmoid
 
 from pml_adversarial.evaluation import draw_pairs, evaluate_verification
-from pml_adversarial.evaluation.pair_checks import PAIR_CHECKS, PairSample, run_pair_checks
+from pml_adversarial.evaluation.verification.checks import PAIR_CHECKS, PairSample, run_pair_checks
 
 EPS = {"Linf": (0.03, 0.08), "L2": (0.1, 0.3)}
 

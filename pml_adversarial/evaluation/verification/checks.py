@@ -16,15 +16,15 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image, project
-from ..attacks.pgd import uniform_noise
-from ..training.isolation import random_stream
-from . import binomial
-from .checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, no_weaker, plausible
-from .pair_attacks import PairBatch, momentum
-from .pair_task import PairTask
-from .results import Check
+from ...attacks.ball import per_image, project
+from ...attacks.pgd import uniform_noise
+from ...training.isolation import random_stream
+from .. import binomial
+from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, no_weaker, plausible
+from ..results import Check
+from .attacks import PairBatch, momentum
 from .roc import PairScores
+from .task import PairTask
 
 _ENOUGH = 10  # fewer pairs prove nothing
 _DRAWS = 10  # of noise

@@ -11,8 +11,8 @@ from some_pairs import verified
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import VerificationReport
-from pml_adversarial.evaluation.pair_attacks import REJECTED
 from pml_adversarial.evaluation.results import Check
+from pml_adversarial.evaluation.verification.attacks import REJECTED
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ class TestTable:
             assert len({len(line) for line in table.splitlines()}) == 1
 
     def test_the_documentation_shows_these_columns(self, report):
-        page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+        page = Path(__file__).parents[3] / "docs" / "evaluation.md"
         (shown,) = re.findall(r"^```text\n(worst case .*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
         headings = [table.splitlines()[0].split() for table in shown.split("\n\n")]
         assert headings == [table.splitlines()[0].split() for table in str(report).split("\n\n")[:2]]

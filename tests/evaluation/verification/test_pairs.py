@@ -10,7 +10,7 @@ from query_batches import images_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.pairs import PairChoice, PairSet, draw_pairs
+from pml_adversarial.evaluation.verification.pairs import PairChoice, PairSet, draw_pairs
 
 CPU = torch.device("cpu")
 FIRST, SECOND = images_of(6)[0], images_of(6, seed=1)[0]

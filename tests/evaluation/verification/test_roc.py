@@ -10,7 +10,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 from some_pairs import rates_by_loops
 
-from pml_adversarial.evaluation.roc import ROC, PairScores, Rate
+from pml_adversarial.evaluation.verification.roc import ROC, PairScores, Rate
 
 
 def drawn(genuine=30, impostors=41, shift=1.0, seed=0, digits=None):

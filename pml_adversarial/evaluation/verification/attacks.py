@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..attacks.ball import per_image, project
-from ..attacks.objective import Objective, Score
-from ..attacks.pgd import PGD, MomentumPGD
-from .distance import Distance
-from .embedder import Embed
-from .gallery import finite_or_zero
-from .square import search_squares
+from ...attacks.ball import per_image, project
+from ...attacks.objective import Objective, Score
+from ...attacks.pgd import PGD, MomentumPGD
+from ..distance import Distance
+from ..embedder import Embed
+from ..gallery import finite_or_zero
+from ..square import search_squares
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.

@@ -1,0 +1,257 @@
+"""How much of what "standard-v1" finds do cheaper suites find? Three adversarially trained embeddings, three eps each.
+
+    python benchmarks/fast_suite.py --omniglot omniglot28.npz --tiny tiny-imagenet-32.zip --out fast_run
+
+A model whose file is in the output folder is not trained again, and an evaluation that was cut off goes on. The numbers
+are written to ``fast_suite.json`` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchattacks
+from PIL import Image
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from benchmarks import omniglot
+from pml_adversarial import AdversarialLoss, evaluate_robustness
+from pml_adversarial.attacks import preset
+from pml_adversarial.cli import experiment
+from pml_adversarial.cli.images import OpenSetSplit, digits
+from pml_adversarial.evaluation import RetrievalAttack, standard
+from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.suites import (
+    classifier_attack,
+    demotion,
+    gradient_attack,
+    margin_score,
+    nearest_right,
+    nearest_wrong,
+    promotion,
+    targeted_score,
+)
+
+QUERIES = 240
+MultiSimilarity = partial(MultiSimilarityLoss, alpha=2, beta=40, base=0.5)
+
+
+def margin(steps: int, restarts: int = 1) -> QueryAttack:
+    return QueryAttack("margin", gradient_attack(margin_score, steps), restarts)
+
+
+def targeted(steps: int, classes: int) -> QueryAttack:
+    return QueryAttack("targeted", gradient_attack(targeted_score, steps), classes, follows=True)
+
+
+def square(calls: int) -> QueryAttack:
+    attack = classifier_attack(partial(torchattacks.Square, n_queries=calls))
+    return QueryAttack("square", attack, black_box=True, follows=True)
+
+
+def apgd_t(steps: int, classes: int) -> QueryAttack:
+    attack = classifier_attack(partial(torchattacks.APGDT, steps=steps), classes)
+    return QueryAttack("apgd-t", attack, follows=True, num_classes=4)
+
+
+def gallery(steps: int) -> tuple[GalleryAttack, GalleryAttack]:
+    return (
+        GalleryAttack("promote", nearest_wrong, promotion, steps),
+        GalleryAttack("demote", nearest_right, demotion, steps),
+    )
+
+
+CANDIDATES: dict[str, tuple[RetrievalAttack, ...]] = {
+    "standard": standard(),
+    "margin 20": (margin(20), *gallery(10)),
+    "margin 30 x 2": (margin(30, 2), *gallery(20)),
+    "margin 10, targeted 10 x 5": (margin(10), targeted(10, 5), *gallery(5)),
+    "margin 20, targeted 10 x 5": (margin(20), targeted(10, 5)),
+    "margin 10, targeted 20 x 3": (margin(10), targeted(20, 3)),
+    "margin 20, targeted 20 x 4": (margin(20), targeted(20, 4)),
+    "margin 10, targeted 15 x 5": (margin(10), targeted(15, 5)),
+    "margin 20, targeted 10 x 5, square 50": (margin(20), targeted(10, 5), square(50)),
+    "margin 20, apgd-t 20 x 3": (margin(20), apgd_t(20, 3)),
+}
+
+
+def slim_resnet() -> nn.Sequential:
+    """``(N, 3, 32, 32)`` in [0, 1] -> ``(N, 128)``: three residual blocks of 32, 64 and 128 channels, BatchNorm."""
+    return nn.Sequential(Block(3, 32, 1), Block(32, 64, 2), Block(64, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(after),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `nn.Module` has it."""
+        return torch.relu(self.convolutions(images) + self.shortcut(images))
+
+
+def photographs(path: Path) -> OpenSetSplit:
+    """Tiny ImageNet at 32x32: the first 100 classes to train on, the last 100, 20 images of each, to search."""
+    images: list[Tensor] = []
+    labels: list[int] = []
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
+        folders = sorted({name.split("/")[-2] for name in names})
+        number = {folder: label for label, folder in enumerate(folders)}
+        kept = dict.fromkeys(folders, 0)
+        for name in names:
+            folder = name.split("/")[-2]
+            kept[folder] += 1
+            if number[folder] < 100 or kept[folder] <= 20:
+                images.append(pil_to_tensor(Image.open(io.BytesIO(archive.read(name))).convert("RGB")))
+                labels.append(number[folder])
+    pixels, classes = torch.stack(images).float() / 255, torch.tensor(labels)
+    is_test = classes >= 100
+    return OpenSetSplit(pixels[~is_test], classes[~is_test], pixels[is_test], classes[is_test])
+
+
+def train_on_photographs(data: OpenSetSplit, steps: int = 1500) -> nn.Module:
+    """Adversarial training at 4/255, of mirrored images."""
+    torch.manual_seed(0)
+    model = slim_resnet()
+    attack = preset(eps=4 / 255, steps=3)
+    loss_func = AdversarialLoss(
+        MultiSimilarity(), model, attack=attack, perturb="all", keep_clean=False, warmup=steps // 2, guard=False
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    by_class = [(data.train_labels == label).nonzero().squeeze(1) for label in data.train_labels.unique()]
+    for step in range(steps):
+        chosen = torch.randperm(len(by_class), generator=generator)[:32].tolist()
+        rows = torch.cat([by_class[c][torch.randperm(len(by_class[c]), generator=generator)[:4]] for c in chosen])
+        images = data.train_images[rows]
+        mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
+        loss = loss_func(model(torch.where(mirrored, images.flip(3), images)), data.train_labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            logging.info("photographs, step %d of %d, loss %.4f", step, steps, loss.item())
+    return model
+
+
+def train_on_digits(data: OpenSetSplit) -> nn.Module:
+    """As the README's demo does it."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        settings, attack = experiment.Settings(), preset(0.2, steps=5)
+        return experiment.train(settings, data, MultiSimilarity(), None, attack, 0, lambda batches: batches)
+
+
+def models(options: argparse.Namespace) -> Mapping[str, tuple[Any, Any, Any, list[float]]]:
+    """Name -> data, an untrained network, how it is trained, and the eps of the evaluation."""
+    found: dict[str, tuple[Any, Any, Any, list[float]]] = {
+        "digits": (digits, experiment.small_network, train_on_digits, [0.05, 0.1, 0.13])
+    }
+    if options.omniglot:
+        train = partial(omniglot.train, adversarial=True, steps=options.omniglot_steps)
+        found["omniglot"] = (partial(omniglot.load, options.omniglot), omniglot.network, train, _in_255ths(4, 8, 13))
+    if options.tiny:
+        train = partial(train_on_photographs, steps=options.tiny_steps)
+        found["photographs"] = (partial(photographs, options.tiny), slim_resnet, train, _in_255ths(0.5, 1, 2))
+    return found
+
+
+def _in_255ths(*radii: float) -> list[float]:
+    return [radius / 255 for radius in radii]
+
+
+def trained(path: Path, network: Callable[[], nn.Module], train: Callable[[], nn.Module]) -> nn.Module:
+    if not path.exists():
+        torch.save(train().state_dict(), path)
+    model = network()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def right_queries(model: nn.Module, data: OpenSetSplit) -> list[int]:
+    """Some test images that are right without attack, so that shares of robust queries tell most."""
+    report = evaluate_robustness(
+        model, (data.test_images, data.test_labels), eps=1e-6, attacks=(margin(1),), checks=False, batch_size=256
+    )
+    right = torch.tensor([flag == "1" for flag in report.clean_flags]).nonzero().squeeze(1)
+    chosen = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))[:QUERIES]
+    return right[chosen].sort().values.tolist()
+
+
+def main() -> None:
+    """Trains what is not there yet, and attacks each model by each suite."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--omniglot", type=Path, help="a .npz file, see omniglot.py")
+    parser.add_argument("--tiny", type=Path, help="a .zip file with one folder of 32x32 images per class")
+    parser.add_argument("--omniglot-steps", type=int, default=400)
+    parser.add_argument("--tiny-steps", type=int, default=1500)
+    parser.add_argument("--out", type=Path, default=Path("fast_run"))
+    parser.add_argument("--models", nargs="+")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "fast_suite.json"
+    for name, (load, network, train, radii) in models(options).items():
+        if options.models and name not in options.models:
+            continue
+        data = load()
+        model = trained(options.out / f"{name}.pt", network, partial(train, data))
+        queries = right_queries(model, data)
+        for suite, attacks in CANDIDATES.items():
+            report = evaluate_robustness(
+                model,
+                (data.test_images, data.test_labels),
+                eps=radii,
+                attacks=attacks,
+                subset=queries,
+                checks=False,
+                batch_size=60,
+                resume=options.out / name / suite.replace(" ", "_").replace(",", ""),
+            )
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            results.setdefault(name, {})[suite] = {
+                "queries": len(queries),
+                "worst": {target: report.curve(target=target) for target in ("query", "gallery")},
+                "flags": {worst.eps: worst.robust_flags for worst in report.worst if worst.target == "query"},
+                "passes": {
+                    target: {
+                        eps: sum(
+                            result.forward_passes + result.backward_passes
+                            for result in report.attacks
+                            if result.eps == eps and result.target == target
+                        )
+                        for eps in radii
+                    }
+                    for target in ("query", "gallery")
+                },
+                "by_attack": {f"{r.attack}, {r.eps:.4g}": r.measures["recall_at_1"] for r in report.attacks},
+            }
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            logging.info("%s, %s: %s", name, suite, results[name][suite]["worst"]["query"])
+
+
+if __name__ == "__main__":
+    main()

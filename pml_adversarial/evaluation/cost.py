@@ -1,0 +1,103 @@
+"""What an evaluation costs: a bound on its image passes, known before it runs, and the time that one pass takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks.checks import check_whole
+from ..training.isolation import random_stream
+from ..training.pixels import Bounds, Normalization
+from .attacks import RetrievalAttack
+from .checks import PASSES, SAMPLE
+from .embedder import Embedder, plain_surroundings
+from .images import Images
+from .options import to_radii
+from .progress import duration
+from .retrieval_task import RetrievalTask
+from .suites import find_suite
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation costs at most. Robust models come near to it; a query that an attack breaks costs less.
+
+    Attributes:
+        passes: of images, forward and backward passes counted separately; None: some attack does not say how many.
+        seconds_per_pass: mean of a forward and a backward pass, as measured.
+    """
+
+    passes: int | None
+    seconds_per_pass: float
+
+    @property
+    def seconds(self) -> float | None:
+        """What all passes take, one after the other, on one process."""
+        return None if self.passes is None else self.passes * self.seconds_per_pass
+
+    def __str__(self) -> str:
+        """The cost in words.
+
+        >>> print(Cost(2_000_000, 0.002))
+        at most 2,000,000 image passes of 2 ms: 1 h 6 min
+        """
+        passes = "an unknown number of" if self.passes is None else f"at most {self.passes:,}"
+        total = "" if self.seconds is None else f": {duration(self.seconds)}"
+        return f"{passes} image passes of {1000 * self.seconds_per_pass:.3g} ms{total}"
+
+
+def estimate_cost(
+    model: Any,
+    queries: Images,
+    gallery: Images | None = None,
+    *,
+    eps: float | Iterable[float],
+    attacks: str | Sequence[str | RetrievalAttack] = "standard",
+    normalization: Normalization | None = None,
+    bounds: Bounds | None = None,
+    subset: Sequence[int] | Tensor | None = None,
+    checks: bool = True,
+    batch_size: int = 128,
+) -> Cost:
+    """What `evaluate_robustness` with the same arguments costs at most. One batch is embedded twice to find out.
+
+    Raises:
+        InputError: the inputs cannot be evaluated.
+    """
+    check_whole("batch_size", batch_size)
+    radii, (_, members) = to_radii(eps, "L2"), find_suite(attacks)
+    embed = Embedder(model, normalization, bounds)
+    with plain_surroundings(), random_stream(0, 0):
+        task = RetrievalTask(embed, queries, gallery)
+        embed.probe_gradient(task.queries[:1])
+        attacked = len(task.rows(subset))
+        embedded = len(task.items) + (0 if gallery is None else attacked)
+        most = most_passes(members, attacked, len(radii))
+        passes = None if most is None else most + embedded + checks * passes_of_checks(attacked)
+        with embed.isolated():
+            return Cost(passes, _seconds_per_pass(embed, task.queries[:batch_size]))
+
+
+def most_passes(attacks: Sequence[RetrievalAttack], queries: int, radii: int) -> int | None:
+    """Image passes of all attacks on some queries at some radii, at most; None: some attack does not say it."""
+    each = [None if attack.passes is None else attack.passes * attack.restarts for attack in attacks]
+    return None if None in each else queries * radii * sum(filter(None, each))
+
+
+def passes_of_checks(queries: int) -> int:
+    """Image passes of the checks, about, if all of some queries are right without attack."""
+    return PASSES * min(SAMPLE, queries)
+
+
+def _seconds_per_pass(embed: Embedder, pixels: Tensor) -> float:
+    for _ in range(2):  # the first call may choose algorithms and memory
+        start = time.perf_counter()
+        images = pixels.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(embed(images).sum(), images)
+        gradient.sum().item()  # waits for the device
+    return (time.perf_counter() - start) / (2 * len(pixels))
