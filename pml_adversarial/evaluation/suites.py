@@ -15,7 +15,7 @@ from ..attacks.ball import NORMS
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD
 from ..errors import InputError
-from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
+from .attacks import GalleryAttack, Perturb, QueryAttack, QueryBatch, RetrievalAttack
 from .classifier import separable_groups
 from .square import square_attack
 
@@ -46,10 +46,6 @@ def targeted_score(batch: QueryBatch, restart: int) -> Score:
 def shift_score(batch: QueryBatch, restart: int) -> Score:
     """How far the embedding is from that of the clean query, whatever the gallery holds."""
     return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
-
-
-Perturb = Callable[[QueryBatch, float, int], Tensor]
-"""What `QueryAttack` takes: batch, eps, number of the restart -> perturbed queries ``(Q, C, H, W)``."""
 
 
 def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
