@@ -257,6 +257,8 @@ def test_evaluate_torchrun(run):
     for report in reports:
         for attack in report["attacks"]:
             del attack["seconds"]
+        for name in ("time", "command"):
+            del report["provenance"][name]
     assert reports[0] == reports[1]
 
 

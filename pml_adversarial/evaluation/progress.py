@@ -82,17 +82,15 @@ class Progress:
         if not is_long or not self._ranks.is_first:
             return
         logger.info(
-            "%d of %d queries took %s image passes and %s. Expected for all: %s passes and %s, and then %s passes "
-            "and %s for the checks%s.",
+            "%d of %d queries took %s image passes and %s. Expected for all: %s passes and %s%s%s.",
             sizes[0],
             sum(sizes),
             f"{passes:,}",
             duration(seconds),
             f"{share * passes:,.0f}",
             duration(share * seconds),
-            f"{then:,}",
-            duration(then * rate),
-            f", in each of {self._ranks.count} processes" if self._ranks.count > 1 else "",
+            f"; for the checks: {then:,} passes and {duration(then * rate)}" if then else "",
+            f"; in each of {self._ranks.count} processes" if self._ranks.count > 1 else "",
         )
 
 

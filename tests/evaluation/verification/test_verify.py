@@ -295,6 +295,8 @@ class TestRefusals:
             ),
             ({"normalization": (0.5, 0.5)}, "normalization="),
             ({"genuine": 3}, "genuine would change nothing"),
+            ({"eps": 40, "norm": "L0"}, r"eps=40 in norm='L0' is wider than images of shape \(1, 6, 6\)"),
+            ({"eps": 1.5, "norm": "patch"}, r"eps=1\.5; expected whole numbers"),
         ],
     )
     def test_options(self, option, message):
