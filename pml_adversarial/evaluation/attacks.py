@@ -70,7 +70,7 @@ class QueryBatch:
 
     @torch.no_grad()
     def more_answers(self, images: Tensor) -> Iterator[Tensor]:
-        """The embeddings ``(Q, D)`` of images in further calls of a model that answers at random; nothing of another."""
+        """The embeddings ``(Q, D)`` of images in further calls, if the model answers at random."""
         for _ in range(ANSWERS - 1 if self.is_random else 0):
             yield self.embed(images)
 

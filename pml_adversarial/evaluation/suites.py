@@ -57,7 +57,7 @@ def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int, sampl
         samples: draws of the model over which each gradient is averaged (EOT, Athalye et al., arXiv 1707.07397); None:
             `attacks.SAMPLES` if the model answers at random, else one.
     """
-    return partial(raise_score, score=score, steps=steps, samples=samples)
+    return partial(raise_score, score=score, steps=steps, **_if_given(samples))
 
 
 def raise_score(
@@ -79,13 +79,13 @@ def classifier_attack(make: Callable[..., Any], targets: int | None = None, samp
 
     Args:
         make: a class of torchattacks, or one with options bound. It is called with the classifier and with those of
-            ``eps``, ``norm``, ``seed``, ``n_classes`` and ``eot_iter`` that it takes. Whatever it returns is held to the
-            budget.
+            ``eps``, ``norm``, ``seed``, ``n_classes`` and ``eot_iter`` that it takes. Whatever it returns is held to
+            the budget.
         targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
             ``n_classes``.
         samples: ``eot_iter``, for attacks that take it: see `gradient_attack`.
     """
-    return partial(fool_classifier, make=make, targets=targets, samples=samples)
+    return partial(fool_classifier, make=make, targets=targets, **_if_given(samples))
 
 
 def fool_classifier(
@@ -108,6 +108,10 @@ def fool_classifier(
         options = {name: value for name, value in options.items() if taken(name)}
         found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
     return found
+
+
+def _if_given(samples: int | None) -> dict[str, Any]:
+    return {} if samples is None else {"samples": samples}
 
 
 def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
