@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,11 @@ class QueryBatch:
         """The embeddings ``(Q, D)`` of images in further calls, if the model answers at random."""
         for _ in range(ANSWERS - 1 if self.is_random else 0):
             yield self.embed(images)
+
+    def rankings(self, depth: int) -> Iterator[Ranking]:
+        """What the clean queries find, down to ``depth``; a model that answers at random is asked several times."""
+        for embeddings in chain((self.clean,), self.more_answers(self.images)):
+            yield self.gallery.ranking(embeddings, self.targets, depth)
 
     def classifier(self) -> RetrievalClassifier:
         """The model as a classifier over the classes of the gallery."""
@@ -193,6 +199,11 @@ class AttackOutcome:
     ranking: Ranking
     shift: Tensor
     more: Iterable[Ranking] = ()
+
+    @property
+    def rankings(self) -> Iterator[Ranking]:
+        """What the queries find in all calls, one after the other; they can be gone through once."""
+        return chain((self.ranking,), self.more)
 
 
 RetrievalAttack = QueryAttack | GalleryAttack

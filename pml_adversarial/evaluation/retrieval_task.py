@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .attacks import QueryBatch
+from .attacks import ANSWERS, SAMPLES, QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite
 from .gallery import Gallery, Targets, finite_or_zero
@@ -173,6 +173,16 @@ class RetrievalTask:
             )
         return rows[right > 0], int((right == 0).sum())
 
+    def note_randomness(self) -> None:
+        """Finds out whether the model answers at random, and notes what follows from it."""
+        self.embed.probe_randomness(self.queries[:_SAMPLE])
+        if self.embed.is_random:
+            self.notes.append(
+                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if the attack says nothing "
+                f"else, and measures of a query are means over {ANSWERS} draws; where it is yes or no, the majority "
+                "counts. The gallery is embedded once"
+            )
+
     def note_lengths(self, rows: Tensor) -> None:
         """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
         "them out.
@@ -204,6 +214,7 @@ class RetrievalTask:
             targets=self.targets(rows),
             norm=self.norm,
             rows=rows,
+            is_random=self.embed.is_random,
         )
 
     def _counts(self, targets: Targets) -> tuple[Tensor, Tensor]:

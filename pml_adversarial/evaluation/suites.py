@@ -149,13 +149,21 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def _raising(
-    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: Any
+    name: str,
+    score: Callable[[QueryBatch, int], Score],
+    steps: int,
+    restarts: int = 1,
+    samples: int | None = None,
+    **options: Any,
 ) -> QueryAttack:
     """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
-    return QueryAttack(name, gradient_attack(score, steps), restarts, passes=2 * steps + 4, **options)
+    passes = (samples or 1) * (2 * steps + 1) + 3
+    return QueryAttack(name, gradient_attack(score, steps, samples), restarts, passes=passes, **options)
 
 
-def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
+def standard(
+    steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5, samples: int | None = None
+) -> tuple[RetrievalAttack, ...]:
     """The attacks of "standard-v2", if called without arguments: the strongest that we know at a bounded cost.
 
     Args:
@@ -163,22 +171,30 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         restarts: runs of the attack "margin", from different random starts.
         queries: forward passes of the black-box attack.
         targets: how many wrong classes targeted attacks try, the most similar one first.
+        samples: draws over which gradients are averaged, see `gradient_attack`; FAB and Square take one.
     """
+    each = samples or 1
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
     return (
-        _raising("margin", margin_score, steps, restarts),
-        _raising("targeted", targeted_score, steps, targets, only_robust=True),
-        _raising("shift", shift_score, steps),
-        QueryAttack("apgd-ce", classifier_attack(apgd), norms=_LENGTHS, only_robust=True, passes=2 * steps + 5),
+        _raising("margin", margin_score, steps, restarts, samples),
+        _raising("targeted", targeted_score, steps, targets, samples, only_robust=True),
+        _raising("shift", shift_score, steps, samples=samples),
+        QueryAttack(
+            "apgd-ce",
+            classifier_attack(apgd, samples=samples),
+            norms=_LENGTHS,
+            only_robust=True,
+            passes=each * (2 * steps + 2) + 3,
+        ),
         QueryAttack(
             "apgd-t",
-            classifier_attack(apgd_t, targets),
+            classifier_attack(apgd_t, targets, samples),
             norms=_LENGTHS,
             only_robust=True,
             num_classes=4,
-            passes=targets * (2 * (steps // 2) + 3) + 3,
+            passes=each * targets * (2 * (steps // 2) + 3) + 3,
         ),
         QueryAttack(
             "fab-t", classifier_attack(fab_t, targets), norms=_LENGTHS, only_robust=True, passes=33 * targets + 3
@@ -186,12 +202,14 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         QueryAttack(
             "square", square_attack(margin_score, queries), black_box=True, only_robust=True, passes=queries + 1
         ),
-        GalleryAttack("promote", nearest_wrong, promotion, steps),
-        GalleryAttack("demote", nearest_right, demotion, steps),
+        GalleryAttack("promote", nearest_wrong, promotion, steps, samples=samples),
+        GalleryAttack("demote", nearest_right, demotion, steps, samples=samples),
     )
 
 
-def fast(steps: int = 20, queries: int = 50, targets: int = 3) -> tuple[RetrievalAttack, ...]:
+def fast(
+    steps: int = 20, queries: int = 50, targets: int = 3, samples: int | None = None
+) -> tuple[RetrievalAttack, ...]:
     """The attacks of "fast-v1", if called without arguments: most of what "standard-v2" finds, for a tenth of the cost.
 
     Each attack on the query is given only those that are still robust after the ones before it.
@@ -200,24 +218,26 @@ def fast(steps: int = 20, queries: int = 50, targets: int = 3) -> tuple[Retrieva
         steps: gradient steps of the targeted attack; the others take half of it.
         queries: forward passes of the black-box attack.
         targets: how many wrong classes the targeted attack tries, the most similar one first.
+        samples: draws over which gradients are averaged, see `gradient_attack`; Square takes one.
     """
     return (
-        _raising("margin", margin_score, steps // 2),
-        _raising("targeted", targeted_score, steps, targets, follows=True),
+        _raising("margin", margin_score, steps // 2, samples=samples),
+        _raising("targeted", targeted_score, steps, targets, samples, follows=True),
         QueryAttack("square", square_attack(margin_score, queries), black_box=True, passes=queries + 1, follows=True),
-        GalleryAttack("promote", nearest_wrong, promotion, steps // 2),
-        GalleryAttack("demote", nearest_right, demotion, steps // 2),
+        GalleryAttack("promote", nearest_wrong, promotion, steps // 2, samples=samples),
+        GalleryAttack("demote", nearest_right, demotion, steps // 2, samples=samples),
     )
 
 
-def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
+def quick(steps: int = 40, restarts: int = 3, samples: int | None = None) -> tuple[RetrievalAttack, ...]:
     """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
 
-    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
+    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts. For ``samples`` see
+    `gradient_attack`.
     """
     return (
-        _raising("margin", margin_score, steps, restarts),
-        _raising("shift", shift_score, steps, restarts),
+        _raising("margin", margin_score, steps, restarts, samples),
+        _raising("shift", shift_score, steps, restarts, samples),
     )
 
 

@@ -202,6 +202,7 @@ def evaluate_targeted(
         task = RetrievalTask(embed, queries, gallery, norm, Search(distance, own, ignore, relevant, junk_label))
         check_radii(radii, norm, task.queries[:1].shape[1:])
         embed.probe_gradient(task.queries[:1])
+        task.note_randomness()
         with embed.isolated():
             asked = task.rows(subset)
             _embed_all(task, asked, gallery_embeddings, batch_size)
@@ -265,8 +266,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         batches = map(self._batch, torch.arange(len(self.rows)).split(self.batch_size))
-        rankings = (batch.gallery.ranking(batch.clean, batch.targets, max(self.depths)) for batch in batches)
-        self.reached = torch.cat([_reached(ranking, self.depths) for ranking in rankings]).cpu()
+        rankings = (batch.rankings(max(self.depths)) for batch in batches)
+        self.reached = torch.cat([_mostly_reached(ranking, self.depths) for ranking in rankings]).cpu()
         self.flags, self.passes = {0.0: self._as_flags()}, dict[float, int]()
 
     def make(self, attacks: Sequence[tuple[int, QueryAttack]]) -> None:
@@ -287,7 +288,7 @@ class _Run:
         for part in left.split(self.batch_size) if len(left) else ():
             with random_stream(self.seed, zlib.crc32(repr((attack.name, eps, restart, int(part[0]))).encode())):
                 outcome = attack.run(self._batch(part), eps, restart, max(self.depths))
-            self.reached[part] |= _reached(outcome.ranking, self.depths).cpu()
+                self.reached[part] |= _mostly_reached(outcome.rankings, self.depths).cpu()
 
     def _note(self, alone: int, k: int, eps: float) -> None:
         if not plausible(alone, len(self.rows), FEW):
@@ -313,6 +314,14 @@ class _Run:
 def _aimed(targets: Targets, labels: Tensor) -> Targets:
     """Targets whose right items are those with other labels ``(Q,)``; all others are wrong."""
     return replace(targets, labels=labels, relevant=None)
+
+
+def _mostly_reached(rankings: Iterable[Ranking], depths: Sequence[int]) -> Tensor:
+    """``(Q, K)`` bool: whether `_reached` is true of half of some rankings of the same queries, or of more."""
+    count, total = 0, torch.zeros(())
+    for ranking in rankings:
+        count, total = count + 1, total.to(ranking.right.device) + _reached(ranking, depths).float()
+    return total >= count / 2
 
 
 def _reached(ranking: Ranking, depths: Sequence[int]) -> Tensor:
