@@ -178,7 +178,7 @@ class RetrievalTask:
         self.embed.probe_randomness(self.queries[:_SAMPLE])
         if self.embed.is_random:
             self.notes.append(
-                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if the attack says nothing "
+                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if no attack says "
                 f"else, and measures of a query are means over {ANSWERS} draws; where it is yes or no, the majority "
                 "counts. The gallery is embedded once"
             )
