@@ -40,7 +40,7 @@ class Noisy(nn.Module):
 
 
 class Fickle(nn.Module):
-    """Two classes, by the first pixel; answers of class 1 are wrong by chance, by another one if the last pixel is lit."""
+    """Two classes, by the first pixel; answers of class 1 are wrong by chance, which the last pixel decides."""
 
     def __init__(self, low, high):
         super().__init__()
