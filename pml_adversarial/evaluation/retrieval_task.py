@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .attacks import ANSWERS, SAMPLES, QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
-from .embedder import Embedder, batches, check_finite
+from .embedder import Embedder, batches, check_finite, embed_all
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
 from .options import to_mask, to_rows, to_whole_numbers
@@ -128,6 +128,15 @@ class RetrievalTask:
                 "expected one of each image" if self.finds_own or self._is_leave_one_out else "own='same' leaves it out"
             )
             self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
+
+    def embed_and_set(self, rows: Tensor, batch_size: int, known: Any = None) -> None:
+        """Embeds and sets the gallery, of which embeddings ``(G, D)`` may be known, and the queries ``rows``."""
+        if known is None and not self.items.has_images:
+            raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+        items = embed_all(self.embed, self.items, batch_size) if known is None else self.check_embeddings(known)
+        self.set_gallery(items)
+        is_gallery = known is None and self.items is self.queries
+        self.set_queries(rows, items[rows] if is_gallery else embed_all(self.embed, self.queries, batch_size, rows))
 
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""

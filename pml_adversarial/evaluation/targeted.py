@@ -23,7 +23,7 @@ from .attacks import QueryAttack, QueryBatch
 from .binomial import CONFIDENCE, Interval, rate_interval
 from .checks import FEW, plausible
 from .distance import find_distance
-from .embedder import Embedder, embed_all, plain_surroundings
+from .embedder import Embedder, plain_surroundings
 from .gallery import Ranking, Targets
 from .images import Images
 from .options import NORMS, check_radii, to_radii, to_whole_numbers
@@ -205,7 +205,7 @@ def evaluate_targeted(
         task.note_randomness()
         with embed.isolated():
             asked = task.rows(subset)
-            _embed_all(task, asked, gallery_embeddings, batch_size)
+            task.embed_and_set(asked, batch_size, gallery_embeddings)
             rows, targets = _aims(task, asked, target)
             run = _Run(task, rows, targets, depths, radii, batch_size, seed)
             run.make(tuple(_attacks(depths, steps, restarts, square)))
@@ -329,16 +329,6 @@ def _reached(ranking: Ranking, depths: Sequence[int]) -> Tensor:
     nearest = ranking.right[:, :1] + ranking.tie
     others = torch.nn.functional.pad(ranking.wrong, (0, max(depths)), value=-torch.inf)  # where there are fewer
     return nearest >= others[:, [k - 1 for k in depths]]
-
-
-def _embed_all(task: RetrievalTask, rows: Tensor, known: Any, batch_size: int) -> None:
-    """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
-    if known is None and not task.items.has_images:
-        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-    items = embed_all(task.embed, task.items, batch_size) if known is None else task.check_embeddings(known)
-    task.set_gallery(items)
-    is_gallery = known is None and task.items is task.queries
-    task.set_queries(rows, items[rows] if is_gallery else embed_all(task.embed, task.queries, batch_size, rows))
 
 
 def _aims(task: RetrievalTask, rows: Tensor, target: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
