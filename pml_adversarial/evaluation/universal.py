@@ -135,8 +135,8 @@ def universal_attack(perturbation: UniversalPerturbation | Tensor, name: str = "
         delta, seen = perturbation.detach(), None
     else:
         raise InputError(
-            f"perturbation is {type(perturbation).__name__}; expected what universal_perturbation returned, or a tensor "
-            "(C, H, W) of finite changes in pixels of [0, 1]."
+            f"perturbation is {type(perturbation).__name__}; expected what universal_perturbation returned, or a "
+            "tensor (C, H, W) of finite changes in pixels of [0, 1]."
         )
     return QueryAttack(name, _Added(delta, seen, digest_of(delta)), passes=1)
 
@@ -157,8 +157,8 @@ class _Added:
         shape = task.queries[rows[:1]].shape[1:]
         if self.delta.shape != shape:
             raise InputError(
-                f"The universal perturbation is {tuple(self.delta.shape)}, the queries are {tuple(shape)}; expected one "
-                "of their shape."
+                f"The universal perturbation is {tuple(self.delta.shape)}, the queries are {tuple(shape)}; expected "
+                "one of their shape."
             )
         if self.seen is None:
             return self, ["it is not known on which images it was learned; expected others than the queries"]
