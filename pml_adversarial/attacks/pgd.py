@@ -191,7 +191,7 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
 def _ascent_of_one_draw(objective: Objective, points: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
-    return score.detach(), gradient
+    return score, gradient
 
 
 def uniform_noise(like: Tensor, eps: float = 1.0, norm: str = "Linf") -> Tensor:
