@@ -15,6 +15,7 @@ from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
 from .suites import fast, quick, standard
+from .targeted import TargetedReport, evaluate_targeted
 from .transfer import transfer_attack, transferred
 from .verification import (
     ROC,
@@ -57,6 +58,7 @@ __all__ = [
     "RetrievalAttack",
     "RetrievalClassifier",
     "RobRankScores",
+    "TargetedReport",
     "Targets",
     "ThresholdResult",
     "VerificationReport",
@@ -68,6 +70,7 @@ __all__ = [
     "ers",
     "estimate_cost",
     "evaluate_robustness",
+    "evaluate_targeted",
     "evaluate_verification",
     "fast",
     "quick",

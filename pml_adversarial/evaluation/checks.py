@@ -413,10 +413,10 @@ def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, ep
 
 def at_the_border(batch: QueryBatch, eps: float) -> Tensor:
     """Queries with random noise of the largest size that eps allows, ``(Q, C, H, W)``."""
-    return project(batch.images + _noise(batch.images, eps, batch.norm), batch.images, eps, batch.norm)
+    return project(batch.images + largest_noise(batch.images, eps, batch.norm), batch.images, eps, batch.norm)
 
 
-def _noise(images: Tensor, eps: float, norm: str) -> Tensor:
+def largest_noise(images: Tensor, eps: float, norm: str) -> Tensor:
     """Random noise ``(Q, C, H, W)`` of the largest size that eps allows."""
     noise = torch.randn_like(images)
     if norm in ("Linf", "L2"):
@@ -484,7 +484,7 @@ def _blindness(batch: QueryBatch, eps: float, radii: Sequence[float]) -> Tensor:
     none = _gradient(batch, point, _lead(batch, before)) == 0
     columns = [none.flatten(1).all(1).float()]
     for radius in radii:
-        noise = _noise(point, radius, batch.norm)
+        noise = largest_noise(point, radius, batch.norm)
         moved, blindly = ((_after(batch, point, s) - before).square().sum(1) for s in (noise, noise * none))
         columns.append((blindly > moved / 2).float())
     return torch.stack([*columns, none.flatten(1).float().mean(1)], 1)

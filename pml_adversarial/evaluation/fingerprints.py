@@ -40,6 +40,7 @@ def of_modules(modules: Sequence[nn.Module]) -> dict[str, Any]:
     and buffers. Options that are no buffers, such as the stride of a convolution, and code are not part of it.
     """
     digest = hashlib.sha256()
+    modules = [m.module if isinstance(m, nn.parallel.DistributedDataParallel) else m for m in modules]
     for module in modules:
         for name, part in module.named_modules():
             digest.update(repr((name, type(part).__name__)).encode())

@@ -83,7 +83,7 @@ def repeat(
 def _settings(report: Report) -> Mapping[str, Any]:
     """The settings of a report, if they are those that this version knows."""
     parameters = set(inspect.signature(evaluate_robustness).parameters)
-    known = {*_NO_OPTIONS, *parameters} - {"model", "resume", "progress", *_MEASURED}
+    known = {*_NO_OPTIONS, *parameters} - {"model", "resume", "progress", "share", *_MEASURED}
     differ = sorted(known ^ set(report.settings))
     if differ:
         raise InputError(

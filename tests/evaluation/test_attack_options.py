@@ -10,6 +10,7 @@ import torch
 import torchattacks
 from query_batches import bench_of, images_of, network
 
+from pml_adversarial.attacks.ball import NORMS
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import GalleryAttack, QueryAttack, quick, standard
 from pml_adversarial.evaluation.attack_options import description, from_json, to_json
@@ -48,6 +49,10 @@ class TestToJSON:
             "black_box": False,
             "only_robust": True,
             "num_classes": 2,
+            "passes": None,
+            "follows": False,
+            "norms": list(NORMS),
+            "needs_items": False,
         }
         assert to_json(GalleryAttack("p", nearest_right, promotion, 4)) == {
             "kind": "GalleryAttack",
@@ -56,6 +61,7 @@ class TestToJSON:
             "score": {"function": "promotion"},
             "steps": 4,
             "restarts": 1,
+            "norms": list(NORMS),
         }
 
     @pytest.mark.parametrize("kind", ["APGD", "APGDT", "FAB", "Square", "PGD", "PGDL2"])

@@ -201,7 +201,7 @@ class TestVectors:
         wanted = right_by_loops(EMBEDDED, vectors, lambda i, j: False, lambda i, j: LABELS[i] == j)
         assert report.clean_flags == wanted
         assert {result.target for result in report.attacks} == {"query"}
-        assert "promote is left out: the gallery has no images that could be attacked" in report.notes
+        assert "promote is left out: it needs images of the gallery, and there are none" in report.notes
         assert [neighbour.image for example in report.examples for neighbour in example.before] == [None] * 8 * 3
         assert "item 0" in report_page(report)
 

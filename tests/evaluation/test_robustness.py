@@ -477,9 +477,9 @@ class TestRefusals:
             evaluated(eps=8)
         assert evaluated(eps=3.0, norm="L2", attacks=(NOISE,)).worst[0].eps == 3
 
-    @pytest.mark.parametrize("norm", ["linf", "L1", None, 2])
+    @pytest.mark.parametrize("norm", ["linf", "L3", None, 2])
     def test_norm(self, norm):
-        with pytest.raises(InputError, match=r"norm=.*; expected 'Linf' or 'L2'"):
+        with pytest.raises(InputError, match=r"norm=.*; expected 'Linf', 'L2', 'L1', 'L0' or 'patch'"):
             evaluated(norm=norm)
 
     @pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
@@ -501,7 +501,7 @@ class TestRefusals:
             evaluated(**option)
 
     def test_unknown_suite(self):
-        with pytest.raises(InputError, match=r"attacks='hard'; expected one of standard, quick, or a list"):
+        with pytest.raises(InputError, match=r"attacks='hard'; expected one of standard, fast, quick, or a list"):
             evaluated(attacks="hard")
 
     @pytest.mark.parametrize("attacks", [[], [3], [MARGIN, MARGIN], [MARGIN, "shifty"], ["shift", "shift"]])

@@ -13,7 +13,7 @@ from query_batches import RADIUS, all_norms, bench_of, both_norms, embedded, ima
 from pml_adversarial import evaluate_robustness
 from pml_adversarial.attacks.objective import Objective
 from pml_adversarial.attacks.pgd import MomentumPGD
-from pml_adversarial.evaluation.attack_options import to_json as description
+from pml_adversarial.evaluation.attack_options import description
 from pml_adversarial.evaluation.cost import most_passes
 from pml_adversarial.evaluation.suites import (
     SUITES,

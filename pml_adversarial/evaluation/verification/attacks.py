@@ -40,7 +40,7 @@ class PairBatch:
         enrolled_images: ``(n, C, H, W)`` pixels of the second images.
         enrolled: ``(n, D)`` their embeddings, as they are compared.
         same: ``(n,)`` bool, whether a pair is genuine.
-        norm: of the perturbations, "Linf" or "L2".
+        norm: of the perturbations, one of `ball.NORMS`.
     """
 
     embed: Embed

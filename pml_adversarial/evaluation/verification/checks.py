@@ -7,7 +7,6 @@ thousand on a model that hides nothing.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ...attacks.ball import per_image, project
+from ...attacks.ball import project
 from ...attacks.pgd import uniform_noise
 from ...training.isolation import random_stream
 from .. import binomial
-from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, no_weaker, plausible
+from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, largest_noise, no_weaker, plausible
+from ..options import largest_radius
 from ..results import Check
 from .attacks import PairBatch, momentum
 from .roc import PairScores
@@ -97,7 +97,10 @@ class PairSample:
     @property
     def large(self) -> float:
         """Radius within which an attack can show any image."""
-        return 1.0 if self.task.norm == "Linf" else math.sqrt(self.batches[0].images[0].numel())
+        shape = self.batches[0].images.shape[1:]
+        if self.task.norm == "patch":
+            return max(shape[-2:])  # a patch that is wider than an image covers it
+        return largest_radius(self.task.norm, shape)
 
     def broken_by(self, eps: float, *black_box: bool) -> Tensor:
         """``(A,)`` bool: pairs that an attack broke at an eps, of both kinds of attacks or of one."""
@@ -138,9 +141,8 @@ def beats_noise(sample: PairSample) -> Verdict:
     """Random noise is weaker than an attack (Carlini et al.)."""
 
     def noisy(batch: PairBatch) -> Tensor:
-        noise = torch.randn_like(batch.images)
-        noise = noise.sign() if batch.norm == "Linf" else noise / per_image(noise.flatten(1).norm(dim=1), noise)
-        return project(batch.images + sample.eps * noise, batch.images, sample.eps, batch.norm)
+        noise = largest_noise(batch.images, sample.eps, batch.norm)
+        return project(batch.images + noise, batch.images, sample.eps, batch.norm)
 
     noise = torch.stack([sample.broken(noisy, f"noise {draw}") for draw in range(_DRAWS)]).any(0)
     return _compared(sample.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} draws of noise", sample.eps)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...attacks.ball import NORMS
 from ...attacks.checks import check_choice, check_steps, check_whole
 from ...errors import InputError
 from ...training.isolation import random_stream
@@ -14,7 +15,7 @@ from ...training.pixels import Bounds, Normalization
 from .. import provenance
 from ..distance import find_distance
 from ..embedder import Embedder, plain_surroundings
-from ..options import NORMS, as_numbers, check_probability, to_radii, to_whole_numbers
+from ..options import as_numbers, check_probability, check_radii, to_radii, to_whole_numbers
 from ..progress import progress_bar
 from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
@@ -59,14 +60,14 @@ def evaluate_verification(
     Args:
         model: as in `evaluate_robustness`.
         pairs: ``(first images, second images, same)``, a data set of such items, or labelled images; see `pairs.Pairs`.
-        eps: one or more radii, in pixels of [0, 1].
+        eps: one or more radii, as in `evaluate_robustness`.
         indices: with labelled images, ``(P, 2)``: the indices of the first and of the second image of each pair.
         genuine: with labelled images and no ``indices``, how many genuine pairs are drawn; None: all.
         impostors: in the same way, how many impostor pairs are drawn; None: as many as genuine ones.
         subset: indices of the pairs to attack, or a number, so many of each kind; None: all. Thresholds and results
             without attack are those of all pairs nevertheless.
         far: false accept rates for which thresholds are set. One below ``1 / impostor pairs`` cannot be measured.
-        norm: of the perturbations, one of `options.NORMS`.
+        norm: of the perturbations: "Linf", "L2", "L1", "L0" or "patch", see `ball.NORMS`.
         distance: as in `evaluate_robustness`.
         steps: gradient steps of each run of an attack.
         restarts: runs of the attack "momentum", from different random starts.
@@ -109,6 +110,7 @@ def evaluate_verification(
     }
     with plain_surroundings(), random_stream(seed, -1):
         task = PairTask(embed, pairs, norm, distance, PairChoice(indices, genuine, impostors), seed)
+        check_radii(radii, norm, task.pairs.first[:1].shape[1:])
         rows = task.rows(subset, seed)
         with embed.isolated():
             with progress_bar(progress, task.num_images, "embeddings") as bar:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from query_batches import both_norms, images_of, length, network
+from query_batches import all_norms, images_of, length, network
 from some_pairs import LISTED, TIE, rates_by_loops, similarities_by_loops, task_of, verified
 
 from pml_adversarial.evaluation.verification.attacks import PairAttack
 from pml_adversarial.evaluation.verification.evaluator import PairEvaluator, Worst, at_thresholds, find_thresholds
 from pml_adversarial.evaluation.verification.roc import ROC, PairScores
 
-RADII = {"Linf": (0.02, 0.06), "L2": (0.1, 0.4)}
+RADII = {"Linf": (0.02, 0.06), "L2": (0.1, 0.4), "L1": (0.5, 2), "L0": (1, 4), "patch": (1, 3)}
 NOISE = PairAttack("noise", lambda batch, eps, restart: batch.images + eps * torch.randn_like(batch.images).sign(), 2)
 STILL = PairAttack("still", lambda batch, eps, restart: batch.images)
 
@@ -43,7 +43,7 @@ class TestWorst:
 
 
 class TestRecomputed:
-    @both_norms
+    @all_norms
     def test_from_the_perturbed_images(self, norm):
         model, (images, labels) = network(), images_of()
         report = verified(model, eps=RADII[norm], norm=norm, keep_attacked=True)
@@ -56,7 +56,7 @@ class TestRecomputed:
         for eps in RADII[norm]:
             result, attacked = report.result(eps), report.attacked[eps]
             change = attacked - images[LISTED[:, 0]]
-            assert length(change, norm).max() <= eps + 1e-6
+            assert length(change, norm).max() <= eps + 1e-5
             with torch.no_grad():
                 found = similarities_by_loops(model(attacked).double(), enrolled)
             assert result.similarities == pytest.approx(found, abs=1e-6)

@@ -277,7 +277,7 @@ class TestRefusals:
         ("option", "message"),
         [
             ({"eps": 8}, "eps=8 is wider than all pixels"),
-            ({"norm": "L1"}, "norm='L1'; expected 'Linf' or 'L2'"),
+            ({"norm": "L3"}, "norm='L3'; expected 'Linf', 'L2'"),
             ({"far": 1.5}, r"far=1\.5; expected a probability"),
             ({"far": (0.1, 0)}, r"far=0\.0; expected a probability"),
             ({"far": "low"}, "far='low'; expected one or more rates between 0 and 1"),
@@ -295,6 +295,8 @@ class TestRefusals:
             ),
             ({"normalization": (0.5, 0.5)}, "normalization="),
             ({"genuine": 3}, "genuine would change nothing"),
+            ({"eps": 40, "norm": "L0"}, r"eps=40 in norm='L0' is wider than images of shape \(1, 6, 6\)"),
+            ({"eps": 1.5, "norm": "patch"}, r"eps=1\.5; expected whole numbers"),
         ],
     )
     def test_options(self, option, message):
