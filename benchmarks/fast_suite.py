@@ -53,12 +53,11 @@ def apgd_t(steps: int, classes: int) -> QueryAttack:
 SUITES: dict[str, Sequence[RetrievalAttack]] = {
     "standard": standard(),
     "fast": fast(),
-    "margin 30 x 2": (margin(30, 2),),
-    "margin 10, targeted 10 x 5": (margin(10), targeted(10, 5)),
-    "margin 20, targeted 10 x 5": (margin(20), targeted(10, 5)),
-    "margin 10, targeted 20 x 3": (margin(10), targeted(20, 3)),
+    "margin 20 x 4": (margin(20, 4),),
     "margin 10, targeted 20 x 4": (margin(10), targeted(20, 4)),
-    "margin 20, targeted 20 x 3": (margin(20), targeted(20, 3)),
+    "margin 10 x 3, targeted 20 x 3": (margin(10, 3), targeted(20, 3)),
+    "margin 20 x 2, targeted 20 x 2": (margin(20, 2), targeted(20, 2)),
+    "margin 10 x 5, targeted 10 x 4": (margin(10, 5), targeted(10, 4)),
     "margin 20, apgd-t 20 x 3": (margin(20), apgd_t(20, 3)),
 }
 """The package's two, and others that were tried."""

@@ -129,9 +129,7 @@ class TestSeveralProcesses:
     def test_what_differs_is_refused(self, world, ran):
         first, *others = (found for found, _ in seen(ran[0] / str(world), world, "differ"))
         for name in ("seed", "model", "queries"):
-            words = (
-                rf"This process evaluates something else than the first one: (\w+, )*{name}(, \w+)* differ\."
-            )
+            words = rf"This process evaluates something else than the first one: (\w+, )*{name}(, \w+)* differ\."
             assert all(re.match(words, found[name][1]) for found in others)
             assert first[name] == ("InputError", f"Rank 1: {others[0][name][1]}")
 
