@@ -48,54 +48,33 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
     return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
 
 
-def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int, samples: int | None = None) -> Perturb:
-    """`MomentumPGD` that raises a score, as `QueryAttack` takes it.
-
-    Args:
-        score: what is raised.
-        steps: gradient steps.
-        samples: draws of the model over which each gradient is averaged (EOT, Athalye et al., arXiv 1707.07397); None:
-            `attacks.SAMPLES` if the model answers at random, else one.
-    """
-    return partial(raise_score, score=score, steps=steps, samples=samples)
+def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
+    """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
+    return partial(raise_score, score=score, steps=steps)
 
 
 def raise_score(
-    batch: QueryBatch,
-    eps: float,
-    restart: int,
-    *,
-    score: Callable[[QueryBatch, int], Score],
-    steps: int,
-    samples: int | None = None,
+    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], steps: int
 ) -> Tensor:
-    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`, see `gradient_attack`."""
-    objective = batch.objective(score(batch, restart), samples=samples)
+    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`."""
+    objective = batch.objective(score(batch, restart))
     return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
 
-def classifier_attack(make: Callable[..., Any], targets: int | None = None, samples: int | None = None) -> Perturb:
+def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> Perturb:
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
         make: a class of torchattacks, or one with options bound. It is called with the classifier and with those of
-            ``eps``, ``norm``, ``seed``, ``n_classes`` and ``eot_iter`` that it takes. Whatever it returns is held to the
-            budget.
+            ``eps``, ``norm``, ``seed`` and ``n_classes`` that it takes. Whatever it returns is held to the budget.
         targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
             ``n_classes``.
-        samples: ``eot_iter``, for attacks that take it: see `gradient_attack`.
     """
-    return partial(fool_classifier, make=make, targets=targets, samples=samples)
+    return partial(fool_classifier, make=make, targets=targets)
 
 
 def fool_classifier(
-    batch: QueryBatch,
-    eps: float,
-    restart: int,
-    *,
-    make: Callable[..., Any],
-    targets: int | None = None,
-    samples: int | None = None,
+    batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
 ) -> Tensor:
     """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
     taken, found = _taken(make), batch.images.clone()
@@ -103,7 +82,6 @@ def fool_classifier(
         part = batch[rows]
         model = part.classifier()
         options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
-        options["eot_iter"] = batch.num_samples(samples)
         options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
         options = {name: value for name, value in options.items() if taken(name)}
         found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
@@ -115,10 +93,9 @@ def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
     parameters = inspect.signature(make).parameters
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     bound = make.keywords if isinstance(make, partial) else {}
-    return lambda name: (name in parameters or (any_name and name not in _SELDOM)) and name not in bound
+    return lambda name: (name in parameters or (any_name and name != "n_classes")) and name not in bound
 
 
-_SELDOM = ("n_classes", "eot_iter")  # options that are given only to what names them
 _LENGTHS = ("Linf", "L2")  # the norms of torchattacks
 
 # Attacks on the gallery: which item is perturbed, and to what end.

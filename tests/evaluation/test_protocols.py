@@ -53,7 +53,11 @@ class TestQueriesWithinTheGallery:
         assert found.clean_flags == wanted
         assert wanted != evaluated().clean_flags
 
-    @pytest.mark.parametrize("form", [tuple, lambda pair: TensorDataset(*pair)], ids=["tensors", "one object"])
+    @pytest.mark.parametrize(
+        "form",
+        [pytest.param(tuple, marks=pytest.mark.slow), lambda pair: TensorDataset(*pair)],
+        ids=["tensors", "one object"],
+    )
     def test_the_same_set_twice_is_told_and_left_out(self, form):
         data = form((IMAGES, LABELS))
         told = evaluated(data, data, checks=True)
@@ -268,6 +272,7 @@ class TestDistances:
             assert bool(right) == (robust == "1") or flags[i] == "0"
         assert report.worst_case(EPS) < report.clean["recall_at_1"]
 
+    @pytest.mark.slow
     def test_checks_do_not_flag_an_honest_model(self, distance):
         images = images_of(80, 4, spread=0.1)
         report = evaluated(images, model=network(), distance=distance, attacks=quick(), checks=True, eps=0.03)
