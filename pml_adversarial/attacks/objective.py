@@ -44,6 +44,7 @@ class Objective(nn.Module):
         score: what is raised, see `Score`.
         clean: ``(M, D)`` embeddings of the unperturbed rows. The logits depend on the difference from their score.
         modules: the modules that ``embed`` runs through. Attacks ask for their parameters and mode.
+        samples: how many draws of a model that answers at random `pgd.ascent` takes the mean of.
 
     Attributes:
         satisfied: that of the score, see `Score`; None if it has none.
@@ -52,9 +53,15 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, embed: Callable[..., Tensor], score: Score, clean: Tensor, modules: Iterable[nn.Module] = ()
+        self,
+        embed: Callable[..., Tensor],
+        score: Score,
+        clean: Tensor,
+        modules: Iterable[nn.Module] = (),
+        samples: int = 1,
     ) -> None:
         super().__init__()
+        self.samples = samples
         self.watched = nn.ModuleList(modules)
         self.clean = self._latest = clean
         self._embed, self._score = embed, score
@@ -133,6 +140,10 @@ class Objective(nn.Module):
         embeddings = self._latest.index_copy(0, rows, embeddings.to(self._latest.dtype))
         self._latest = embeddings.detach()
         return self._per_row(self._score(embeddings))[rows]
+
+    def mean_score(self, inputs: Tensor) -> Tensor:
+        """The mean of `score` over ``samples`` draws."""
+        return torch.stack([self.score(inputs) for _ in range(self.samples)]).mean(0)
 
     def keep_best(self, clean_inputs: Tensor) -> None:
         """From now on, ``best_inputs`` holds for each row the inputs with the highest score of all that were passed."""

@@ -165,7 +165,7 @@ class MomentumPGD(PGD):
     def result(self, points: Tensor) -> Tensor:
         """The best points, the last ones included."""
         with torch.no_grad():
-            self._keep_best(points, self.objective.score(points))
+            self._keep_best(points, self.objective.mean_score(points))
         return self._best
 
     def _keep_best(self, points: Tensor, score: Tensor) -> None:
@@ -177,9 +177,18 @@ class MomentumPGD(PGD):
 def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scores ``(K,)`` of points ``(K, ...)``, whose graph is freed, and the gradient ``(K, ...)`` of their sum.
 
-    ``rows`` are those of `Objective.score`.
+    With ``objective.samples``, both are means over so many draws, one after the other: expectation over transformation
+    (EOT, Athalye et al., arXiv 1707.07397). ``rows`` are those of `Objective.score`.
     """
     points = points.detach().requires_grad_()
+    score, gradient = _ascent_of_one_draw(objective, points, rows)
+    for _ in range(objective.samples - 1):
+        another = _ascent_of_one_draw(objective, points, rows)
+        score, gradient = score + another[0], gradient + another[1]
+    return (score, gradient) if objective.samples == 1 else (score / objective.samples, gradient / objective.samples)
+
+
+def _ascent_of_one_draw(objective: Objective, points: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     score = objective.score(points, rows)
     (gradient,) = torch.autograd.grad(score.sum(), points)
     return score, gradient

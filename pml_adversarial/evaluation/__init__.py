@@ -17,6 +17,7 @@ from .smoothing import Certificate, certify
 from .suites import fast, quick, standard
 from .targeted import TargetedReport, evaluate_targeted
 from .transfer import transfer_attack, transferred
+from .universal import UniversalPerturbation, universal_attack, universal_perturbation
 from .verification import (
     ROC,
     EqualErrorRate,
@@ -61,6 +62,7 @@ __all__ = [
     "TargetedReport",
     "Targets",
     "ThresholdResult",
+    "UniversalPerturbation",
     "VerificationReport",
     "VerificationResult",
     "WorstCase",
@@ -80,4 +82,6 @@ __all__ = [
     "standard",
     "transfer_attack",
     "transferred",
+    "universal_attack",
+    "universal_perturbation",
 ]

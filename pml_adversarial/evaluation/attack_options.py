@@ -20,7 +20,7 @@ from .attacks import GalleryAttack, QueryAttack, RetrievalAttack
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (QueryAttack, GalleryAttack)}
 _MODULES = (suites, square)
 _THEIRS = f"{torchattacks.__name__}."
-_GIVEN_LATER = ("eps", "norm", "seed", "n_classes")  # see `suites.classifier_attack`
+_GIVEN_LATER = ("eps", "norm", "seed", "n_classes", "eot_iter")  # see `suites.classifier_attack`
 
 
 def to_json(value: object) -> Any:

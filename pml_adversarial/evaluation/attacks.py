@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ..attacks.pgd import MomentumPGD
 from .classifier import RetrievalClassifier
 from .embedder import Embed
 from .gallery import Gallery, Ranking, ReplacedItems, Targets
+
+SAMPLES = 10  #: Draws of a model that answers at random over which gradients are averaged (EOT).
+ANSWERS = 100  #: Draws of such a model over which each measure of a query is averaged.
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,7 @@ class QueryBatch:
         targets: what the queries should find.
         norm: of the perturbations, one of `ball.NORMS`.
         rows: ``(Q,)`` indices of the queries among all queries that were passed to the evaluation.
+        is_random: whether the model gives another answer each time.
     """
 
     embed: Embed
@@ -41,6 +46,7 @@ class QueryBatch:
     targets: Targets
     norm: str
     rows: Tensor
+    is_random: bool = False
 
     def __getitem__(self, rows: Tensor) -> QueryBatch:
         parts = {name: getattr(self, name)[rows] for name in ("images", "clean", "targets", "rows")}
@@ -49,9 +55,30 @@ class QueryBatch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def objective(self, score: Score, origin: Tensor | None = None) -> Objective:
-        """The objective of an attack that starts at the embeddings ``origin`` (None: of the clean queries)."""
-        return Objective(self.embed, score, self.clean if origin is None else origin, self.modules)
+    def objective(self, score: Score, origin: Tensor | None = None, samples: int | None = None) -> Objective:
+        """The objective of an attack that starts at the embeddings ``origin`` (None: of the clean queries).
+
+        Gradients are means over ``samples`` draws; None: see `num_samples`.
+        """
+        origin, samples = self.clean if origin is None else origin, self.num_samples(samples)
+        return Objective(self.embed, score, origin, self.modules, samples)
+
+    def num_samples(self, samples: int | None) -> int:
+        """The number itself; None: `SAMPLES` draws of a model that answers at random, else one."""
+        if samples is None:
+            return SAMPLES if self.is_random else 1
+        return samples
+
+    @torch.no_grad()
+    def more_answers(self, images: Tensor) -> Iterator[Tensor]:
+        """The embeddings ``(Q, D)`` of images in further calls, if the model answers at random."""
+        for _ in range(ANSWERS - 1 if self.is_random else 0):
+            yield self.embed(images)
+
+    def rankings(self, depth: int) -> Iterator[Ranking]:
+        """What the clean queries find, down to ``depth``; a model that answers at random is asked several times."""
+        for embeddings in chain((self.clean,), self.more_answers(self.images)):
+            yield self.gallery.ranking(embeddings, self.targets, depth)
 
     def classifier(self) -> RetrievalClassifier:
         """The model as a classifier over the classes of the gallery."""
@@ -99,7 +126,11 @@ class QueryAttack:
         with torch.no_grad():
             embeddings = batch.embed(images)
         shift = batch.gallery.shift(embeddings, batch.clean)
-        return AttackOutcome(images, batch.gallery.ranking(embeddings, batch.targets, depth), shift)
+
+        def ranking(embeddings: Tensor) -> Ranking:
+            return batch.gallery.ranking(embeddings, batch.targets, depth)
+
+        return AttackOutcome(images, ranking(embeddings), shift, map(ranking, batch.more_answers(images)))
 
 
 @dataclass(frozen=True)
@@ -113,6 +144,7 @@ class GalleryAttack:
         steps: of `MomentumPGD`.
         restarts: how often it runs. Later runs attack only queries that are still robust.
         norms: in which it can be made; in others it is left out.
+        samples: see `QueryBatch.objective`.
     """
 
     name: str
@@ -121,6 +153,7 @@ class GalleryAttack:
     steps: int
     restarts: int = 1
     norms: tuple[str, ...] = NORMS
+    samples: int | None = None
     black_box = False
     only_robust = False
     num_classes = 2
@@ -131,19 +164,24 @@ class GalleryAttack:
     @property
     def passes(self) -> int:
         """How many image passes one run takes for each query."""
-        return 2 * self.steps + 2
+        return (self.samples or 1) * (2 * self.steps + 1) + 1
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks one item for each query of a batch and ranks what the queries find then, down to ``depth``."""
         items = self.choose(batch, restart)
         pixels, origin = batch.pixels_of(items), batch.gallery.embeddings[items]
-        objective = batch.objective(self.score(batch), origin)
+        objective = batch.objective(self.score(batch), origin, self.samples)
         found = MomentumPGD(objective, eps, self.steps, batch.norm)(pixels, objective.labels)
         images = project(found, pixels, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
-        ranking = batch.gallery.ranking(batch.clean, batch.targets, depth, ReplacedItems(items, embeddings))
-        return AttackOutcome(images, ranking, batch.gallery.shift(embeddings, origin))
+        shift = batch.gallery.shift(embeddings, origin)
+
+        def ranking(queries: Tensor, embeddings: Tensor) -> Ranking:
+            return batch.gallery.ranking(queries, batch.targets, depth, ReplacedItems(items, embeddings))
+
+        more = map(ranking, batch.more_answers(batch.images), batch.more_answers(images))
+        return AttackOutcome(images, ranking(batch.clean, embeddings), shift, more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +192,18 @@ class AttackOutcome:
         images: ``(Q, C, H, W)`` the perturbed queries, or the perturbed items.
         ranking: what the queries find.
         shift: ``(Q,)`` Euclidean distance between perturbed and clean embeddings, as they are compared.
+        more: what the queries find in further calls of a model that answers at random.
     """
 
     images: Tensor
     ranking: Ranking
     shift: Tensor
+    more: Iterable[Ranking] = ()
+
+    @property
+    def rankings(self) -> Iterator[Ranking]:
+        """What the queries find in all calls, one after the other; they can be gone through once."""
+        return chain((self.ranking,), self.more)
 
 
 RetrievalAttack = QueryAttack | GalleryAttack

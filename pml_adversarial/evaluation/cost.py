@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attacks.checks import check_whole
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from .attacks import RetrievalAttack
+from .attacks import ANSWERS, SAMPLES, RetrievalAttack
 from .checks import PASSES, SAMPLE
 from .embedder import Embedder, plain_surroundings
 from .images import Images
@@ -77,21 +77,23 @@ def estimate_cost(
         embed.probe_gradient(task.queries[:1])
         attacked = len(task.rows(subset))
         embedded = len(task.items) + (0 if gallery is None else attacked)
-        most = most_passes(members, attacked, len(radii))
-        passes = None if most is None else most + embedded + checks * passes_of_checks(attacked)
+        task.note_randomness()
+        most = most_passes(members, attacked, len(radii), embed.is_random)
+        passes = None if most is None else most + embedded + checks * passes_of_checks(attacked, embed.is_random)
         with embed.isolated():
             return Cost(passes, _seconds_per_pass(embed, task.queries[:batch_size]))
 
 
-def most_passes(attacks: Sequence[RetrievalAttack], queries: int, radii: int) -> int | None:
+def most_passes(attacks: Sequence[RetrievalAttack], queries: int, radii: int, is_random: bool = False) -> int | None:
     """Image passes of all attacks on some queries at some radii, at most; None: some attack does not say it."""
-    each = [None if attack.passes is None else attack.passes * attack.restarts for attack in attacks]
-    return None if None in each else queries * radii * sum(filter(None, each))
+    draws, answers = (SAMPLES, 2 * ANSWERS) if is_random else (1, 0)
+    each = [None if a.passes is None else (draws * a.passes + answers) * a.restarts for a in attacks]
+    return None if None in each else queries * (radii * sum(filter(None, each)) + answers)
 
 
-def passes_of_checks(queries: int) -> int:
+def passes_of_checks(queries: int, is_random: bool = False) -> int:
     """Image passes of the checks, about, if all of some queries are right without attack."""
-    return PASSES * min(SAMPLE, queries)
+    return PASSES * min(SAMPLE, queries) * (SAMPLES if is_random else 1)
 
 
 def _seconds_per_pass(embed: Embedder, pixels: Tensor) -> float:

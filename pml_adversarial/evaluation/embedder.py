@@ -37,6 +37,7 @@ class Embedder:
         embedding_dtype: of the embeddings; known after `probe`.
         has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
+        is_random: whether the model gives another answer each time; see `probe_randomness`.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
 
@@ -47,6 +48,7 @@ class Embedder:
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
+        self.is_random = False
         self.forward_passes = self.backward_passes = 0
         self.on_passes: Callable[[int], object] = lambda passes: None
         self.space = PixelSpace(normalization, bounds)
@@ -110,6 +112,17 @@ class Embedder:
         """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
         with self.isolated():
             self._note_gradient(pixels.detach().clone().requires_grad_())
+
+    def probe_randomness(self, pixels: Tensor) -> None:
+        """Notes whether pixels ``(n, C, H, W)`` have other embeddings in a second call. It counts as no pass.
+
+        Differences of one hundredth of the embeddings' spread, and those that rounding makes, are not counted.
+        """
+        with self.isolated(), torch.no_grad():
+            first, again = (self._tried(pixels).double() for _ in range(2))
+        spread = (first - first.mean(0)).square().sum(1).mean().sqrt()
+        rounding = 8 * torch.finfo(self.embedding_dtype).eps * first.square().sum(1).mean().sqrt()
+        self.is_random = bool((again - first).norm(dim=1).amax() > 0.01 * spread + rounding)
 
     def _note_gradient(self, pixels: Tensor) -> None:
         if any(parameter.is_inference() for module in self.modules for parameter in module.parameters()):

@@ -26,6 +26,7 @@ BatchResult = dict[str, Any]
 """What is known of a batch of queries, in tensors, so that it can be saved: measures, costs and examples."""
 
 _NEIGHBOURS, _EXAMPLES = 5, 8
+_HALF = 0.5  # of the draws of a model that answers at random; the R@1 of a query of any other is 0 or 1
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,17 @@ class Evaluator:
     def _evaluate(self, rows: Tensor, examples: bool, begin: Callable[[str], object]) -> BatchResult:
         batch, first_row = self.task.batch(rows), int(rows[0])
         depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
-        clean = metrics.per_query(self.task.gallery.ranking(batch.clean, batch.targets, depth), self.recall_at)
+        clean = metrics.mean_per_query(batch.rankings(depth), self.recall_at)
         kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
         lowest = dict.fromkeys((attack.name for attack in self.attacks), clean)
+        latest = dict.fromkeys(lowest, batch.images)
         worst = _WorstPerturbations(batch.images)
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
                 begin(f"{attack.name}, eps {eps:.4g}")
                 before = self._before(number, lowest) if attack.follows else lowest[attack.name]
-                result, images = self._run(attack, batch, eps, depth, first_row, before)
-                lowest[attack.name] = result["measures"]
+                result, images = self._run(attack, batch, eps, depth, first_row, before, latest[attack.name])
+                lowest[attack.name], latest[attack.name] = result["measures"], images
                 kept[_key(attack, eps)] = result
                 if attack.target == "query":
                     worst.update(number, eps, images, result)
@@ -81,12 +83,16 @@ class Evaluator:
         depth: int,
         first_row: int,
         lowest: PerQuery,
+        latest: Tensor,
     ) -> tuple[BatchResult, Tensor]:
-        """Of each query, the lowest measures over ``lowest`` and all restarts; and the perturbed images."""
+        """Of each query, the lowest measures over ``lowest`` and all restarts, and the image that has the lowest R@1.
+
+        This is one of ``latest`` ``(Q, C, H, W)`` if no run lowers it.
+        """
         embed, start = self.task.embed, time.perf_counter()
         passes = embed.forward_passes, embed.backward_passes
         measures = {name: values.clone() for name, values in lowest.items()}
-        images = batch.images.clone()
+        images = latest.clone()
         shift = torch.full((len(batch),), torch.nan, device=images.device)
         for restart in range(attack.restarts):
             robust = measures["recall_at_1"] > 0
@@ -96,9 +102,9 @@ class Evaluator:
                 stream = zlib.crc32(repr((attack.name, eps, restart, first_row)).encode())
                 with random_stream(self.seed, stream):
                     outcome = attack.run(batch[chosen], eps, restart, depth)
-                found = metrics.per_query(outcome.ranking, self.recall_at)
+                    found = metrics.mean_per_query(outcome.rankings, self.recall_at)
                 # a query that failed before and is right now keeps the image at which it failed
-                no_better = (robust[chosen] | (found["recall_at_1"] == 0)).nonzero().squeeze(1)
+                no_better = (found["recall_at_1"] <= measures["recall_at_1"][chosen]).nonzero().squeeze(1)
                 images[chosen[no_better]] = outcome.images[no_better]
                 for name, values in found.items():
                     measures[name][chosen] = torch.minimum(measures[name][chosen], values)
@@ -117,7 +123,7 @@ class Evaluator:
             return self.task.embed(images)
 
     def _examples(self, batch: QueryBatch, rows: Tensor, clean: PerQuery, worst: _WorstPerturbations) -> BatchResult:
-        broken = (worst.attack >= 0) & (clean["recall_at_1"] > 0)
+        broken = (worst.attack >= 0) & (clean["recall_at_1"] > _HALF)
         chosen = choose_queries(batch.targets.labels, broken, _EXAMPLES)
         part, perturbed = batch[chosen], worst.images[chosen]
         gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery) - 1)
@@ -211,17 +217,20 @@ class Evaluator:
 
 
 class _WorstPerturbations:
-    """Of each query, the perturbation that succeeded first; as long as none did, the last one that was tried."""
+    """Of each query, the perturbation with the lowest R@1: that which succeeded first, or the last one, if none did."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
         self.attack = torch.full((len(images),), -1, device=images.device)  # its number; -1: none succeeded
         self.eps = torch.zeros(len(images), dtype=torch.float64)  # 0: none was tried
+        self._lowest = torch.full((len(images),), torch.inf, device=images.device)
 
     def update(self, attack: int, eps: float, images: Tensor, result: BatchResult) -> None:
-        taken = (self.attack < 0) & ~result["shift"].isnan()
+        found = result["measures"]["recall_at_1"]
+        taken = (self._lowest > 0) & (found <= self._lowest) & ~result["shift"].isnan()
+        self._lowest = torch.where(taken, found, self._lowest)
         self.images = torch.where(per_image(taken, self.images), images, self.images)
-        self.attack[taken & (result["measures"]["recall_at_1"] == 0)] = attack
+        self.attack[taken & (found <= _HALF)] = attack
         self.eps[taken.cpu()] = eps
 
 
@@ -242,8 +251,8 @@ def means(measures: PerQuery) -> dict[str, float]:
 
 
 def robust_flags(measures: PerQuery) -> str:
-    """One character per query: "1" if the nearest item is right, else "0"."""
-    return "".join("1" if right else "0" for right in (measures["recall_at_1"] > 0).tolist())
+    """One character per query: "1" if the nearest item is right (in more than half of all draws), else "0"."""
+    return "".join("1" if right else "0" for right in (measures["recall_at_1"] > _HALF).tolist())
 
 
 def _key(attack: RetrievalAttack, eps: float) -> str:

@@ -42,6 +42,16 @@ def per_query(ranking: Ranking, recall_at: Iterable[int]) -> PerQuery:
     return measures
 
 
+def mean_per_query(rankings: Iterable[Ranking], recall_at: Iterable[int]) -> PerQuery:
+    """Means of `per_query` over rankings of the same queries, such as those of a model that answers at random."""
+    recall_at, count, sums = tuple(recall_at), 0, dict[str, Tensor]()
+    for ranking in rankings:
+        count += 1
+        found = per_query(ranking, recall_at)
+        sums = {name: values + sums[name] if sums else values for name, values in found.items()}
+    return {name: values / count for name, values in sums.items()}
+
+
 def collapse(gallery: Gallery) -> dict[str, float]:
     """Signs that all embeddings are close to one point, or lie in few directions.
 

@@ -34,7 +34,8 @@ class AttackResult:
         forward_passes: how many images the model embedded.
         backward_passes: how many images a gradient was taken of.
         seconds: wall-clock time.
-        robust_flags: one character per query: "1" if the nearest item is right, "0" if not.
+        robust_flags: one character per query: "1" if the nearest item is right, "0" if not. If the model answers at
+            random, it is right if it is so in more than half of the draws; measures are then means over the draws.
     """
 
     attack: str

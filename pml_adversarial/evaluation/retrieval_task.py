@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .attacks import QueryBatch
+from .attacks import ANSWERS, SAMPLES, QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
-from .embedder import Embedder, batches, check_finite
+from .embedder import Embedder, batches, check_finite, embed_all
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import Images, ImageSet
 from .options import to_mask, to_rows, to_whole_numbers
@@ -129,6 +129,15 @@ class RetrievalTask:
             )
             self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
 
+    def embed_and_set(self, rows: Tensor, batch_size: int, known: Any = None) -> None:
+        """Embeds and sets the gallery, of which embeddings ``(G, D)`` may be known, and the queries ``rows``."""
+        if known is None and not self.items.has_images:
+            raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+        items = embed_all(self.embed, self.items, batch_size) if known is None else self.check_embeddings(known)
+        self.set_gallery(items)
+        is_gallery = known is None and self.items is self.queries
+        self.set_queries(rows, items[rows] if is_gallery else embed_all(self.embed, self.queries, batch_size, rows))
+
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
         given = torch.as_tensor(embeddings).detach()
@@ -173,6 +182,16 @@ class RetrievalTask:
             )
         return rows[right > 0], int((right == 0).sum())
 
+    def note_randomness(self) -> None:
+        """Finds out whether the model answers at random, and notes what follows from it."""
+        self.embed.probe_randomness(self.queries[:_SAMPLE])
+        if self.embed.is_random:
+            self.notes.append(
+                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if no attack says "
+                f"else, and measures of a query are means over {ANSWERS} draws; where it is yes or no, the majority "
+                "counts. The gallery is embedded once"
+            )
+
     def note_lengths(self, rows: Tensor) -> None:
         """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
         "them out.
@@ -204,6 +223,7 @@ class RetrievalTask:
             targets=self.targets(rows),
             norm=self.norm,
             rows=rows,
+            is_random=self.embed.is_random,
         )
 
     def _counts(self, targets: Targets) -> tuple[Tensor, Tensor]:

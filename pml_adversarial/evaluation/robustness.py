@@ -156,6 +156,7 @@ def evaluate_robustness(
         check_radii(radii, norm, task.queries[:1].shape[1:])
         check_silent(embed.modules)
         embed.probe_gradient(task.queries[:1])
+        task.note_randomness()
         embed.on_passes = bar.add
         with embed.isolated():
             asked = task.rows(subset)
@@ -167,7 +168,7 @@ def evaluate_robustness(
             task.note_lengths(rows)
             members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
-            then = checks * passes_of_checks(len(rows)) // ranks.count
+            then = checks * passes_of_checks(len(rows), embed.is_random) // ranks.count
             found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, then)
             results = evaluator.attack_results(found)
             clean, labels = joined(found, "clean"), task.queries.labels[rows]
@@ -255,7 +256,7 @@ def _evaluate(
     """The results of all batches of queries; ``then`` passes of this process follow after them."""
     names = [f"batch_{number:05d}" for number in range(len(parts))]
     own = [len(parts[number]) for number in ranks.own(checkpoint.missing(names))]
-    most = most_passes(evaluator.attacks, sum(own), len(evaluator.radii))
+    most = most_passes(evaluator.attacks, sum(own), len(evaluator.radii), evaluator.task.embed.is_random)
     bar.expect(None if most is None else most + then)
     batches = bar.batches(own, then)
 

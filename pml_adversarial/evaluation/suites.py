@@ -48,33 +48,54 @@ def shift_score(batch: QueryBatch, restart: int) -> Score:
     return lambda queries: batch.gallery.shift_squared(queries, batch.clean)
 
 
-def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int) -> Perturb:
-    """`MomentumPGD` that raises a score, as `QueryAttack` takes it."""
-    return partial(raise_score, score=score, steps=steps)
+def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int, samples: int | None = None) -> Perturb:
+    """`MomentumPGD` that raises a score, as `QueryAttack` takes it.
+
+    Args:
+        score: what is raised.
+        steps: gradient steps.
+        samples: draws of the model over which each gradient is averaged (EOT, Athalye et al., arXiv 1707.07397); None:
+            `attacks.SAMPLES` if the model answers at random, else one.
+    """
+    return partial(raise_score, score=score, steps=steps, **_if_given(samples))
 
 
 def raise_score(
-    batch: QueryBatch, eps: float, restart: int, *, score: Callable[[QueryBatch, int], Score], steps: int
+    batch: QueryBatch,
+    eps: float,
+    restart: int,
+    *,
+    score: Callable[[QueryBatch, int], Score],
+    steps: int,
+    samples: int | None = None,
 ) -> Tensor:
-    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`."""
-    objective = batch.objective(score(batch, restart))
+    """Queries ``(Q, C, H, W)`` whose score was raised by `MomentumPGD`, see `gradient_attack`."""
+    objective = batch.objective(score(batch, restart), samples=samples)
     return MomentumPGD(objective, eps, steps, batch.norm)(batch.images, objective.labels)
 
 
-def classifier_attack(make: Callable[..., Any], targets: int | None = None) -> Perturb:
+def classifier_attack(make: Callable[..., Any], targets: int | None = None, samples: int | None = None) -> Perturb:
     """An attack of torchattacks on `RetrievalClassifier`, as `QueryAttack` takes it.
 
     Args:
         make: a class of torchattacks, or one with options bound. It is called with the classifier and with those of
-            ``eps``, ``norm``, ``seed`` and ``n_classes`` that it takes. Whatever it returns is held to the budget.
+            ``eps``, ``norm``, ``seed``, ``n_classes`` and ``eot_iter`` that it takes. Whatever it returns is held to
+            the budget.
         targets: how many of the most similar wrong classes are targeted; None: all, for attacks that take
             ``n_classes``.
+        samples: ``eot_iter``, for attacks that take it: see `gradient_attack`.
     """
-    return partial(fool_classifier, make=make, targets=targets)
+    return partial(fool_classifier, make=make, targets=targets, **_if_given(samples))
 
 
 def fool_classifier(
-    batch: QueryBatch, eps: float, restart: int, *, make: Callable[..., Any], targets: int | None = None
+    batch: QueryBatch,
+    eps: float,
+    restart: int,
+    *,
+    make: Callable[..., Any],
+    targets: int | None = None,
+    samples: int | None = None,
 ) -> Tensor:
     """Queries ``(Q, C, H, W)`` as an attack on `RetrievalClassifier` returns them, see `classifier_attack`."""
     taken, found = _taken(make), batch.images.clone()
@@ -82,10 +103,15 @@ def fool_classifier(
         part = batch[rows]
         model = part.classifier()
         options: dict[str, Any] = {"eps": eps, "norm": batch.norm, "seed": int(torch.randint(2**31, ()))}
+        options["eot_iter"] = batch.num_samples(samples)
         options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
         options = {name: value for name, value in options.items() if taken(name)}
         found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
     return found
+
+
+def _if_given(samples: int | None) -> dict[str, Any]:
+    return {} if samples is None else {"samples": samples}
 
 
 def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
@@ -93,9 +119,10 @@ def _taken(make: Callable[..., Any]) -> Callable[[str], bool]:
     parameters = inspect.signature(make).parameters
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     bound = make.keywords if isinstance(make, partial) else {}
-    return lambda name: (name in parameters or (any_name and name != "n_classes")) and name not in bound
+    return lambda name: (name in parameters or (any_name and name not in _SELDOM)) and name not in bound
 
 
+_SELDOM = ("n_classes", "eot_iter")  # options that are given only to what names them
 _LENGTHS = ("Linf", "L2")  # the norms of torchattacks
 
 # Attacks on the gallery: which item is perturbed, and to what end.
@@ -122,13 +149,21 @@ def demotion(batch: QueryBatch) -> Score:
 
 
 def _raising(
-    name: str, score: Callable[[QueryBatch, int], Score], steps: int, restarts: int = 1, **options: Any
+    name: str,
+    score: Callable[[QueryBatch, int], Score],
+    steps: int,
+    restarts: int = 1,
+    samples: int | None = None,
+    **options: Any,
 ) -> QueryAttack:
     """An attack that raises a score in some gradient steps. Some scores take two passes to choose their classes."""
-    return QueryAttack(name, gradient_attack(score, steps), restarts, passes=2 * steps + 4, **options)
+    passes = (samples or 1) * (2 * steps + 1) + 3
+    return QueryAttack(name, gradient_attack(score, steps, samples), restarts, passes=passes, **options)
 
 
-def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5) -> tuple[RetrievalAttack, ...]:
+def standard(
+    steps: int = 50, restarts: int = 3, queries: int = 500, targets: int = 5, samples: int | None = None
+) -> tuple[RetrievalAttack, ...]:
     """The attacks of "standard-v2", if called without arguments: the strongest that we know at a bounded cost.
 
     Args:
@@ -136,22 +171,30 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         restarts: runs of the attack "margin", from different random starts.
         queries: forward passes of the black-box attack.
         targets: how many wrong classes targeted attacks try, the most similar one first.
+        samples: draws over which gradients are averaged, see `gradient_attack`; FAB and Square take one.
     """
+    each = samples or 1
     apgd = partial(torchattacks.APGD, steps=steps)
     apgd_t = partial(torchattacks.APGDT, steps=steps // 2)
     fab_t = partial(torchattacks.FAB, multi_targeted=True, steps=10)
     return (
-        _raising("margin", margin_score, steps, restarts),
-        _raising("targeted", targeted_score, steps, targets, only_robust=True),
-        _raising("shift", shift_score, steps),
-        QueryAttack("apgd-ce", classifier_attack(apgd), norms=_LENGTHS, only_robust=True, passes=2 * steps + 5),
+        _raising("margin", margin_score, steps, restarts, samples),
+        _raising("targeted", targeted_score, steps, targets, samples, only_robust=True),
+        _raising("shift", shift_score, steps, samples=samples),
+        QueryAttack(
+            "apgd-ce",
+            classifier_attack(apgd, samples=samples),
+            norms=_LENGTHS,
+            only_robust=True,
+            passes=each * (2 * steps + 2) + 3,
+        ),
         QueryAttack(
             "apgd-t",
-            classifier_attack(apgd_t, targets),
+            classifier_attack(apgd_t, targets, samples),
             norms=_LENGTHS,
             only_robust=True,
             num_classes=4,
-            passes=targets * (2 * (steps // 2) + 3) + 3,
+            passes=each * targets * (2 * (steps // 2) + 3) + 3,
         ),
         QueryAttack(
             "fab-t", classifier_attack(fab_t, targets), norms=_LENGTHS, only_robust=True, passes=33 * targets + 3
@@ -159,12 +202,14 @@ def standard(steps: int = 50, restarts: int = 3, queries: int = 500, targets: in
         QueryAttack(
             "square", square_attack(margin_score, queries), black_box=True, only_robust=True, passes=queries + 1
         ),
-        GalleryAttack("promote", nearest_wrong, promotion, steps),
-        GalleryAttack("demote", nearest_right, demotion, steps),
+        GalleryAttack("promote", nearest_wrong, promotion, steps, samples=samples),
+        GalleryAttack("demote", nearest_right, demotion, steps, samples=samples),
     )
 
 
-def fast(steps: int = 15, restarts: int = 3, targets: int = 3) -> tuple[RetrievalAttack, ...]:
+def fast(
+    steps: int = 15, restarts: int = 3, targets: int = 3, samples: int | None = None
+) -> tuple[RetrievalAttack, ...]:
     """The attacks of "fast-v1", if called without arguments: most of what "standard-v2" finds, for a tenth of its cost.
 
     The targeted attack is given only queries that are still robust after "margin".
@@ -173,23 +218,25 @@ def fast(steps: int = 15, restarts: int = 3, targets: int = 3) -> tuple[Retrieva
         steps: gradient steps of each run; half of it on the gallery.
         restarts: runs of the attack "margin", from different random starts.
         targets: how many wrong classes the targeted attack tries, the most similar one first.
+        samples: draws over which gradients are averaged, see `gradient_attack`.
     """
     return (
-        _raising("margin", margin_score, steps, restarts),
-        _raising("targeted", targeted_score, steps, targets, follows=True),
-        GalleryAttack("promote", nearest_wrong, promotion, steps // 2),
-        GalleryAttack("demote", nearest_right, demotion, steps // 2),
+        _raising("margin", margin_score, steps, restarts, samples),
+        _raising("targeted", targeted_score, steps, targets, samples, follows=True),
+        GalleryAttack("promote", nearest_wrong, promotion, steps // 2, samples=samples),
+        GalleryAttack("demote", nearest_right, demotion, steps // 2, samples=samples),
     )
 
 
-def quick(steps: int = 40, restarts: int = 3) -> tuple[RetrievalAttack, ...]:
+def quick(steps: int = 40, restarts: int = 3, samples: int | None = None) -> tuple[RetrievalAttack, ...]:
     """The attacks of "quick-v1", if called without arguments: two on the query, for comparisons during development.
 
-    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts.
+    Both run ``restarts`` times, with ``steps`` gradient steps from different random starts. For ``samples`` see
+    `gradient_attack`.
     """
     return (
-        _raising("margin", margin_score, steps, restarts),
-        _raising("shift", shift_score, steps, restarts),
+        _raising("margin", margin_score, steps, restarts, samples),
+        _raising("shift", shift_score, steps, restarts, samples),
     )
 
 

@@ -23,7 +23,7 @@ from .attacks import QueryAttack, QueryBatch
 from .binomial import CONFIDENCE, Interval, rate_interval
 from .checks import FEW, plausible
 from .distance import find_distance
-from .embedder import Embedder, embed_all, plain_surroundings
+from .embedder import Embedder, plain_surroundings
 from .gallery import Ranking, Targets
 from .images import Images
 from .options import NORMS, check_radii, to_radii, to_whole_numbers
@@ -202,9 +202,10 @@ def evaluate_targeted(
         task = RetrievalTask(embed, queries, gallery, norm, Search(distance, own, ignore, relevant, junk_label))
         check_radii(radii, norm, task.queries[:1].shape[1:])
         embed.probe_gradient(task.queries[:1])
+        task.note_randomness()
         with embed.isolated():
             asked = task.rows(subset)
-            _embed_all(task, asked, gallery_embeddings, batch_size)
+            task.embed_and_set(asked, batch_size, gallery_embeddings)
             rows, targets = _aims(task, asked, target)
             run = _Run(task, rows, targets, depths, radii, batch_size, seed)
             run.make(tuple(_attacks(depths, steps, restarts, square)))
@@ -265,8 +266,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         batches = map(self._batch, torch.arange(len(self.rows)).split(self.batch_size))
-        rankings = (batch.gallery.ranking(batch.clean, batch.targets, max(self.depths)) for batch in batches)
-        self.reached = torch.cat([_reached(ranking, self.depths) for ranking in rankings]).cpu()
+        rankings = (batch.rankings(max(self.depths)) for batch in batches)
+        self.reached = torch.cat([_mostly_reached(ranking, self.depths) for ranking in rankings]).cpu()
         self.flags, self.passes = {0.0: self._as_flags()}, dict[float, int]()
 
     def make(self, attacks: Sequence[tuple[int, QueryAttack]]) -> None:
@@ -287,7 +288,7 @@ class _Run:
         for part in left.split(self.batch_size) if len(left) else ():
             with random_stream(self.seed, zlib.crc32(repr((attack.name, eps, restart, int(part[0]))).encode())):
                 outcome = attack.run(self._batch(part), eps, restart, max(self.depths))
-            self.reached[part] |= _reached(outcome.ranking, self.depths).cpu()
+                self.reached[part] |= _mostly_reached(outcome.rankings, self.depths).cpu()
 
     def _note(self, alone: int, k: int, eps: float) -> None:
         if not plausible(alone, len(self.rows), FEW):
@@ -315,21 +316,19 @@ def _aimed(targets: Targets, labels: Tensor) -> Targets:
     return replace(targets, labels=labels, relevant=None)
 
 
+def _mostly_reached(rankings: Iterable[Ranking], depths: Sequence[int]) -> Tensor:
+    """``(Q, K)`` bool: whether `_reached` is true of half of some rankings of the same queries, or of more."""
+    count, total = 0, torch.zeros(())
+    for ranking in rankings:
+        count, total = count + 1, total.to(ranking.right.device) + _reached(ranking, depths).float()
+    return total >= count / 2
+
+
 def _reached(ranking: Ranking, depths: Sequence[int]) -> Tensor:
     """``(Q, K)`` bool: whether a right item is among the first k, for each k. Of equally near items it is the first."""
     nearest = ranking.right[:, :1] + ranking.tie
     others = torch.nn.functional.pad(ranking.wrong, (0, max(depths)), value=-torch.inf)  # where there are fewer
     return nearest >= others[:, [k - 1 for k in depths]]
-
-
-def _embed_all(task: RetrievalTask, rows: Tensor, known: Any, batch_size: int) -> None:
-    """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
-    if known is None and not task.items.has_images:
-        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-    items = embed_all(task.embed, task.items, batch_size) if known is None else task.check_embeddings(known)
-    task.set_gallery(items)
-    is_gallery = known is None and task.items is task.queries
-    task.set_queries(rows, items[rows] if is_gallery else embed_all(task.embed, task.queries, batch_size, rows))
 
 
 def _aims(task: RetrievalTask, rows: Tensor, target: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:

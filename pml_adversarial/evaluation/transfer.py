@@ -28,6 +28,7 @@ from .options import digest_of
 from .retrieval_task import RetrievalTask
 from .suites import gradient_attack, margin_score
 
+_PROBED = 16  # images by which it is found out whether the surrogate answers at random
 _TOGETHER = 128  # images that are read or embedded at once
 _ROUNDING = 1e-6  # of pixels; a larger change by the projection is no rounding
 
@@ -156,11 +157,12 @@ class _OnSurrogate:
                 clean = self.embed(batch.images)
             gallery = self.galleries[batch.gallery]
             there = replace(batch, embed=self.embed, modules=self.embed.modules, gallery=gallery, clean=clean)
-            return self.attack(there, eps, restart)
+            return self.attack(replace(there, is_random=self.embed.is_random), eps, restart)
 
     def _check(self, images: Tensor) -> None:
         self.embed.probe(images[:1], images.dtype)
         self.embed.check_gradient(images[:1])
+        self.embed.probe_randomness(images[:_PROBED])
         if self.embed.device != images.device:
             raise InputError(
                 f"The surrogate is on {self.embed.device}, the images are on {images.device}; expected the same "

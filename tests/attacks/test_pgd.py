@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pml_adversarial import AttackError
 from pml_adversarial.attacks import NFGSM, PGD, FriendlyPGD, MomentumPGD, Objective
 from pml_adversarial.attacks.adapter import build, run, unchanged
-from pml_adversarial.attacks.pgd import uniform_noise
+from pml_adversarial.attacks.pgd import ascent, uniform_noise
 
 ROWS = 8
 
@@ -175,6 +175,53 @@ class TestPGD:
     def test_options(self, options, message, model, images):
         with pytest.raises(AttackError, match=message):
             PGD(objective_of(model, images), **options)
+
+
+class TestSamples:
+    """A model that answers at random: scores and gradients are means over several draws."""
+
+    def noisy(self, model, noise=0.3):
+        return lambda x: model(x + noise * torch.randn_like(x))
+
+    @pytest.mark.parametrize("samples", [1, 2, 7])
+    def test_score_and_gradient_are_means_by_loops(self, samples, model, images):
+        noisy = self.noisy(model)
+        torch.manual_seed(3)
+        score, gradient = ascent(Objective(noisy, distance_score, model(images), samples=samples), images)
+        torch.manual_seed(3)
+        scores, gradients = [0.0] * ROWS, [torch.zeros_like(image) for image in images]
+        for _ in range(samples):
+            noise = 0.3 * torch.randn_like(images)
+            for i in range(ROWS):
+                point = images[i : i + 1].clone().requires_grad_()
+                value = distance_score(model(point + noise[i : i + 1]))[0]
+                value.backward()
+                scores[i] += float(value.detach()) / samples
+                gradients[i] = gradients[i] + point.grad[0] / samples
+        assert score.tolist() == pytest.approx(scores)
+        torch.testing.assert_close(gradient, torch.stack(gradients))
+
+    def test_the_last_point_is_judged_by_as_many(self, model, images):
+        calls = []
+
+        def counted(x):
+            calls.append(x.requires_grad)
+            return model(x)
+
+        MomentumPGD(Objective(counted, distance_score, model(images), samples=4), 0.1, 3)(images)
+        assert calls == [True] * 12 + [False] * 4
+
+    def test_more_draws_follow_the_mean_more_closely(self, model, images):
+        """The gradient of the mean over very many draws is what all others are compared with."""
+
+        def gradient(samples, seed):
+            torch.manual_seed(seed)
+            return ascent(Objective(self.noisy(model), distance_score, model(images), samples=samples), images)[1]
+
+        truth = gradient(200, 0)
+        errors = [sum(float((gradient(n, seed) - truth).norm()) for seed in range(1, 4)) for n in (1, 4, 16)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[0] > 2 * errors[2]
 
 
 class TestUniformNoise:

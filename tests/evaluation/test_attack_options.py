@@ -62,13 +62,14 @@ class TestToJSON:
             "steps": 4,
             "restarts": 1,
             "norms": list(NORMS),
+            "samples": None,
         }
 
     @pytest.mark.parametrize("kind", ["APGD", "APGDT", "FAB", "Square", "PGD", "PGDL2"])
     def test_of_a_class_of_torchattacks_the_defaults_too(self, kind):
         made = getattr(torchattacks, kind)
         parameters = inspect.signature(made).parameters
-        own = [name for name in parameters if name not in ("model", "eps", "norm", "seed", "n_classes")]
+        own = [name for name in parameters if name not in ("model", "eps", "norm", "seed", "n_classes", "eot_iter")]
         found = to_json(QueryAttack("x", classifier_attack(partial(made, **{own[0]: 77}), 4)))["perturb"]
         make = found["options"].pop("make")
         assert found == {"function": "fool_classifier", "options": {"targets": 4}}

@@ -88,7 +88,8 @@ class TestGoesOn:
         resumed = evaluated(tmp_path, model)
         handle.remove()
         assert_same(resumed, evaluated(None, model))
-        whole = 24 + sum(r.forward_passes for r in resumed.attacks) + 7  # the gallery, the attacks, the examples
+        probes = 2 + 2 * 16
+        whole = probes + 24 + sum(r.forward_passes for r in resumed.attacks) + 7  # gallery, attacks, examples
         assert (sum(rows) < whole) == bool(kept)
         assert sorted(file.name for file in tmp_path.glob("*.pt")) == [
             *(f"batch_{number:05d}.pt" for number in range(4)),
@@ -98,7 +99,7 @@ class TestGoesOn:
     def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
         model = network()
         first = evaluated(tmp_path, model)
-        handle = interrupt_after(2, model)
+        handle = interrupt_after(4, model)
         again = evaluated(tmp_path, model)
         handle.remove()
         assert_same(first, again)

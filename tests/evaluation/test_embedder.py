@@ -62,6 +62,42 @@ class TestEmbedder:
             Embedder(Made(made))(torch.rand(7, 1, 6, 6))
 
 
+class TestRandomness:
+    """Whether a second call gives something else, beyond rounding and one hundredth of the spread."""
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda e: e, False),
+            (lambda e: e + 0.1 * torch.randn_like(e), True),
+            (lambda e: nn.functional.dropout(e, 0.5, training=True), True),
+            (lambda e: e + (torch.rand(()) < 0.9) * torch.rand(()), True),
+            (lambda e: e * (1 + 1e-7 * torch.randn_like(e)), False),
+            (lambda e: e - e.mean(0), False),  # depends on the batch, not on chance
+            (lambda e: (e * (1 + 1e-4 * torch.rand_like(e))).bfloat16(), False),
+        ],
+        ids=["fixed", "noise", "dropout", "one number", "rounding", "batch", "coarse"],
+    )
+    def test_is_found(self, change, expected):
+        images, _ = images_of()
+        model = network().eval()
+        embed = Embedder(lambda x: change(model(x)))
+        assert not embed.is_random
+        embed.probe(images[:1])
+        torch.manual_seed(0)
+        embed.probe_randomness(images[:16])
+        assert embed.is_random is expected
+        assert embed.forward_passes == 0
+
+    def test_of_one_image(self):
+        model = network().eval()
+        for noise, expected in ((0.0, False), (0.1, True)):
+            embed = Embedder(lambda x, noise=noise: model(x) + noise * torch.randn(1))
+            embed.probe(images_of()[0][:1])
+            embed.probe_randomness(images_of()[0][:1])
+            assert embed.is_random is expected
+
+
 class TestCheckGradient:
     def test_a_model_with_gradient_passes_also_where_gradients_are_off(self):
         pixels = torch.rand(3, 1, 6, 6)
