@@ -19,6 +19,7 @@ from pml_adversarial.evaluation.sharing import Ranks, _Calls, _wait_for_all, che
 
 WORKER = Path(worker.__file__)
 WORLDS = (2, 3)
+PROBES = 34  # images that each process embeds to find out what kind of model it has: 2, and twice 16
 both = pytest.mark.parametrize("world", WORLDS)
 
 
@@ -78,10 +79,9 @@ class TestSeveralProcesses:
     @both
     def test_each_makes_a_part(self, world, ran):
         ((alone, _),) = seen(ran[0] / "1", 1, "gallery")
-        probes = 2  # of each process
-        each = [report["embedded"] - probes for report, _ in seen(ran[0] / str(world), world, "gallery")]
-        assert sum(each) == alone["embedded"] - probes
-        assert max(each) < 0.75 * sum(each)
+        each = [report["embedded"] for report, _ in seen(ran[0] / str(world), world, "gallery")]
+        assert alone["embedded"] < sum(each) <= alone["embedded"] + (world - 1) * PROBES
+        assert max(each) < 0.75 * alone["embedded"]
 
     @both
     @pytest.mark.parametrize("images", worker.FAIL_AT)
@@ -108,7 +108,7 @@ class TestSeveralProcesses:
             assert found["kept"] == [*parts, "evaluation.json", "gallery.pt"]
             assert found["folders"] == ["parts"]  # the others neither read nor write
             assert without_times(found["report"]) == alone
-            assert found["again"] == 2  # probes
+            assert found["again"] <= PROBES
 
     @pytest.mark.parametrize("then", [1, 2])
     def test_goes_on_after_a_process_was_killed(self, then, ran, tmp_path):
