@@ -44,7 +44,7 @@ def everything(report):
 def evaluated(model=None, queries=None, gallery=None, **options):
     few = {"eps": (0.02, 0.05), "attacks": quick(4, 2), "batch_size": 7, "checks": False, "keep_attacked": True}
     options = {**few, **options}
-    return evaluate_robustness(model or network(), queries or images_of(COUNT), gallery, **options)
+    return evaluate_robustness(model or Counted(), queries or images_of(COUNT), gallery, **options)
 
 
 def outcome(work):

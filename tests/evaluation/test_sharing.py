@@ -1,6 +1,7 @@
 """Several processes share an evaluation: all get the report of one process, number by number, or all get its error."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from pml_adversarial.evaluation.sharing import Ranks, _Calls, _wait_for_all, che
 
 WORKER = Path(worker.__file__)
 WORLDS = (2, 3)
+PROBES = 34  # images that each process embeds to find out what kind of model it has: 2, and twice 16
 both = pytest.mark.parametrize("world", WORLDS)
 
 
@@ -77,10 +79,9 @@ class TestSeveralProcesses:
     @both
     def test_each_makes_a_part(self, world, ran):
         ((alone, _),) = seen(ran[0] / "1", 1, "gallery")
-        probes = 2  # of each process
-        each = [report["embedded"] - probes for report, _ in seen(ran[0] / str(world), world, "gallery")]
-        assert sum(each) == alone["embedded"] - probes
-        assert max(each) < 0.75 * sum(each)
+        each = [report["embedded"] for report, _ in seen(ran[0] / str(world), world, "gallery")]
+        assert alone["embedded"] < sum(each) <= alone["embedded"] + (world - 1) * PROBES
+        assert max(each) < 0.75 * alone["embedded"]
 
     @both
     @pytest.mark.parametrize("images", worker.FAIL_AT)
@@ -107,7 +108,7 @@ class TestSeveralProcesses:
             assert found["kept"] == [*parts, "evaluation.json", "gallery.pt"]
             assert found["folders"] == ["parts"]  # the others neither read nor write
             assert without_times(found["report"]) == alone
-            assert found["again"] == 2  # probes
+            assert found["again"] <= PROBES
 
     @pytest.mark.parametrize("then", [1, 2])
     def test_goes_on_after_a_process_was_killed(self, then, ran, tmp_path):
@@ -128,8 +129,8 @@ class TestSeveralProcesses:
     def test_what_differs_is_refused(self, world, ran):
         first, *others = (found for found, _ in seen(ran[0] / str(world), world, "differ"))
         for name in ("seed", "model", "queries"):
-            words = f"This process evaluates something else than the first one: {name} differ. Expected the same"
-            assert all(found[name][1].startswith(words) for found in others)
+            words = rf"This process evaluates something else than the first one: (\w+, )*{name}(, \w+)* differ\."
+            assert all(re.match(words, found[name][1]) for found in others)
             assert first[name] == ("InputError", f"Rank 1: {others[0][name][1]}")
 
     @both

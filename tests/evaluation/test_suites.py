@@ -239,10 +239,10 @@ class TestClassesOfTorchattacks:
         evaluate_robustness(network(), images_of(12), attacks=[partial(Watched, eps=0.01)], **options)
         assert set(seen) == {0.05, 0.01}
 
-    def test_fast_costs_an_eighth_at_most(self):
+    def test_fast_costs_a_ninth_at_most(self):
         most = {name: most_passes(make(), 1, 1) for name, (_, make) in SUITES.items()}
-        assert 8 * most["fast"] < most["standard"]
-        assert all(attack.follows for attack in SUITES["fast"][1]()[1:3])
+        assert 9 * most["fast"] < most["standard"]
+        assert [attack.name for attack in SUITES["fast"][1]() if attack.follows] == ["targeted"]
 
     def test_of_two_attacks_with_one_name_that_of_standard_is_meant(self):
         wanted = {attack.name: description(attack) for attack in SUITES["standard"][1]()}
