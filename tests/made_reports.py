@@ -2,8 +2,8 @@
 
 import torch
 
-from pml_adversarial.evaluation.report import Report
-from pml_adversarial.evaluation.results import AttackResult, Check, Example, Neighbour, WorstCase
+from pml_adversarial.evaluation.reports.report import Report
+from pml_adversarial.evaluation.reports.results import AttackResult, Check, Example, Neighbour, WorstCase
 
 EPS = (4 / 255, 0.1, 26 / 255)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pml_adversarial.evaluation.embedder import Embedder
-from pml_adversarial.evaluation.retrieval_task import RetrievalTask
+from pml_adversarial.evaluation.retrieval.embedder import Embedder
+from pml_adversarial.evaluation.retrieval.task import RetrievalTask
 
 RADIUS = {"Linf": 0.05, "L2": 0.3, "L1": 1.2, "L0": 3, "patch": 2}
 both_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -3,7 +3,7 @@
 import by_loops
 import torch
 
-from pml_adversarial.evaluation.metrics import per_query
+from pml_adversarial.evaluation.retrieval.metrics import per_query
 
 RECALL_AT = (1, 2, 3, 8)
 

@@ -6,7 +6,7 @@ import torch
 from query_batches import images_of, network
 
 from pml_adversarial.evaluation import draw_pairs, evaluate_verification
-from pml_adversarial.evaluation.embedder import Embedder
+from pml_adversarial.evaluation.retrieval.embedder import Embedder
 from pml_adversarial.evaluation.verification.pairs import PairChoice
 from pml_adversarial.evaluation.verification.task import PairTask
 

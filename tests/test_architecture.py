@@ -19,6 +19,7 @@ FLOORS = [  # from the ground up; a folder may import those below it
     ("cli",),
     ("__main__",),
 ]
+EVALUATION = [("runs",), ("retrieval",), ("attacks",), ("reports",)]  # its folders, in the same way
 ROOT = {"__init__", "__main__", "errors", "losses", "miners", "testers"}
 LIBRARIES = {  # library -> the only places that know it
     "torchattacks": {"attacks", "evaluation", "cli"},
@@ -98,6 +99,21 @@ def test_root_holds_doors_only():
 
 def test_imports_lead_downwards():
     assert breaches(modules()) == []
+
+
+def test_folders_of_the_evaluation_lead_downwards():
+    floors = {f"evaluation.{part}": floor for floor, parts in enumerate(EVALUATION) for part in parts}
+
+    def floor(name):
+        return next((floor for part, floor in floors.items() if name.startswith(f"{part}.")), len(floors))
+
+    leading_up = [
+        f"{name} imports {target}"
+        for name, targets in edges(modules()).items()
+        for target in targets
+        if name.startswith("evaluation.") and floor(target) > floor(name) and target.startswith("evaluation.")
+    ]
+    assert leading_up == []
 
 
 def test_no_circle():

@@ -10,7 +10,16 @@ import pytest
 import pml_adversarial
 
 PACKAGE = Path(pml_adversarial.__file__).parent
-PUBLIC = ["attacks", "cli", "defenses", "evaluation", "evaluation.html", "plugins", "training"]
+PUBLIC = [
+    "attacks",
+    "cli",
+    "defenses",
+    "evaluation",
+    "evaluation.attacks",
+    "evaluation.reports.html",
+    "plugins",
+    "training",
+]
 DOORS = ["errors", "losses", "miners", "testers"]
 
 

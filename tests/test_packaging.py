@@ -52,7 +52,7 @@ class TestDistributions:
         names = zipfile.ZipFile(built["wheel"]).namelist()
         files = [path for path in (ROOT / "pml_adversarial").rglob("*.*") if path.suffix != ".pyc"]
         assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
-        assert {"pml_adversarial/py.typed", "pml_adversarial/evaluation/html/templates/page.html"} <= set(names)
+        assert {"pml_adversarial/py.typed", "pml_adversarial/evaluation/reports/html/templates/page.html"} <= set(names)
         assert all(name.startswith(("pml_adversarial/", "pml_adversarial-")) for name in names)
 
     def test_sdist_holds_what_it_is_tested_with(self, built):

@@ -23,7 +23,7 @@ from pml_adversarial.attacks.autocast import Autocast
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.defenses.free_at import FreeAT
 from pml_adversarial.defenses.hard_rows import HardRows
-from pml_adversarial.evaluation.attack_options import description
+from pml_adversarial.evaluation.attacks.as_json import description
 
 from . import miners
 from .protocol import Protocol

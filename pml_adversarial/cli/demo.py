@@ -20,7 +20,7 @@ from torchattacks.attack import Attack as TorchAttack
 from ..attacks.objective import AttackFactory
 from ..errors import AdversarialError
 from ..evaluation.evaluator import choose_queries
-from ..evaluation.results import decode_flags
+from ..evaluation.reports.results import decode_flags
 from ..training.tuples import ROLES, parse_roles
 from . import figures
 from .experiment import MODELS, Settings, TrainedModel, run, summary

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..evaluation import Gallery
-from ..evaluation.embedder import embed_all
+from ..evaluation.retrieval.embedder import embed_all
 
 _RIGHT, _WRONG, _QUERY = "#1b7f4d", "#c0392b", "#444444"
 _COLOURS = ("#7f7f7f", "#1f5fa8")

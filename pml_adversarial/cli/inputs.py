@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import AdversarialError
 from ..evaluation import Report
-from ..evaluation.fingerprints import of_file
+from ..evaluation.reports.fingerprints import of_file
 from ..training.pixels import Normalization
 from .images import LabelledImages, images_from, same_classes
 from .models import check_model, load_model

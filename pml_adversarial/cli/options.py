@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 
-from ..evaluation.options import to_radii
+from ..evaluation.retrieval.options import to_radii
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""

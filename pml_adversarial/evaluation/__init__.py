@@ -1,23 +1,24 @@
 """How robust an embedding model is: attacks, measures, certificates and reports."""
 
-from .attacks import GalleryAttack, QueryAttack, QueryBatch, RetrievalAttack
-from .binomial import Interval
-from .classifier import RetrievalClassifier
+from .attacks.kinds import GalleryAttack, QueryAttack, RetrievalAttack
+from .attacks.rank_only import rank_only_attack
+from .attacks.suites import fast, quick, standard
+from .attacks.transfer import transfer_attack, transferred
+from .attacks.universal import UniversalPerturbation, universal_attack, universal_perturbation
 from .comparison import Comparison, Difference, compare
 from .cost import Cost, estimate_cost
-from .gallery import Gallery, Targets
-from .images import Images
-from .rank_only import rank_only_attack
 from .repetition import repeat
-from .report import Report
-from .results import AttackResult, Check, WorstCase
+from .reports.binomial import Interval
+from .reports.report import Report
+from .reports.results import AttackResult, Check, WorstCase
+from .retrieval.batch import QueryBatch
+from .retrieval.classifier import RetrievalClassifier
+from .retrieval.gallery import Gallery, Targets
+from .retrieval.images import Images
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
-from .suites import fast, quick, standard
 from .targeted import TargetedReport, evaluate_targeted
-from .transfer import transfer_attack, transferred
-from .universal import UniversalPerturbation, universal_attack, universal_perturbation
 from .verification import (
     ROC,
     EqualErrorRate,

@@ -23,15 +23,15 @@ from ..attacks.ball import COUNTS, per_image, project
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
-from . import binomial
-from .attacks import QueryBatch
-from .gallery import TIE, Gallery, Targets, finite_or_zero
-from .options import largest_radius
-from .results import AttackResult, Check, decode_flags
-from .retrieval_task import RetrievalTask
-from .sharing import Ranks
-from .square import square_attack
-from .suites import margin_score
+from .attacks.square import square_attack
+from .attacks.suites import margin_score
+from .reports import binomial
+from .reports.results import AttackResult, Check, decode_flags
+from .retrieval.batch import QueryBatch
+from .retrieval.gallery import TIE, Gallery, Targets, finite_or_zero
+from .retrieval.options import largest_radius
+from .retrieval.task import RetrievalTask
+from .runs.sharing import Ranks
 
 SAMPLE = 64  #: Queries in the sample, at most.
 SEARCH = 200  #: Forward passes of the black-box attack that is made if the suite has none.

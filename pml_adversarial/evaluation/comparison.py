@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
-from .binomial import CONFIDENCE, Interval, mcnemar, paired_interval
-from .options import to_radii
-from .report import Report
-from .results import TARGETS
-from .table import aligned
+from .reports.binomial import CONFIDENCE, Interval, mcnemar, paired_interval
+from .reports.report import Report
+from .reports.results import TARGETS
+from .reports.table import aligned
+from .retrieval.options import to_radii
 
 _OF_EACH_MODEL = {  # settings that may differ between two models on the same queries
     *("attacks", "attack_settings", "eps", "recall_at", "normalization", "nmi", "checks", "keep_attacked", "seed"),

@@ -13,14 +13,15 @@ from torch import Tensor
 from ..attacks.checks import check_whole
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from .attacks import ANSWERS, SAMPLES, RetrievalAttack
+from .attacks.kinds import RetrievalAttack
+from .attacks.suites import find_suite
 from .checks import PASSES, SAMPLE
-from .embedder import Embedder, plain_surroundings
-from .images import Images
-from .options import to_radii
-from .progress import duration
-from .retrieval_task import RetrievalTask
-from .suites import find_suite
+from .retrieval.batch import ANSWERS, SAMPLES
+from .retrieval.embedder import Embedder, plain_surroundings
+from .retrieval.images import Images
+from .retrieval.options import to_radii
+from .retrieval.task import RetrievalTask
+from .runs.progress import duration
 
 
 @dataclass(frozen=True)

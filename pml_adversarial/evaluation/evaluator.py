@@ -15,12 +15,13 @@ from torch import Tensor
 from ..attacks.ball import per_image
 from ..training.isolation import random_stream
 from ..training.tuples import rank_in_group
-from . import metrics
-from .attacks import QueryBatch, RetrievalAttack
-from .gallery import finite_or_zero
-from .metrics import PerQuery
-from .results import TARGETS, AttackResult, Example, Neighbour, WorstCase
-from .retrieval_task import RetrievalTask
+from .attacks.kinds import RetrievalAttack
+from .reports.results import TARGETS, AttackResult, Example, Neighbour, WorstCase
+from .retrieval import metrics
+from .retrieval.batch import QueryBatch
+from .retrieval.gallery import finite_or_zero
+from .retrieval.metrics import PerQuery
+from .retrieval.task import RetrievalTask
 
 BatchResult = dict[str, Any]
 """What is known of a batch of queries, in tensors, so that it can be saved: measures, costs and examples."""

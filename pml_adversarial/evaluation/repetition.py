@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..training.isolation import random_stream
-from . import fingerprints
-from .attack_options import from_json, to_json
-from .attacks import RetrievalAttack
-from .distance import DISTANCES, find_distance
-from .embedder import Embedder, plain_surroundings
-from .images import Images
-from .options import description_of_mask
-from .report import Report
-from .retrieval_task import Mask, RetrievalTask, Search
+from .attacks.as_json import from_json, to_json
+from .attacks.kinds import RetrievalAttack
+from .attacks.suites import SUITES
+from .reports import fingerprints
+from .reports.report import Report
+from .retrieval.distance import DISTANCES, find_distance
+from .retrieval.embedder import Embedder, plain_surroundings
+from .retrieval.images import Images
+from .retrieval.options import description_of_mask
+from .retrieval.task import Mask, RetrievalTask, Search
 from .robustness import evaluate_robustness
-from .suites import SUITES
 
 _MEASURED = ("model", "queries", "gallery", "gallery_embeddings")
 _GIVEN = ("distance", "ignore", "relevant")

@@ -63,11 +63,11 @@ from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.numeric import unit_length
 from ..training.pixels import Bounds, Normalization
-from .distance import check_unit_length
-from .embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
-from .images import Images, ImageSet
-from .options import to_rows
-from .progress import progress_bar
+from .retrieval.distance import check_unit_length
+from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
+from .retrieval.images import Images, ImageSet
+from .retrieval.options import to_rows
+from .runs.progress import progress_bar
 
 Version = Literal["published", "corrected"]
 Loss = Callable[[Tensor], Tensor]

@@ -15,16 +15,21 @@ from ..attacks.checks import check_choice, check_whole
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from . import attack_options, fingerprints, metrics, provenance
-from .attacks import RetrievalAttack
-from .checkpoint import Checkpoint
+from .attacks import as_json as attack_options
+from .attacks.kinds import RetrievalAttack
+from .attacks.preparation import prepared
+from .attacks.suites import find_suite
 from .checks import run_checks
 from .cost import most_passes, passes_of_checks
-from .distance import find_distance
-from .embedder import Embedder, embed_all, plain_surroundings
 from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
-from .images import Images, ImageSet
-from .options import (
+from .reports import fingerprints, provenance
+from .reports.report import Report
+from .reports.results import decode_flags
+from .retrieval import metrics
+from .retrieval.distance import find_distance
+from .retrieval.embedder import Embedder, embed_all, plain_surroundings
+from .retrieval.images import Images, ImageSet
+from .retrieval.options import (
     NORMS,
     as_numbers,
     check_radii,
@@ -33,13 +38,10 @@ from .options import (
     to_recall_at,
     to_whole_numbers,
 )
-from .preparation import prepared
-from .progress import Progress, progress_of
-from .report import Report
-from .results import decode_flags
-from .retrieval_task import JUNK, Mask, RetrievalTask, Search
-from .sharing import Ranks, check_silent, sharing
-from .suites import find_suite
+from .retrieval.task import JUNK, Mask, RetrievalTask, Search
+from .runs.checkpoint import Checkpoint
+from .runs.progress import Progress, progress_of
+from .runs.sharing import Ranks, check_silent, sharing
 
 logger = logging.getLogger("pml_adversarial")
 

@@ -42,13 +42,13 @@ from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.numeric import unit_length
 from ..training.pixels import Bounds, Normalization
-from . import binomial
-from .distance import check_unit_length
-from .embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
-from .images import Images, ImageSet
-from .options import check_probability, to_radii
-from .progress import progress_bar
-from .retrieval_task import JUNK, Mask, RetrievalTask, Search
+from .reports import binomial
+from .retrieval.distance import check_unit_length
+from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
+from .retrieval.images import Images, ImageSet
+from .retrieval.options import check_probability, to_radii
+from .retrieval.task import JUNK, Mask, RetrievalTask, Search
+from .runs.progress import progress_bar
 
 _QUANTILES = ndtr(torch.linspace(-3, 2.5, 15, dtype=torch.float64)).tolist()  # denser at both ends
 _THRESHOLDS = 1 + len(_QUANTILES)

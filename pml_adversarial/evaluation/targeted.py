@@ -18,18 +18,19 @@ from ..attacks.objective import Score
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from . import provenance
-from .attacks import QueryAttack, QueryBatch
-from .binomial import CONFIDENCE, Interval, rate_interval
+from .attacks.kinds import QueryAttack
+from .attacks.square import square_attack
+from .attacks.suites import gradient_attack
 from .checks import FEW, plausible
-from .distance import find_distance
-from .embedder import Embedder, plain_surroundings
-from .gallery import Ranking, Targets
-from .images import Images
-from .options import NORMS, check_radii, to_radii, to_whole_numbers
-from .retrieval_task import JUNK, Mask, RetrievalTask, Search
-from .square import square_attack
-from .suites import gradient_attack
+from .reports import provenance
+from .reports.binomial import CONFIDENCE, Interval, rate_interval
+from .retrieval.batch import QueryBatch
+from .retrieval.distance import find_distance
+from .retrieval.embedder import Embedder, plain_surroundings
+from .retrieval.gallery import Ranking, Targets
+from .retrieval.images import Images
+from .retrieval.options import NORMS, check_radii, to_radii, to_whole_numbers
+from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
 

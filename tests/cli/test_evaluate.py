@@ -16,8 +16,8 @@ from torch.export import Dim
 from pml_adversarial import InputError
 from pml_adversarial.cli import evaluate as saved_model
 from pml_adversarial.cli import main
-from pml_adversarial.evaluation.fingerprints import of_file
-from pml_adversarial.evaluation.report import Report
+from pml_adversarial.evaluation.reports.fingerprints import of_file
+from pml_adversarial.evaluation.reports.report import Report
 
 NETWORK = "from torch import nn\n\n\ndef make(width=4):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, width))\n"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

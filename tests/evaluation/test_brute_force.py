@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.results import decode_flags
+from pml_adversarial.evaluation.reports.results import decode_flags
 
 ROW, PLANE = (1, 1, 3), (1, 5, 5)
 QUERIES, ITEMS = 16, 12

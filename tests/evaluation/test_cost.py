@@ -8,9 +8,9 @@ from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import estimate_cost, evaluate_robustness, robustness
-from pml_adversarial.evaluation.attacks import QueryAttack
+from pml_adversarial.evaluation.attacks.kinds import QueryAttack
+from pml_adversarial.evaluation.attacks.suites import quick, standard
 from pml_adversarial.evaluation.cost import Cost, most_passes, passes_of_checks
-from pml_adversarial.evaluation.suites import quick, standard
 
 TINY = 1e-6  # an eps at which no attack succeeds
 NOISE = QueryAttack("noise", lambda batch, eps, restart: batch.images)

@@ -20,9 +20,9 @@ from pml_adversarial.evaluation import (
     quick,
     standard,
 )
-from pml_adversarial.evaluation.attacks import ANSWERS, SAMPLES
-from pml_adversarial.evaluation.suites import classifier_attack, nearest_wrong, promotion
-from pml_adversarial.evaluation.transfer import transfer_attack
+from pml_adversarial.evaluation.attacks.suites import classifier_attack, nearest_wrong, promotion
+from pml_adversarial.evaluation.attacks.transfer import transfer_attack
+from pml_adversarial.evaluation.retrieval.batch import ANSWERS, SAMPLES
 
 STILL = QueryAttack("still", lambda batch, eps, restart: batch.images)
 SHAKEN = QueryAttack("shaken", lambda batch, eps, restart: batch.images + eps)

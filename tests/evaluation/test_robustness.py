@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation import metrics as scores
-from pml_adversarial.evaluation.attacks import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.suites import (
+from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
+from pml_adversarial.evaluation.attacks.suites import (
     classifier_attack,
     demotion,
     gradient_attack,

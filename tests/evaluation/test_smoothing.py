@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation import binomial
 from pml_adversarial.evaluation import smoothing as module
+from pml_adversarial.evaluation.reports import binomial
 from pml_adversarial.evaluation.smoothing import (
     certify,
     choose_thresholds,

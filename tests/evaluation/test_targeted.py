@@ -12,7 +12,7 @@ from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import TargetedReport, evaluate_targeted
-from pml_adversarial.evaluation.binomial import rate_interval
+from pml_adversarial.evaluation.reports.binomial import rate_interval
 from pml_adversarial.evaluation.targeted import lead_score
 
 TIE = 1e-6

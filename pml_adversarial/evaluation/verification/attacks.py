@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...attacks.ball import per_image, project
 from ...attacks.objective import Objective, Score
 from ...attacks.pgd import PGD, MomentumPGD
-from ..distance import Distance
-from ..embedder import Embed
-from ..gallery import finite_or_zero
-from ..square import search_squares
+from ..attacks.square import search_squares
+from ..retrieval.distance import Distance
+from ..retrieval.embedder import Embed
+from ..retrieval.gallery import finite_or_zero
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.

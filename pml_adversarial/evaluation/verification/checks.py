@@ -18,10 +18,10 @@ from torch import Tensor
 from ...attacks.ball import project
 from ...attacks.pgd import uniform_noise
 from ...training.isolation import random_stream
-from .. import binomial
 from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, largest_noise, no_weaker, plausible
-from ..options import largest_radius
-from ..results import Check
+from ..reports import binomial
+from ..reports.results import Check
+from ..retrieval.options import largest_radius
 from .attacks import PairBatch, momentum
 from .roc import PairScores
 from .task import PairTask

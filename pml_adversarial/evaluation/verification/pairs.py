@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ...attacks.checks import check_whole
 from ...errors import InputError
 from ...training.isolation import random_stream
-from ..images import ImageSet
+from ..retrieval.images import ImageSet
 
 Pairs = Any
 """Pairs of images with pixels in [0, 1]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...errors import InputError
-from ..binomial import CONFIDENCE
-from ..results import Check, decode_flags
+from ..reports.binomial import CONFIDENCE
+from ..reports.results import Check, decode_flags
 from .roc import ROC, EqualErrorRate, PairScores, Rate
 
 SCHEMA = 1

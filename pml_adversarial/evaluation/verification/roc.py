@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..binomial import CONFIDENCE, rate_interval, rate_lower_bounds
+from ..reports.binomial import CONFIDENCE, rate_interval, rate_lower_bounds
 
 _ROUNDING = 1e-9  # of a product of a rate and a number of pairs
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...training.isolation import random_stream
-from .. import fingerprints
-from ..distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
-from ..embedder import Embedder, batches, check_finite
-from ..gallery import TIE
-from ..images import ImageSet
-from ..options import to_rows
+from ..reports import fingerprints
+from ..retrieval.distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
+from ..retrieval.embedder import Embedder, batches, check_finite
+from ..retrieval.gallery import TIE
+from ..retrieval.images import ImageSet
+from ..retrieval.options import to_rows
 from .attacks import PairBatch
 from .pairs import PairChoice, Pairs, PairSet
 from .roc import PairScores

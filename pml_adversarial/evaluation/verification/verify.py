@@ -12,11 +12,11 @@ from ...attacks.checks import check_choice, check_steps, check_whole
 from ...errors import InputError
 from ...training.isolation import random_stream
 from ...training.pixels import Bounds, Normalization
-from .. import provenance
-from ..distance import find_distance
-from ..embedder import Embedder, plain_surroundings
-from ..options import as_numbers, check_probability, check_radii, to_radii, to_whole_numbers
-from ..progress import progress_bar
+from ..reports import provenance
+from ..retrieval.distance import find_distance
+from ..retrieval.embedder import Embedder, plain_surroundings
+from ..retrieval.options import as_numbers, check_probability, check_radii, to_radii, to_whole_numbers
+from ..runs.progress import progress_bar
 from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
 from .evaluator import PairEvaluator, find_thresholds

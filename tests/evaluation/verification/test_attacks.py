@@ -10,7 +10,7 @@ from query_batches import RADIUS, Made, all_norms, images_of, length, network
 from some_pairs import LISTED, SIMILARITIES, similarities_by_loops, task_of
 from torch import nn
 
-from pml_adversarial.evaluation.distance import find_distance
+from pml_adversarial.evaluation.retrieval.distance import find_distance
 from pml_adversarial.evaluation.verification.attacks import (
     REJECTED,
     PairAttack,

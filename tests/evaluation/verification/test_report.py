@@ -11,7 +11,7 @@ from some_pairs import verified
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import VerificationReport
-from pml_adversarial.evaluation.results import Check
+from pml_adversarial.evaluation.reports.results import Check
 from pml_adversarial.evaluation.verification.attacks import REJECTED
 
 

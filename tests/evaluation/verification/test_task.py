@@ -9,8 +9,8 @@ from some_pairs import LISTED, SIMILARITIES, similarities_by_loops, task_of
 from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.distance import find_distance
-from pml_adversarial.evaluation.embedder import Embedder
+from pml_adversarial.evaluation.retrieval.distance import find_distance
+from pml_adversarial.evaluation.retrieval.embedder import Embedder
 from pml_adversarial.evaluation.verification.roc import PairScores
 from pml_adversarial.evaluation.verification.task import PairTask
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import PairAttack, VerificationReport, evaluate_verification
-from pml_adversarial.evaluation.distance import DISTANCES
+from pml_adversarial.evaluation.retrieval.distance import DISTANCES
 from pml_adversarial.evaluation.verification.attacks import pair_attacks
 
 IMAGES, LABELS = images_of()

@@ -1,0 +1,48 @@
+"""Attacks on retrieval: on queries and on the gallery, with gradients, by search, or with images made elsewhere."""
+
+from .kinds import AttackOutcome, GalleryAttack, Perturb, QueryAttack, RetrievalAttack
+from .rank_only import rank_only_attack
+from .square import square_attack
+from .suites import (
+    classifier_attack,
+    demotion,
+    fast,
+    gradient_attack,
+    margin_score,
+    nearest_right,
+    nearest_wrong,
+    promotion,
+    quick,
+    shift_score,
+    standard,
+    targeted_score,
+)
+from .transfer import transfer_attack, transferred
+from .universal import UniversalPerturbation, universal_attack, universal_perturbation
+
+__all__ = [
+    "AttackOutcome",
+    "GalleryAttack",
+    "Perturb",
+    "QueryAttack",
+    "RetrievalAttack",
+    "UniversalPerturbation",
+    "classifier_attack",
+    "demotion",
+    "fast",
+    "gradient_attack",
+    "margin_score",
+    "nearest_right",
+    "nearest_wrong",
+    "promotion",
+    "quick",
+    "rank_only_attack",
+    "shift_score",
+    "square_attack",
+    "standard",
+    "targeted_score",
+    "transfer_attack",
+    "transferred",
+    "universal_attack",
+    "universal_perturbation",
+]

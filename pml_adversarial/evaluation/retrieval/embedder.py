@@ -1,0 +1,278 @@
+"""A model as a function from pixels to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import CaptureError, InputError
+from ...training.capture import in_order, modules_run_by
+from ...training.isolation import isolated, random_stream
+from ...training.pixels import Bounds, Normalization, PixelSpace
+from ..runs.sharing import Ranks
+from .images import ImageSet
+
+Embed = Callable[[Tensor], Tensor]
+"""Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``."""
+
+
+class Embedder:
+    """A model that takes pixels, checks its embeddings, and counts the images that it embeds, also with gradient.
+
+    Args:
+        model: a module, modules in forward order, a PML trainer's ``models``, or any function of images.
+        normalization: see `PixelSpace`.
+        bounds: see `PixelSpace`.
+
+    Attributes:
+        modules: the modules that the model runs. Those of a function are found by `probe`.
+        device: of the modules' parameters or buffers.
+        space: converts pixels to the model's inputs.
+        dtype: of the inputs: that of the parameters, or single precision.
+        embedding_dtype: of the embeddings; known after `probe`.
+        has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
+        is_random: whether the model gives another answer each time; see `probe_randomness`.
+        on_passes: is told how many image passes each call takes, forward and backward.
+    """
+
+    def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
+        self._call = _callable(model)
+        self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
+        self.dtype = torch.float32
+        self._find_place()
+        self.embedding_dtype = torch.float32
+        self.has_gradient = self.takes_gradient = True
+        self.is_random = False
+        self.forward_passes = self.backward_passes = 0
+        self.on_passes: Callable[[int], object] = lambda passes: None
+        self.space = PixelSpace(normalization, bounds)
+        self._autocast = _Autocast()
+
+    def _find_place(self) -> None:
+        tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
+
+    @property
+    def pixel_dtype(self) -> torch.dtype:
+        """Of the pixels that attacks change: single precision, or double if the model computes in it."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """Types of the inputs, of the embeddings, and of the autocast that the model runs under."""
+        types = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.embedding_dtype)]
+        return f"{types[0]} -> {types[1]}, autocast {self._autocast}"
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Puts the modules into eval mode and freezes them, see `training.isolation.isolated`, in plain surroundings.
+
+        The model itself runs under the autocast that surrounded the making of this object.
+        """
+        with plain_surroundings(), isolated(*self.modules):
+            yield
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)`` in [0, 1]; refuses what is not one per image."""
+        with_gradient = pixels.requires_grad and torch.is_grad_enabled()
+        self.forward_passes += len(pixels)
+        self.backward_passes += len(pixels) * with_gradient
+        self.on_passes(len(pixels) * (1 + with_gradient))
+        embeddings = self._embed(pixels if self.takes_gradient else pixels.detach())
+        if with_gradient:  # where the model gives no gradient, it is 0
+            embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
+        return embeddings
+
+    def probe(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Embeds pixels ``(n, C, H, W)`` and notes what kind of model this is. It counts as no pass.
+
+        Args:
+            pixels: some images.
+            dtype: of the images as they were given, for a model that has no weights which say what it takes.
+
+        Raises:
+            InputError: the model fails on the images, or does not return one embedding per image.
+        """
+        if not self.modules:
+            self.dtype = dtype if dtype.is_floating_point else torch.float32
+            with plain_surroundings():
+                self.modules = modules_run_by(self._tried, pixels.detach())
+            self._find_place()
+        with self.isolated(), torch.no_grad():
+            self.embedding_dtype = self._tried(pixels).dtype
+
+    def probe_gradient(self, pixels: Tensor) -> None:
+        """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
+        with self.isolated():
+            self._note_gradient(pixels.detach().clone().requires_grad_())
+
+    def probe_randomness(self, pixels: Tensor) -> None:
+        """Notes whether pixels ``(n, C, H, W)`` have other embeddings in a second call. It counts as no pass.
+
+        Differences of one hundredth of the embeddings' spread, and those that rounding makes, are not counted.
+        """
+        with self.isolated(), torch.no_grad():
+            first, again = (self._tried(pixels).double() for _ in range(2))
+        spread = (first - first.mean(0)).square().sum(1).mean().sqrt()
+        rounding = 8 * torch.finfo(self.embedding_dtype).eps * first.square().sum(1).mean().sqrt()
+        self.is_random = bool((again - first).norm(dim=1).amax() > 0.01 * spread + rounding)
+
+    def _note_gradient(self, pixels: Tensor) -> None:
+        if any(parameter.is_inference() for module in self.modules for parameter in module.parameters()):
+            raise InputError(
+                "The model's weights were made under torch.inference_mode(), so no gradient can pass through them. "
+                "Expected weights made outside of it; make or load the model there."
+            )
+        try:
+            embeddings = self._embed(pixels)
+            asked = embeddings.requires_grad
+            (found,) = torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if asked else (None,)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:  # such as of numpy, which takes no images that ask for a gradient
+            self.has_gradient = self.takes_gradient = False
+        else:
+            self.has_gradient = found is not None
+
+    def _tried(self, pixels: Tensor) -> Tensor:
+        try:
+            return self._embed(pixels)
+        except (InputError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            raise InputError(
+                f"The model fails on {len(pixels)} image(s) of shape {tuple(pixels.shape[1:])} and {self.dtype}, with "
+                f"{type(error).__name__}: {error}. Expected a model that takes batches of any number of these images."
+            ) from error
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        with self._autocast.on():
+            found = self._call(self.space.to_inputs(pixels).to(self.dtype))
+        embeddings = torch.as_tensor(found) if type(found).__module__ == "numpy" else found
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pixels):
+            shown = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise InputError(
+                f"The model returned {shown} for {len(pixels)} images; expected embeddings ({len(pixels)}, D). Pass a "
+                "function that returns them, such as lambda images: model(images).pooler_output, or .flatten(1)."
+            )
+        if embeddings.is_complex() or not embeddings.shape[1]:
+            raise InputError(
+                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real "
+                "embeddings of "
+                "one dimension or more."
+            )
+        if embeddings.is_quantized:
+            embeddings = embeddings.dequantize()
+        embeddings = embeddings if embeddings.is_floating_point() else embeddings.float()
+        return embeddings.to(pixels.device)
+
+    def check_gradient(self, pixels: Tensor) -> None:
+        """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
+        self.probe_gradient(pixels)
+        if not self.has_gradient:
+            raise InputError(
+                "The embeddings have no gradient with respect to the images, and the attacks need gradients. Use a "
+                "model that computes embeddings with torch, without torch.no_grad() and detach()."
+            )
+
+
+@contextmanager
+def plain_surroundings() -> Iterator[None]:
+    """Inside, neither inference mode nor autocast is on."""
+    with torch.inference_mode(False), ExitStack() as stack:
+        for kind in _kinds():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+class _Autocast:
+    """The autocast that surrounds the making of it: for each type of device, whether it is on, and its type."""
+
+    def __init__(self) -> None:
+        self._found = {kind: _state(kind) for kind in _kinds()}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, (enabled, dtype) in self._found.items():
+                if enabled:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {dtype}" for kind, (enabled, dtype) in self._found.items() if enabled) or "off"
+
+
+def _kinds() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _state(kind: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _callable(model: Any) -> Callable[..., Any]:
+    try:
+        return in_order(_inside(model))
+    except CaptureError as error:
+        raise InputError(str(error)) from error
+
+
+def _inside(model: Any) -> Any:
+    """The same without `DistributedDataParallel`, which sends buffers to other processes in each call."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    if isinstance(model, Mapping | nn.ModuleDict):
+        return {name: _inside(model[name]) for name in model}
+    return [_inside(part) for part in model] if isinstance(model, list | tuple | nn.ModuleList) else model
+
+
+def _known_modules(call: Any) -> tuple[nn.Module, ...]:
+    """The module itself, or the one whose method it is; none of another function."""
+    if isinstance(call, nn.Module):
+        return (call,)
+    owner = getattr(getattr(call, "func", call), "__self__", None)
+    return (owner,) if isinstance(owner, nn.Module) else ()
+
+
+def embed_all(
+    embed: Embed,
+    images: Tensor | ImageSet,
+    batch_size: int,
+    rows: Tensor | None = None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Embeddings ``(N, D)`` of the images ``rows`` ``(N,)``, or of all, without gradient.
+
+    Processes may share the batches. A model that draws random numbers draws them from a stream of each batch.
+    """
+    parts = (torch.arange(len(images)) if rows is None else rows.cpu()).split(batch_size)
+
+    def make(number: int) -> Tensor:
+        with torch.no_grad(), random_stream(0, number):
+            return embed(images[parts[number]])
+
+    return torch.cat(list((Ranks() if ranks is None else ranks).share(range(len(parts)), make)))
+
+
+def check_finite(embeddings: Tensor) -> Tensor:
+    """The same embeddings ``(N, D)``; refuses those that are not finite."""
+    bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad:
+        raise InputError(
+            f"The model returned NaN or infinite embeddings for {bad} of {len(embeddings)} images without attack; "
+            "expected finite ones."
+        )
+    return embeddings
+
+
+def batches(total: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``range(total)``, each of at most ``size``."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

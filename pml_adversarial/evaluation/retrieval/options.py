@@ -1,0 +1,154 @@
+"""Checks of what a user passes to an evaluation. What they refuse is an `InputError`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attacks.ball import COUNTS
+from ...attacks.ball import NORMS as NORMS
+from ...errors import InputError
+
+
+def check_probability(name: str, value: float) -> None:
+    """Refuses what is not strictly between 0 and 1."""
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise InputError(f"{name}={value!r}; expected a probability between 0 and 1, such as 0.001.")
+
+
+def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: str = "eps") -> tuple[float, ...]:
+    """One or more different radii, ascending: in pixels of [0, 1], or whole numbers in "L0" and "patch".
+
+    In Linf none is above 1. 0 needs ``zero``.
+    """
+    has_dimensions = getattr(eps, "ndim", True)  # a tensor without dimensions is one number
+    given: Iterable[Any] = eps if isinstance(eps, Iterable) and has_dimensions else [eps]
+    try:
+        radii = tuple(sorted({float(radius) for radius in given}))
+    except (TypeError, ValueError):
+        radii = ()
+    if isinstance(eps, str | bool) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
+        smallest = "0 or larger" if zero else "above 0"
+        raise InputError(f"{name}={eps!r}; expected one or more radii {smallest} {_UNITS[norm]}.")
+    if norm in COUNTS and not all(radius.is_integer() for radius in radii):
+        raise InputError(f"{name}={eps!r}; expected whole numbers from 1 on {_UNITS[norm]}, in norm={norm!r}.")
+    if norm == "Linf" and radii[-1] > 1:
+        raise InputError(f"{name}={radii[-1]:g} is wider than all pixels; expected 1 at most in Linf, such as 8/255.")
+    return radii
+
+
+_UNITS = {
+    "Linf": "in pixels of [0, 1], such as 8/255",
+    "L2": "in pixels of [0, 1], such as 0.25",
+    "L1": "in pixels of [0, 1], such as 2",
+    "L0": "of pixels that change, such as 10",
+    "patch": "as the side of a square of pixels, such as 5",
+}
+
+
+def largest_radius(norm: str, shape: Sequence[int]) -> float:
+    """The radius beyond which the ball around an image of a shape, such as ``(C, H, W)``, holds nothing more.
+
+    For a patch it is the shorter side: no larger square fits.
+    """
+    values = math.prod(shape)
+    if norm == "patch":
+        return min(shape[-2:])
+    positions = math.prod(shape[1:]) if len(shape) > 2 else values
+    return {"Linf": 1, "L2": math.sqrt(values), "L1": values, "L0": positions}[norm]
+
+
+def check_radii(radii: Iterable[float], norm: str, shape: Sequence[int]) -> None:
+    """Refuses radii beyond `largest_radius`."""
+    largest = largest_radius(norm, shape)
+    for radius in radii:
+        if radius > largest:
+            raise InputError(
+                f"eps={radius:g} in norm={norm!r} is wider than images of shape {tuple(shape)}; expected "
+                f"{largest:.6g} at most. {_CAUSES[norm]}"
+            )
+
+
+_LEVELS = "Is it in levels of 0..255 (then divide it by 255), or meant in another norm?"
+_CAUSES = {
+    **dict.fromkeys(("Linf", "L2", "L1"), _LEVELS),
+    "L0": "eps counts positions, all channels of one together. Is it meant in another norm?",
+    "patch": "eps is the side of the square in pixels. Is it its area, or meant in another norm?",
+}
+
+
+def to_recall_at(values: Any) -> list[int]:
+    """The k of R@k, whole numbers from 1 on, ascending; 1 is always among them."""
+    found = sorted({1, *to_whole_numbers(values, "recall_at")})
+    if found[0] < 1:
+        raise InputError(f"recall_at={values!r}; expected whole numbers from 1 on.")
+    return found
+
+
+def to_whole_numbers(values: Any, name: str) -> list[int]:
+    """Whole numbers from a list, a range, an array or a tensor; refuses anything else."""
+    try:
+        found = torch.as_tensor(values if hasattr(values, "dtype") else list(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}={values!r}; expected whole numbers, in a list or a tensor.") from error
+    if found.ndim != 1 or (
+        len(found) and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex())
+    ):
+        raise InputError(
+            f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected whole numbers, in a list or a tensor."
+        )
+    return [int(value) for value in found.tolist()]
+
+
+def as_numbers(pair: Any) -> list[float | list[float]]:
+    """Two numbers, or two lists of numbers, in types that JSON knows."""
+    return [float(part) if isinstance(part, int | float) else [float(value) for value in part] for part in pair]
+
+
+def description_of_mask(mask: Any) -> str | None:
+    """What tells one mask from another: the hash of its values, or the name of the function."""
+    if mask is None or callable(mask):
+        return None if mask is None else getattr(mask, "__qualname__", type(mask).__qualname__)
+    return digest_of(torch.as_tensor(mask))
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """The SHA-256 of the values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:
+    """``(n, total)`` bool for the queries ``rows`` ``(n,)``, from a mask of all queries or a function; None: none."""
+    if mask is None:
+        return None
+    if callable(mask):
+        found, expected = mask(rows.clone()), (len(rows), total)
+        part = torch.as_tensor(found)
+        shape = tuple(part.shape)
+    else:
+        part = torch.as_tensor(mask)
+        shape, expected = tuple(part.shape), (max(len(part), int(rows.max()) + 1) if part.ndim else 1, total)
+    if part.dtype != torch.bool or shape != expected:
+        raise InputError(
+            f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which "
+            "items of "
+            "the gallery are meant. It may be a function of the queries' indices."
+        )
+    return (part if callable(mask) else part[rows.to(part.device)]).to(rows.device)
+
+
+def to_rows(subset: Any, total: int) -> Tensor:
+    """Different indices ``(n,)`` below ``total``, one at least; None: all of them."""
+    everyone = torch.arange(total)
+    rows = everyone if subset is None else everyone.new_tensor(to_whole_numbers(subset, "subset"))
+    if not len(rows) or not torch.isin(rows, everyone).all() or len(rows.unique()) < len(rows):
+        raise InputError(f"subset={rows.tolist()[:8]}; expected different indices, one at least, below {total}.")
+    return rows

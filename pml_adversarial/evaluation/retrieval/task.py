@@ -1,0 +1,337 @@
+"""What is evaluated: a model that embeds queries, which search a gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from .batch import ANSWERS, SAMPLES, QueryBatch
+from .distance import Cosine, Distance, Euclidean, find_distance
+from .embedder import Embedder, batches, check_finite, embed_all
+from .gallery import Gallery, Targets, finite_or_zero
+from .images import Images, ImageSet
+from .options import to_mask, to_rows, to_whole_numbers
+
+JUNK = -1  #: Label of items that are never found, as in Market-1501.
+
+Mask = Tensor | Callable[[Tensor], Any] | None
+"""``(Q, G)`` bool, or a function of the indices ``(n,)`` of some queries that gives ``(n, G)``; None: nothing."""
+
+_SAMPLE = 16  # items of a given gallery that are embedded anew
+_ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image differ by less, in half precision too
+_SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
+_DIFFERENT = 0.5  # percent of R@1
+_CANDIDATES = 8  # nearest items whose images are compared with a query's
+
+
+@dataclass(frozen=True)
+class Search:
+    """How queries search: options of `evaluate_robustness`, see there."""
+
+    distance: Any = "cosine"
+    own: Sequence[int] | Tensor | str | None = None
+    ignore: Mask = None
+    relevant: Mask = None
+    junk_label: int | None = JUNK
+
+
+class RetrievalTask:
+    """A model, queries and the gallery that they search, from the arguments of `evaluate_robustness`.
+
+    Attributes:
+        embed: the model.
+        queries: images and labels of the queries.
+        items: images and labels of the gallery; without images, they are known by their embeddings alone.
+        distance: how embeddings are compared.
+        gallery: embeddings of the gallery, after `set_gallery`.
+        clean: ``(Q, D)`` embeddings of the queries, after `set_queries`.
+        own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
+        finds_own: whether the own items are found by comparing images.
+        in_gallery: ``(Q,)`` bool, whether the gallery holds the query's image as an item that it may find.
+        norm: of the perturbations.
+        notes: what a reader of the report has to know.
+    """
+
+    def __init__(
+        self,
+        embed: Embedder,
+        queries: Images,
+        gallery: Images | None,
+        norm: str = "Linf",
+        search: Search | None = None,
+    ) -> None:
+        search = Search() if search is None else search
+        self.embed = embed
+        self.distance: Distance = find_distance(search.distance)
+        self.norm = norm
+        self.notes: list[str] = []
+        self._is_leave_one_out = gallery is None
+        self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
+        self._read(queries, gallery)
+        self.finds_own = isinstance(search.own, str)
+        self.own = self._own(search.own)
+        self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
+        self.gallery: Gallery
+        self.clean: Tensor
+
+    @property
+    def leave_one_out(self) -> bool:
+        """Whether any query is in the gallery, and left out of its own list."""
+        return bool((self.own >= 0).any())
+
+    @property
+    def protocol(self) -> str:
+        """Who searches what, in words."""
+        name = "leave-one-out" if self.leave_one_out else "separate gallery"
+        parts = [name, "ignored items" * (self._ignore is not None), "relevance given" * (self._relevant is not None)]
+        parts.append("several labels per image" * (self.queries.label_sets is not None))
+        return ", ".join(filter(None, parts))
+
+    def set_gallery(self, embeddings: Tensor) -> None:
+        """Uses embeddings ``(G, D)`` of all items as the gallery, if they are finite and of two classes or more."""
+        if len(embeddings) != len(self.items):
+            raise InputError(
+                f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one "
+                "each. A "
+                "gallery without images is gallery=(None, labels)."
+            )
+        self._embeddings = check_finite(embeddings)
+        self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
+        junk = self.items.labels == self._junk if self._junk is not None else torch.zeros(0)
+        if junk.any():
+            self.notes.append(f"{int(junk.sum())} items of the label {self._junk} are junk: no query finds them")
+        if self._relevant is None and self.items.label_sets is None and len(self._searched_classes()) < 2:
+            raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
+
+    def set_queries(self, rows: Tensor, embeddings: Tensor) -> None:
+        """Uses clean embeddings ``(n, D)`` of the queries ``rows``, and looks for those that lie in the gallery."""
+        self.clean = embeddings.new_zeros(len(self.queries), embeddings.shape[1])
+        self.clean[rows] = check_finite(embeddings)
+        if embeddings.shape[1] == 1 and self.distance.has_unit_length:
+            raise InputError(
+                f"The embeddings have one dimension, and by {self.distance.name} they are 1 or -1. Expected more "
+                "dimensions, or distance='euclidean', if they are searched so."
+            )
+        found = self._same_items(rows)
+        if self.finds_own:
+            self.own = self.own.index_copy(0, rows, found)
+            found = self._same_items(rows)
+        self.in_gallery[rows] = found >= 0
+        if self.in_gallery.any():
+            count = int(self.in_gallery.sum())
+            cure = (
+                "expected one of each image" if self.finds_own or self._is_leave_one_out else "own='same' leaves it out"
+            )
+            self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
+
+    def embed_and_set(self, rows: Tensor, batch_size: int, known: Any = None) -> None:
+        """Embeds and sets the gallery, of which embeddings ``(G, D)`` may be known, and the queries ``rows``."""
+        if known is None and not self.items.has_images:
+            raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+        items = embed_all(self.embed, self.items, batch_size) if known is None else self.check_embeddings(known)
+        self.set_gallery(items)
+        is_gallery = known is None and self.items is self.queries
+        self.set_queries(rows, items[rows] if is_gallery else embed_all(self.embed, self.queries, batch_size, rows))
+
+    def check_embeddings(self, embeddings: Any) -> Tensor:
+        """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
+        given = torch.as_tensor(embeddings).detach()
+        given = (given.clone() if given.is_inference() else given).to(self.embed.device)
+        with torch.no_grad():
+            dimension = self.embed(self.queries[:1]).shape[1]
+        if given.ndim != 2 or given.shape[1] != dimension or not given.is_floating_point():
+            raise InputError(
+                f"gallery_embeddings are {given.dtype} {tuple(given.shape)}; expected ({len(self.items)}, {dimension}) "
+                "in floating point, as the model gives them."
+            )
+        if self.items.has_images and len(given) == len(self.items):
+            self._check_against_images(given)
+        return given
+
+    def targets(self, rows: Tensor) -> Targets:
+        """What the queries ``rows`` should find."""
+        ignored = to_mask(self._ignore, rows, len(self.items), "ignore")
+        if self._junk is not None and bool((junk := self.items.labels == self._junk).any()):
+            ignored = junk.expand(len(rows), -1) if ignored is None else ignored | junk
+        relevant = to_mask(self._relevant, rows, len(self.items), "relevant")
+        if relevant is None and self.queries.label_sets is not None and self.items.label_sets is not None:
+            relevant = (self.queries.label_sets[rows].float() @ self.items.label_sets.T.float()) > 0
+        return Targets(self.queries.labels[rows], self.own[rows], ignored, relevant)
+
+    def rows(self, subset: Sequence[int] | Tensor | None) -> Tensor:
+        """Indices of the queries of a subset; None: all."""
+        return to_rows(subset, len(self.queries)).to(self.embed.device)
+
+    def with_right_item(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Those of the queries ``rows`` that have a right item, one at least; how many have none."""
+        parts = [self.targets(rows[part]) for part in batches(len(rows), 1024)]
+        right, searched = (torch.cat(f) for f in zip(*map(self._counts, parts), strict=True))
+        if bool((right == searched).all()):
+            raise InputError(
+                f"None of {len(rows)} queries has a wrong item in the gallery; expected items that are not right."
+            )
+        if not right.any():
+            raise InputError(
+                f"None of {len(rows)} queries has a right item in the gallery; expected labels that occur there"
+                + (" at least twice." if self.leave_one_out else ".")
+            )
+        return rows[right > 0], int((right == 0).sum())
+
+    def note_randomness(self) -> None:
+        """Finds out whether the model answers at random, and notes what follows from it."""
+        self.embed.probe_randomness(self.queries[:_SAMPLE])
+        if self.embed.is_random:
+            self.notes.append(
+                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if no attack says "
+                f"else, and measures of a query are means over {ANSWERS} draws; where it is yes or no, the majority "
+                "counts. The gallery is embedded once"
+            )
+
+    def note_lengths(self, rows: Tensor) -> None:
+        """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
+        "them out.
+        """
+        lengths = self._embeddings.float().norm(dim=1)
+        if not isinstance(self.distance, Cosine) or float(lengths.amax()) <= _SAME_LENGTH * float(lengths.amin()):
+            return
+        by_length = Gallery(self._embeddings, self.items.labels, distance=Euclidean())
+        shares = []
+        for gallery in (self.gallery, by_length):
+            margins = [gallery.ranking(self.clean[part], self.targets(part), 1).margin for part in rows.split(1024)]
+            shares.append(100 * float((torch.cat(margins) < 0).float().mean()))
+        if abs(shares[0] - shares[1]) >= _DIFFERENT:
+            self.notes.append(
+                f"lengths of embeddings range from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}: by "
+                f"Euclidean distance R@1 without attack would be {shares[1]:.1f}, by cosine it is {shares[0]:.1f}; "
+                "distance=... has to be that of the deployed search"
+            )
+
+    def batch(self, rows: Tensor) -> QueryBatch:
+        """The queries ``rows`` with the gallery that they search, ready to be attacked."""
+        return QueryBatch(
+            embed=self.embed,
+            modules=self.embed.modules,
+            gallery=self.gallery,
+            pixels_of=self.items.__getitem__,
+            images=self.queries[rows],
+            clean=self.clean[rows],
+            targets=self.targets(rows),
+            norm=self.norm,
+            rows=rows,
+            is_random=self.embed.is_random,
+        )
+
+    def _counts(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        return self.gallery.num_right(targets), self.gallery.num_searched(targets)
+
+    def _searched_classes(self) -> Tensor:
+        classes = self.gallery.classes
+        return classes if self._junk is None else classes[classes != self._junk]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes are searched."""
+        return len(self._searched_classes())
+
+    def _read(self, queries: Images, gallery: Images | None) -> None:
+        dtype = self.embed.pixel_dtype
+        self.queries = ImageSet(queries, self.embed.device, "queries", dtype)
+        self.items = self.queries if gallery is None else ImageSet(gallery, self.embed.device, "gallery", dtype)
+        if not self.queries.has_images:
+            raise InputError("queries holds labels only; expected (images, labels), as images are what is attacked.")
+        for images in (self.queries,) if gallery is None else (self.queries, self.items):
+            note = images.check(self.embed.space)
+            if note is not None:
+                self.notes.append(note)
+        self.embed.probe(self.queries[:1], self.queries.given_dtype)
+        for images in (self.queries, self.items):
+            images.dtype = self.embed.pixel_dtype
+        self._join_label_sets()
+
+    def _join_label_sets(self) -> None:
+        """Numbers each combination of labels alike in both sets."""
+        queries, items = self.queries, self.items
+        if queries.label_sets is None and items.label_sets is None:
+            return
+        if (
+            queries.label_sets is None
+            or items.label_sets is None
+            or queries.label_sets.shape[1] != items.label_sets.shape[1]
+        ):
+            shapes = [None if s.label_sets is None else tuple(s.label_sets.shape) for s in (queries, items)]
+            raise InputError(
+                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as "
+                "many labels "
+                "in both."
+            )
+        joint = torch.cat([queries.label_sets, items.label_sets]).unique(dim=0, return_inverse=True)[1]
+        queries.labels, items.labels = joint[: len(queries)], joint[-len(items) :]
+
+    def _check_against_images(self, given: Tensor) -> None:
+        rows = torch.linspace(0, len(given) - 1, min(_SAMPLE, len(given))).long()
+        with torch.no_grad():
+            anew = self.distance.vectors(finite_or_zero(self.embed(self.items[rows])))
+        vectors = self.distance.vectors(finite_or_zero(given))
+        spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
+        apart = (vectors[rows.to(vectors.device)] - anew.to(vectors)).norm(dim=1)
+        if float(apart.amax()) > max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors)):
+            raise InputError(
+                f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
+                f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "
+                f"{spread:.3g}. "
+                "Expected embeddings of this model in the order of the gallery. To search vectors of another "
+                "model, pass "
+                "gallery=(None, labels)."
+            )
+
+    def _same_items(self, rows: Tensor) -> Tensor:
+        """``(n,)`` index of an item that a query may find and that has its image; -1: there is none."""
+        return torch.cat([self._same_as(part) for part in rows.split(256)])
+
+    def _same_as(self, rows: Tensor) -> Tensor:
+        vectors, items = (self.distance.vectors(e) for e in (self.clean[rows], self.gallery.embeddings))
+        targets, near = self.targets(rows), 1e-3 * self.distance.scale(items)
+        apart = torch.cat(
+            [
+                torch.cdist(vectors.double(), items[part].double()).masked_fill(targets.is_left_out(part), torch.inf)
+                for part in batches(len(items), 8192)
+            ],
+            1,
+        )
+        apart, nearest = apart.topk(min(_CANDIDATES, len(items)), dim=1, largest=False)
+        found = torch.full_like(rows, -1)
+        for place, row in enumerate(rows.tolist()):
+            close = nearest[place][apart[place] <= near]
+            if not len(close):
+                continue
+            if not self.items.has_images:
+                found[place] = close[0] if float(apart[place, 0]) <= 1e-6 * near else -1
+                continue
+            images = self.items[close]
+            image = self.queries[[row]]
+            if images.shape[1:] == image.shape[1:]:
+                same = (images == image).flatten(1).all(1)
+                found[place] = close[same][0] if same.any() else -1
+        return found
+
+    def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
+        device, count, is_gallery = self.embed.device, len(self.queries), self._is_leave_one_out
+        if own is None or (isinstance(own, str) and own == "same"):
+            if is_gallery:
+                return torch.arange(count, device=device)
+            return torch.full((count,), -1, device=device)
+        if isinstance(own, str):
+            raise InputError(f"own={own!r}; expected 'same', or the index in the gallery of each query's own item.")
+        found = torch.tensor(to_whole_numbers(own, "own"), dtype=torch.long, device=device)
+        exists = (found >= -1) & (found < len(self.items))
+        if is_gallery or len(found) != count or not bool(exists.all()):
+            raise InputError(
+                f"own holds {found.tolist()[:8]}...; expected, together with a gallery, for each of {count} queries "
+                "the index of the item that is the query itself, or -1."
+            )
+        return found

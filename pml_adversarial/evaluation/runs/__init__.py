@@ -1,0 +1,1 @@
+"""How a long evaluation runs: in parts that are kept, in several processes, with a bar."""

@@ -1,0 +1,162 @@
+"""Labelled images from tensors and from data sets, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from query_batches import images_of
+from torch.utils.data import Dataset, TensorDataset
+
+from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation.retrieval.images import ImageSet
+
+CPU = torch.device("cpu")
+
+
+class Listed(Dataset):
+    """A data set of pairs; ``get`` takes an index."""
+
+    def __init__(self, get, count):
+        self.get, self.count = get, count
+
+    def __getitem__(self, row):
+        return self.get(row)
+
+    def __len__(self):
+        return self.count
+
+
+def pairs(images, labels):
+    return Listed(lambda row: (images[row], int(labels[row])), len(images))
+
+
+class TestForms:
+    def test_data_sets(self):
+        images, labels = images_of()
+
+        class Targeted(Listed):
+            targets = labels.tolist()
+
+        class Labelled(Listed):
+            labels = images_of()[1].numpy()
+
+        class Short(Listed):
+            targets = (3, 4)  # something else
+
+        class Renamed(Listed):
+            """As torchvision's do: ``targets`` are those before ``target_transform``."""
+
+            targets = (labels % 2).tolist()
+            target_transform = staticmethod(lambda label: label)
+
+        sets = [kind(pairs(images, labels).get, 24) for kind in (Listed, Targeted, Labelled, Short, Renamed)]
+        for queries in (*sets, TensorDataset(images, labels), [images, labels], (images, labels)):
+            found = ImageSet(queries, CPU, "queries")
+            assert len(found) == 24
+            assert torch.equal(found.labels, labels)
+            assert torch.equal(found[:], images)
+            assert torch.equal(found[[3, 0, 3]], images[[3, 0, 3]])
+            assert torch.equal(found[torch.tensor([20])], images[20:21])
+            assert torch.equal(found[5:9], images[5:9])
+
+    @pytest.mark.parametrize("name", ["targets", "labels"])
+    def test_known_labels_are_taken_without_reading_an_image(self, name):
+        def get(row):
+            raise AssertionError("an image was read")
+
+        queries = Listed(get, 4)
+        setattr(queries, name, (0, 1, 0, 1))
+        assert ImageSet(queries, CPU, "queries").labels.tolist() == [0, 1, 0, 1]
+
+    def test_only_the_images_asked_for_are_read(self):
+        images, labels = images_of()
+        read = []
+
+        class Targeted(Listed):
+            targets = labels
+
+        def get(row):
+            read.append(row)
+            return images[row], int(labels[row])
+
+        ImageSet(Targeted(get, 24), CPU, "queries")[torch.tensor([7, 2])]
+        assert read == [7, 2]
+
+    @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int64])
+    def test_labels_are_of_one_kind(self, kind):
+        images, labels = images_of()
+        found = ImageSet((images, labels.to(kind)), CPU, "queries")
+        assert found.labels.dtype == torch.int64
+        assert torch.equal(found.labels, labels)
+
+    def test_pixels_carry_no_gradient(self):
+        images, labels = images_of()
+        assert not ImageSet((images.clone().requires_grad_(), labels), CPU, "queries")[:3].requires_grad
+
+
+PIXELS = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("queries", "message"),
+        [
+            (PIXELS, r"queries is Tensor; expected \(images, labels\) or a data set"),
+            ((PIXELS,), r"queries is \(Tensor\); expected two tensors or arrays, \(images, labels\)"),
+            ((PIXELS, [0.0, 0, 1, 1]), r"queries has labels torch.float32 of shape \(4,\)"),
+            (
+                TensorDataset(PIXELS),
+                r"queries: an item is tuple of length 1; expected \(images, labels\) or a data set",
+            ),
+            (3, r"queries is int; expected \(images, labels\) or a data set"),
+            ((PIXELS[:0], torch.zeros(0).long()), r"queries holds no images\."),
+            ((PIXELS, torch.arange(3)), r"queries has labels torch.int64 of shape \(3,\) for 4 images; expected one"),
+            ((PIXELS, torch.rand(4)), r"queries has labels torch.float32 of shape \(4,\)"),
+            ((PIXELS, torch.zeros(4).cfloat()), r"queries has labels torch.complex64 of shape \(4,\)"),
+            (
+                (PIXELS, torch.zeros(4, 1).long()),
+                r"of shape \(4, 1\) for 4 images; expected one whole number",
+            ),
+            (Listed(lambda row: (PIXELS[row], "cat"), 4), "queries has labels such as 'cat'; expected whole numbers"),
+        ],
+    )
+    def test_what_is_no_set_of_labelled_images(self, queries, message):
+        with pytest.raises(InputError, match=message):
+            ImageSet(queries, CPU, "queries")
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            (PIXELS - 0.5, r"range from -0\.\d+ to 0\.\d+; expected pixels in \[0, 1\]\. .* pass normalization="),
+            (torch.full_like(PIXELS, math.nan), "hold NaN or infinite values"),
+            (PIXELS.byte(), r"are torch.uint8; expected floating point"),
+        ],
+    )
+    def test_what_is_no_pixels_when_it_is_read(self, images, message):
+        found = ImageSet((images, torch.arange(4)), CPU, "gallery")
+        with pytest.raises(InputError, match=rf"^gallery, images 1 to 3: .*{message}"):
+            found[1:]
+
+    @pytest.mark.parametrize(
+        ("get", "message"),
+        [
+            (lambda row: ("picture", row % 2), r"found str; expected tensors \(C, H, W\) of one size\. Add ToTensor"),
+            (lambda row: (PIXELS[row, :, :, : 3 + row], 0), r"found a tensor \(1, 6, 3\), a tensor \(1, 6, 4\), a"),
+        ],
+    )
+    def test_what_is_no_picture_in_a_data_set(self, get, message):
+        found = ImageSet(Listed(get, 4), CPU, "queries")
+        with pytest.raises(InputError, match=f"queries, images 0 to 3: {message}"):
+            found[:]
+
+
+@pytest.mark.parametrize("given", ["abcd", {"a": 1}, torch.zeros(4, 1, 2).numpy(), Listed(lambda row: (row,), 4)])
+def test_what_holds_no_pairs_is_refused(given):
+    with pytest.raises(InputError, match=r"queries.*expected \(images, labels\) or a data set of such pairs"):
+        ImageSet(given, CPU, "queries")
+
+
+@pytest.mark.parametrize("given", [(torch.zeros(0, 1, 2, 2), torch.zeros(0)), Listed(lambda row: None, 0)])
+def test_no_images_are_refused_as_such(given):
+    with pytest.raises(InputError, match=r"queries holds no images"):
+        ImageSet(given, CPU, "queries")
