@@ -13,8 +13,8 @@ from .reports.report import Report
 from .reports.results import AttackResult, Check, WorstCase
 from .retrieval.batch import QueryBatch
 from .retrieval.classifier import RetrievalClassifier
+from .retrieval.forms import Images
 from .retrieval.gallery import Gallery, Targets
-from .retrieval.images import Images
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify

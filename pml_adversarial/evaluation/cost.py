@@ -18,7 +18,7 @@ from .attacks.suites import find_suite
 from .checks import PASSES, SAMPLE
 from .retrieval.batch import ANSWERS, SAMPLES
 from .retrieval.embedder import Embedder, plain_surroundings
-from .retrieval.images import Images
+from .retrieval.forms import Images
 from .retrieval.options import to_radii
 from .retrieval.task import RetrievalTask
 from .runs.progress import duration

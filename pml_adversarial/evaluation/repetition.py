@@ -18,7 +18,7 @@ from .reports import fingerprints
 from .reports.report import Report
 from .retrieval.distance import DISTANCES, find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
-from .retrieval.images import Images
+from .retrieval.forms import Images
 from .retrieval.options import description_of_mask
 from .retrieval.task import Mask, RetrievalTask, Search
 from .robustness import evaluate_robustness

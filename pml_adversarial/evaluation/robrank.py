@@ -65,7 +65,8 @@ from ..training.numeric import unit_length
 from ..training.pixels import Bounds, Normalization
 from .retrieval.distance import check_unit_length
 from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
-from .retrieval.images import Images, ImageSet
+from .retrieval.forms import Images
+from .retrieval.images import ImageSet
 from .retrieval.options import to_rows
 from .runs.progress import progress_bar
 
@@ -191,7 +192,7 @@ def robrank_scores(
 
     Args:
         model: as in `evaluate_robustness`. It is attacked in eval mode, and comes back in its own mode.
-        images: labelled images, see `images.Images`; pixels in [0, 1].
+        images: labelled images, see `forms.Images`; pixels in [0, 1].
         eps: l-inf radius, in pixels of [0, 1]; in the papers 77/255 for 28x28 pixels, 8/255 for 224x224.
         alpha: length of one sign step, in pixels of [0, 1].
         steps: sign steps of each attack.

@@ -28,7 +28,8 @@ from .reports.results import decode_flags
 from .retrieval import metrics
 from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, embed_all, plain_surroundings
-from .retrieval.images import Images, ImageSet
+from .retrieval.forms import Images
+from .retrieval.images import ImageSet
 from .retrieval.options import (
     NORMS,
     as_numbers,
@@ -85,7 +86,7 @@ def evaluate_robustness(
     Args:
         model: images -> embeddings ``(N, D)``: a module, modules in forward order, the ``models`` of a PML trainer, or
             any function, also one without gradient. It is attacked in eval mode, and comes back in its own mode.
-        queries: labelled images, see `images.Images`; pixels in [0, 1].
+        queries: labelled images, see `forms.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
             ``(None, labels)``: items that are known by ``gallery_embeddings`` alone; they cannot be attacked.
         eps: one or more radii: in pixels of [0, 1]; in "L0" how many pixels may change, in "patch" the side of the

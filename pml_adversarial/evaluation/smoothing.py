@@ -45,7 +45,8 @@ from ..training.pixels import Bounds, Normalization
 from .reports import binomial
 from .retrieval.distance import check_unit_length
 from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
-from .retrieval.images import Images, ImageSet
+from .retrieval.forms import Images
+from .retrieval.images import ImageSet
 from .retrieval.options import check_probability, to_radii
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 from .runs.progress import progress_bar
@@ -194,7 +195,7 @@ def certify(
 
     Args:
         model: as in `evaluate_robustness`. It runs in eval mode, and comes back in its own mode.
-        queries: labelled images, see `images.Images`; pixels in [0, 1].
+        queries: labelled images, see `forms.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
         sigma: standard deviation of the noise, in pixels of [0, 1].
         radii: one or more radii, in l2 of pixels in [0, 1], that tables show. The bounds hold at all other radii too.

@@ -27,8 +27,8 @@ from .reports.binomial import CONFIDENCE, Interval, rate_interval
 from .retrieval.batch import QueryBatch
 from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
+from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.images import Images
 from .retrieval.options import NORMS, check_radii, to_radii, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 

@@ -25,7 +25,7 @@ from ...training.isolation import random_stream
 from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder, plain_surroundings
-from ..retrieval.images import Images
+from ..retrieval.forms import Images
 from ..retrieval.options import check_radii, digest_of, to_radii
 from ..retrieval.task import RetrievalTask, Search
 from .kinds import Perturb, QueryAttack

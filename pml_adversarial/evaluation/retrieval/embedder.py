@@ -164,9 +164,8 @@ class Embedder:
             )
         if embeddings.is_complex() or not embeddings.shape[1]:
             raise InputError(
-                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real "
-                "embeddings of "
-                "one dimension or more."
+                f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real embeddings "
+                "of one dimension or more."
             )
         if embeddings.is_quantized:
             embeddings = embeddings.dequantize()

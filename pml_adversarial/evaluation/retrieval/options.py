@@ -139,8 +139,7 @@ def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:
     if part.dtype != torch.bool or shape != expected:
         raise InputError(
             f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which "
-            "items of "
-            "the gallery are meant. It may be a function of the queries' indices."
+            "items of the gallery are meant. It may be a function of the queries' indices."
         )
     return (part if callable(mask) else part[rows.to(part.device)]).to(rows.device)
 

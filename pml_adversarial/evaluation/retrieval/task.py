@@ -13,8 +13,9 @@ from ...errors import InputError
 from .batch import ANSWERS, SAMPLES, QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
+from .forms import Images
 from .gallery import Gallery, Targets, finite_or_zero
-from .images import Images, ImageSet
+from .images import ImageSet
 from .options import to_mask, to_rows, to_whole_numbers
 
 JUNK = -1  #: Label of items that are never found, as in Market-1501.
@@ -97,8 +98,7 @@ class RetrievalTask:
         if len(embeddings) != len(self.items):
             raise InputError(
                 f"There are {len(embeddings)} embeddings for {len(self.items)} items of the gallery; expected one "
-                "each. A "
-                "gallery without images is gallery=(None, labels)."
+                "each. A gallery without images is gallery=(None, labels)."
             )
         self._embeddings = check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
@@ -193,9 +193,7 @@ class RetrievalTask:
             )
 
     def note_lengths(self, rows: Tensor) -> None:
-        """Notes what the queries ``rows`` would find if the lengths of embeddings counted, where cosine leaves "
-        "them out.
-        """
+        """Notes what the queries ``rows`` would find if lengths of embeddings counted, which cosine leaves out."""
         lengths = self._embeddings.float().norm(dim=1)
         if not isinstance(self.distance, Cosine) or float(lengths.amax()) <= _SAME_LENGTH * float(lengths.amin()):
             return
@@ -265,9 +263,8 @@ class RetrievalTask:
         ):
             shapes = [None if s.label_sets is None else tuple(s.label_sets.shape) for s in (queries, items)]
             raise InputError(
-                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as "
-                "many labels "
-                "in both."
+                f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as many "
+                "labels in both."
             )
         joint = torch.cat([queries.label_sets, items.label_sets]).unique(dim=0, return_inverse=True)[1]
         queries.labels, items.labels = joint[: len(queries)], joint[-len(items) :]
@@ -283,10 +280,8 @@ class RetrievalTask:
             raise InputError(
                 f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
                 f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "
-                f"{spread:.3g}. "
-                "Expected embeddings of this model in the order of the gallery. To search vectors of another "
-                "model, pass "
-                "gallery=(None, labels)."
+                f"{spread:.3g}. Expected embeddings of this model in the order of the gallery. To search vectors of "
+                "another model, pass gallery=(None, labels)."
             )
 
     def _same_items(self, rows: Tensor) -> Tensor:

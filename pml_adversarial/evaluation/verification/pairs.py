@@ -20,7 +20,7 @@ Pairs = Any
 
 - ``(first images, second images, same (P,))``, as tensors or arrays; ``same`` is True for genuine pairs;
 - a data set of items ``(first image, second image, same)``, such as torchvision's ``LFWPairs``;
-- labelled images, see `images.Images`, together with ``indices``, or to draw pairs from. Images of one label make a
+- labelled images, see `forms.Images`, together with ``indices``, or to draw pairs from. Images of one label make a
   genuine pair.
 """
 

@@ -1,4 +1,4 @@
-"""Labelled images from tensors and from data sets, and what is refused."""
+"""Labelled images as pixels: their values and labels, and what is refused."""
 
 import math
 
@@ -26,62 +26,7 @@ class Listed(Dataset):
         return self.count
 
 
-def pairs(images, labels):
-    return Listed(lambda row: (images[row], int(labels[row])), len(images))
-
-
-class TestForms:
-    def test_data_sets(self):
-        images, labels = images_of()
-
-        class Targeted(Listed):
-            targets = labels.tolist()
-
-        class Labelled(Listed):
-            labels = images_of()[1].numpy()
-
-        class Short(Listed):
-            targets = (3, 4)  # something else
-
-        class Renamed(Listed):
-            """As torchvision's do: ``targets`` are those before ``target_transform``."""
-
-            targets = (labels % 2).tolist()
-            target_transform = staticmethod(lambda label: label)
-
-        sets = [kind(pairs(images, labels).get, 24) for kind in (Listed, Targeted, Labelled, Short, Renamed)]
-        for queries in (*sets, TensorDataset(images, labels), [images, labels], (images, labels)):
-            found = ImageSet(queries, CPU, "queries")
-            assert len(found) == 24
-            assert torch.equal(found.labels, labels)
-            assert torch.equal(found[:], images)
-            assert torch.equal(found[[3, 0, 3]], images[[3, 0, 3]])
-            assert torch.equal(found[torch.tensor([20])], images[20:21])
-            assert torch.equal(found[5:9], images[5:9])
-
-    @pytest.mark.parametrize("name", ["targets", "labels"])
-    def test_known_labels_are_taken_without_reading_an_image(self, name):
-        def get(row):
-            raise AssertionError("an image was read")
-
-        queries = Listed(get, 4)
-        setattr(queries, name, (0, 1, 0, 1))
-        assert ImageSet(queries, CPU, "queries").labels.tolist() == [0, 1, 0, 1]
-
-    def test_only_the_images_asked_for_are_read(self):
-        images, labels = images_of()
-        read = []
-
-        class Targeted(Listed):
-            targets = labels
-
-        def get(row):
-            read.append(row)
-            return images[row], int(labels[row])
-
-        ImageSet(Targeted(get, 24), CPU, "queries")[torch.tensor([7, 2])]
-        assert read == [7, 2]
-
+class TestValues:
     @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int64])
     def test_labels_are_of_one_kind(self, kind):
         images, labels = images_of()
@@ -148,12 +93,6 @@ class TestRefusals:
         found = ImageSet(Listed(get, 4), CPU, "queries")
         with pytest.raises(InputError, match=f"queries, images 0 to 3: {message}"):
             found[:]
-
-
-@pytest.mark.parametrize("given", ["abcd", {"a": 1}, torch.zeros(4, 1, 2).numpy(), Listed(lambda row: (row,), 4)])
-def test_what_holds_no_pairs_is_refused(given):
-    with pytest.raises(InputError, match=r"queries.*expected \(images, labels\) or a data set of such pairs"):
-        ImageSet(given, CPU, "queries")
 
 
 @pytest.mark.parametrize("given", [(torch.zeros(0, 1, 2, 2), torch.zeros(0)), Listed(lambda row: None, 0)])

@@ -1,0 +1,191 @@
+"""Labelled images in the forms in which users have them: tensors, arrays, dicts, data sets, data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+
+from ...errors import InputError
+
+Images = Any
+"""Labelled images with pixels in [0, 1]:
+
+- ``(images (N, C, H, W), labels (N,))``, as tensors or arrays. Labels ``(N, L)`` of 0 and 1 say which of L labels each
+  image has; then images that share a label are right for each other.
+- a data set of items ``(image (C, H, W), label)``, or of dicts that have an image and a label;
+- a data loader of such a data set, which is read in the order of the data set;
+- as a gallery, ``(None, labels)``: items that are known by their embeddings alone.
+"""
+
+_IMAGE_KEYS = ("image", "images", "img", "pixel_values", "pixels", "input", "inputs", "x", "data")
+_LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "class_id")
+_EXPECTED = "expected (images, labels) or a data set of such pairs, also in a data loader"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of any form.
+
+    Attributes:
+        read: indices ``(n,)`` -> images ``(n, C, H, W)``.
+        labels: of all images, as they are given.
+        has_images: False: only labels are known.
+        is_read_anew: whether ``read`` may give another image the second time.
+        carried: index -> the label that an item carries; None: ``labels`` were read off the items themselves.
+    """
+
+    read: Callable[[Tensor], Any]
+    labels: Tensor
+    count: int
+    has_images: bool = True
+    is_read_anew: bool = False
+    carried: Callable[[int], Any] | None = None
+
+
+def labelled_images(images: Images, role: str) -> LabelledImages:
+    """What the user passes as ``role``, such as "queries".
+
+    Raises:
+        InputError: it has none of the forms of `Images`.
+    """
+    if isinstance(images, Mapping):
+        images = _pair_of(images, role)
+    if isinstance(images, tuple | list):
+        return _from_pair(images, role)
+    if isinstance(images, DataLoader):
+        return _from_loader(images, role)
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, Tensor):
+        return _from_dataset(images, role)
+    raise InputError(f"{role} is {type(images).__name__}; {_EXPECTED}.")
+
+
+def _from_pair(images: Any, role: str) -> LabelledImages:
+    if len(images) != 2:
+        found = ", ".join(type(part).__name__ for part in images)
+        raise InputError(f"{role} is ({found}); expected two tensors or arrays, (images, labels).")
+    pixels: Any = images[0]
+    labels = _as_labels(images[1], role)
+    if pixels is None or 0 in getattr(pixels, "shape", ())[1:]:  # no images, or images without pixels
+        return LabelledImages(_no_images, labels, len(labels), has_images=False)
+    if isinstance(pixels, list | tuple) and pixels and all(isinstance(image, Tensor) for image in pixels):
+        pixels = _stacked(pixels)
+    if not hasattr(pixels, "shape") or not hasattr(pixels, "__len__"):
+        raise InputError(f"{role} has images as {type(pixels).__name__}; expected a tensor or an array.")
+    count: int = pixels.shape[0] if len(pixels.shape) else 1
+    if count and len(pixels.shape) < 2:
+        raise InputError(f"{role} has images of shape {tuple(pixels.shape)}; expected (N, C, H, W).")
+    if isinstance(pixels, Tensor):
+        return LabelledImages(lambda rows: pixels[rows.to(pixels.device)], labels, count)
+    return LabelledImages(lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, count)
+
+
+def _from_loader(loader: Any, role: str) -> LabelledImages:
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        parts = [_split(batch, role) for batch in loader]
+        if not parts:
+            return _from_pair((torch.zeros(0, 1), torch.zeros(0, dtype=torch.long)), role)
+        images, labels = ([torch.as_tensor(part[place]) for part in parts] for place in (0, 1))
+        return _from_pair((torch.cat(images), torch.cat(labels)), role)
+    if loader.batch_sampler is None:
+        return _from_dataset(dataset, role)
+    chosen = sorted({row for batch in loader.batch_sampler for row in batch}) if _may_leave_out(loader) else None
+    return _from_dataset(dataset, role, chosen, loader.collate_fn)
+
+
+def _from_dataset(
+    dataset: Any, role: str, chosen: list[int] | None = None, collate: Callable[[list[Any]], Any] | None = None
+) -> LabelledImages:
+    if isinstance(dataset, TensorDataset) and chosen is None and len(dataset.tensors) >= 2:
+        return _from_pair(dataset.tensors[:2], role)
+    index = list(range(len(dataset))) if chosen is None else chosen
+
+    def read(rows: Tensor) -> Any:
+        items = [dataset[index[row]] for row in rows.tolist()]
+        if collate is not None:
+            return _split(collate(items), role)[0]
+        return _stacked([_split(item, role)[0] for item in items])
+
+    def carried(row: int) -> Any:
+        item = dataset[index[row]]
+        return _split(item, role)[1] if collate is None else _split(collate([item]), role)[1][0]
+
+    known = _listed_labels(dataset)
+    if known is None:
+        labels = _as_labels([carried(row) for row in range(len(index))], role)
+        return LabelledImages(read, labels, len(index), is_read_anew=True)
+    labels = _as_labels(known, role)[torch.tensor(index, dtype=torch.long)]
+    return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried)
+
+
+def _listed_labels(dataset: Any) -> Any:
+    """The labels of a data set that lists them; None if it does not."""
+    known: Any = getattr(dataset, "targets", None)
+    known = getattr(dataset, "labels", None) if known is None else known
+    if not hasattr(known, "__len__") or len(known) != len(dataset):
+        return None
+    return None if getattr(dataset, "target_transform", None) is not None else known
+
+
+def _may_leave_out(loader: Any) -> bool:
+    """Whether a data loader may leave out images of its data set."""
+    plain = type(loader.batch_sampler) is BatchSampler and type(loader.sampler) in (SequentialSampler, RandomSampler)
+    return not plain or len(loader.sampler) != len(loader.dataset)
+
+
+def _pair_of(images: Mapping[Any, Any], role: str) -> Any:
+    """Images and labels of a dict."""
+    try:
+        return _split(images, role)
+    except InputError:
+        raise InputError(
+            f"{role} is a dict with the keys {sorted(map(str, images))}; {_EXPECTED}. "
+            f"Pass one of its entries, such as {next(iter(map(repr, images)), 'images')}."
+        ) from None
+
+
+def _split(item: Any, role: str) -> tuple[Any, Any]:
+    """Image and label of an item of a data set, or images and labels of a batch."""
+    if isinstance(item, Mapping):
+        image, label = (next((key for key in keys if key in item), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS))
+        if image is None or label is None:
+            raise InputError(
+                f"{role}: an item is a dict with the keys {sorted(map(str, item))}; expected an image under one of "
+                f"{', '.join(_IMAGE_KEYS)}, and a label under one of {', '.join(_LABEL_KEYS)}. Pass a data set of "
+                "(image, label) pairs, or (images, labels)."
+            )
+        return item[image], item[label]
+    if isinstance(item, tuple | list) and len(item) >= 2:
+        return item[0], item[1]
+    raise InputError(
+        f"{role}: an item is {type(item).__name__}"
+        + (f" of length {len(item)}" if isinstance(item, tuple | list | str) else "")
+        + f"; {_EXPECTED}."
+    )
+
+
+def _stacked(images: Sequence[Any]) -> Tensor:
+    images = [torch.as_tensor(image) if type(image).__module__ == "numpy" else image for image in images]
+    if not all(isinstance(image, Tensor) and image.shape == images[0].shape for image in images):
+        kinds = {f"a tensor {tuple(i.shape)}" if isinstance(i, Tensor) else type(i).__name__ for i in images}
+        found = ", ".join(sorted(kinds))
+        raise InputError(f"found {found}; expected tensors (C, H, W) of one size. Add ToTensor and a resize.")
+    return torch.stack(list(images))
+
+
+def _as_labels(labels: Any, role: str) -> Tensor:
+    try:
+        if isinstance(labels, list | tuple) and labels and all(isinstance(label, Tensor) for label in labels):
+            return torch.stack(list(labels))
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{role} has labels such as {labels[0]!r}; expected whole numbers.") from error
+
+
+def _no_images(rows: Tensor) -> Tensor:
+    raise InputError("there are no images, only labels and embeddings; expected images where they are attacked.")

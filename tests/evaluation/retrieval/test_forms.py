@@ -1,0 +1,120 @@
+"""Labelled images in the forms in which users have them, and what is none of them."""
+
+import pytest
+import torch
+from query_batches import images_of
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation.retrieval.forms import labelled_images
+
+
+class Listed(Dataset):
+    """A data set of pairs; ``get`` takes an index."""
+
+    def __init__(self, get, count):
+        self.get, self.count = get, count
+
+    def __getitem__(self, row):
+        return self.get(row)
+
+    def __len__(self):
+        return self.count
+
+
+def pairs(images, labels):
+    return Listed(lambda row: (images[row], int(labels[row])), len(images))
+
+
+class TestForms:
+    def test_data_sets(self):
+        images, labels = images_of()
+
+        class Targeted(Listed):
+            targets = labels.tolist()
+
+        class Labelled(Listed):
+            labels = images_of()[1].numpy()
+
+        class Short(Listed):
+            targets = (3, 4)  # something else
+
+        class Renamed(Listed):
+            """As torchvision's do: ``targets`` are those before ``target_transform``."""
+
+            targets = (labels % 2).tolist()
+            target_transform = staticmethod(lambda label: label)
+
+        sets = [kind(pairs(images, labels).get, 24) for kind in (Listed, Targeted, Labelled, Short, Renamed)]
+        for queries in (*sets, TensorDataset(images, labels), [images, labels], (images, labels)):
+            self.check(queries, images, labels)
+
+    def test_dicts_and_loaders(self):
+        images, labels = images_of()
+        of_dicts = Listed(lambda row: {"img": images[row], "y": int(labels[row])}, 24)
+
+        def collate(items):
+            return {"image": torch.stack([item["img"] for item in items]), "target": [item["y"] for item in items]}
+
+        self.check({"pixel_values": images, "labels": labels}, images, labels)
+        self.check(of_dicts, images, labels)
+        for given in (TensorDataset(images, labels), pairs(images, labels), of_dicts):
+            self.check(DataLoader(given, 7, shuffle=True), images, labels)
+        self.check(DataLoader(of_dicts, 5, collate_fn=collate), images, labels)
+
+    def test_a_loader_that_leaves_out_images(self):
+        images, labels = images_of()
+        chosen = [3, 20, 8]
+        loader = DataLoader(pairs(images, labels), 2, sampler=SubsetRandomSampler(chosen))
+        self.check(loader, images[sorted(chosen)], labels[sorted(chosen)])
+
+    def test_a_loader_that_is_read_once(self):
+        images, labels = images_of()
+
+        class Stream(IterableDataset):
+            def __iter__(self):
+                yield from zip(images, labels, strict=True)
+
+        self.check(DataLoader(Stream(), 7), images, labels)
+
+    def test_labels_alone(self):
+        found = labelled_images((None, [0, 1, 1]), "gallery")
+        assert (found.has_images, found.count, found.labels.tolist()) == (False, 3, [0, 1, 1])
+        with pytest.raises(InputError, match="there are no images, only labels and embeddings"):
+            found.read(torch.tensor([0]))
+
+    def check(self, given, images, labels):
+        found = labelled_images(given, "queries")
+        assert (found.count, found.has_images) == (len(images), True)
+        assert torch.equal(torch.as_tensor(found.labels), labels)
+        for rows in ([*range(found.count)], [2, 0, 2], [1]):
+            assert torch.equal(torch.as_tensor(found.read(torch.tensor(rows))), images[rows])
+
+    @pytest.mark.parametrize("name", ["targets", "labels"])
+    def test_known_labels_are_taken_without_reading_an_image(self, name):
+        def get(row):
+            raise AssertionError("an image was read")
+
+        queries = Listed(get, 4)
+        setattr(queries, name, (0, 1, 0, 1))
+        assert labelled_images(queries, "queries").labels.tolist() == [0, 1, 0, 1]
+
+    def test_only_the_images_asked_for_are_read(self):
+        images, labels = images_of()
+        read = []
+
+        class Targeted(Listed):
+            targets = labels
+
+        def get(row):
+            read.append(row)
+            return images[row], int(labels[row])
+
+        labelled_images(Targeted(get, 24), "queries").read(torch.tensor([7, 2]))
+        assert read == [7, 2]
+
+
+@pytest.mark.parametrize("given", ["abcd", {"a": 1}, torch.zeros(4, 1, 2).numpy(), Listed(lambda row: (row,), 4)])
+def test_what_holds_no_pairs_is_refused(given):
+    with pytest.raises(InputError, match=r"queries.*expected \(images, labels\) or a data set of such pairs"):
+        labelled_images(given, "queries")
