@@ -75,10 +75,9 @@ def estimate_cost(
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(0, 0):
         task = RetrievalTask(embed, queries, gallery)
-        embed.probe_gradient(task.queries[:1])
         attacked = len(task.rows(subset))
         embedded = len(task.items) + (0 if gallery is None else attacked)
-        task.note_randomness()
+        task.probe(())
         most = most_passes(members, attacked, len(radii), embed.is_random)
         passes = None if most is None else most + embedded + checks * passes_of_checks(attacked, embed.is_random)
         with embed.isolated():

@@ -138,6 +138,25 @@ class Evaluator:
             "after": gallery.nearest(self._embed(perturbed), part.targets, count),
         }
 
+    def measures(self, batches: Sequence[BatchResult], rows: Tensor) -> dict[str, Any]:
+        """What the report says of the queries ``rows`` ``(Q,)``, whose batches these are; the names are its own."""
+        clean, labels = joined(batches, "clean"), self.task.queries.labels[rows]
+        return {
+            "protocol": self.task.protocol,
+            "num_queries": len(rows),
+            "num_gallery": len(self.task.gallery),
+            "num_classes": self.task.num_classes,
+            "clean": means(clean),
+            "clean_flags": robust_flags(clean),
+            "chance": self.task.gallery.chance(self.task.targets(rows)).mean().item(),
+            "attacks": self.attack_results(batches),
+            "worst": self.worst_cases(batches, labels),
+            "collapse": metrics.collapse(self.task.gallery),
+            "nmi": self.nmi_of(batches, "clean", labels),
+            "examples": self.examples(batches[0]),
+            "attacked": self.attacked(batches),
+        }
+
     def attack_results(self, batches: Sequence[BatchResult]) -> tuple[AttackResult, ...]:
         """The results of each attack at each eps, over all batches."""
         found = []

@@ -21,11 +21,10 @@ from .attacks.preparation import prepared
 from .attacks.suites import find_suite
 from .checks import run_checks
 from .cost import most_passes, passes_of_checks
-from .evaluator import BatchResult, Evaluator, joined, means, robust_flags
+from .evaluator import BatchResult, Evaluator
 from .reports import fingerprints, provenance
 from .reports.report import Report
 from .reports.results import decode_flags
-from .retrieval import metrics
 from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, embed_all, plain_surroundings
 from .retrieval.forms import Images
@@ -33,7 +32,6 @@ from .retrieval.images import ImageSet
 from .retrieval.options import (
     NORMS,
     as_numbers,
-    check_radii,
     description_of_mask,
     to_radii,
     to_recall_at,
@@ -42,7 +40,7 @@ from .retrieval.options import (
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 from .runs.checkpoint import Checkpoint
 from .runs.progress import Progress, progress_of
-from .runs.sharing import Ranks, check_silent, sharing
+from .runs.sharing import Ranks, sharing
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -134,7 +132,7 @@ def evaluate_robustness(
         "norm": norm,
         "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],
-        "attack_settings": [attack_options.to_json(attack) for attack in members],
+        "attack_settings": [to_json(attack) for attack in members],
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
@@ -156,10 +154,7 @@ def evaluate_robustness(
         progress_of(progress, suite, ranks) as bar,
     ):
         task = RetrievalTask(embed, queries, gallery, norm, search)
-        check_radii(radii, norm, task.queries[:1].shape[1:])
-        check_silent(embed.modules)
-        embed.probe_gradient(task.queries[:1])
-        task.note_randomness()
+        task.probe(radii)
         embed.on_passes = bar.add
         with embed.isolated():
             asked = task.rows(subset)
@@ -173,33 +168,21 @@ def evaluate_robustness(
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             then = checks * passes_of_checks(len(rows), embed.is_random) // ranks.count
             found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, then)
-            results = evaluator.attack_results(found)
-            clean, labels = joined(found, "clean"), task.queries.labels[rows]
-            flags = robust_flags(clean)
-            arguments = (task, rows, decode_flags(flags), results, seed, batch_size, ranks, bar.begin)
-            made = run_checks(*arguments) if checks else ()
+            measures = evaluator.measures(found, rows)
+            right = decode_flags(measures["clean_flags"])
+            made = (
+                run_checks(task, rows, right, measures["attacks"], seed, batch_size, ranks, bar.begin) if checks else ()
+            )
         devices = dict.fromkeys(ranks.share(range(ranks.count), lambda number: str(embed.device)))
         report = Report(
             suite=suite,
-            protocol=task.protocol,
-            num_queries=len(rows),
-            num_gallery=len(task.gallery),
-            num_classes=task.num_classes,
             left_out=left_out,
-            clean=means(clean),
-            chance=task.gallery.chance(task.targets(rows)).mean().item(),
-            attacks=results,
-            worst=evaluator.worst_cases(found, labels),
-            collapse=metrics.collapse(task.gallery),
-            nmi=evaluator.nmi_of(found, "clean", labels),
+            **measures,
             checks=made,
             settings={**settings, "device": ", ".join(devices), "precision": embed.precision},
             versions=provenance.versions(),
             provenance=origin,
             notes=tuple(task.notes),
-            clean_flags=flags,
-            examples=evaluator.examples(found[0]),
-            attacked=evaluator.attacked(found),
         )
         return ranks.tell(report)
 

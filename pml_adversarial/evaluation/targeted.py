@@ -29,7 +29,7 @@ from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, check_radii, to_radii, to_whole_numbers
+from .retrieval.options import NORMS, to_radii, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
@@ -201,9 +201,7 @@ def evaluate_targeted(
     }
     with plain_surroundings(), random_stream(seed, -1):
         task = RetrievalTask(embed, queries, gallery, norm, Search(distance, own, ignore, relevant, junk_label))
-        check_radii(radii, norm, task.queries[:1].shape[1:])
-        embed.probe_gradient(task.queries[:1])
-        task.note_randomness()
+        task.probe(radii)
         with embed.isolated():
             asked = task.rows(subset)
             task.embed_and_set(asked, batch_size, gallery_embeddings)

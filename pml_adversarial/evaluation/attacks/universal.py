@@ -26,7 +26,7 @@ from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder, plain_surroundings
 from ..retrieval.forms import Images
-from ..retrieval.options import check_radii, digest_of, to_radii
+from ..retrieval.options import digest_of, to_radii
 from ..retrieval.task import RetrievalTask, Search
 from .kinds import Perturb, QueryAttack
 from .suites import margin_score
@@ -103,9 +103,8 @@ def universal_perturbation(
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(seed, -1):
         task = RetrievalTask(embed, images, gallery, norm, Search(distance))
-        check_radii((radius,), norm, task.queries[:1].shape[1:])
+        task.probe((radius,))
         embed.check_gradient(task.queries[:1])
-        task.note_randomness()
         with embed.isolated():
             everything = task.rows(None)
             task.embed_and_set(everything, batch_size)

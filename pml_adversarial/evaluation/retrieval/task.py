@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..runs.sharing import check_silent
 from .batch import ANSWERS, SAMPLES, QueryBatch
 from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
 from .forms import Images
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import ImageSet
-from .options import to_mask, to_rows, to_whole_numbers
+from .options import check_radii, to_mask, to_rows, to_whole_numbers
 
 JUNK = -1  #: Label of items that are never found, as in Market-1501.
 
@@ -182,8 +183,14 @@ class RetrievalTask:
             )
         return rows[right > 0], int((right == 0).sum())
 
-    def note_randomness(self) -> None:
-        """Finds out whether the model answers at random, and notes what follows from it."""
+    def probe(self, radii: Iterable[float]) -> None:
+        """Refuses radii beyond the images' diameter, and finds out what the model gives.
+
+        That is, whether it has gradients, and whether it answers at random; what follows from this is noted.
+        """
+        check_radii(radii, self.norm, self.queries[:1].shape[1:])
+        check_silent(self.embed.modules)
+        self.embed.probe_gradient(self.queries[:1])
         self.embed.probe_randomness(self.queries[:_SAMPLE])
         if self.embed.is_random:
             self.notes.append(
