@@ -15,7 +15,7 @@ from ..attacks.checks import check_choice, check_whole
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from .attacks import as_json as attack_options
+from .attacks.as_json import to_json
 from .attacks.kinds import RetrievalAttack
 from .attacks.preparation import prepared
 from .attacks.suites import find_suite
