@@ -33,7 +33,6 @@ from pml_adversarial.cli.images import OpenSetSplit, digits
 from pml_adversarial.evaluation import QueryAttack, RetrievalAttack, fast, standard
 from pml_adversarial.evaluation.attacks.suites import classifier_attack, gradient_attack, margin_score, targeted_score
 
-QUERIES = 200
 MultiSimilarity = partial(MultiSimilarityLoss, alpha=2, beta=40, base=0.5)
 
 
@@ -107,7 +106,7 @@ def photographs(path: Path) -> OpenSetSplit:
     return OpenSetSplit(pixels[~is_test], classes[~is_test], pixels[is_test], classes[is_test])
 
 
-def train_on_photographs(data: OpenSetSplit, steps: int = 700) -> nn.Module:
+def train_on_photographs(data: OpenSetSplit, steps: int = 300) -> nn.Module:
     """Adversarial training at 4/255, of mirrored images."""
     torch.manual_seed(0)
     model = slim_resnet()
@@ -129,7 +128,7 @@ def train_on_photographs(data: OpenSetSplit, steps: int = 700) -> nn.Module:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 25 == 0:
             logging.info("photographs, step %d of %d, loss %.4f", step, steps, loss.item())
     return model
 
@@ -168,13 +167,13 @@ def trained(path: Path, network: Callable[[], nn.Module], train: Callable[[], nn
     return model.eval()
 
 
-def right_queries(model: nn.Module, data: OpenSetSplit) -> list[int]:
+def right_queries(model: nn.Module, data: OpenSetSplit, count: int) -> list[int]:
     """Some test images that are right without attack, so that shares of robust queries tell most."""
     report = evaluate_robustness(
         model, (data.test_images, data.test_labels), eps=1e-6, attacks=(margin(1),), checks=False, batch_size=256
     )
     right = torch.tensor([flag == "1" for flag in report.clean_flags]).nonzero().squeeze(1)
-    chosen = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))[:QUERIES]
+    chosen = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))[:count]
     return right[chosen].sort().values.tolist()
 
 
@@ -195,7 +194,8 @@ def main() -> None:
     parser.add_argument("--omniglot", type=Path, help="a .npz file, see omniglot.py")
     parser.add_argument("--tiny", type=Path, help="a .zip file with one folder of 32x32 images per class")
     parser.add_argument("--omniglot-steps", type=int, default=400)
-    parser.add_argument("--tiny-steps", type=int, default=700)
+    parser.add_argument("--tiny-steps", type=int, default=300)
+    parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("fast_run"))
     parser.add_argument("--models", nargs="+")
     options = parser.parse_args()
@@ -206,7 +206,7 @@ def main() -> None:
             continue
         data = load()
         model = trained(options.out / f"{name}.pt", network, partial(train, data))
-        queries = right_queries(model, data)
+        queries = right_queries(model, data, options.queries)
         for suite, attacks in SUITES.items():
             report = evaluate_robustness(
                 model,
