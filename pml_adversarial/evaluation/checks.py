@@ -27,7 +27,7 @@ from .attacks.square import square_attack
 from .attacks.suites import margin_score
 from .reports import binomial
 from .reports.results import AttackResult, Check, decode_flags
-from .retrieval.batch import QueryBatch
+from .retrieval.batch import SAMPLES, QueryBatch
 from .retrieval.gallery import TIE, Gallery, Targets, finite_or_zero
 from .retrieval.options import largest_radius
 from .retrieval.task import RetrievalTask
@@ -86,6 +86,11 @@ def run_checks(
         return Check(name, *check(sample))
 
     return tuple((Ranks() if ranks is None else ranks).share(range(len(CHECKS)), make))
+
+
+def passes_of_checks(queries: int, is_random: bool = False) -> int:
+    """Image passes of the checks, about, if all of some queries are right without attack."""
+    return PASSES * min(SAMPLE, queries) * (SAMPLES if is_random else 1)
 
 
 @dataclass(eq=False)

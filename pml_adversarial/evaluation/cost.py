@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.checks import check_whole
+from ..attacks.checks import check_choice, check_whole
+from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
 from .attacks.kinds import RetrievalAttack
 from .attacks.suites import find_suite
-from .checks import PASSES, SAMPLE
-from .retrieval.batch import ANSWERS, SAMPLES
+from .checks import passes_of_checks
+from .evaluator import most_passes
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
-from .retrieval.options import to_radii
+from .retrieval.options import NORMS, to_radii
 from .retrieval.task import RetrievalTask
+from .robustness import evaluate_robustness
 from .runs.progress import duration
 
 
@@ -63,37 +66,35 @@ def estimate_cost(
     bounds: Bounds | None = None,
     subset: Sequence[int] | Tensor | None = None,
     checks: bool = True,
+    norm: str = "Linf",
     batch_size: int = 128,
+    **others: Any,
 ) -> Cost:
     """What `evaluate_robustness` with the same arguments costs at most. One batch is embedded twice to find out.
 
+    ``others`` are further options of `evaluate_robustness`; they make no evaluation more expensive.
+
     Raises:
-        InputError: the inputs cannot be evaluated.
+        InputError: the inputs cannot be evaluated, or there is no such option.
     """
+    unknown = sorted(others.keys() - inspect.signature(evaluate_robustness).parameters.keys())
+    if unknown:
+        raise InputError(
+            f"{', '.join(unknown)}: expected options of evaluate_robustness, and it has none of this name."
+        )
+    check_choice("norm", norm, NORMS)
     check_whole("batch_size", batch_size)
-    radii, (_, members) = to_radii(eps, "L2"), find_suite(attacks)
+    radii, (_, members) = to_radii(eps, norm), find_suite(attacks)
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(0, 0):
-        task = RetrievalTask(embed, queries, gallery)
+        task = RetrievalTask(embed, queries, gallery, norm)
         attacked = len(task.rows(subset))
         embedded = len(task.items) + (0 if gallery is None else attacked)
-        task.probe(())
+        task.probe(radii)
         most = most_passes(members, attacked, len(radii), embed.is_random)
         passes = None if most is None else most + embedded + checks * passes_of_checks(attacked, embed.is_random)
         with embed.isolated():
             return Cost(passes, _seconds_per_pass(embed, task.queries[:batch_size]))
-
-
-def most_passes(attacks: Sequence[RetrievalAttack], queries: int, radii: int, is_random: bool = False) -> int | None:
-    """Image passes of all attacks on some queries at some radii, at most; None: some attack does not say it."""
-    draws, answers = (SAMPLES, 2 * ANSWERS) if is_random else (1, 0)
-    each = [None if a.passes is None else (draws * a.passes + answers) * a.restarts for a in attacks]
-    return None if None in each else queries * (radii * sum(filter(None, each)) + answers)
-
-
-def passes_of_checks(queries: int, is_random: bool = False) -> int:
-    """Image passes of the checks, about, if all of some queries are right without attack."""
-    return PASSES * min(SAMPLE, queries) * (SAMPLES if is_random else 1)
 
 
 def _seconds_per_pass(embed: Embedder, pixels: Tensor) -> float:

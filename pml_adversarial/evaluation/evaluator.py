@@ -18,7 +18,7 @@ from ..training.tuples import rank_in_group
 from .attacks.kinds import RetrievalAttack
 from .reports.results import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .retrieval import metrics
-from .retrieval.batch import QueryBatch
+from .retrieval.batch import ANSWERS, SAMPLES, QueryBatch
 from .retrieval.gallery import finite_or_zero
 from .retrieval.metrics import PerQuery
 from .retrieval.task import RetrievalTask
@@ -252,6 +252,13 @@ class _WorstPerturbations:
         self.images = torch.where(per_image(taken, self.images), images, self.images)
         self.attack[taken & (found <= _HALF)] = attack
         self.eps[taken.cpu()] = eps
+
+
+def most_passes(attacks: Sequence[RetrievalAttack], queries: int, radii: int, is_random: bool = False) -> int | None:
+    """Image passes of all attacks on some queries at some radii, at most; None: some attack does not say it."""
+    draws, answers = (SAMPLES, 2 * ANSWERS) if is_random else (1, 0)
+    each = [None if a.passes is None else (draws * a.passes + answers) * a.restarts for a in attacks]
+    return None if None in each else queries * (radii * sum(filter(None, each)) + answers)
 
 
 def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:

@@ -19,9 +19,8 @@ from .attacks.as_json import to_json
 from .attacks.kinds import RetrievalAttack
 from .attacks.preparation import prepared
 from .attacks.suites import find_suite
-from .checks import run_checks
-from .cost import most_passes, passes_of_checks
-from .evaluator import BatchResult, Evaluator
+from .checks import passes_of_checks, run_checks
+from .evaluator import BatchResult, Evaluator, most_passes
 from .reports import fingerprints, provenance
 from .reports.report import Report
 from .reports.results import decode_flags

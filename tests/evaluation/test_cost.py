@@ -10,7 +10,9 @@ from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import estimate_cost, evaluate_robustness, robustness
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
 from pml_adversarial.evaluation.attacks.suites import quick, standard
-from pml_adversarial.evaluation.cost import Cost, most_passes, passes_of_checks
+from pml_adversarial.evaluation.checks import passes_of_checks
+from pml_adversarial.evaluation.cost import Cost
+from pml_adversarial.evaluation.evaluator import most_passes
 
 TINY = 1e-6  # an eps at which no attack succeeds
 NOISE = QueryAttack("noise", lambda batch, eps, restart: batch.images)
@@ -88,6 +90,16 @@ class TestEstimate:
         assert (found.passes, found.seconds) == (None, None)
         assert str(Cost(None, 0.0123)) == "an unknown number of image passes of 12.3 ms"
 
+    def test_takes_all_options_of_an_evaluation(self):
+        options = {"eps": 3, "norm": "L0", "distance": "euclidean", "own": "same", "junk_label": None, "seed": 3}
+        found = estimate_cost(network(), images_of(20), images_of(20), attacks=quick(3, 1), checks=False, **options)
+        report = evaluate_robustness(
+            network(), images_of(20), images_of(20), attacks=quick(3, 1), checks=False, **options
+        )
+        assert 0 < sum(one.forward_passes + one.backward_passes for one in report.attacks) <= found.passes
+        with pytest.raises(InputError, match=r"^distanse, sead: expected options of evaluate_robustness"):
+            estimate_cost(network(), images_of(20), eps=0.1, sead=3, distanse="cosine")
+
     def test_leaves_no_trace(self):
         model, before = network(), torch.get_rng_state()
         state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,7 +109,9 @@ class TestEstimate:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), before)
 
-    @pytest.mark.parametrize("options", [{"eps": 0}, {"attacks": "best"}, {"batch_size": 0}, {"subset": [99]}])
+    @pytest.mark.parametrize(
+        "options", [{"eps": 0}, {"attacks": "best"}, {"batch_size": 0}, {"subset": [99]}, {"eps": 2}]
+    )
     def test_refuses_what_the_evaluation_refuses(self, options):
         options = {"eps": 0.1, **options}
         for function in (estimate_cost, evaluate_robustness):

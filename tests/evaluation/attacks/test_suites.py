@@ -26,7 +26,7 @@ from pml_adversarial.evaluation.attacks.suites import (
     shift_score,
     targeted_score,
 )
-from pml_adversarial.evaluation.cost import most_passes
+from pml_adversarial.evaluation.evaluator import most_passes
 
 
 @pytest.fixture
