@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from .attacks.suites import gradient_attack
 from .checks import FEW, plausible
 from .reports import provenance
 from .reports.binomial import CONFIDENCE, Interval, rate_interval
+from .reports.saved import Saved
 from .retrieval.batch import QueryBatch
 from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
@@ -39,7 +38,7 @@ Flags = Mapping[int, str]
 
 
 @dataclass(frozen=True, eq=False)
-class TargetedReport:
+class TargetedReport(Saved):
     """How often queries find an item of a class that they should not find. ``print(report)`` shows a table.
 
     Attributes:
@@ -55,6 +54,8 @@ class TargetedReport:
         versions: of Python and the libraries.
         notes: what else a reader has to know.
     """
+
+    SCHEMA: ClassVar[int] = 1
 
     k: tuple[int, ...]
     num_queries: int
@@ -121,11 +122,17 @@ class TargetedReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All results in types that JSON knows."""
-        return dict(vars(self))
+        return {"schema": self.SCHEMA, **vars(self)}
 
-    def save_json(self, path: str | Path) -> None:
-        """Writes what `to_dict` returns."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> TargetedReport:
+        """A report from what JSON makes of `to_dict`, without ``schema``."""
+        parts: dict[str, Any] = {name: tuple(found[name]) for name in ("k", "queries", "targets", "notes")}
+        parts["passes"] = {float(eps): count for eps, count in found["passes"].items()}
+        parts["flags"] = {
+            float(eps): {int(k): flags for k, flags in by_k.items()} for eps, by_k in found["flags"].items()
+        }
+        return cls(**{**found, **parts})
 
 
 def evaluate_targeted(

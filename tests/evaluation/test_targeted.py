@@ -235,7 +235,9 @@ class TestReport:
         found = json.loads((tmp_path / "report.json").read_text())
         assert found["flags"] == {str(eps): {"1": flags[1]} for eps, flags in report.flags.items()}
         assert found["settings"]["square"] == 0
-        assert isinstance(report, TargetedReport)
+        again = TargetedReport.load_json(tmp_path / "report.json")
+        assert vars(again) == vars(report)
+        assert str(again) == str(report)
 
     def test_passes_are_counted(self):
         report = evaluated(steps=4, restarts=2)

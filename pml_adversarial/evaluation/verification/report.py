@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ...errors import InputError
 from ..reports.binomial import CONFIDENCE
 from ..reports.results import Check, decode_flags
+from ..reports.saved import Saved
 from .roc import ROC, EqualErrorRate, PairScores, Rate
-
-SCHEMA = 1
-"""Version of the JSON that `VerificationReport.save_json` writes."""
 
 _CHECK = {True: "ok", False: "FLAG", None: "skipped"}
 
@@ -93,7 +89,7 @@ class VerificationResult:
 
 
 @dataclass(frozen=True, eq=False)
-class VerificationReport:
+class VerificationReport(Saved):
     """How robust a verification is. ``print(report)`` shows a table.
 
     Attributes:
@@ -115,6 +111,8 @@ class VerificationReport:
         attacked: eps -> ``(A, C, H, W)`` perturbed first images, of each pair the worst. None if it was not asked for.
             They are not saved as JSON.
     """
+
+    SCHEMA: ClassVar[int] = 1
 
     suite: str
     protocol: str
@@ -216,36 +214,19 @@ class VerificationReport:
         """All results but images, in types that JSON knows."""
         kept = {key: value for key, value in vars(self).items() if key != "attacked"}
         lists = {key: [asdict(part) for part in kept[key]] for key in ("results", "attacks", "checks")}
-        return {"schema": SCHEMA, **kept, **lists}
-
-    def save_json(self, path: str | Path) -> None:
-        """Writes what `to_dict` returns."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return {"schema": self.SCHEMA, **kept, **lists}
 
     @classmethod
-    def load_json(cls, path: str | Path) -> VerificationReport:
-        """Reads a report that `save_json` wrote. It has no images.
-
-        Raises:
-            InputError: the file holds something else, or another version of a report.
-        """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            schema = found.pop("schema")
-            if schema == SCHEMA:
-                lists = {
-                    "results": tuple(map(_result, found["results"])),
-                    "attacks": tuple(map(_attack, found["attacks"])),
-                    "checks": tuple(Check(**check) for check in found["checks"]),
-                    "notes": tuple(found["notes"]),
-                    "attacked_pairs": tuple(found["attacked_pairs"]),
-                }
-                return cls(**{**found, **lists})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"{path} holds no report; expected the JSON that VerificationReport.save_json writes."
-            ) from error
-        raise InputError(f"{path} is of schema {schema}, this version reads {SCHEMA}; measure it again.")
+    def from_dict(cls, found: Mapping[str, Any]) -> VerificationReport:
+        """A report from what JSON makes of `to_dict`, without ``schema``."""
+        lists = {
+            "results": tuple(map(_result, found["results"])),
+            "attacks": tuple(map(_attack, found["attacks"])),
+            "checks": tuple(Check(**check) for check in found["checks"]),
+            "notes": tuple(found["notes"]),
+            "attacked_pairs": tuple(found["attacked_pairs"]),
+        }
+        return cls(**{**found, **lists})
 
 
 def _result(found: dict[str, Any]) -> VerificationResult:

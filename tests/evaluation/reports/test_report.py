@@ -12,7 +12,6 @@ from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import Report, evaluate_robustness
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.attacks.suites import gradient_attack, margin_score, nearest_wrong, promotion, standard
-from pml_adversarial.evaluation.reports.report import SCHEMA
 from pml_adversarial.evaluation.reports.results import Check
 from pml_adversarial.evaluation.reports.table import table
 
@@ -79,7 +78,7 @@ class TestJSON:
 
     def test_holds_what_is_needed_to_measure_again(self, report):
         found = report.to_dict()
-        assert found["schema"] == SCHEMA
+        assert found["schema"] == Report.SCHEMA
         assert found["settings"]["eps"] == [4 / 255, 0.1]
         assert found["settings"]["subset"] == list(range(20))
         assert found["settings"]["device"] == "cpu"
@@ -93,15 +92,6 @@ class TestJSON:
         }
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
-    @pytest.mark.parametrize(
-        "content",
-        ["", "nonsense", "[]", "3", "null", "{}", '"schema"', '{"schema": 3}', '{"schema": 3, "attacks": 3}', "\xff"],
-    )
-    def test_something_else_is_refused(self, tmp_path, content):
-        (tmp_path / "report.json").write_text(content, encoding="latin-1")
-        with pytest.raises(InputError, match=r"report\.json holds no report; expected the JSON that Report\.save_json"):
-            Report.load_json(tmp_path / "report.json")
-
     @pytest.mark.parametrize("change", [{"extra": 1}, {"attacks": [{"attack": "x"}]}, {"worst": {"a": 1}}])
     def test_a_report_with_other_parts_is_refused(self, report, tmp_path, change):
         (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), **change}))
@@ -110,11 +100,7 @@ class TestJSON:
 
     def test_another_schema_is_refused(self, report, tmp_path):
         (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), "schema": 99}))
-        with pytest.raises(InputError, match=rf"is of schema 99, this version reads {SCHEMA}; measure it again"):
-            Report.load_json(tmp_path / "report.json")
-
-    def test_a_file_that_is_not_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(InputError, match=rf"is of schema 99, this version reads {Report.SCHEMA}; measure it again"):
             Report.load_json(tmp_path / "report.json")
 
 
