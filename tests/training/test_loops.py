@@ -187,6 +187,16 @@ def test_each_step_begins_anew(shape):
     assert value.isfinite()
 
 
+@pytest.fixture(scope="module")
+def quick_collection():
+    """What is there already is not gone through again: that takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("name", shapes())
 def test_no_hook_of_all_modules_stays(shape):
     gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,12 @@ class Report(Results, Saved):
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Report:
         """A report from what JSON makes of `to_dict`, without ``schema``."""
-        lists = {key: tuple(kind(**_without_intervals(part)) for part in found[key]) for key, kind in _LISTS.items()}
-        return cls(**{**_without_intervals(found), **lists, "notes": tuple(found["notes"])})
+        found = deepcopy(dict(found))
+        for part in (found, *found["attacks"], *found["worst"]):
+            del part["intervals"]  # they follow from the numbers
+        lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
+        return cls(**{**found, **lists, "notes": tuple(found["notes"])})
 
     def save_html(self, path: str | Path) -> None:
         """Writes one HTML page that needs no other file and no network."""
         Path(path).write_text(render(self), encoding="utf-8")
-
-
-def _without_intervals(part: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the intervals, which follow from the numbers."""
-    return {key: value for key, value in part.items() if key != "intervals"}
