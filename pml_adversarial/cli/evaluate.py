@@ -65,8 +65,8 @@ def evaluate(
 ) -> None:
     """Evaluates how robust a saved embedding model is on images of your own.
 
-    Every query is attacked within each radius and searched for in a clean gallery. Prints a table, and writes
-    report.json and report.html.
+    Attacks queries, and items of the gallery, within each radius, and measures what the queries still find. Prints a
+    table, and writes report.json and report.html.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -95,7 +95,7 @@ def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
 
 def _attacks(text: str) -> str | list[RetrievalAttack]:
     """The name of a suite, or attacks of the suites by their names."""
-    if text in SUITES:
+    if text in {*SUITES, *(version for version, _ in SUITES.values())}:
         return text
     known = attacks_by_name()
     names = [name.strip() for name in text.split(",")]

@@ -12,6 +12,7 @@ from .reports.report import Report
 from .reports.results import TARGETS
 from .reports.table import aligned
 from .retrieval.options import to_radii
+from .retrieval.task import RANDOM
 
 _OF_EACH_MODEL = {  # settings that may differ between two models on the same queries
     *("attacks", "attack_settings", "eps", "recall_at", "normalization", "nmi", "checks", "keep_attacked", "seed"),
@@ -113,6 +114,8 @@ def compare(first: Report, second: Report, eps: float | Iterable[float] | None =
     Raises:
         InputError: the reports are on other queries, or do not have the same eps.
     """
+    check_report(first, "first")
+    check_report(second, "second")
     _check_same_queries(first, second)
     wanted = _radii(first, second, eps)
     pairs = [("none", 0.0, first.clean_flags, second.clean_flags)]
@@ -123,6 +126,15 @@ def compare(first: Report, second: Report, eps: float | Iterable[float] | None =
         ]
     differences = tuple(_difference(*pair) for pair in pairs)
     return Comparison(first.num_queries, differences, tuple(_notes(first, second)))
+
+
+def check_report(value: object, name: str) -> None:
+    """Refuses what is no report of `evaluate_robustness`."""
+    if not isinstance(value, Report):
+        raise InputError(
+            f"{name} is {type(value).__name__}; expected a Report of evaluate_robustness, such as "
+            "Report.load_json(path) gives."
+        )
 
 
 def _difference(target: str, eps: float, first: str, second: str) -> Difference:
@@ -190,6 +202,8 @@ def _notes(first: Report, second: Report) -> Iterator[str]:
     if one != other:
         yield f"The attacks differ: a met {_attacks(first)}; b met {_attacks(second)}."
     for name, report in (("a", first), ("b", second)):
+        if any(note.startswith(RANDOM) for note in report.notes):
+            yield f"The model of {name} answers at random: a query counts as right if it is right in most draws."
         if report.flagged:
             yield f"Checks of {name} raise a flag: {', '.join(check.name for check in report.flagged)}."
 

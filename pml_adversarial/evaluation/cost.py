@@ -31,6 +31,8 @@ from .runs.progress import duration
 class Cost:
     """What an evaluation costs at most. Robust models come near to it; a query that an attack breaks costs less.
 
+    Only passes of the evaluated model are counted, not those of a surrogate.
+
     Attributes:
         passes: of images, forward and backward passes counted separately; None: some attack does not say how many.
         seconds_per_pass: mean of a forward and a backward pass, as measured.
@@ -72,7 +74,7 @@ def estimate_cost(
 ) -> Cost:
     """What `evaluate_robustness` with the same arguments costs at most. One batch is embedded twice to find out.
 
-    ``others`` are further options of `evaluate_robustness`; they make no evaluation more expensive.
+    ``others`` are further options of `evaluate_robustness`, which change the cost little or not at all.
 
     Raises:
         InputError: the inputs cannot be evaluated, or there is no such option.

@@ -57,7 +57,7 @@ class Evaluator:
         clean = metrics.mean_per_query(batch.rankings(depth), self.recall_at)
         kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
         lowest = dict.fromkeys((attack.name for attack in self.attacks), clean)
-        latest = dict.fromkeys(lowest, batch.images)
+        latest: dict[str, Tensor | None] = dict.fromkeys(lowest)
         worst = _WorstPerturbations(batch.images)
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
@@ -66,7 +66,7 @@ class Evaluator:
                 result, images = self._run(attack, batch, eps, depth, first_row, before, latest[attack.name])
                 lowest[attack.name], latest[attack.name] = result["measures"], images
                 kept[_key(attack, eps)] = result
-                if attack.target == "query":
+                if images is not None:
                     worst.update(number, eps, images, result)
             if self.keep_attacked:
                 kept["attacked"][str(eps)] = worst.images.clone()
@@ -84,17 +84,19 @@ class Evaluator:
         depth: int,
         first_row: int,
         lowest: PerQuery,
-        latest: Tensor,
-    ) -> tuple[BatchResult, Tensor]:
-        """Of each query, the lowest measures over ``lowest`` and all restarts, and the image that has the lowest R@1.
+        latest: Tensor | None,
+    ) -> tuple[BatchResult, Tensor | None]:
+        """Of each query, the lowest measures over ``lowest`` and all restarts, and the image of the lowest R@1.
 
-        This is one of ``latest`` ``(Q, C, H, W)`` if no run lowers it.
+        If every run leaves R@1 higher, it is that of ``latest`` ``(Q, C, H, W)``; None: no image is known yet. Images
+        of an attack on the gallery are not kept.
         """
         embed, start = self.task.embed, time.perf_counter()
         passes = embed.forward_passes, embed.backward_passes
         measures = {name: values.clone() for name, values in lowest.items()}
-        images = latest.clone()
-        shift = torch.full((len(batch),), torch.nan, device=images.device)
+        keeps = attack.target == "query"
+        images = (batch.images if latest is None else latest).clone() if keeps else None
+        shift = torch.full((len(batch),), torch.nan, device=batch.images.device)
         for restart in range(attack.restarts):
             robust = measures["recall_at_1"] > 0
             all_queries = restart == 0 and not attack.only_robust and not attack.follows
@@ -105,8 +107,9 @@ class Evaluator:
                     outcome = attack.run(batch[chosen], eps, restart, depth)
                     found = metrics.mean_per_query(outcome.rankings, self.recall_at)
                 # a query that failed before and is right now keeps the image at which it failed
-                no_better = (found["recall_at_1"] <= measures["recall_at_1"][chosen]).nonzero().squeeze(1)
-                images[chosen[no_better]] = outcome.images[no_better]
+                if images is not None:
+                    not_higher = (found["recall_at_1"] <= measures["recall_at_1"][chosen]).nonzero().squeeze(1)
+                    images[chosen[not_higher]] = outcome.images[not_higher]
                 for name, values in found.items():
                     measures[name][chosen] = torch.minimum(measures[name][chosen], values)
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])

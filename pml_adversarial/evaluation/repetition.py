@@ -14,6 +14,7 @@ from ..training.isolation import random_stream
 from .attacks.as_json import from_json, to_json
 from .attacks.kinds import RetrievalAttack
 from .attacks.suites import SUITES
+from .comparison import check_report
 from .reports import fingerprints
 from .reports.report import Report
 from .retrieval.distance import DISTANCES, find_distance
@@ -64,6 +65,7 @@ def repeat(
         InputError: what is given is not what the report measured, or something that the report does not hold is
             missing.
     """
+    check_report(report, "report")
     settings = _settings(report)
     members = from_json(settings["attack_settings"], attacks)
     given = {"distance": _distance(settings, distance), "ignore": ignore, "relevant": relevant}

@@ -8,7 +8,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..attacks.checks import check_choice, check_whole
@@ -88,7 +87,8 @@ def evaluate_robustness(
             ``(None, labels)``: items that are known by ``gallery_embeddings`` alone; they cannot be attacked.
         eps: one or more radii: in pixels of [0, 1]; in "L0" how many pixels may change, in "patch" the side of the
             square that may.
-        attacks: "standard", "quick", names of attacks, or attacks such as `suites.standard` returns.
+        attacks: a suite, "standard", "fast" or "quick"; or a list of names of attacks and of attacks such as
+            `suites.standard` returns.
         norm: of the perturbations: "Linf", "L2", "L1", "L0" or "patch", see `ball.NORMS`. Attacks that do not know
             it are left out, with a note.
         distance: how the deployed search compares embeddings: "cosine", "euclidean", "normalized_euclidean",
@@ -159,25 +159,25 @@ def evaluate_robustness(
             asked = task.rows(subset)
             measured = cache(partial(fingerprints.of_task, task, asked, gallery_embeddings))
             checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device, ranks)
-            _embed_all(task, asked, gallery_embeddings, checkpoint, batch_size, ranks, bar)
+            embedded = partial(_embedded, task, checkpoint, batch_size, ranks, bar)
+            task.embed_and_set(asked, batch_size, gallery_embeddings, embedded)
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)
             members = tuple(prepared(attack, task, rows, radii) for attack in _able(members, task))
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
-            then = checks * passes_of_checks(len(rows), embed.is_random) // ranks.count
-            found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, then)
+            passes_after = passes_of_checks(len(rows), embed.is_random) // ranks.count if checks else 0
+            found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, passes_after)
             measures = evaluator.measures(found, rows)
-            right = decode_flags(measures["clean_flags"])
-            made = (
-                run_checks(task, rows, right, measures["attacks"], seed, batch_size, ranks, bar.begin) if checks else ()
-            )
+            if checks:
+                right = decode_flags(measures["clean_flags"])
+                made = run_checks(task, rows, right, measures["attacks"], seed, batch_size, ranks, bar.begin)
         devices = dict.fromkeys(ranks.share(range(ranks.count), lambda number: str(embed.device)))
         report = Report(
             suite=suite,
             left_out=left_out,
             **measures,
-            checks=made,
+            checks=made if checks else (),
             settings={**settings, "device": ", ".join(devices), "precision": embed.precision},
             versions=provenance.versions(),
             provenance=origin,
@@ -186,53 +186,46 @@ def evaluate_robustness(
         return ranks.tell(report)
 
 
-def _embed_all(
+def _embedded(
     task: RetrievalTask,
-    rows: Tensor,
-    known: Any,
     checkpoint: Checkpoint,
     batch_size: int,
     ranks: Ranks,
     bar: Progress,
-) -> None:
-    """Embeds the gallery, unless its embeddings are known, and the queries ``rows``."""
-    if known is None and not task.items.has_images:
-        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+    images: ImageSet,
+    rows: Tensor,
+) -> Tensor:
+    """Embeddings ``(n, D)`` of some images, which are kept, shared among the processes, and shown by the bar."""
 
-    def embedded(images: ImageSet, rows: Tensor) -> Tensor:
+    def made() -> Tensor:
         bar.begin(images.role)
         bar.expect(len(rows) // ranks.count)
         return embed_all(task.embed, images, batch_size, rows, ranks)
 
-    if known is None:
-        items = checkpoint.load_or_make("gallery", lambda: embedded(task.items, torch.arange(len(task.items))))
-    else:
-        items = task.check_embeddings(known)
-    task.set_gallery(items)
-    if known is None and task.items is task.queries:
-        task.set_queries(rows, items[rows])
-    else:
-        task.set_queries(rows, checkpoint.load_or_make("queries", lambda: embedded(task.queries, rows)))
+    return checkpoint.load_or_make(
+        "queries" if images is task.queries and task.items is not images else "gallery", made
+    )
 
 
 def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:
     """The attacks that can be made on a task; the report notes which cannot."""
-    able = []
-    for attack in attacks:
-        if attack.num_classes > len(task.gallery.classes):
-            task.notes.append(f"{attack.name} is left out: it needs {attack.num_classes} classes")
-        elif task.norm not in attack.norms:
-            known = " and ".join(attack.norms)
-            task.notes.append(f"{attack.name} is left out: it is made for {known}, not for {task.norm}")
-        elif attack.needs_items and not task.items.has_images:
-            task.notes.append(f"{attack.name} is left out: it needs images of the gallery, and there are none")
-        else:
-            able.append(attack)
-    if not able:
-        raise InputError(
-            f"None of the attacks can be made here: {'; '.join(task.notes)}. Expected one or more that can."
-        )
-    return tuple(able)
+    reasons = [_reason_against(attack, task) for attack in attacks]
+    left_out = [f"{attack.name} is left out: {why}" for attack, why in zip(attacks, reasons, strict=True) if why]
+    if len(left_out) == len(attacks):
+        raise InputError(f"None of the attacks can be made here: {'; '.join(left_out)}. Expected one or more that can.")
+    task.notes.extend(left_out)
+    return tuple(attack for attack, why in zip(attacks, reasons, strict=True) if not why)
+
+
+def _reason_against(attack: RetrievalAttack, task: RetrievalTask) -> str | None:
+    """Why an attack cannot be made on a task; None: it can."""
+    if attack.num_classes > len(task.gallery.classes):
+        return f"it needs {attack.num_classes} classes"
+    if task.norm not in attack.norms:
+        return f"it is made for {' and '.join(attack.norms)}, not for {task.norm}"
+    if attack.needs_items and not task.items.has_images:
+        return "it needs images of the gallery, and there are none"
+    return None
 
 
 def _evaluate(

@@ -269,7 +269,7 @@ def _items(
     else:
         items = _unit(task.check_embeddings(known))
     task.set_gallery(items)
-    if task.finds_own:
+    if task.own_by_image:
         task.set_queries(rows, embed_all(task.embed, task.queries, batch_size, rows))
     return items
 

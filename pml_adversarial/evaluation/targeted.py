@@ -20,7 +20,7 @@ from .attacks.kinds import QueryAttack
 from .attacks.square import square_attack
 from .attacks.suites import gradient_attack
 from .checks import FEW, plausible
-from .reports import provenance
+from .reports import fingerprints, provenance
 from .reports.binomial import CONFIDENCE, Interval, rate_interval
 from .reports.saved import Saved
 from .retrieval.batch import QueryBatch
@@ -28,7 +28,7 @@ from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, to_radii, to_whole_numbers
+from .retrieval.options import NORMS, as_numbers, description_of_mask, to_radii, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
@@ -52,6 +52,7 @@ class TargetedReport(Saved):
         passes: eps -> image passes of all attacks, forward and backward ones counted separately.
         settings: all settings that are needed to repeat the evaluation.
         versions: of Python and the libraries.
+        provenance: fingerprints of model and images, and the machine, time and command.
         notes: what else a reader has to know.
     """
 
@@ -67,6 +68,7 @@ class TargetedReport(Saved):
     passes: Mapping[float, int]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    provenance: Mapping[str, Any]
     notes: tuple[str, ...]
 
     def success(self, eps: float = 0.0, k: int = 1) -> float:
@@ -205,6 +207,13 @@ def evaluate_targeted(
     settings = {
         **{"eps": list(radii), "k": list(depths), "norm": norm, "distance": find_distance(distance).name},
         **{"steps": steps, "restarts": restarts, "square": square, "seed": seed, "batch_size": batch_size},
+        "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
+        "bounds": None if bounds is None else as_numbers(bounds),
+        "subset": None if subset is None else to_whole_numbers(subset, "subset"),
+        "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
+        "ignore": description_of_mask(ignore),
+        "relevant": description_of_mask(relevant),
+        "junk_label": junk_label,
     }
     with plain_surroundings(), random_stream(seed, -1):
         task = RetrievalTask(embed, queries, gallery, norm, Search(distance, own, ignore, relevant, junk_label))
@@ -212,6 +221,7 @@ def evaluate_targeted(
         with embed.isolated():
             asked = task.rows(subset)
             task.embed_and_set(asked, batch_size, gallery_embeddings)
+            origin = fingerprints.of_task(task, asked, gallery_embeddings)
             rows, targets = _aims(task, asked, target)
             run = _Run(task, rows, targets, depths, radii, batch_size, seed)
             run.make(tuple(_attacks(depths, steps, restarts, square)))
@@ -226,6 +236,7 @@ def evaluate_targeted(
             passes=run.passes,
             settings={**settings, "device": str(embed.device), "precision": embed.precision},
             versions=provenance.versions(),
+            provenance={**origin, **provenance.surroundings(embed.device)},
             notes=tuple(task.notes),
         )
 

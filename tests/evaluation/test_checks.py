@@ -82,7 +82,7 @@ def clean_flags_of(task):
     items, labels = task.gallery.embeddings, task.queries.labels
     flags = ""
     for i, query in enumerate(embeddings):
-        others = [j for j in range(len(items)) if not (task.leave_one_out and i == j)]
+        others = [j for j in range(len(items)) if not (task.leaves_own_out and i == j)]
         nearest = max(others, key=lambda j: float(query @ items[j]))
         flags += "01"[int(task.items.labels[nearest] == labels[i])]
     return flags

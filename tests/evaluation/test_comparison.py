@@ -109,6 +109,13 @@ class TestDifferences:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("other", ["report.json", None, {}])
+    def test_what_is_no_report(self, pair, other):
+        with pytest.raises(InputError, match=f"second is {type(other).__name__}; expected a Report of evaluate_rob"):
+            compare(pair[0], other)
+        with pytest.raises(InputError, match="first is"):
+            compare(other, pair[1])
+
     @pytest.mark.parametrize(
         ("change", "differ"),
         [

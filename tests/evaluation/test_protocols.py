@@ -72,6 +72,14 @@ class TestQueriesWithinTheGallery:
         assert "no copies in the gallery" not in {check.name for check in left_out.flagged}
         assert left_out.protocol == expected.protocol == "leave-one-out"
 
+    def test_without_a_gallery_it_changes_nothing(self):
+        found, expected = evaluated(own="same"), evaluated()
+        assert (found.clean_flags, found.worst, found.notes) == (
+            expected.clean_flags,
+            expected.worst,
+            expected.notes,
+        )
+
     def test_some_of_them_are_counted(self):
         images = torch.cat([OTHERS, IMAGES[[3, 20]]])
         labels = torch.cat([OTHER_LABELS, LABELS[[3, 20]]])
@@ -155,11 +163,19 @@ class TestIgnored:
             (torch.zeros(23, 30, dtype=torch.bool), r"of shape \(23, 30\); expected torch.bool \(24, 30\)"),
             (torch.zeros(24, 30), r"ignore gives torch.float32"),
             (lambda rows: torch.zeros(2, 30, dtype=torch.bool), r"of shape \(2, 30\); expected torch.bool \(24, 30\)"),
+            (lambda rows: None, r"ignore gives NoneType; expected torch.bool \(24, 30\)"),
+            (torch.ones(24, 30, dtype=torch.bool), "24 queries finds any item: all are its own, junk or ignored"),
         ],
     )
     def test_what_is_no_mask(self, ignore, message):
         with pytest.raises(InputError, match=message):
             evaluated(gallery=(OTHERS, OTHER_LABELS), ignore=ignore)
+
+    @pytest.mark.parametrize("rows", [3, 25])
+    def test_a_mask_is_of_all_queries_and_not_of_a_subset(self, rows):
+        mask = torch.zeros(rows, 30, dtype=torch.bool)
+        with pytest.raises(InputError, match=r"expected torch.bool \(24, 30\): for each query of all queries, also"):
+            evaluated(gallery=(OTHERS, OTHER_LABELS), ignore=mask, subset=[5, 3, 1])
 
 
 class TestSeveralLabels:

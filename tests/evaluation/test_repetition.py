@@ -163,6 +163,10 @@ class TestSameNumbers:
 
 
 class TestRefusals:
+    def test_what_is_no_report(self):
+        with pytest.raises(InputError, match="report is str; expected a Report of evaluate_robustness"):
+            repeat("report.json", network(), images_of())
+
     @pytest.fixture(scope="class")
     @staticmethod
     def report():

@@ -17,7 +17,6 @@ from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation import metrics as scores
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.attacks.suites import (
     classifier_attack,
@@ -31,6 +30,7 @@ from pml_adversarial.evaluation.attacks.suites import (
     shift_score,
     standard,
 )
+from pml_adversarial.evaluation.retrieval import metrics as scores
 
 EPS = (0.02, 0.05, 0.12)
 RADII = {"Linf": EPS, "L2": (0.1, 0.3, 0.7)}

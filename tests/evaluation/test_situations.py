@@ -209,6 +209,24 @@ MODELS = {
 }
 
 
+class TestSizes:
+    def test_a_gallery_of_other_sizes_than_the_queries(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(3), nn.Flatten())
+        images, labels = images_of(12)
+        gallery = nn.functional.interpolate(images_of(20, seed=1)[0], scale_factor=2), images_of(20, seed=1)[1]
+        report = evaluate_robustness(
+            model, (images, labels), gallery, eps=0.05, attacks=standard(4, 2, 6, 1), checks=False, keep_attacked=True
+        )
+        assert report.attacked[0.05].shape == images.shape
+        assert report.worst_case(0.05, target="gallery") < report.clean["recall_at_1"]
+
+    def test_a_gallery_that_the_model_does_not_take(self):
+        gallery = torch.rand(6, 3, 6, 6), torch.arange(6) % 4
+        with pytest.raises(InputError, match=r"model fails on 1 image\(s\) of shape \(3, 6, 6\)"):
+            evaluate_robustness(network(), images_of(), gallery, eps=0.05, attacks="quick")
+
+
 class TestModels:
     @pytest.mark.parametrize("form", MODELS)
     def test_gives_the_numbers_of_a_module(self, form, plain):
@@ -302,7 +320,7 @@ class TestModels:
                 lambda images: nn.functional.conv2d(images, torch.zeros(1, 3, 2, 2)),
                 r"fails on 1 image.* RuntimeError: ",
             ),
-            ("resnet18", "model is str"),
+            ("resnet18", "expected the model itself"),
             ({"net": nn.Flatten()}, r"model is a dict with the keys \['net'\]"),
         ],
     )

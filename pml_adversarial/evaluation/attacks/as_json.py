@@ -65,8 +65,8 @@ def from_json(specs: Sequence[Mapping[str, Any]], own: Sequence[RetrievalAttack]
     missing = [f"{spec['name']} ({_own(spec)})" for spec in specs if _own(spec) and spec["name"] not in given]
     if missing:
         raise InputError(
-            f"{', '.join(missing)} cannot be made from the report, because this is code of your own. Pass these "
-            "attacks: repeat(report, ..., attacks=[...])."
+            f"{', '.join(missing)} cannot be made from the report, as it holds code of your own, a model or images. "
+            "Pass these attacks: repeat(report, ..., attacks=[...])."
         )
     if given.keys() - set(names):
         raise InputError(

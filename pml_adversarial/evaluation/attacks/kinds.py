@@ -12,6 +12,7 @@ from torch import Tensor
 from ...attacks.ball import NORMS, project
 from ...attacks.objective import Score
 from ...attacks.pgd import MomentumPGD
+from ...errors import InputError
 from ..retrieval.batch import QueryBatch
 from ..retrieval.gallery import Ranking, ReplacedItems
 
@@ -25,11 +26,13 @@ class QueryAttack:
 
     Attributes:
         name: of the attack in reports.
-        perturb: see `Perturb`. Whatever it returns is held to the budget. It may have to know the evaluation first, see
-            `preparation`.
-        restarts: how often it runs. Later runs attack only queries that are still robust.
+        perturb: see `Perturb`. Whatever it returns is held to the budget. If it has a method ``prepared``, this is
+            called once, with all queries, before the first run; see `preparation`.
+        restarts: how often it runs. Later runs attack only queries that it has not broken yet, at this eps or a smaller
+            one.
         black_box: whether it uses outputs of the model only, no gradients.
-        only_robust: whether the first run, too, attacks only queries that are still robust.
+        only_robust: whether the first run, too, attacks only queries that it has not broken yet. A query that is wrong
+            without attack counts as broken.
         num_classes: how many classes the gallery must have; with fewer, the attack is left out.
         needs_items: whether it needs the images of the gallery; where only their embeddings are known, it is left out.
         passes: how many image passes one run takes for each query, at most; None: it is not known.
@@ -52,7 +55,13 @@ class QueryAttack:
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks all queries of a batch and ranks what the perturbed queries find, down to ``depth``."""
-        images = project(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
+        found = self.perturb(batch, eps, restart)
+        if not isinstance(found, Tensor) or found.shape != batch.images.shape:
+            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"The attack {self.name} returned {shown}; expected perturbed queries {tuple(batch.images.shape)}."
+            )
+        images = project(found, batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
         shift = batch.gallery.shift(embeddings, batch.clean)

@@ -246,7 +246,10 @@ SUITES: dict[str, tuple[str, Callable[[], tuple[RetrievalAttack, ...]]]] = {
     "fast": ("fast-v1", fast),
     "quick": ("quick-v1", quick),
 }
-"""Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version."""
+"""Name in ``attacks="..."`` -> name and version in reports, and the attacks. Other attacks get another version.
+
+``attacks=`` also takes the name with the version.
+"""
 
 
 def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tuple[RetrievalAttack, ...]]:
@@ -255,20 +258,25 @@ def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tup
     Raises:
         InputError: a name is unknown, there is no attack, two have one name, or something else is in the list.
     """
-    if isinstance(attacks, str):
-        if attacks not in SUITES:
-            raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
-        name, make = SUITES[attacks]
-        return name, make()
     known = attacks_by_name()
+    if isinstance(attacks, str):
+        made = next((suite for name, suite in SUITES.items() if attacks in (name, suite[0])), None)
+        if made is None:
+            cure = f"[{attacks!r}]" if attacks in known else f"one of {', '.join(SUITES)}, or a list of attacks"
+            raise InputError(f"attacks={attacks!r}; expected {cure}.")
+        return made[0], made[1]()
+    if callable(attacks):
+        raise InputError(f"attacks is {attacks!r}, which was not called; expected a list of attacks, such as quick().")
     members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else _as_attack(a) for a in attacks)
     names = [getattr(attack, "name", None) for attack in members]
     kinds_fit = all(isinstance(attack, RetrievalAttack) for attack in members)
     if not members or not kinds_fit or len(set(names)) < len(names):
         found = ", ".join(str(getattr(attack, "name", repr(attack))) for attack in members) or "none"
+        twice = sorted({str(name) for name in names if names.count(name) > 1 and name is not None})
+        cure = f" More than one is named {', '.join(twice)}: give them names, name=...." if twice else ""
         raise InputError(
             f"attacks holds {found}; expected QueryAttack and GalleryAttack objects of different names, or some of "
-            f"{', '.join(known)}."
+            f"{', '.join(known)}.{cure}"
         )
     return "custom", members
 

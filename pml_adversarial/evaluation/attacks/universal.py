@@ -176,6 +176,9 @@ class _Added:
         smaller = [f"{eps:.4g}" for eps in radii if size > eps * (1 + 1e-4)]
         if norm in NORMS and smaller:
             yield f"of size {size:.4g}, it is cut to the budget at eps {', '.join(smaller)}"
+        larger = [f"{eps:.4g}" for eps in radii if size < eps * (1 - 1e-2)]
+        if norm in NORMS and larger:
+            yield f"of size {size:.4g}, it leaves some of the budget unused at eps {', '.join(larger)}"
 
 
 def _learned(

@@ -174,7 +174,7 @@ class Results:
     attacked: Mapping[float, Tensor] | None = field(default=None, repr=False)
 
     def worst_case(self, eps: float, measure: str = "recall_at_1", target: str = "query") -> float:
-        """A measure at one eps, where each query meets the attack that is worst for it.
+        """A measure at one eps, where each query meets the attack that is worst for it; eps 0 is without attack.
 
         Raises:
             InputError: the evaluation did not measure this.
@@ -182,6 +182,7 @@ class Results:
         found = {worst.eps: worst.measures for worst in self.worst if worst.target == target}
         if not found:
             raise InputError(f"No attack on the {target} was evaluated; expected attacks that perturb it.")
+        found[0.0] = self.clean
         if eps not in found or measure not in found[eps]:
             names = sorted({name for measures in found.values() for name in measures})
             choices = f"{', '.join(names)} at {', '.join(f'{radius:g}' for radius in sorted(found))}"
@@ -191,7 +192,9 @@ class Results:
     def interval(self, eps: float, measure: str = "recall_at_1", target: str = "query") -> Interval:
         """The 95 % confidence interval (Clopper-Pearson) of a rate in the worst case; eps 0 is without attack.
 
-        The rate is that of all queries of the kind of which these are a sample, on this model, gallery and attacks.
+        The rate is that of all queries of the kind of which these are a sample, on this model, gallery and attacks. Of
+        a model that answers at random it is a mean of values between 0 and 1, which varies no more than a rate does;
+        it counts as the nearest rate.
 
         Raises:
             InputError: the evaluation did not measure this, or it is no rate.
@@ -201,8 +204,7 @@ class Results:
                 f"{measure} is no rate, so it has no interval; expected a measure that is 0 or 1 for each query: "
                 f"{', '.join(filter(is_rate, self.clean))}."
             )
-        is_clean = eps == 0 and measure in self.clean
-        return self._interval(self.clean[measure] if is_clean else self.worst_case(eps, measure, target))
+        return self._interval(self.worst_case(eps, measure, target))
 
     def intervals(self, measures: Measures) -> dict[str, Interval]:
         """The 95 % confidence intervals of those measures that are rates over the queries, see `interval`."""

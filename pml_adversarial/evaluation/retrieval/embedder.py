@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -218,6 +219,8 @@ def _state(kind: str) -> tuple[bool, torch.dtype]:
 
 
 def _callable(model: Any) -> Callable[..., Any]:
+    if isinstance(model, str | PathLike):
+        raise InputError(f"model is {model!r}; expected the model itself. Load it first, such as with torch.jit.load.")
     try:
         return in_order(_inside(model))
     except CaptureError as error:

@@ -50,10 +50,13 @@ class ImageSet:
         """Pixels ``(n, C, H, W)`` of some images; refuses what is not in [0, 1]."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")
         try:
-            return self.space.to_pixels(self._read(index))
+            images = self._read(index)
+            if not images.is_floating_point():
+                raise InputError(f"they are {images.dtype}; expected floating point in [0, 1]: divide them by 255.")
+            return self.space.to_pixels(images)
         except InputError as error:
-            shown = f"{index[0]} to {index[-1]}" if len(index) else "none"
-            raise InputError(f"{self.role}, images {shown}: {error}") from error
+            shown = " to ".join(map(str, dict.fromkeys(index[[0, -1]].tolist()))) if len(index) else "none"
+            raise InputError(f"{self.role}, image{'s' * (len(index) != 1)} {shown}: {error}") from error
 
     def check(self, space: PixelSpace) -> str | None:
         """Reads a few images twice, and finds out whether they are normalised as ``space`` says.

@@ -125,23 +125,32 @@ def digest_of(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def to_mask(mask: Any, rows: Tensor, total: int, name: str) -> Tensor | None:
-    """``(n, total)`` bool for the queries ``rows`` ``(n,)``, from a mask of all queries or a function; None: none."""
+def to_mask(mask: Any, rows: Tensor, shape: tuple[int, int], name: str) -> Tensor | None:
+    """``(n, G)`` bool for the queries ``rows`` ``(n,)``; None: there is no mask.
+
+    Args:
+        mask: of all queries, ``shape`` ``(Q, G)``, or a function of the indices of some.
+        rows: indices of the queries that are asked for.
+        shape: how many queries and items there are.
+        name: of the mask in messages.
+    """
     if mask is None:
         return None
-    if callable(mask):
-        found, expected = mask(rows.clone()), (len(rows), total)
+    is_function = callable(mask)
+    found = mask(rows.clone()) if is_function else mask
+    try:
         part = torch.as_tensor(found)
-        shape = tuple(part.shape)
-    else:
-        part = torch.as_tensor(mask)
-        shape, expected = tuple(part.shape), (max(len(part), int(rows.max()) + 1) if part.ndim else 1, total)
-    if part.dtype != torch.bool or shape != expected:
+    except (TypeError, ValueError, RuntimeError):
+        part = None
+    expected = (len(rows), shape[1]) if is_function else shape
+    if part is None or part.dtype != torch.bool or tuple(part.shape) != expected:
+        shown = type(found).__name__ if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
+        whose = "of the indices that it was given" if is_function else "of all queries, also of those not in subset"
         raise InputError(
-            f"{name} gives {part.dtype} of shape {shape}; expected torch.bool {expected}: for each query, which "
-            "items of the gallery are meant. It may be a function of the queries' indices."
+            f"{name} gives {shown}; expected torch.bool {expected}: for each query {whose}, which items of the "
+            "gallery are meant. It may be a mask of all queries, or a function of their indices."
         )
-    return (part if callable(mask) else part[rows.to(part.device)]).to(rows.device)
+    return (part if is_function else part[rows.to(part.device)]).to(rows.device)
 
 
 def to_rows(subset: Any, total: int) -> Tensor:

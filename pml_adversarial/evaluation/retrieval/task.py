@@ -19,6 +19,7 @@ from .gallery import Gallery, Targets, finite_or_zero
 from .images import ImageSet
 from .options import check_radii, to_mask, to_rows, to_whole_numbers
 
+RANDOM = "the model answers at random"  #: How the note on such a model begins.
 JUNK = -1  #: Label of items that are never found, as in Market-1501.
 
 Mask = Tensor | Callable[[Tensor], Any] | None
@@ -27,7 +28,7 @@ Mask = Tensor | Callable[[Tensor], Any] | None
 _SAMPLE = 16  # items of a given gallery that are embedded anew
 _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image differ by less, in half precision too
 _SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
-_DIFFERENT = 0.5  # percent of R@1
+_DIFFERENT = 0.5  # percentage points of R@1
 _CANDIDATES = 8  # nearest items whose images are compared with a query's
 
 
@@ -53,7 +54,7 @@ class RetrievalTask:
         gallery: embeddings of the gallery, after `set_gallery`.
         clean: ``(Q, D)`` embeddings of the queries, after `set_queries`.
         own: ``(Q,)`` index of the item that is the query itself, -1 where it is not in the gallery.
-        finds_own: whether the own items are found by comparing images.
+        own_by_image: whether the own items are found by comparing images.
         in_gallery: ``(Q,)`` bool, whether the gallery holds the query's image as an item that it may find.
         norm: of the perturbations.
         notes: what a reader of the report has to know.
@@ -72,24 +73,24 @@ class RetrievalTask:
         self.distance: Distance = find_distance(search.distance)
         self.norm = norm
         self.notes: list[str] = []
-        self._is_leave_one_out = gallery is None
+        self._queries_are_gallery = gallery is None
         self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
         self._read(queries, gallery)
-        self.finds_own = isinstance(search.own, str)
         self.own = self._own(search.own)
+        self.own_by_image = search.own is not None and not self._queries_are_gallery and isinstance(search.own, str)
         self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
         self.gallery: Gallery
         self.clean: Tensor
 
     @property
-    def leave_one_out(self) -> bool:
+    def leaves_own_out(self) -> bool:
         """Whether any query is in the gallery, and left out of its own list."""
         return bool((self.own >= 0).any())
 
     @property
     def protocol(self) -> str:
         """Who searches what, in words."""
-        name = "leave-one-out" if self.leave_one_out else "separate gallery"
+        name = "leave-one-out" if self.leaves_own_out else "separate gallery"
         parts = [name, "ignored items" * (self._ignore is not None), "relevance given" * (self._relevant is not None)]
         parts.append("several labels per image" * (self.queries.label_sets is not None))
         return ", ".join(filter(None, parts))
@@ -119,25 +120,42 @@ class RetrievalTask:
                 "dimensions, or distance='euclidean', if they are searched so."
             )
         found = self._same_items(rows)
-        if self.finds_own:
+        if self.own_by_image:
             self.own = self.own.index_copy(0, rows, found)
             found = self._same_items(rows)
         self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
             cure = (
-                "expected one of each image" if self.finds_own or self._is_leave_one_out else "own='same' leaves it out"
+                "expected one of each image"
+                if self.own_by_image or self._queries_are_gallery
+                else "own='same' leaves it out"
             )
             self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
 
-    def embed_and_set(self, rows: Tensor, batch_size: int, known: Any = None) -> None:
-        """Embeds and sets the gallery, of which embeddings ``(G, D)`` may be known, and the queries ``rows``."""
+    def embed_and_set(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        known: Any = None,
+        embedded: Callable[[ImageSet, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Embeds and sets the gallery, of which embeddings ``(G, D)`` may be known, and the queries ``rows``.
+
+        ``embedded`` gives the embeddings of some images; None: see `embed_all`.
+        """
         if known is None and not self.items.has_images:
             raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-        items = embed_all(self.embed, self.items, batch_size) if known is None else self.check_embeddings(known)
+        if embedded is None:
+
+            def embedded(images: ImageSet, rows: Tensor) -> Tensor:
+                return embed_all(self.embed, images, batch_size, rows)
+
+        everything = torch.arange(len(self.items))
+        items = embedded(self.items, everything) if known is None else self.check_embeddings(known)
         self.set_gallery(items)
         is_gallery = known is None and self.items is self.queries
-        self.set_queries(rows, items[rows] if is_gallery else embed_all(self.embed, self.queries, batch_size, rows))
+        self.set_queries(rows, items[rows] if is_gallery else embedded(self.queries, rows))
 
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
@@ -156,10 +174,10 @@ class RetrievalTask:
 
     def targets(self, rows: Tensor) -> Targets:
         """What the queries ``rows`` should find."""
-        ignored = to_mask(self._ignore, rows, len(self.items), "ignore")
+        ignored = to_mask(self._ignore, rows, (len(self.queries), len(self.items)), "ignore")
         if self._junk is not None and bool((junk := self.items.labels == self._junk).any()):
             ignored = junk.expand(len(rows), -1) if ignored is None else ignored | junk
-        relevant = to_mask(self._relevant, rows, len(self.items), "relevant")
+        relevant = to_mask(self._relevant, rows, (len(self.queries), len(self.items)), "relevant")
         if relevant is None and self.queries.label_sets is not None and self.items.label_sets is not None:
             relevant = (self.queries.label_sets[rows].float() @ self.items.label_sets.T.float()) > 0
         return Targets(self.queries.labels[rows], self.own[rows], ignored, relevant)
@@ -172,6 +190,11 @@ class RetrievalTask:
         """Those of the queries ``rows`` that have a right item, one at least; how many have none."""
         parts = [self.targets(rows[part]) for part in batches(len(rows), 1024)]
         right, searched = (torch.cat(f) for f in zip(*map(self._counts, parts), strict=True))
+        if not searched.any():
+            raise InputError(
+                f"None of {len(rows)} queries finds any item: all are its own, junk or ignored. Expected items that it "
+                "may find; ignore is True for those that it may not."
+            )
         if bool((right == searched).all()):
             raise InputError(
                 f"None of {len(rows)} queries has a wrong item in the gallery; expected items that are not right."
@@ -179,7 +202,7 @@ class RetrievalTask:
         if not right.any():
             raise InputError(
                 f"None of {len(rows)} queries has a right item in the gallery; expected labels that occur there"
-                + (" at least twice." if self.leave_one_out else ".")
+                + (" at least twice." if self.leaves_own_out else ".")
             )
         return rows[right > 0], int((right == 0).sum())
 
@@ -194,7 +217,7 @@ class RetrievalTask:
         self.embed.probe_randomness(self.queries[:_SAMPLE])
         if self.embed.is_random:
             self.notes.append(
-                f"the model answers at random: gradients are means over {SAMPLES} draws (EOT), if no attack says "
+                f"{RANDOM}: gradients are means over {SAMPLES} draws (EOT), if no attack says "
                 f"else, and measures of a query are means over {ANSWERS} draws; where it is yes or no, the majority "
                 "counts. The gallery is embedded once"
             )
@@ -254,6 +277,8 @@ class RetrievalTask:
             if note is not None:
                 self.notes.append(note)
         self.embed.probe(self.queries[:1], self.queries.given_dtype)
+        if self.items.has_images and self.items[:1].shape != self.queries[:1].shape:
+            self.embed.probe(self.items[:1])
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_label_sets()
@@ -322,7 +347,7 @@ class RetrievalTask:
         return found
 
     def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
-        device, count, is_gallery = self.embed.device, len(self.queries), self._is_leave_one_out
+        device, count, is_gallery = self.embed.device, len(self.queries), self._queries_are_gallery
         if own is None or (isinstance(own, str) and own == "same"):
             if is_gallery:
                 return torch.arange(count, device=device)

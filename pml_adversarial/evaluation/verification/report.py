@@ -100,7 +100,7 @@ class VerificationReport(Saved):
         results: without attack, at eps 0, over all pairs; then the worst case per pair at each eps, over the pairs that
             were attacked.
         attacks: results of every attack at every eps.
-        checks: signs that the measured robustness is too high, see the module `pair_checks`.
+        checks: signs that the measured robustness is too high, see the module `verification.checks`.
         settings: all settings that are needed to repeat the evaluation.
         versions: of Python and the libraries.
         provenance: fingerprints of model and images, and the machine, time and command.

@@ -72,10 +72,10 @@ def evaluate_verification(
         steps: gradient steps of each run of an attack.
         restarts: runs of the attack "momentum", from different random starts.
         queries: forward passes of the black-box attack; 0: it is left out.
-        attacks: further attacks, which are made beside those of `pair_attacks.pair_attacks`.
+        attacks: further attacks, which are made beside those of `verification.attacks.pair_attacks`.
         normalization: as in `evaluate_robustness`.
         bounds: as in `evaluate_robustness`.
-        checks: whether to look for signs that the measured robustness is too high, see the module `pair_checks`.
+        checks: whether to look for signs that the measured robustness is too high, see `verification.checks`.
         keep_attacked: whether the report holds the perturbed first images.
         seed: of all random choices.
         batch_size: pairs that are attacked together.

@@ -8,6 +8,7 @@ import torch
 from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, length, network
 from torch import nn
 
+from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.attacks.suites import (
     demotion,
@@ -54,6 +55,16 @@ class TestQueryAttack:
     def test_what_an_attack_hands_back_is_held_to_the_budget(self, batch):
         outcome = QueryAttack("cheat", lambda batch, eps, restart: batch.images + 9).run(batch, 0.05, 0, 6)
         assert (outcome.images - batch.images).abs().max() <= 0.05 + 1e-6
+
+    @pytest.mark.parametrize(
+        ("made", "shown"), [(lambda images: images[:3], r"\(3, 1, 6, 6\)"), (lambda images: None, "NoneType")]
+    )
+    def test_what_are_no_queries_is_refused(self, batch, made, shown):
+        attack = QueryAttack("odd", lambda batch, eps, restart: made(batch.images))
+        with pytest.raises(
+            InputError, match=rf"attack odd returned {shown}; expected perturbed queries \(24, 1, 6, 6\)"
+        ):
+            attack.run(batch, 0.05, 0, 6)
 
     def test_nan_embeddings_under_attack_are_broken(self):
         class Trapdoor(nn.Module):

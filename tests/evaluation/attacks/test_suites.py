@@ -13,6 +13,7 @@ from query_batches import RADIUS, all_norms, bench_of, both_norms, embedded, ima
 from pml_adversarial import evaluate_robustness
 from pml_adversarial.attacks.objective import Objective
 from pml_adversarial.attacks.pgd import MomentumPGD
+from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.attacks.as_json import description
 from pml_adversarial.evaluation.attacks.suites import (
     SUITES,
@@ -23,6 +24,7 @@ from pml_adversarial.evaluation.attacks.suites import (
     nearest_right,
     nearest_wrong,
     promotion,
+    quick,
     shift_score,
     targeted_score,
 )
@@ -248,3 +250,30 @@ class TestClassesOfTorchattacks:
         wanted = {attack.name: description(attack) for attack in SUITES["standard"][1]()}
         found = attacks_by_name()
         assert {name: description(found[name]) for name in wanted} == wanted
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", SUITES)
+    def test_with_and_without_the_version(self, name):
+        version, make = SUITES[name]
+        for text in (name, version):
+            found, attacks = find_suite(text)
+            assert (found, [attack.name for attack in attacks]) == (version, [attack.name for attack in make()])
+
+    @pytest.mark.parametrize(
+        ("attacks", "message"),
+        [
+            ("best", r"attacks='best'; expected one of standard, fast, quick, or a list of attacks\."),
+            ("margin", r"attacks='margin'; expected \['margin'\]\."),
+            (
+                quick,
+                r"attacks is <function quick .*>, which was not called; expected a list of attacks, such as quick\(\)",
+            ),
+            ([*quick(), *quick(3)], r"different names.* More than one is named margin, shift: give them names, name="),
+            ([3], r"attacks holds 3; expected QueryAttack and GalleryAttack objects"),
+            ([], r"attacks holds none"),
+        ],
+    )
+    def test_what_names_none(self, attacks, message):
+        with pytest.raises(InputError, match=message):
+            find_suite(attacks)

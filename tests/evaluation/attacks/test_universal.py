@@ -143,7 +143,10 @@ class TestAttack:
 
     def test_is_cut_to_a_smaller_budget_and_says_so(self):
         report = evaluated(universal_attack(learned(eps=0.1)), eps=(0.02, 0.05, 0.1, 0.2), keep_attacked=True)
-        assert report.notes == ("universal: of size 0.1, it is cut to the budget at eps 0.02, 0.05",)
+        assert report.notes == (
+            "universal: of size 0.1, it is cut to the budget at eps 0.02, 0.05",
+            "universal: of size 0.1, it leaves some of the budget unused at eps 0.2",
+        )
         for eps, attacked in report.attacked.items():
             assert (attacked - images_of()[0]).abs().max() <= min(eps, 0.1) + 1e-6
 

@@ -28,20 +28,20 @@ class TestOwn:
         task = task_of()
         assert task.items is task.queries
         assert task.own.tolist() == list(range(24))
-        assert task.leave_one_out
+        assert task.leaves_own_out
 
     def test_in_another_gallery_there_are_no_queries(self):
         task = task_of(images_of(30, seed=1))
         assert len(task.items) == 30
         assert task.own.tolist() == [-1] * 24
-        assert not task.leave_one_out
+        assert not task.leaves_own_out
 
     @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
     def test_is_taken_as_it_is_given(self, kind):
         own = [29, *range(22), -1]
         task = task_of(images_of(30, seed=1), own=kind(own))
         assert task.own.tolist() == own
-        assert task.leave_one_out
+        assert task.leaves_own_out
         assert task.targets(torch.tensor([23, 0])).own.tolist() == [-1, 29]
 
     @pytest.mark.parametrize("own", [[0] * 23, [0] * 25, [-2] * 24, [30] + [0] * 23])

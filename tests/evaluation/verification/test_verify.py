@@ -308,8 +308,8 @@ class TestRefusals:
         [
             ((IMAGES, torch.zeros(24).long()), "There are 276 genuine and 0 impostor pairs"),
             ((IMAGES, torch.arange(24)), "There are 0 genuine and 0 impostor pairs; expected one of each"),
-            ((torch.randn(24, 1, 6, 6), LABELS), r"pairs, images .* pass normalization="),
-            ((IMAGES, torch.randn(24, 1, 6, 6), LABELS == 0), "second images, images "),
+            ((torch.randn(24, 1, 6, 6), LABELS), r"pairs, image .* pass normalization="),
+            ((IMAGES, torch.randn(24, 1, 6, 6), LABELS == 0), "second images, image "),
             (IMAGES, "pairs is Tensor"),
         ],
     )
