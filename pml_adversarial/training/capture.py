@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import check_compiled, preserved, random_kept
+from .isolation import check_compiled
+from .modules import modules_run_by
 from .pixels import PixelSpace
 from .replay import ALL, Replay, difference, tolerance
 from .sources import Choice, call_inside, own_function
 from .trace import Call, Fixed, Ref
-from .tracing import Traced, lost_of, paused, ref_of, step_of
+from .tracing import Traced, lost_of, ref_of, step_of
 from .watch import Watch
 
 Models = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | Callable[..., Any]
@@ -280,24 +279,6 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
             "modules in forward order, or the models dict of a PML trainer."
         )
     return modules
-
-
-def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
-    """The outermost modules that a function runs, or the module whose method it is. They are left as they were."""
-    method = getattr(function, "func", function)
-    if isinstance(getattr(method, "__self__", None), nn.Module):
-        return (method.__self__,)
-    found: list[nn.Module] = []
-    with torch.no_grad(), random_kept(), paused(), ExitStack() as stack:
-
-        def note(module: nn.Module, args: Any) -> None:
-            if not any(module is inner for outer in found for inner in outer.modules()):
-                found.append(module)
-                stack.enter_context(preserved(module))
-
-        stack.callback(register_module_forward_pre_hook(note).remove)
-        function(inputs)
-    return tuple(found)
 
 
 def in_order(model: Models) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import CaptureError, InputError
-from ...training.capture import in_order, modules_run_by
+from ...training.capture import in_order
 from ...training.isolation import isolated, random_stream
+from ...training.modules import modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
 from ..runs.sharing import Ranks
 from .images import ImageSet
@@ -37,6 +38,7 @@ class Embedder:
         dtype: of the inputs: that of the parameters, or single precision.
         embedding_dtype: of the embeddings; known after `probe`.
         has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
         on_passes: is told how many image passes each call takes, forward and backward.
@@ -49,6 +51,7 @@ class Embedder:
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
+        self.why_none: str | None = None
         self.is_random = False
         self.forward_passes = self.backward_passes = 0
         self.on_passes: Callable[[int], object] = lambda passes: None
@@ -137,8 +140,9 @@ class Embedder:
             (found,) = torch.autograd.grad(embeddings.sum(), pixels, allow_unused=True) if asked else (None,)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception:  # such as of numpy, which takes no images that ask for a gradient
+        except Exception as error:  # such as of numpy, which takes no images that ask for a gradient
             self.has_gradient = self.takes_gradient = False
+            self.why_none = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             self.has_gradient = found is not None
 
@@ -154,8 +158,11 @@ class Embedder:
             ) from error
 
     def _embed(self, pixels: Tensor) -> Tensor:
+        inputs = self.space.to_inputs(pixels).to(self.dtype)
+        if inputs is pixels:
+            inputs = pixels.clone()  # the model may change them in place
         with self._autocast.on():
-            found = self._call(self.space.to_inputs(pixels).to(self.dtype))
+            found = self._call(inputs)
         embeddings = torch.as_tensor(found) if type(found).__module__ == "numpy" else found
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pixels):
             shown = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
@@ -171,15 +178,17 @@ class Embedder:
         if embeddings.is_quantized:
             embeddings = embeddings.dequantize()
         embeddings = embeddings if embeddings.is_floating_point() else embeddings.float()
-        return embeddings.to(pixels.device)
+        embeddings = embeddings.to(pixels.device)
+        return embeddings if embeddings.requires_grad else embeddings.clone()  # the next call may overwrite them
 
     def check_gradient(self, pixels: Tensor) -> None:
         """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""
         self.probe_gradient(pixels)
         if not self.has_gradient:
             raise InputError(
-                "The embeddings have no gradient with respect to the images, and the attacks need gradients. Use a "
-                "model that computes embeddings with torch, without torch.no_grad() and detach()."
+                "The embeddings have no gradient with respect to the images, and the attacks need gradients"
+                + (f" ({self.why_none})" if self.why_none else "")
+                + ". Use a model that computes embeddings with torch, without torch.no_grad() and detach()."
             )
 
 

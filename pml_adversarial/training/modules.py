@@ -1,0 +1,93 @@
+"""Which modules a function runs, so that they can be put into eval mode."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .isolation import isolated, random_kept
+from .tracing import paused
+
+_DEPTH = 4  # a function that calls a function of an object that holds a module
+
+
+def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
+    """The outermost modules that a function runs. It is called once, in eval mode; the modules are left as they were.
+
+    Modules are found as they are called. Those that the function can reach, in its closure, its globals or its
+    object, are in eval mode from the start, and stand for what they hold: a method may call a part of a module alone.
+    """
+    held = _outermost(_held(function, _DEPTH))
+    with torch.no_grad(), random_kept(), paused():
+        try:
+            called = _called(function, inputs, held)
+        except Exception:  # a compiled module is not to be called under a hook of all modules
+            if not held:
+                raise
+            with isolated(*held), torch.no_grad():
+                function(inputs)
+            return held
+    if not called:
+        return held
+    holders = [next((one for one in held if any(part is inner for inner in one.modules())), part) for part in called]
+    return _outermost(holders)
+
+
+def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...]) -> list[nn.Module]:
+    """The modules that a function calls and that no other one calls, in the order of their calls."""
+    known = {id(inner) for one in held for inner in one.modules()}
+    found: list[nn.Module] = []
+    with isolated(*held), ExitStack() as stack:
+
+        def note(module: nn.Module, args: Any) -> None:
+            if any(module is inner for outer in found for inner in outer.modules()):
+                return
+            found.append(module)
+            if id(module) not in known:
+                stack.enter_context(isolated(module))
+                stack.enter_context(torch.no_grad())
+
+        stack.callback(register_module_forward_pre_hook(note).remove)
+        with torch.no_grad():
+            function(inputs)
+    return found
+
+
+def _held(value: Any, depth: int) -> Iterator[nn.Module]:
+    """Modules that a function or an object can reach."""
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    if depth == 0 or isinstance(value, type | ModuleType | Tensor | str | bytes):
+        return
+    parts: list[Any] = []
+    if isinstance(value, partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        parts = [value.__self__, value.__func__]
+    elif isinstance(value, FunctionType):
+        seen = inspect.getclosurevars(value)
+        parts = [*seen.nonlocals.values(), *seen.globals.values()]
+    elif isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif hasattr(value, "__dict__"):
+        parts = list(vars(value).values())
+    for part in parts:
+        yield from _held(part, depth - 1)
+
+
+def _outermost(modules: Any) -> tuple[nn.Module, ...]:
+    """Each once, and none that another one holds."""
+    found = list({id(module): module for module in modules}.values())
+    inner = {id(part) for module in found for part in module.modules() if part is not module}
+    return tuple(module for module in found if id(module) not in inner)
