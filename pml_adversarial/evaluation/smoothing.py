@@ -264,13 +264,15 @@ def _items(
     """``(G, D)`` unit vectors of the gallery in double precision, which the task then searches."""
     if known is None and not task.items.has_images:
         raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
+    if task.own_by_image:
+        if not task.items.has_images:
+            raise InputError("own='same' compares images, and gallery has labels only; expected own as indices.")
+        task.embed_and_set(rows, batch_size)
     if known is None:
         items = smoothed_embeddings(task.embed, task.items, sigma, gallery_samples, batch_size)
     else:
         items = _unit(task.check_embeddings(known))
     task.set_gallery(items)
-    if task.own_by_image:
-        task.set_queries(rows, embed_all(task.embed, task.queries, batch_size, rows))
     return items
 
 

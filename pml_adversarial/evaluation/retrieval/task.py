@@ -30,6 +30,9 @@ _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image diffe
 _SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
 _DIFFERENT = 0.5  # percentage points of R@1
 _CANDIDATES = 8  # nearest items whose images are compared with a query's
+_NEAR = 0.1  # of the spread of the gallery: embeddings of one image, stored in another form, differ by less
+_ROUNDING = 1e-4  # of the size of embeddings: those of one image in single precision differ by less
+_SAME_PIXELS = 1 / 255  # one image, stored in another form, differs by less in each pixel
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class RetrievalTask:
         self.own = self._own(search.own)
         self.own_by_image = search.own is not None and not self._queries_are_gallery and isinstance(search.own, str)
         self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
+        self._stored_in = torch.float32  # the type of given embeddings
         self.gallery: Gallery
         self.clean: Tensor
 
@@ -122,6 +126,10 @@ class RetrievalTask:
         found = self._same_items(rows)
         if self.own_by_image:
             self.own = self.own.index_copy(0, rows, found)
+            self.notes.append(
+                f"own='same': {int((found >= 0).sum())} of {len(rows)} queries have their image in the gallery, and do "
+                "not find it"
+            )
             found = self._same_items(rows)
         self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
@@ -168,6 +176,7 @@ class RetrievalTask:
                 f"gallery_embeddings are {given.dtype} {tuple(given.shape)}; expected ({len(self.items)}, {dimension}) "
                 "in floating point, as the model gives them."
             )
+        self._stored_in = given.dtype
         if self.items.has_images and len(given) == len(self.items):
             self._check_against_images(given)
         return given
@@ -324,7 +333,7 @@ class RetrievalTask:
 
     def _same_as(self, rows: Tensor) -> Tensor:
         vectors, items = (self.distance.vectors(e) for e in (self.clean[rows], self.gallery.embeddings))
-        targets, near = self.targets(rows), 1e-3 * self.distance.scale(items)
+        targets = self.targets(rows)
         apart = torch.cat(
             [
                 torch.cdist(vectors.double(), items[part].double()).masked_fill(targets.is_left_out(part), torch.inf)
@@ -333,18 +342,16 @@ class RetrievalTask:
             1,
         )
         apart, nearest = apart.topk(min(_CANDIDATES, len(items)), dim=1, largest=False)
+        spread = float((items - items.mean(0)).double().square().sum(1).mean().sqrt())
+        rounding = max(_ROUNDING, 2 * torch.finfo(self._stored_in).eps) * self.distance.scale(items)
+        if not self.items.has_images:
+            return torch.where(apart[:, 0] <= min(rounding, _NEAR * spread), nearest[:, 0], -1)
         found = torch.full_like(rows, -1)
-        for place, row in enumerate(rows.tolist()):
-            close = nearest[place][apart[place] <= near]
-            if not len(close):
-                continue
-            if not self.items.has_images:
-                found[place] = close[0] if float(apart[place, 0]) <= 1e-6 * near else -1
-                continue
-            images = self.items[close]
-            image = self.queries[[row]]
+        for place in (apart[:, 0] <= max(rounding, _NEAR * spread)).nonzero().flatten().tolist():
+            close = nearest[place][apart[place] <= max(rounding, _NEAR * spread)]
+            images, image = self.items[close], self.queries[rows[place : place + 1]]
             if images.shape[1:] == image.shape[1:]:
-                same = (images == image).flatten(1).all(1)
+                same = (images - image).flatten(1).abs().amax(1) <= _SAME_PIXELS
                 found[place] = close[same][0] if same.any() else -1
         return found
 
