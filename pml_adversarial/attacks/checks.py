@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from ..errors import AdversarialError, AttackError, InputError
@@ -38,9 +39,10 @@ def check_whole(
     name: str, value: Any, low: int = 1, *, hint: str = "", error: type[AdversarialError] = InputError
 ) -> int:
     """An ``int`` from ``low`` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    found = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if found is None or found < low:
         raise error(f"{name}={value!r}; expected a whole number from {low} on{hint}.")
-    return value
+    return found
 
 
 def check_choice(

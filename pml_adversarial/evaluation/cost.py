@@ -85,7 +85,7 @@ def estimate_cost(
             f"{', '.join(unknown)}: expected options of evaluate_robustness, and it has none of this name."
         )
     check_choice("norm", norm, NORMS)
-    check_whole("batch_size", batch_size)
+    batch_size = check_whole("batch_size", batch_size)
     radii, (_, members) = to_radii(eps, norm), find_suite(attacks)
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(0, 0):

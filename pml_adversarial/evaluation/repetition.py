@@ -24,7 +24,7 @@ from .retrieval.options import description_of_mask
 from .retrieval.task import Mask, RetrievalTask, Search
 from .robustness import evaluate_robustness
 
-_MEASURED = ("model", "queries", "gallery", "gallery_embeddings")
+_MEASURED = ("model", "queries", "gallery", "gallery_embeddings", "ignored_items", "relevant_items")
 _GIVEN = ("distance", "ignore", "relevant")
 _NO_OPTIONS = ("device", "precision", "attack_settings")
 

@@ -67,7 +67,7 @@ from .retrieval.distance import check_unit_length
 from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.images import ImageSet
-from .retrieval.options import to_rows
+from .retrieval.options import to_rows, to_seed
 from .runs.progress import progress_bar
 
 Version = Literal["published", "corrected"]
@@ -212,7 +212,7 @@ def robrank_scores(
     check_number("eps", eps, 0, 1, hint=", in pixels of [0, 1], such as 8/255")
     check_number("alpha", alpha, 0, 1, above=True, hint=", in pixels of [0, 1], such as 3/255")
     check_whole("steps", steps)
-    check_whole("batch_size", batch_size)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     check_choice("version", version, ("published", "corrected"))
     check_unit_length(distance, "RobRank's scores are defined")
     embed = Embedder(model, normalization, bounds)

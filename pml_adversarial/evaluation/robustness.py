@@ -33,6 +33,7 @@ from .retrieval.options import (
     description_of_mask,
     to_radii,
     to_recall_at,
+    to_seed,
     to_whole_numbers,
 )
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
@@ -120,10 +121,11 @@ def evaluate_robustness(
         InputError: the inputs cannot be evaluated, or the folder ``resume`` belongs to another evaluation.
     """
     check_choice("norm", norm, NORMS)
-    check_whole("batch_size", batch_size)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     radii = to_radii(eps, norm)
     suite, members = find_suite(attacks)
     recall_at = to_recall_at(recall_at)
+    subset = None if subset is None else to_whole_numbers(subset, "subset")
     embed = Embedder(model, normalization, bounds)
     search = Search(distance, own, ignore, relevant, junk_label)
     settings: dict[str, Any] = {
@@ -135,7 +137,7 @@ def evaluate_robustness(
         "recall_at": recall_at,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
-        "subset": None if subset is None else to_whole_numbers(subset, "subset"),
+        "subset": subset,
         "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
         "ignore": description_of_mask(ignore),
         "relevant": description_of_mask(relevant),
@@ -161,6 +163,8 @@ def evaluate_robustness(
             checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device, ranks)
             embedded = partial(_embedded, task, checkpoint, batch_size, ranks, bar)
             task.embed_and_set(asked, batch_size, gallery_embeddings, embedded)
+            if checkpoint.has_loaded:
+                task.check_clean(asked)
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)

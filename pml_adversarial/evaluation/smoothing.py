@@ -47,7 +47,7 @@ from .retrieval.distance import check_unit_length
 from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.images import ImageSet
-from .retrieval.options import check_probability, to_radii
+from .retrieval.options import check_probability, to_radii, to_seed
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 from .runs.progress import progress_bar
 
@@ -226,7 +226,7 @@ def certify(
     check_whole("samples", samples, 2)
     check_whole("selection_samples", selection_samples, 2)
     check_whole("gallery_samples", gallery_samples, 0)
-    check_whole("batch_size", batch_size)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     check_whole("block", block)
     check_unit_length(distance, "the certificate holds")
     radii = to_radii(radii, "L2", zero=True, name="radii")

@@ -28,7 +28,7 @@ from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, as_numbers, description_of_mask, to_radii, to_whole_numbers
+from .retrieval.options import NORMS, as_numbers, description_of_mask, to_radii, to_seed, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
@@ -198,18 +198,19 @@ def evaluate_targeted(
             items are right for the query.
     """
     check_choice("norm", norm, NORMS)
-    check_whole("batch_size", batch_size)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     check_steps(steps, error=InputError)
     check_whole("restarts", restarts)
     check_whole("square", square, 0, hint=", as the number of passes of the black-box attack")
     radii, depths = to_radii(eps, norm), _to_depths(k)
+    subset = None if subset is None else to_whole_numbers(subset, "subset")
     embed = Embedder(model, normalization, bounds)
     settings = {
         **{"eps": list(radii), "k": list(depths), "norm": norm, "distance": find_distance(distance).name},
         **{"steps": steps, "restarts": restarts, "square": square, "seed": seed, "batch_size": batch_size},
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
-        "subset": None if subset is None else to_whole_numbers(subset, "subset"),
+        "subset": subset,
         "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
         "ignore": description_of_mask(ignore),
         "relevant": description_of_mask(relevant),

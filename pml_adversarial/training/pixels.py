@@ -62,12 +62,12 @@ class PixelSpace:
                     "each low below its high, such as bounds=(-1, 1)."
                 )
         self._is_identity = normalization is None and bounds is None
-        self._channels = max(len(mean), len(low))
-        if not {len(mean), len(low)} <= {1, self._channels}:
+        self.channels = max(len(mean), len(low))
+        if not {len(mean), len(low)} <= {1, self.channels}:
             raise InputError(
                 f"normalization has {len(mean)} channels, and bounds have {len(low)}; expected as many, or one."
             )
-        mean, std, low, high = (values * (self._channels // len(values)) for values in (mean, std, low, high))
+        mean, std, low, high = (values * (self.channels // len(values)) for values in (mean, std, low, high))
         ranges = [most - least for least, most in zip(low, high, strict=True)]
         self._scale = [s / r for s, r in zip(std, ranges, strict=True)]
         self._shift = [(m - least) / r for m, least, r in zip(mean, low, ranges, strict=True)]
@@ -111,10 +111,10 @@ class PixelSpace:
     def _spread(self, values: Sequence[float], like: Tensor) -> Tensor:
         """One number per channel, in a shape that goes with the inputs."""
         found = torch.tensor(values, dtype=like.dtype, device=like.device)
-        if self._channels == 1:
+        if self.channels == 1:
             return found
         shape = [1] * like.ndim
-        shape[self._channel_dim_of(like)] = self._channels
+        shape[self._channel_dim_of(like)] = self.channels
         return found.reshape(shape)
 
     def _channel_dim_of(self, like: Tensor) -> int:
@@ -122,13 +122,13 @@ class PixelSpace:
             fitting = [self.channel_dim % like.ndim] if -like.ndim <= self.channel_dim < like.ndim else []
         else:
             fitting = list(range(1, like.ndim))
-        fitting = [dim for dim in fitting if like.shape[dim] == self._channels]
+        fitting = [dim for dim in fitting if like.shape[dim] == self.channels]
         if len(fitting) > 1 and like.ndim == 4 and fitting[0] == 1:
             return 1  # images (N, C, H, W), whose height or width is the number of channels by chance
         if len(fitting) != 1:
             given = "normalization" if self.normalization is not None else "bounds"
             raise InputError(
-                f"{given} has {self._channels} channels, and of the inputs {tuple(like.shape)} "
+                f"{given} has {self.channels} channels, and of the inputs {tuple(like.shape)} "
                 f"{'no dimension' if not fitting else 'more than one dimension'} has as many; expected one mean and "
                 "one std per channel, and channel_dim=... where it cannot be told, such as channel_dim=-3 for clips "
                 "(N, T, C, H, W)."

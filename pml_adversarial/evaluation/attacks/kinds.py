@@ -61,6 +61,8 @@ class QueryAttack:
             raise InputError(
                 f"The attack {self.name} returned {shown}; expected perturbed queries {tuple(batch.images.shape)}."
             )
+        if not found.isfinite().all():
+            raise InputError(f"The attack {self.name} returned NaN or infinite pixels; expected finite ones.")
         images = project(found, batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -107,7 +107,10 @@ def fool_classifier(
         options["eot_iter"] = batch.num_samples(samples)
         options["n_classes"] = model.num_classes if targets is None else min(model.num_classes, targets + 1)
         options = {name: value for name, value in options.items() if taken(name)}
-        found[rows] = make(model, **options)(part.images.float().clone(), model.labels).to(found)
+        images = part.images.float().clone()
+        if images.ndim != 4:  # vectors, sounds or clips, which torchattacks does not know
+            images = images.reshape(len(images), 1, 1, -1)
+        found[rows] = make(model, **options)(images, model.labels).reshape(part.images.shape).to(found)
     return found
 
 
@@ -265,6 +268,10 @@ def find_suite(attacks: str | Sequence[str | RetrievalAttack]) -> tuple[str, tup
             cure = f"[{attacks!r}]" if attacks in known else f"one of {', '.join(SUITES)}, or a list of attacks"
             raise InputError(f"attacks={attacks!r}; expected {cure}.")
         return made[0], made[1]()
+    if isinstance(attacks, RetrievalAttack):
+        attacks = (attacks,)
+    if not callable(attacks) and not isinstance(attacks, Iterable):
+        raise InputError(f"attacks={attacks!r}; expected one of {', '.join(SUITES)}, or a list of attacks.")
     if callable(attacks):
         raise InputError(f"attacks is {attacks!r}, which was not called; expected a list of attacks, such as quick().")
     members: tuple[Any, ...] = tuple(known.get(a, a) if isinstance(a, str) else _as_attack(a) for a in attacks)

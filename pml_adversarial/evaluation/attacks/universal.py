@@ -26,7 +26,7 @@ from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder, plain_surroundings
 from ..retrieval.forms import Images
-from ..retrieval.options import digest_of, to_radii
+from ..retrieval.options import digest_of, to_radii, to_seed
 from ..retrieval.task import RetrievalTask, Search
 from .kinds import Perturb, QueryAttack
 from .suites import margin_score
@@ -97,8 +97,8 @@ def universal_perturbation(
         InputError: the images cannot be used, the model has no gradient, or an option is out of range.
     """
     check_choice("norm", norm, NORMS)
-    for name, value in (("epochs", epochs), ("restarts", restarts), ("batch_size", batch_size)):
-        check_whole(name, value)
+    epochs, restarts = check_whole("epochs", epochs), check_whole("restarts", restarts)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     (radius,) = _one(to_radii(eps, norm))
     embed = Embedder(model, normalization, bounds)
     with plain_surroundings(), random_stream(seed, -1):

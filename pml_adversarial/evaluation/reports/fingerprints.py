@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...training.isolation import random_stream
 from ..retrieval.images import ImageSet
+from ..retrieval.options import to_embeddings
 from ..retrieval.task import RetrievalTask
 
 HASHED_IMAGES = 1024  #: Of more images, so many are hashed, spread evenly over them.
@@ -21,6 +22,7 @@ def of_task(task: RetrievalTask, rows: Tensor, gallery_embeddings: Any = None) -
     """Fingerprints of the model, the queries ``rows`` ``(n,)``, and the gallery, by these names.
 
     Of a gallery whose embeddings are given no image is read; the embeddings have a fingerprint, ``gallery_embeddings``.
+    If ``ignore`` or ``relevant`` is a function, what it gives for the queries has one too.
     """
     items = of_images(task.items, None if gallery_embeddings is None else torch.arange(0))
     found = {
@@ -29,8 +31,8 @@ def of_task(task: RetrievalTask, rows: Tensor, gallery_embeddings: Any = None) -
         "gallery": {"is_the_queries": task.items is task.queries, **items},
     }
     if gallery_embeddings is not None:
-        found["gallery_embeddings"] = of_tensor(torch.as_tensor(gallery_embeddings))
-    return found
+        found["gallery_embeddings"] = of_tensor(to_embeddings(gallery_embeddings))
+    return {**found, **task.mask_digests(rows)}
 
 
 def of_modules(modules: Sequence[nn.Module]) -> dict[str, Any]:

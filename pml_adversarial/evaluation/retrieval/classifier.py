@@ -67,8 +67,10 @@ class RetrievalClassifier(nn.Module):
         """Logits ``(n, num_classes)``.
 
         Args:
-            images: ``(n, ...)``, each within the attack's radius of one of the clean queries.
+            images: ``(n, ...)``, each within the attack's radius of one of the clean queries; in any shape of as many
+                values.
         """
+        images = images.reshape(len(images), *self._images.shape[1:])
         with torch.no_grad():
             alike = self._targets.are_alike
             nearest = None if alike else _distances(images, self._clean, self._power).argmin(1)

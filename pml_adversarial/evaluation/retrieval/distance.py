@@ -105,7 +105,7 @@ class Euclidean(Distance):
 
 @dataclass(frozen=True, eq=False)
 class PMLDistance(Distance):
-    """A distance object of PML, which is called as PML's losses call it, in double precision."""
+    """A distance object of PML, called as PML's losses call it: in double precision, or in that of its own weights."""
 
     distance: Any
 
@@ -122,7 +122,8 @@ class PMLDistance(Distance):
 
     def to_all(self, one: Tensor, other: Tensor) -> Tensor:
         """See `Distance.to_all`."""
-        found: Tensor = self.distance(one.double(), other.double()).to(one.dtype)
+        wide = next((weight.dtype for weight in self.distance.parameters()), torch.double)
+        found: Tensor = self.distance(one.to(wide), other.to(wide)).to(one.dtype)
         return found if self.distance.is_inverted else -found
 
     def to_each(self, one: Tensor, other: Tensor) -> Tensor:

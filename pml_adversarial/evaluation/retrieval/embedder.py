@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, InputError
 from ...training.capture import in_order
@@ -60,6 +61,8 @@ class Embedder:
 
     def _find_place(self) -> None:
         tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        if any(is_lazy(tensor) for tensor in tensors):
+            raise InputError("The model has weights without a shape (lazy modules); expected one that was called once.")
         self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
 
@@ -175,6 +178,8 @@ class Embedder:
                 f"The model returned {embeddings.dtype} of shape {tuple(embeddings.shape)}; expected real embeddings "
                 "of one dimension or more."
             )
+        if embeddings.layout != torch.strided:
+            embeddings = embeddings.to_dense()
         if embeddings.is_quantized:
             embeddings = embeddings.dequantize()
         embeddings = embeddings if embeddings.is_floating_point() else embeddings.float()

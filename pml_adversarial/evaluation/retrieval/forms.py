@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy import unique
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from ...errors import InputError
 
@@ -81,34 +90,34 @@ def _from_pair(images: Any, role: str) -> LabelledImages:
         raise InputError(f"{role} has images of shape {tuple(pixels.shape)}; expected (N, C, H, W).")
     if isinstance(pixels, Tensor):
         return LabelledImages(lambda rows: pixels[rows.to(pixels.device)], labels, count)
-    return LabelledImages(lambda rows: torch.as_tensor(pixels[rows.numpy()]), labels, count)
+    return LabelledImages(lambda rows: _as_tensor(_rows_of(pixels, rows.numpy()), role), labels, count)
 
 
 def _from_loader(loader: Any, role: str) -> LabelledImages:
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset) or type(loader).__iter__ is not DataLoader.__iter__:  # is read once
         parts = [_split(batch, role) for batch in loader]
         if not parts:
             return _from_pair((torch.zeros(0, 1), torch.zeros(0, dtype=torch.long)), role)
-        images, labels = ([torch.as_tensor(part[place]) for part in parts] for place in (0, 1))
+        images, labels = [_batch_of(part[0], role) for part in parts], [_as_labels(part[1], role) for part in parts]
         return _from_pair((torch.cat(images), torch.cat(labels)), role)
     if loader.batch_sampler is None:
         return _from_dataset(dataset, role)
     chosen = sorted({row for batch in loader.batch_sampler for row in batch}) if _may_leave_out(loader) else None
-    return _from_dataset(dataset, role, chosen, loader.collate_fn)
+    return _from_dataset(dataset, role, chosen, None if loader.collate_fn is default_collate else loader.collate_fn)
 
 
 def _from_dataset(
     dataset: Any, role: str, chosen: list[int] | None = None, collate: Callable[[list[Any]], Any] | None = None
 ) -> LabelledImages:
-    if isinstance(dataset, TensorDataset) and chosen is None and len(dataset.tensors) >= 2:
+    if type(dataset) is TensorDataset and chosen is None and collate is None and len(dataset.tensors) >= 2:
         return _from_pair(dataset.tensors[:2], role)
     index = list(range(len(dataset))) if chosen is None else chosen
 
     def read(rows: Tensor) -> Any:
         items = [dataset[index[row]] for row in rows.tolist()]
         if collate is not None:
-            return _split(collate(items), role)[0]
+            return _batch_of(_split(collate(items), role)[0], role)
         return _stacked([_split(item, role)[0] for item in items])
 
     def carried(row: int) -> Any:
@@ -116,10 +125,14 @@ def _from_dataset(
         return _split(item, role)[1] if collate is None else _split(collate([item]), role)[1][0]
 
     known = _listed_labels(dataset)
-    if known is None:
+    try:
+        labels = None if known is None else _as_labels(known, role)
+    except InputError:  # names, where the items carry numbers
+        labels = None
+    if labels is None:
         labels = _as_labels([carried(row) for row in range(len(index))], role)
         return LabelledImages(read, labels, len(index), is_read_anew=True)
-    labels = _as_labels(known, role)[torch.tensor(index, dtype=torch.long)]
+    labels = labels[torch.tensor(index, dtype=torch.long)]
     return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried)
 
 
@@ -178,13 +191,39 @@ def _stacked(images: Sequence[Any]) -> Tensor:
     return torch.stack(list(images))
 
 
+def _batch_of(images: Any, role: str) -> Tensor:
+    """Images of a batch, which may be a list of them."""
+    return _stacked(images) if isinstance(images, list | tuple) else _as_tensor(images, role)
+
+
+def _as_tensor(images: Any, role: str) -> Tensor:
+    if type(images).__module__ == "numpy" and not images.dtype.isnative:
+        images = images.astype(images.dtype.newbyteorder("="))
+    try:
+        return torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        found = getattr(images, "dtype", type(images).__name__)
+        raise InputError(f"{role} has images of {found}; expected numbers, such as float32.") from error
+
+
+def _rows_of(pixels: Any, rows: Any) -> Any:
+    """Some rows of an array, which may be one that is read from a file in rising order alone."""
+    if type(pixels).__module__ == "numpy":
+        return pixels[rows]
+    rising, places = unique(rows, return_inverse=True)
+    return pixels[rising][places]
+
+
 def _as_labels(labels: Any, role: str) -> Tensor:
     try:
         if isinstance(labels, list | tuple) and labels and all(isinstance(label, Tensor) for label in labels):
             return torch.stack(list(labels))
+        if str(getattr(labels, "dtype", "")) == "object":
+            labels = labels.tolist()
         return torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{role} has labels such as {labels[0]!r}; expected whole numbers.") from error
+        shown = f"labels such as {labels[0]!r}" if isinstance(labels, list | tuple) and labels else f"labels {labels!r}"
+        raise InputError(f"{role} has {shown}; expected whole numbers, one per image.") from error
 
 
 def _no_images(rows: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class ImageSet:
         try:
             images = self._read(index)
             if not images.is_floating_point():
-                raise InputError(f"they are {images.dtype}; expected floating point in [0, 1]: divide them by 255.")
+                cure = {torch.bool: "convert them by .float()", torch.uint8: "divide them by 255"}
+                also = f": {cure[images.dtype]}" if images.dtype in cure else ""
+                raise InputError(f"they are {images.dtype}; expected floating point in [0, 1]{also}.")
             return self.space.to_pixels(images)
         except InputError as error:
             shown = " to ".join(map(str, dict.fromkeys(index[[0, -1]].tolist()))) if len(index) else "none"
@@ -72,6 +74,11 @@ class ImageSet:
         self.space = PixelSpace(bounds=space.bounds)
         rows = torch.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).long()
         some = self._read(rows)
+        if some.ndim == 4 and space.channels not in (1, some.shape[1]):
+            raise InputError(
+                f"{self.role}: images have {some.shape[1]} channels, and normalization or bounds has {space.channels}; "
+                "expected one number per channel, or one for all."
+            )
         if self._given.is_read_anew and not torch.equal(some, self._read(rows)):
             raise InputError(
                 f"{self.role}: the same image is another one when it is read again. Expected fixed images; take random "
@@ -91,6 +98,8 @@ class ImageSet:
     def _read(self, index: Tensor) -> Tensor:
         found = self._given.read(index)
         images = found if isinstance(found, Tensor) else torch.as_tensor(found)
+        if not images.is_floating_point() and not images.is_complex() and self.space.bounds is not None:
+            images = images.to(self.dtype)
         images = images.detach().to(self.device)
         self.given_dtype = images.dtype
         if images.is_floating_point():
@@ -102,8 +111,10 @@ class ImageSet:
         if carried is None or self.label_sets is not None:
             return
         for row, label in zip(rows.tolist(), self._given.labels[rows].tolist(), strict=True):
-            found = int(carried(row))
-            if found != label:
+            found = carried(row)
+            if isinstance(found, str) or len(getattr(found, "shape", ())) or isinstance(found, list | tuple):
+                return  # names or rows of 0 and 1, where the list has numbers
+            if int(found) != label:
                 raise InputError(
                     f"{self.role}: image {row} carries the label {found}, but the data set's list of labels says "
                     f"{label}. Expected the same; delete or mend the data set's attribute targets (or labels)."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: 
         radii = tuple(sorted({float(radius) for radius in given}))
     except (TypeError, ValueError):
         radii = ()
-    if isinstance(eps, str | bool) or not radii or not all(0 < r < math.inf or (zero and r == 0) for r in radii):
+    has_bool = any(isinstance(radius, bool) for radius in given) if isinstance(eps, list | tuple) else False
+    if (
+        isinstance(eps, str | bool)
+        or has_bool
+        or not radii
+        or not all(0 < r < math.inf or (zero and r == 0) for r in radii)
+    ):
         smallest = "0 or larger" if zero else "above 0"
         raise InputError(f"{name}={eps!r}; expected one or more radii {smallest} {_UNITS[norm]}.")
     if norm in COUNTS and not all(radius.is_integer() for radius in radii):
@@ -82,6 +89,13 @@ _CAUSES = {
 }
 
 
+def to_seed(seed: Any) -> int:
+    """A whole number; refuses anything else."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise InputError(f"seed={seed!r}; expected a whole number.")
+    return int(seed)
+
+
 def to_recall_at(values: Any) -> list[int]:
     """The k of R@k, whole numbers from 1 on, ascending; 1 is always among them."""
     found = sorted({1, *to_whole_numbers(values, "recall_at")})
@@ -114,7 +128,12 @@ def description_of_mask(mask: Any) -> str | None:
     """What tells one mask from another: the hash of its values, or the name of the function."""
     if mask is None or callable(mask):
         return None if mask is None else getattr(mask, "__qualname__", type(mask).__qualname__)
-    return digest_of(torch.as_tensor(mask))
+    try:
+        return digest_of(torch.as_tensor(mask))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"A mask is {type(mask).__name__}, {error}; expected torch.bool (Q, G), or a function."
+        ) from error
 
 
 def digest_of(*tensors: Tensor) -> str:
@@ -137,7 +156,7 @@ def to_mask(mask: Any, rows: Tensor, shape: tuple[int, int], name: str) -> Tenso
     if mask is None:
         return None
     is_function = callable(mask)
-    found = mask(rows.clone()) if is_function else mask
+    found = _asked(mask, rows, name) if is_function else mask
     try:
         part = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
@@ -151,6 +170,31 @@ def to_mask(mask: Any, rows: Tensor, shape: tuple[int, int], name: str) -> Tenso
             "gallery are meant. It may be a mask of all queries, or a function of their indices."
         )
     return (part if is_function else part[rows.to(part.device)]).to(rows.device)
+
+
+def _asked(mask: Any, rows: Tensor, name: str) -> Any:
+    """What a function gives for some queries. It is never asked for one alone, which numpy takes as a number."""
+    asked = rows.repeat(2) if len(rows) == 1 else rows.clone()
+    try:
+        found = mask(asked)
+        return found[:1] if len(rows) == 1 and len(found) == 2 else found
+    except Exception as error:
+        raise InputError(
+            f"{name} fails for the indices of {len(asked)} queries, with {type(error).__name__}: {error}. Expected a "
+            "function of a tensor of indices; numpy arrays take queries.numpy()."
+        ) from error
+
+
+def to_embeddings(embeddings: Any) -> Tensor:
+    """A tensor ``(G, D)`` from a tensor, an array, or a list of rows."""
+    try:
+        if isinstance(embeddings, list | tuple) and all(isinstance(part, Tensor) for part in embeddings):
+            return torch.stack(list(embeddings)).detach()
+        return torch.as_tensor(embeddings).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"gallery_embeddings is {type(embeddings).__name__}; expected a tensor or an array (G, D)."
+        ) from error
 
 
 def to_rows(subset: Any, total: int) -> Tensor:

@@ -17,7 +17,7 @@ from .embedder import Embedder, batches, check_finite, embed_all
 from .forms import Images
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import ImageSet
-from .options import check_radii, to_mask, to_rows, to_whole_numbers
+from .options import check_radii, digest_of, to_embeddings, to_mask, to_rows, to_whole_numbers
 
 RANDOM = "the model answers at random"  #: How the note on such a model begins.
 JUNK = -1  #: Label of items that are never found, as in Market-1501.
@@ -29,6 +29,7 @@ _SAMPLE = 16  # items of a given gallery that are embedded anew
 _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image differ by less, in half precision too
 _SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
 _DIFFERENT = 0.5  # percentage points of R@1
+_ITEMS = {"ignore": "ignored_items", "relevant": "relevant_items"}  # names of fingerprints
 _CANDIDATES = 8  # nearest items whose images are compared with a query's
 _NEAR = 0.1  # of the spread of the gallery: embeddings of one image, stored in another form, differ by less
 _ROUNDING = 1e-4  # of the size of embeddings: those of one image in single precision differ by less
@@ -78,6 +79,8 @@ class RetrievalTask:
         self.notes: list[str] = []
         self._queries_are_gallery = gallery is None
         self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
+        if self._junk is not None and (isinstance(self._junk, bool) or not isinstance(self._junk, int)):
+            raise InputError(f"junk_label={self._junk!r}; expected a whole number, or None.")
         self._read(queries, gallery)
         self.own = self._own(search.own)
         self.own_by_image = search.own is not None and not self._queries_are_gallery and isinstance(search.own, str)
@@ -165,9 +168,27 @@ class RetrievalTask:
         is_gallery = known is None and self.items is self.queries
         self.set_queries(rows, items[rows] if is_gallery else embedded(self.queries, rows))
 
+    def check_clean(self, rows: Tensor) -> None:
+        """Embeds some of the queries ``rows`` anew, and refuses embeddings that another model gave."""
+        rows = rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long().to(rows.device)]
+        with torch.no_grad():
+            anew = self.distance.vectors(finite_or_zero(self.embed(self.queries[rows])))
+        vectors, items = self.distance.vectors(finite_or_zero(self.clean[rows])), self.gallery.embeddings
+        apart = float((self.distance.vectors(vectors) - anew).norm(dim=1).amax())
+        if not self.embed.is_random and apart > self._allowed(self.distance.vectors(finite_or_zero(items))):
+            raise InputError(
+                f"The kept embeddings are not those of this model: a query's differ by {apart:.3g}. Use another folder "
+                "for resume, or delete this one."
+            )
+
+    def _allowed(self, vectors: Tensor) -> float:
+        """How far two embeddings of one image may be apart, beside those of the gallery ``(G, D)``."""
+        spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
+        return max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors))
+
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
-        given = torch.as_tensor(embeddings).detach()
+        given = to_embeddings(embeddings)
         given = (given.clone() if given.is_inference() else given).to(self.embed.device)
         with torch.no_grad():
             dimension = self.embed(self.queries[:1]).shape[1]
@@ -191,12 +212,22 @@ class RetrievalTask:
             relevant = (self.queries.label_sets[rows].float() @ self.items.label_sets.T.float()) > 0
         return Targets(self.queries.labels[rows], self.own[rows], ignored, relevant)
 
+    def mask_digests(self, rows: Tensor) -> dict[str, str]:
+        """The SHA-256 of what ``ignore`` and ``relevant`` give for the queries ``rows``, if they are functions."""
+        shape, found = (len(self.queries), len(self.items)), {}
+        for name, mask in (("ignore", self._ignore), ("relevant", self._relevant)):
+            if callable(mask):
+                parts = (to_mask(mask, rows[part], shape, name) for part in batches(len(rows), 1024))
+                found[_ITEMS[name]] = digest_of(*(part for part in parts if part is not None))
+        return found
+
     def rows(self, subset: Sequence[int] | Tensor | None) -> Tensor:
         """Indices of the queries of a subset; None: all."""
         return to_rows(subset, len(self.queries)).to(self.embed.device)
 
     def with_right_item(self, rows: Tensor) -> tuple[Tensor, int]:
         """Those of the queries ``rows`` that have a right item, one at least; how many have none."""
+        self.targets(rows[:1])  # functions of the user fail now, if they do
         parts = [self.targets(rows[part]) for part in batches(len(rows), 1024)]
         right, searched = (torch.cat(f) for f in zip(*map(self._counts, parts), strict=True))
         if not searched.any():
@@ -309,6 +340,8 @@ class RetrievalTask:
                 f"Labels of 0 and 1 are {shapes[0]} for the queries, {shapes[1]} for the gallery; expected as many "
                 "labels in both."
             )
+        if self._junk not in (None, JUNK):
+            raise InputError(f"junk_label={self._junk} with several labels per image; expected ignore=... instead.")
         joint = torch.cat([queries.label_sets, items.label_sets]).unique(dim=0, return_inverse=True)[1]
         queries.labels, items.labels = joint[: len(queries)], joint[-len(items) :]
 
@@ -319,7 +352,7 @@ class RetrievalTask:
         vectors = self.distance.vectors(finite_or_zero(given))
         spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
         apart = (vectors[rows.to(vectors.device)] - anew.to(vectors)).norm(dim=1)
-        if float(apart.amax()) > max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors)):
+        if float(apart.amax()) > self._allowed(vectors):
             raise InputError(
                 f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
                 f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "

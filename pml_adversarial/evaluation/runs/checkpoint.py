@@ -26,6 +26,9 @@ class Checkpoint:
         device: where parts go.
         ranks: the processes that share the evaluation. They call all methods together.
 
+    Attributes:
+        has_loaded: whether any part was there already.
+
     Raises:
         InputError: the folder holds parts of another evaluation, or another process makes another one.
     """
@@ -39,6 +42,7 @@ class Checkpoint:
     ) -> None:
         self._ranks = Ranks() if ranks is None else ranks
         self.path, self._device = None if path is None else Path(path), device
+        self.has_loaded = False
         if self.path is None and self._ranks.count == 1:
             return
         described = evaluation()
@@ -88,7 +92,7 @@ class Checkpoint:
         return self.path is not None and (self.path / f"{name}.pt").exists()
 
     def _loaded(self, name: str) -> Any:
-        part = None
+        part, self.has_loaded = None, True
         if self.path is not None:
             part = torch.load(self.path / f"{name}.pt", weights_only=True, map_location=self._device)
         return self._placed(self._ranks.tell(part))

@@ -186,7 +186,7 @@ class _Numbered:
 
 def _sides(pairs: Pairs) -> tuple[Any, Any] | None:
     """First and second images, both with ``same`` as labels; None: these are labelled images."""
-    if isinstance(pairs, TensorDataset) and len(pairs.tensors) == 3 and pairs.tensors[1].ndim > 1:
+    if type(pairs) is TensorDataset and len(pairs.tensors) == 3 and pairs.tensors[1].ndim > 1:
         pairs = pairs.tensors
     if isinstance(pairs, tuple | list) and len(pairs) == 3:
         first, second, same = pairs

@@ -15,7 +15,7 @@ from ...training.pixels import Bounds, Normalization
 from ..reports import provenance
 from ..retrieval.distance import find_distance
 from ..retrieval.embedder import Embedder, plain_surroundings
-from ..retrieval.options import as_numbers, check_probability, check_radii, to_radii, to_whole_numbers
+from ..retrieval.options import as_numbers, check_probability, check_radii, to_radii, to_seed, to_whole_numbers
 from ..runs.progress import progress_bar
 from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
@@ -85,7 +85,7 @@ def evaluate_verification(
         InputError: the pairs cannot be evaluated, or an option cannot be used.
     """
     check_choice("norm", norm, NORMS)
-    check_whole("batch_size", batch_size)
+    batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     radii, rates = to_radii(eps, norm), _to_rates(far)
     suite, members = _suite(steps, restarts, queries, attacks)
     embed = Embedder(model, normalization, bounds)

@@ -37,7 +37,7 @@ def render(results: Results) -> str:
         headline_cases={target: _few(cases[target]) for target in TARGETS},
         num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
         figures=[_figure(results, measure, norm) for measure in measures],
-        examples=[_pictures(example) for example in results.examples],
+        examples=[_pictures(example) for example in results.examples if example.clean.ndim == 3],
         about_intervals=f"{100 * CONFIDENCE:.0f} % confidence intervals ({INTERVAL})",
         provenance=list(_entries(results.provenance)),
         settings=_json(settings, 2),
