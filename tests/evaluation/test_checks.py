@@ -641,10 +641,10 @@ class TestAll:
     def test_too_few_queries(self, pictures):
         task = bench_of(Front(), pictures)
         found = run_checks(task, torch.arange(80), decode_flags("1" * 9 + "0" * 71), [result(flags="0" * 80)], 0, 128)
-        *others, copies = found
-        assert all(check.passed is None for check in others)
-        assert {check.message for check in others} == {"only 9 queries are right without attack; 10 are needed"}
-        assert copies.passed
+        skipped = [check for check in found if check.passed is None]
+        assert {check.message for check in skipped} == {"only 9 queries are right without attack; 10 are needed"}
+        of_any = ["same answer twice", "not collapsed", "attacks move embeddings", "no copies in the gallery"]
+        assert [check.name for check in found if check.passed is not None] == of_any
 
     def test_no_results(self, pictures):
         assert run_checks(bench_of(Front(), pictures), torch.arange(80), decode_flags("1" * 80), [], 0, 128) == ()

@@ -130,8 +130,23 @@ class TestSameNumbers:
         assert numbers(repeat(report, network(), images, **given)) == numbers(report)
         with pytest.raises(InputError, match=r"report's distance is LpDistance.*Pass it as distance="):
             repeat(report, network(), images)
-        with pytest.raises(InputError, match=r"measured: ignore: found None, .*; relevant: found None, the report has"):
+        with pytest.raises(
+            InputError, match=r"relevant_items: found None, .*; ignore: found None, .*; relevant: found None"
+        ):
             repeat(report, network(), images, distance=given["distance"])
+
+    def test_another_function_of_the_same_name_is_refused(self, tmp_path):
+        shift = 1
+
+        def neighbour(rows):
+            return (rows[:, None] - torch.arange(24)).abs() == shift
+
+        options = {"eps": 0.05, "attacks": quick(2, 1), "checks": False}
+        report = through_json(evaluate_robustness(network(), images_of(), ignore=neighbour, **options), tmp_path)
+        assert numbers(repeat(report, network(), images_of(), ignore=neighbour)) == numbers(report)
+        shift = 2
+        with pytest.raises(InputError, match=r"measured: ignored_items: found \w+, the report has \w+\.$"):
+            repeat(report, network(), images_of(), ignore=neighbour)
 
     def test_attacks_of_the_user_are_passed_again(self, tmp_path):
         options = {"eps": 0.1, "attacks": [MINE, *quick(2, 1)], "checks": False}
@@ -195,7 +210,10 @@ class TestRefusals:
         [
             ({"distance": "euclidean"}, "distance: found euclidean, the report has cosine"),
             ({"ignore": torch.eye(24).bool()}, r"ignore: found \w+, the report has None"),
-            ({"relevant": lambda rows: None}, "relevant: found .*<lambda>, the report has None"),
+            (
+                {"relevant": lambda rows: rows[:, None] == torch.arange(24)},
+                r"relevant_items: found \w+, the report has",
+            ),
         ],
     )
     def test_another_search_is_refused(self, report, given, message):

@@ -513,7 +513,7 @@ class TestRefusals:
         ("queries", "message"),
         [
             (torch.rand(4, 1, 6, 6), r"queries is Tensor; expected \(images, labels\) or a data set"),
-            ((torch.randn(4, 1, 6, 6), torch.arange(4) // 2), r"queries, images 0 to 0: .* pass normalization="),
+            ((torch.randn(4, 1, 6, 6), torch.arange(4) // 2), r"queries, image 0: .* pass normalization="),
             ((torch.rand(4, 1, 6, 6), torch.zeros(4).long()), "All items of the gallery have one label"),
             ((torch.rand(4, 1, 6, 6), torch.arange(4)), r"None of 4 queries has a right item.*at least twice\."),
         ],
@@ -523,7 +523,7 @@ class TestRefusals:
             evaluate_robustness(network(), queries, eps=0.05, attacks=(NOISE,))
 
     def test_gallery_is_named(self):
-        with pytest.raises(InputError, match=r"gallery, images 0 to 6: "):
+        with pytest.raises(InputError, match=r"gallery, image 0: "):
             evaluated(gallery=(torch.randn(24, 1, 6, 6), torch.arange(24) // 2))
         with pytest.raises(InputError, match=r"None of 24 queries has a right item.*labels that occur there\.$"):
             evaluated(gallery=(torch.rand(24, 1, 6, 6), 50 + torch.arange(24) // 2))

@@ -110,10 +110,10 @@ class Embedder:
         if not self.modules:
             self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
-                self.modules = modules_run_by(self._tried, pixels.detach())
+                self.modules = modules_run_by(self.tried, pixels.detach())
             self._find_place()
         with self.isolated(), torch.no_grad():
-            self.embedding_dtype = self._tried(pixels).dtype
+            self.embedding_dtype = self.tried(pixels).dtype
 
     def probe_gradient(self, pixels: Tensor) -> None:
         """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
@@ -126,7 +126,7 @@ class Embedder:
         Differences of one hundredth of the embeddings' spread, and those that rounding makes, are not counted.
         """
         with self.isolated(), torch.no_grad():
-            first, again = (self._tried(pixels).double() for _ in range(2))
+            first, again = (self.tried(pixels).double() for _ in range(2))
         spread = (first - first.mean(0)).square().sum(1).mean().sqrt()
         rounding = 8 * torch.finfo(self.embedding_dtype).eps * first.square().sum(1).mean().sqrt()
         self.is_random = bool((again - first).norm(dim=1).amax() > 0.01 * spread + rounding)
@@ -149,7 +149,8 @@ class Embedder:
         else:
             self.has_gradient = found is not None
 
-    def _tried(self, pixels: Tensor) -> Tensor:
+    def tried(self, pixels: Tensor) -> Tensor:
+        """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)``; errors say what was given. It counts as no pass."""
         try:
             return self._embed(pixels)
         except (InputError, torch.cuda.OutOfMemoryError):

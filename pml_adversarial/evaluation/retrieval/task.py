@@ -172,7 +172,7 @@ class RetrievalTask:
         """Embeds some of the queries ``rows`` anew, and refuses embeddings that another model gave."""
         rows = rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long().to(rows.device)]
         with torch.no_grad():
-            anew = self.distance.vectors(finite_or_zero(self.embed(self.queries[rows])))
+            anew = self.distance.vectors(finite_or_zero(self.embed.tried(self.queries[rows])))
         vectors, items = self.distance.vectors(finite_or_zero(self.clean[rows])), self.gallery.embeddings
         apart = float((self.distance.vectors(vectors) - anew).norm(dim=1).amax())
         if not self.embed.is_random and apart > self._allowed(self.distance.vectors(finite_or_zero(items))):

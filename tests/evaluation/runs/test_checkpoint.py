@@ -99,7 +99,7 @@ class TestGoesOn:
     def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
         model = network()
         first = evaluated(tmp_path, model)
-        handle = interrupt_after(4, model)
+        handle = interrupt_after(5, model)  # with the one that compares its embeddings with the kept ones
         again = evaluated(tmp_path, model)
         handle.remove()
         assert_same(first, again)
