@@ -72,6 +72,34 @@ class TestQueriesWithinTheGallery:
         assert "no copies in the gallery" not in {check.name for check in left_out.flagged}
         assert left_out.protocol == expected.protocol == "leave-one-out"
 
+    @pytest.mark.parametrize(
+        "stored", [lambda images: images.half(), lambda images: (images * 255).round() / 255], ids=["half", "8 bit"]
+    )
+    def test_images_that_are_stored_in_another_form(self, stored):
+        told = evaluated(gallery=(stored(IMAGES), LABELS))
+        assert "24 of 24 queries find their own image in the gallery; own='same' leaves it out" in told.notes
+        found = evaluated(gallery=(stored(IMAGES), LABELS), own="same")
+        assert found.clean_flags == evaluated(gallery=(stored(IMAGES), LABELS), own=range(24)).clean_flags
+        assert "own='same': 24 of 24 queries have their image in the gallery, and do not find it" in found.notes
+
+    @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("images", [IMAGES, None])
+    def test_vectors_that_are_stored_in_another_type(self, kind, images):
+        options = {"gallery": (images, LABELS), "gallery_embeddings": EMBEDDED.to(kind)}
+        assert (
+            "24 of 24 queries find their own image in the gallery; own='same' leaves it out"
+            in evaluated(**options).notes
+        )
+        found, expected = evaluated(own="same", **options), evaluated(own=range(24), **options)
+        assert found.clean_flags == expected.clean_flags
+
+    def test_other_vectors_are_not_taken_for_own_ones(self):
+        options = {"gallery": (None, OTHER_LABELS), "gallery_embeddings": OTHERS_EMBEDDED}
+        assert (
+            "own='same': 0 of 24 queries have their image in the gallery, and do not find it"
+            in evaluated(own="same", **options).notes
+        )
+
     def test_without_a_gallery_it_changes_nothing(self):
         found, expected = evaluated(own="same"), evaluated()
         assert (found.clean_flags, found.worst, found.notes) == (

@@ -209,6 +209,125 @@ MODELS = {
 }
 
 
+class TestWhatModelsDo:
+    def test_change_their_input_in_place(self, plain):
+        net = network()
+
+        def scaled(images):
+            return net(images.mul_(2).div_(2))
+
+        assert numbers(evaluated(scaled)) == plain
+        first_in_place = nn.Sequential(nn.ReLU(inplace=True), *network())
+        assert numbers(evaluated(first_in_place)) == plain
+
+    def test_give_one_buffer_again_and_again(self, plain):
+        net, buffer = network(), torch.zeros(64, 6)
+
+        def engine(images):
+            with torch.no_grad():
+                buffer[: len(images)] = net(images.detach())
+            return buffer[: len(images)]
+
+        report = evaluated(engine, batch_size=5)
+        assert report.clean_flags == evaluated(network(), batch_size=5).clean_flags
+
+    def test_a_gradient_that_fails_is_noted(self):
+        def service(images):
+            return torch.from_numpy(images.numpy().reshape(len(images), -1)[:, :8].copy())
+
+        (note,) = (note for note in evaluated(service).notes if "gradients" in note)
+        assert note.startswith("asking for gradients fails, so attacks find none (RuntimeError: Can't call numpy()")
+
+    def test_sparse_embeddings(self, plain):
+        net = network()
+        assert evaluated(lambda images: net(images).to_sparse()).clean_flags == evaluated(network()).clean_flags
+
+    def test_weights_without_a_shape(self):
+        with pytest.raises(
+            InputError, match=r"weights without a shape \(lazy modules\); expected one that was called once"
+        ):
+            evaluated(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
+
+
+class TestOtherShapes:
+    @pytest.mark.parametrize("shape", [(36,), (1, 36), (2, 1, 3, 6)])
+    def test_vectors_sounds_and_clips(self, shape, tmp_path):
+        images, labels = images_of()
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
+        suite = standard(4, 2, 6, 1)
+        flat = evaluate_robustness(net, (images, labels), eps=0.05, attacks=suite, checks=False)
+        found = evaluate_robustness(net, (images.reshape(-1, *shape), labels), eps=0.05, attacks=suite, checks=False)
+        assert [one.attack for one in found.attacks] == [one.attack for one in flat.attacks]
+        assert found.clean_flags == flat.clean_flags
+        assert found.worst_case(0.05) < found.clean["recall_at_1"]
+        found.save_html(tmp_path / "report.html")
+
+
+class TestOptions:
+    def test_whole_numbers_of_numpy_and_one_attack_alone(self, plain):
+        images = images_of()
+        options = {"eps": 0.05, "checks": False}
+        expected = evaluate_robustness(network(), images, attacks=quick(2, 1), seed=3, batch_size=5, **options)
+        found = evaluate_robustness(
+            network(), images, attacks=quick(2, 1), seed=numpy.int64(3), batch_size=numpy.int64(5), **options
+        )
+        assert found.worst == expected.worst
+        (alone,) = evaluate_robustness(network(), images, attacks=quick(2, 1)[0], **options).attacks
+        assert alone.attack == "margin"
+
+    def test_a_generator_of_indices(self):
+        report = evaluated(network(), subset=(row for row in range(3, 9)))
+        assert report.settings["subset"] == [3, 4, 5, 6, 7, 8]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"seed": None}, "seed=None; expected a whole number"),
+            ({"junk_label": [0, -1]}, r"junk_label=\[0, -1\]; expected a whole number, or None"),
+            ({"attacks": None}, "attacks=None; expected one of standard"),
+            ({"eps": [True]}, r"eps=\[True\]; expected one or more radii"),
+            ({"ignore": [[True], [True, False]]}, "A mask is list, expected sequence of length 1"),
+            (
+                {"ignore": lambda rows: rows[:, 7]},
+                "ignore fails for the indices of 24 queries, with IndexError: too many",
+            ),
+            ({"gallery_embeddings": "vectors.npy"}, "gallery_embeddings is str; expected a tensor or an array"),
+        ],
+    )
+    def test_what_is_none(self, options, message):
+        with pytest.raises(InputError, match=message):
+            evaluate_robustness(network(), images_of(), **{"eps": 0.05, "attacks": "quick", **options})
+
+    def test_embeddings_in_a_list(self):
+        net, (images, labels) = network().eval(), images_of(30, seed=1)
+        with torch.no_grad():
+            known = list(net(images))
+        found = evaluate_robustness(
+            net, images_of(), (None, labels), eps=0.05, attacks=quick(2, 1), checks=False, gallery_embeddings=known
+        )
+        expected = evaluate_robustness(net, images_of(), (images, labels), eps=0.05, attacks=quick(2, 1), checks=False)
+        assert found.clean_flags == expected.clean_flags
+
+    def test_a_mask_function_of_numpy_that_is_asked_for_one_query(self):
+        person = images_of()[1].numpy()
+
+        def same(rows):
+            return (person[rows][:, None] == person) & (numpy.arange(24)[rows][:, None] % 3 == numpy.arange(24) % 3)
+
+        found = evaluate_robustness(
+            network(), images_of(), eps=0.05, attacks=quick(2, 1), checks=False, ignore=same, batch_size=23
+        )
+        expected = evaluate_robustness(
+            network(),
+            images_of(),
+            eps=0.05,
+            attacks=quick(2, 1),
+            checks=False,
+            ignore=torch.tensor(same(numpy.arange(24))),
+        )
+        assert found.clean_flags == expected.clean_flags
+
+
 class TestSizes:
     def test_a_gallery_of_other_sizes_than_the_queries(self):
         torch.manual_seed(0)

@@ -337,6 +337,19 @@ class TestCertify:
         assert found.radius.tolist() == found.radius_lipschitz.tolist() == [0] * 6
         assert found.smoothed_recall_at_1 == found.abstained == found.recall_at_1() == 0
 
+    @pytest.mark.parametrize("gallery_samples", [0, 20])
+    def test_own_items_by_their_images(self, gallery_samples):
+        model, options = HalfSpace(), {"gallery_samples": gallery_samples}
+        images, labels = at(0.9, 0.6, 0.55, 0.1), torch.tensor([1, 1, 0, 0])
+        by_index = certified(model, (images, labels), (images, labels), own=range(4), **options)
+        by_image = certified(model, (images, labels), (images, labels), own="same", **options)
+        neither = certified(model, (images, labels), own="same", **options)
+        for found in (by_image, neither):
+            assert found.recall_at_1() == by_index.recall_at_1() < 1
+        known = torch.randn(4, 2)
+        with pytest.raises(InputError, match="own='same' compares images, and gallery has labels only"):
+            certified(model, (images, labels), (None, labels), own="same", gallery_embeddings=known)
+
     def test_noise_comes_last_and_is_not_clamped(self):
         seen = []
 

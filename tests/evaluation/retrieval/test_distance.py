@@ -48,6 +48,18 @@ class Manhattan(distances.BaseDistance):
         return (query_emb.unsqueeze(1) - ref_emb).abs().sum(2)
 
 
+class Weighted(distances.BaseDistance):
+    """Has weights, in single precision."""
+
+    def __init__(self):
+        super().__init__(normalize_embeddings=False)
+        weights = torch.rand(5, 5, generator=torch.Generator().manual_seed(3))
+        self.weights = torch.nn.Parameter(weights, requires_grad=False)
+
+    def compute_mat(self, query_emb, ref_emb):
+        return torch.cdist(query_emb @ self.weights, ref_emb @ self.weights)
+
+
 OTHERS = [
     distances.SNRDistance(),
     distances.LpDistance(p=1, normalize_embeddings=False),
@@ -154,3 +166,10 @@ class TestRefusals:
     def test_what_has_none_is_refused(self, distance):
         with pytest.raises(InputError, match="expected 'cosine' or 'normalized_euclidean', which rank alike: it holds"):
             check_unit_length(distance, "it holds")
+
+
+def test_weights_of_a_distance_keep_their_type():
+    distance, one, other = Weighted(), some(4).double(), some(6, 1).double()
+    found = find_distance(distance).to_all(one, other)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, -distance(one.float(), other.float()).double())

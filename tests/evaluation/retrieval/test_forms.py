@@ -1,5 +1,6 @@
 """Labelled images in the forms in which users have them, and what is none of them."""
 
+import numpy
 import pytest
 import torch
 from query_batches import images_of
@@ -76,6 +77,53 @@ class TestForms:
                 yield from zip(images, labels, strict=True)
 
         self.check(DataLoader(Stream(), 7), images, labels)
+
+    def test_what_a_subclass_does_to_its_items_is_done(self):
+        images, labels = images_of()
+
+        class Mirrored(TensorDataset):
+            def __getitem__(self, row):
+                image, label = super().__getitem__(row)
+                return image.flip(-1), label
+
+        class Relabelled(DataLoader):
+            def __iter__(self):
+                for batch, wanted in super().__iter__():
+                    yield batch, wanted + 5
+
+        def collate(items):
+            return {"image": tuple(item[0].flip(-1) for item in items), "label": [int(item[2]) for item in items]}
+
+        self.check(Mirrored(images, labels), images.flip(-1), labels)
+        with_camera = TensorDataset(images, torch.zeros(24), labels)
+        self.check(DataLoader(with_camera, 7, collate_fn=collate), images.flip(-1), labels)
+        self.check(Relabelled(TensorDataset(images, labels), 7), images, labels + 5)
+
+    def test_arrays_as_files_hold_them(self):
+        images, labels = images_of()
+
+        class Rising:
+            """Reads rows in rising order alone, as h5py does."""
+
+            shape = tuple(images.shape)
+
+            def __len__(self):
+                return len(images)
+
+            def __getitem__(self, rows):
+                assert (numpy.diff(rows) > 0).all()
+                return images.numpy()[rows]
+
+        self.check((Rising(), labels), images, labels)
+        self.check((images.numpy().astype(">f4"), labels.numpy().astype(object)), images, labels)
+        with pytest.raises(InputError, match="queries has images of object; expected numbers"):
+            labelled_images((images.numpy().astype(object), labels), "queries").read(torch.tensor([1]))
+
+    def test_listed_names_where_items_carry_numbers(self):
+        images, labels = images_of()
+        named = Listed(lambda row: (images[row], int(labels[row])), 24)
+        named.labels = [f"class {label}" for label in labels.tolist()]
+        self.check(named, images, labels)
 
     def test_labels_alone(self):
         found = labelled_images((None, [0, 1, 1]), "gallery")

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.images import ImageSet
+from pml_adversarial.training.pixels import PixelSpace
 
 CPU = torch.device("cpu")
 
@@ -99,3 +100,37 @@ class TestRefusals:
 def test_no_images_are_refused_as_such(given):
     with pytest.raises(InputError, match=r"queries holds no images"):
         ImageSet(given, CPU, "queries")
+
+
+@pytest.mark.parametrize("carried", ["cat", [0, 1], torch.tensor([0, 1])])
+def test_items_that_carry_no_numbers_are_not_compared_with_the_list(carried):
+    listed = Listed(lambda row: (PIXELS[row], carried), 4)
+    listed.targets = [0, 1, 0, 1]
+    found = ImageSet(listed, CPU, "queries")
+    assert found.check(PixelSpace()) is None
+    assert found.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("images", "cure"),
+    [
+        ((PIXELS * 255).byte(), r"torch.uint8; .*: divide them by 255\."),
+        (PIXELS > 0.5, r"torch.bool; .*: convert them by \.float\(\)\."),
+        ((PIXELS * 255).int(), r"torch.int32; expected floating point in \[0, 1\]\."),
+    ],
+)
+def test_whole_numbers_have_a_cure_of_their_own(images, cure):
+    with pytest.raises(InputError, match=rf"^queries, image 2: they are {cure}"):
+        ImageSet((images, torch.arange(4)), CPU, "queries")[[2]]
+
+
+def test_whole_numbers_within_bounds_are_taken():
+    found = ImageSet(((PIXELS * 255).byte(), torch.arange(4)), CPU, "queries")
+    found.check(PixelSpace(bounds=(0, 255)))
+    torch.testing.assert_close(found[:], (PIXELS * 255).byte().float() / 255)
+
+
+def test_channels_that_do_not_fit_are_named():
+    found = ImageSet((PIXELS, torch.arange(4)), CPU, "queries")
+    with pytest.raises(InputError, match="images have 1 channels, and normalization or bounds has 3; expected one"):
+        found.check(PixelSpace(([0.5] * 3, [0.2] * 3)))

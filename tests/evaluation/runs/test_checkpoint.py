@@ -200,6 +200,20 @@ class TestBelongsToOneEvaluation:
         with pytest.raises(InputError, match="another evaluation: gallery, gallery_embeddings differ"):
             evaluated(tmp_path, gallery=images_of(seed=1))
 
+    def test_other_code_around_the_same_weights_is_refused(self, tmp_path):
+        net = network().eval()
+        evaluated(tmp_path, model=lambda images: net(images))
+        with pytest.raises(
+            InputError, match=r"kept embeddings are not those of this model: a query's differ by .* Use anoth"
+        ):
+            evaluated(tmp_path, model=lambda images: net(images.flip(-1)))
+
+    def test_another_function_of_the_same_name_is_refused(self, tmp_path):
+        own = torch.arange(24)
+        evaluated(tmp_path, ignore=lambda rows: (rows[:, None] - own).abs() == 1)
+        with pytest.raises(InputError, match="another evaluation: ignored_items differ"):
+            evaluated(tmp_path, ignore=lambda rows: (rows[:, None] - own).abs() == 2)
+
     def test_one_changed_image_among_few_is_noticed(self, tmp_path):
         evaluated(tmp_path)
         images, labels = images_of()
