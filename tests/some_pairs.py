@@ -16,7 +16,7 @@ LISTED = draw_pairs(torch.arange(24) % 4, 20, 20, seed=3)
 
 def verified(model=None, pairs=None, **options):
     """A report of few and short attacks."""
-    options = {"eps": (0.02, 0.06), "steps": 4, "restarts": 1, "queries": 4, "checks": False, **options}
+    options = {"eps": (0.02, 0.06), "steps": 4, "restarts": 1, "square": 4, "checks": False, **options}
     if pairs is None:
         pairs = images_of()
         options = {"indices": LISTED, "far": (0.5, 0.1, 0.001), "batch_size": 25, **options}

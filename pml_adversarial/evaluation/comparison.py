@@ -200,7 +200,10 @@ def _notes(first: Report, second: Report) -> Iterator[str]:
         yield f"The eps differ: a has {radii[0]}; b has {radii[1]}. A worst case includes attacks at smaller eps."
     one, other = (report.settings.get("attack_settings") for report in (first, second))
     if one != other:
-        yield f"The attacks differ: a met {_attacks(first)}; b met {_attacks(second)}."
+        by_name = [{spec["name"]: spec for spec in specs or ()} for specs in (one, other)]
+        names = [name for name, spec in by_name[0].items() if by_name[1].get(name, spec) != spec]
+        changed = f" Other options have: {', '.join(names)}." if names else ""
+        yield f"The attacks differ: a met {_attacks(first)}; b met {_attacks(second)}.{changed}"
     for name, report in (("a", first), ("b", second)):
         if any(note.startswith(RANDOM) for note in report.notes):
             yield f"The model of {name} answers at random: a query counts as right if it is right in most draws."

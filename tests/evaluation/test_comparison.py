@@ -216,7 +216,8 @@ class TestShown:
         failed = Check("noise", False, "some")
         other = dataclasses.replace(other, checks=(failed, Check("b", True, ""), Check("c", None, "")))
         assert compare(pair[0], other).notes == (
-            "The attacks differ: a met custom (margin, shift, promote, demote); b met quick-v1 (margin, shift).",
+            "The attacks differ: a met custom (margin, shift, promote, demote); b met quick-v1 (margin, shift). "
+            "Other options have: margin, shift.",
             "Checks of b raise a flag: noise.",
         )
         assert str(compare(pair[0], other)).endswith("\nChecks of b raise a flag: noise.")

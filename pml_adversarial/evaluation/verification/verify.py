@@ -39,7 +39,7 @@ def evaluate_verification(
     distance: Any = "cosine",
     steps: int = STEPS,
     restarts: int = RESTARTS,
-    queries: int = QUERIES,
+    square: int = QUERIES,
     attacks: Sequence[PairAttack] = (),
     normalization: Normalization | None = None,
     bounds: Bounds | None = None,
@@ -71,7 +71,7 @@ def evaluate_verification(
         distance: as in `evaluate_robustness`.
         steps: gradient steps of each run of an attack.
         restarts: runs of the attack "momentum", from different random starts.
-        queries: forward passes of the black-box attack; 0: it is left out.
+        square: forward passes of the black-box attack; 0: it is left out.
         attacks: further attacks, which are made beside those of `verification.attacks.pair_attacks`.
         normalization: as in `evaluate_robustness`.
         bounds: as in `evaluate_robustness`.
@@ -87,7 +87,7 @@ def evaluate_verification(
     check_choice("norm", norm, NORMS)
     batch_size, seed = check_whole("batch_size", batch_size), to_seed(seed)
     radii, rates = to_radii(eps, norm), _to_rates(far)
-    suite, members = _suite(steps, restarts, queries, attacks)
+    suite, members = _suite(steps, restarts, square, attacks)
     embed = Embedder(model, normalization, bounds)
     settings: dict[str, Any] = {
         "eps": list(radii),
@@ -100,7 +100,7 @@ def evaluate_verification(
         "attacks": [attack.name for attack in members],
         "steps": steps,
         "restarts": restarts,
-        "queries": queries,
+        "square": square,
         "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
         "bounds": None if bounds is None else as_numbers(bounds),
         "checks": checks,
@@ -152,14 +152,12 @@ def _to_rates(far: float | Iterable[float]) -> tuple[float, ...]:
     return tuple(rates)
 
 
-def _suite(
-    steps: int, restarts: int, queries: int, attacks: Sequence[PairAttack]
-) -> tuple[str, tuple[PairAttack, ...]]:
+def _suite(steps: int, restarts: int, square: int, attacks: Sequence[PairAttack]) -> tuple[str, tuple[PairAttack, ...]]:
     """Name in reports, and all attacks."""
     check_steps(steps, InputError)
     check_whole("restarts", restarts)
-    check_whole("queries", queries, 0, hint=", as the number of passes of the black-box attack")
-    own = pair_attacks(steps, restarts, queries)
+    check_whole("square", square, 0, hint=", as the number of passes of the black-box attack")
+    own = pair_attacks(steps, restarts, square)
     names = {attack.name for attack in own} | {"square"}
     for attack in attacks:
         if not isinstance(attack, PairAttack) or attack.name in names:
@@ -168,7 +166,7 @@ def _suite(
                 f"none of them {', '.join(sorted(names))}."
             )
         names.add(attack.name)
-    is_whole = (steps, restarts, queries) == (STEPS, RESTARTS, QUERIES) and not attacks
+    is_whole = (steps, restarts, square) == (STEPS, RESTARTS, QUERIES) and not attacks
     return "pairs-v1" if is_whole else "custom", (*own, *attacks)
 
 

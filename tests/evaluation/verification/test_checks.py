@@ -35,7 +35,7 @@ def pictures():
 
 
 def flags(model, norm="Linf", **options):
-    options = {"eps": EPS[norm], "genuine": 60, "impostors": 60, "steps": 15, "restarts": 1, "queries": 40, **options}
+    options = {"eps": EPS[norm], "genuine": 60, "impostors": 60, "steps": 15, "restarts": 1, "square": 40, **options}
     return {check.name for check in evaluate_verification(model, pictures(), norm=norm, **options).flagged}
 
 
@@ -92,7 +92,7 @@ HIDING = {
 @pytest.mark.parametrize("name", HIDING)
 def test_models_that_hide_something_are_flagged(name):
     model, expected = HIDING[name]
-    assert flags(model, **({"queries": 0} if name == "rarely" else {})) >= expected
+    assert flags(model, **({"square": 0} if name == "rarely" else {})) >= expected
 
 
 def test_each_check_flags_something():
@@ -143,7 +143,7 @@ class TestSample:
 
     def test_without_a_black_box(self):
         report = evaluate_verification(
-            Front(), pictures(), eps=0.08, genuine=30, impostors=30, steps=5, restarts=1, queries=0
+            Front(), pictures(), eps=0.08, genuine=30, impostors=30, steps=5, restarts=1, square=0
         )
         (check,) = (check for check in report.checks if check.name == "black box adds nothing")
         assert (check.passed, check.message) == (None, "there is no black-box attack")

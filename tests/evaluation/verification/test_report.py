@@ -123,7 +123,7 @@ class TestJSON:
         model = Made(lambda x: torch.where(x[:, :1, 0, 0] > 0.3, math.nan, x.flatten(1)))
         images = torch.rand(24, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.6
         images[:, 0, 0, 0] = 0.25
-        report = verified(model, (images, torch.arange(24) % 4), eps=0.1, queries=300)
+        report = verified(model, (images, torch.arange(24) % 4), eps=0.1, square=300)
         assert set(report.result(0.1).similarities[: report.num_genuine]) == {REJECTED}
         assert report.at("EER", 0.1).tar.count == 0
         report.save_json(tmp_path / "report.json")

@@ -186,7 +186,7 @@ class TestProvenance:
 
 class TestOptions:
     def test_the_suite_has_its_name_only_if_it_is_whole(self):
-        options = {"eps": 0.05, "steps": 50, "restarts": 3, "queries": 200, "subset": 1}
+        options = {"eps": 0.05, "steps": 50, "restarts": 3, "square": 200, "subset": 1}
         assert verified(**options).suite == "pairs-v1"
         assert verified(**{**options, "steps": 2}).suite == "custom"
         assert verified(**options, attacks=(NOISE,)).suite == "custom"
@@ -283,7 +283,7 @@ class TestRefusals:
             ({"far": "low"}, "far='low'; expected one or more rates between 0 and 1"),
             ({"steps": 0}, "steps=0; expected a whole number from 1 on"),
             ({"restarts": 1.5}, r"restarts=1\.5; expected a whole number from 1 on"),
-            ({"queries": -1}, "queries=-1; expected a whole number from 0 on"),
+            ({"square": -1}, "square=-1; expected a whole number from 0 on"),
             ({"batch_size": 0}, "batch_size=0; expected a whole number"),
             ({"subset": 0}, "subset=0; expected whole numbers"),
             ({"distance": "l3"}, "distance='l3'; expected 'cosine'"),
@@ -315,7 +315,7 @@ class TestRefusals:
     )
     def test_pairs(self, pairs, message):
         with pytest.raises(InputError, match=message):
-            evaluate_verification(network(), pairs, eps=0.05, steps=2, queries=0)
+            evaluate_verification(network(), pairs, eps=0.05, steps=2, square=0)
 
     @pytest.mark.parametrize(
         ("made", "message"),
