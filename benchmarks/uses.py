@@ -170,7 +170,7 @@ def subjects(options: argparse.Namespace) -> Iterator[tuple[str, Subject]]:
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All results as a table in Markdown."""
     rows = dict.fromkeys(row for measured in results.values() for use in measured.values() for row in use)
-    lines = [f"| percent | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    lines = [f"| percent | {' | '.join(results)} |", "| --- " + "| ---: " * len(results) + "|"]
     for row in rows:
         found = [next((use[row] for use in uses.values() if row in use), None) for uses in results.values()]
         lines.append(f"| {row} | {' | '.join(map(_cell, found))} |")

@@ -70,6 +70,30 @@ def test_figures_of_omniglot_are_those_of_the_committed_run():
             assert not any(peer["broken_by_it_alone"].values())
 
 
+def test_figures_of_all_uses_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "results" / "uses.json").read_text(encoding="utf-8"))
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    rows = dict.fromkeys(row for uses in found.values() for use in uses.values() for row in use)
+    assert len(rows) == 16
+    for row in rows:
+        cells = [next(use[row] for use in uses.values() if row in use) for uses in found.values()]
+        shown = " | ".join(f"{100 * v:.1f} [{100 * low:.0f}, {100 * high:.0f}]" for v, (low, high) in cells)
+        assert f"| {row} | {shown} |" in page
+
+
+def test_figures_of_fast_suites_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "results" / "fast_suite.json").read_text(encoding="utf-8"))
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    assert len(found) == 3
+    for suites in found.values():
+        standard, fast = suites["standard"], suites["fast"]
+        cells = [list(suite["worst"]["query"].values())[1:] for suite in (standard, fast)]
+        assert all(0 <= less - more <= 0.02 + 1e-9 for more, less in zip(*cells, strict=True))
+        shown = [", ".join(f"{100 * value:.1f}" for value in values) for values in cells]
+        share = 100 * fast["passes"]["query"] / standard["passes"]["query"]
+        assert f"| {fast['queries']} | {' | '.join(shown)} | {share:.1f} |" in page
+
+
 def rows_of(model):
     report, published, corrected = model["report"], model["peers"]["published"], model["peers"]["corrected"]
     low, high = sorted({attack["eps"] for attack in report["attacks"]})
