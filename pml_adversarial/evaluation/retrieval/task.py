@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..runs.sharing import check_silent
 from .batch import ANSWERS, SAMPLES, QueryBatch
+from .copies import find_copies
 from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
 from .forms import Images
@@ -30,10 +32,6 @@ _ALIKE = 0.02  # of the spread of the gallery: two embeddings of one image diffe
 _SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
 _DIFFERENT = 0.5  # percentage points of R@1
 _ITEMS = {"ignore": "ignored_items", "relevant": "relevant_items"}  # names of fingerprints
-_CANDIDATES = 8  # nearest items whose images are compared with a query's
-_NEAR = 0.1  # of the spread of the gallery: embeddings of one image, stored in another form, differ by less
-_ROUNDING = 1e-4  # of the size of embeddings: those of one image in single precision differ by less
-_SAME_PIXELS = 1 / 255  # one image, stored in another form, differs by less in each pixel
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,14 @@ class RetrievalTask:
                 f"The embeddings have one dimension, and by {self.distance.name} they are 1 or -1. Expected more "
                 "dimensions, or distance='euclidean', if they are searched so."
             )
-        found = self._same_items(rows)
+        found = self._copies(rows)
         if self.own_by_image:
             self.own = self.own.index_copy(0, rows, found)
             self.notes.append(
                 f"own='same': {int((found >= 0).sum())} of {len(rows)} queries have their image in the gallery, and do "
                 "not find it"
             )
-            found = self._same_items(rows)
+            found = self._copies(rows)
         self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
@@ -360,33 +358,10 @@ class RetrievalTask:
                 "another model, pass gallery=(None, labels)."
             )
 
-    def _same_items(self, rows: Tensor) -> Tensor:
+    def _copies(self, rows: Tensor) -> Tensor:
         """``(n,)`` index of an item that a query may find and that has its image; -1: there is none."""
-        return torch.cat([self._same_as(part) for part in rows.split(256)])
-
-    def _same_as(self, rows: Tensor) -> Tensor:
-        vectors, items = (self.distance.vectors(e) for e in (self.clean[rows], self.gallery.embeddings))
-        targets = self.targets(rows)
-        apart = torch.cat(
-            [
-                torch.cdist(vectors.double(), items[part].double()).masked_fill(targets.is_left_out(part), torch.inf)
-                for part in batches(len(items), 8192)
-            ],
-            1,
-        )
-        apart, nearest = apart.topk(min(_CANDIDATES, len(items)), dim=1, largest=False)
-        spread = float((items - items.mean(0)).double().square().sum(1).mean().sqrt())
-        rounding = max(_ROUNDING, 2 * torch.finfo(self._stored_in).eps) * self.distance.scale(items)
-        if not self.items.has_images:
-            return torch.where(apart[:, 0] <= min(rounding, _NEAR * spread), nearest[:, 0], -1)
-        found = torch.full_like(rows, -1)
-        for place in (apart[:, 0] <= max(rounding, _NEAR * spread)).nonzero().flatten().tolist():
-            close = nearest[place][apart[place] <= max(rounding, _NEAR * spread)]
-            images, image = self.items[close], self.queries[rows[place : place + 1]]
-            if images.shape[1:] == image.shape[1:]:
-                same = (images - image).flatten(1).abs().amax(1) <= _SAME_PIXELS
-                found[place] = close[same][0] if same.any() else -1
-        return found
+        seek = partial(find_copies, self.queries, self.items, self.gallery, self._stored_in)
+        return torch.cat([seek(part, self.clean[part], self.targets(part)) for part in rows.split(256)])
 
     def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
         device, count, is_gallery = self.embed.device, len(self.queries), self._queries_are_gallery
