@@ -127,8 +127,14 @@ def same_log_level():
     logger.setLevel(before)
 
 
+WITH_CODE = [page for page in [ROOT / "README.md", *PAGES] if python_blocks(page)]
+LONG = {"evaluation.md"}
+
+
 @pytest.mark.usefixtures("same_log_level")
-@pytest.mark.parametrize("page", [p for p in [ROOT / "README.md", *PAGES] if python_blocks(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.name, marks=[pytest.mark.slow] * (p.name in LONG)) for p in WITH_CODE]
+)
 def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": f"docs_{page.stem}"}

@@ -624,6 +624,7 @@ class TestCollapse:
         assert lines[2] == f"| A | {ours} | 12.0 (12.0) / 6.0 | 2 | 2 | 0 | 6 |"
         assert lines[3] == "| B | - | - | - | - | 0 | 0 | 1 | 1 |"
 
+    @pytest.mark.slow
     def test_runs_that_are_there_are_not_made_again(self, tmp_path, monkeypatch):
         asked = ["--losses", "SupConLoss", "DynamicSoftMarginLoss", "--seeds", "0", "--eps", "77", "--steps", "4"]
         asked += ["--bare", "26"]

@@ -57,6 +57,7 @@ class TestRun:
         result = run(*arguments, output=tmp_path)
         assert result.exit_code == 0, result.output
 
+    @pytest.mark.slow
     def test_same_seed_same_numbers(self, tmp_path):
         found = []
         for name in ("a", "b"):
