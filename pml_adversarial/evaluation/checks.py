@@ -79,11 +79,11 @@ def run_checks(
     def make(number: int) -> Check:
         name, check = list(CHECKS.items())[number]
         begin(name)
-        if len(sample) < _ENOUGH:
-            if check not in _OF_ANY_QUERIES or len(rows) < _ENOUGH:
-                return Check(name, None, few)
+        if check in _OF_ANY_QUERIES and len(rows) >= _ENOUGH:
             of_any = torch.ones_like(clean_flags)
             return Check(name, *check(QuerySample(task, rows, of_any, results, seed, batch_size)))
+        if len(sample) < _ENOUGH:
+            return Check(name, None, few)
         if black_box_only and check not in _WITHOUT_GRADIENT:
             return Check(name, None, cannot)
         return Check(name, *check(sample))
@@ -352,8 +352,9 @@ def answers_alike(sample: QuerySample) -> Verdict:
 def is_not_collapsed(sample: QuerySample) -> Verdict:
     """Rounding errors do not decide rankings."""
     found = sample.measure(partial(_decided, precision=sample.precision), "decided")
-    undecided = int((found[:, 0] <= found[:, 1]).sum())
-    median = found[:, 0].median().item()
+    margins = found[:, 0].abs()
+    undecided = int((margins <= found[:, 1]).sum())
+    median = margins.median().item()
     passed = plausible(undecided, len(sample), 1 - MOST)
     message = f"rounding may decide {undecided} of {len(sample)}; the median margin is {median:.2g}"
     return Verdict(passed, message)

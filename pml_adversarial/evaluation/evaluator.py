@@ -52,7 +52,7 @@ class Evaluator:
             return self._evaluate(rows, examples, begin)
 
     def _evaluate(self, rows: Tensor, examples: bool, begin: Callable[[str], object]) -> BatchResult:
-        batch, first_row = self.task.batch(rows), int(rows[0])
+        batch, first_row, before = self.task.batch(rows), int(rows[0]), self.task.embed.not_finite
         depth = max(int(self.task.gallery.num_right(batch.targets).max()), *self.recall_at)
         clean = metrics.mean_per_query(batch.rankings(depth), self.recall_at)
         kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
@@ -62,8 +62,8 @@ class Evaluator:
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
                 begin(f"{attack.name}, eps {eps:.4g}")
-                before = self._before(number, lowest) if attack.follows else lowest[attack.name]
-                result, images = self._run(attack, batch, eps, depth, first_row, before, latest[attack.name])
+                known = self._before(number, lowest) if attack.follows else lowest[attack.name]
+                result, images = self._run(attack, batch, eps, depth, first_row, known, latest[attack.name])
                 lowest[attack.name], latest[attack.name] = result["measures"], images
                 kept[_key(attack, eps)] = result
                 if images is not None:
@@ -74,6 +74,7 @@ class Evaluator:
                 kept["embeddings"][str(eps)] = self._embed(worst.images)
             if examples and eps == self.radii[len(self.radii) // 2]:
                 kept["examples"] = self._examples(batch, rows, clean, worst)
+        kept["not_finite"] = torch.tensor(self.task.embed.not_finite - before)
         return kept
 
     def _run(

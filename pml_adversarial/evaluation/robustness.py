@@ -172,6 +172,7 @@ def evaluate_robustness(
             evaluator = Evaluator(task, members, radii, recall_at, seed, keep_attacked, nmi)
             passes_after = passes_of_checks(len(rows), embed.is_random) // ranks.count if checks else 0
             found = _evaluate(evaluator, _split(rows, batch_size, ranks), checkpoint, ranks, bar, passes_after)
+            task.note_not_finite(sum(int(batch["not_finite"]) for batch in found))
             measures = evaluator.measures(found, rows)
             if checks:
                 right = decode_flags(measures["clean_flags"])

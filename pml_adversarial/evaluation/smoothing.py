@@ -44,7 +44,7 @@ from ..training.numeric import unit_length
 from ..training.pixels import Bounds, Normalization
 from .reports import binomial
 from .retrieval.distance import check_unit_length
-from .retrieval.embedder import Embed, Embedder, batches, check_finite, embed_all, plain_surroundings
+from .retrieval.embedder import Embed, Embedder, batches, embed_all, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.images import ImageSet
 from .retrieval.options import check_probability, to_radii, to_seed
@@ -380,7 +380,15 @@ def _embed_noisy(embed: Embed, images: Tensor, sigma: float, samples: int, batch
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    return unit_length(check_finite(embeddings).double())
+    bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad:
+        raise InputError(
+            f"The model returned NaN or infinite embeddings for {bad} of {len(embeddings)} noisy images; expected "
+            "finite ones. The noise leaves [0, 1]; a model that cannot take this may clamp its inputs."
+        )
+    if embeddings.shape[1] == 1:
+        raise InputError("The embeddings have one dimension: of length 1 they are 1 or -1. Expected more dimensions.")
+    return unit_length(embeddings.double())
 
 
 def _has_right_item(task: RetrievalTask, rows: Tensor, samples: int, alpha: float) -> Tensor:

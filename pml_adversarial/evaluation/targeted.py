@@ -226,6 +226,7 @@ def evaluate_targeted(
             rows, targets = _aims(task, asked, target)
             run = _Run(task, rows, targets, depths, radii, batch_size, seed)
             run.make(tuple(_attacks(depths, steps, restarts, square)))
+            task.note_not_finite(embed.not_finite)
         return TargetedReport(
             k=depths,
             num_queries=len(rows),
@@ -306,7 +307,10 @@ class _Run:
         for part in left.split(self.batch_size) if len(left) else ():
             with random_stream(self.seed, zlib.crc32(repr((attack.name, eps, restart, int(part[0]))).encode())):
                 outcome = attack.run(self._batch(part), eps, restart, max(self.depths))
-                self.reached[part] |= _mostly_reached(outcome.rankings, self.depths).cpu()
+                reached = _mostly_reached(outcome.rankings, self.depths)
+                if outcome.is_finite is not None:
+                    reached = reached & outcome.is_finite.unsqueeze(1)  # what is not finite finds nothing
+                self.reached[part] |= reached.cpu()
 
     def _note(self, alone: int, k: int, eps: float) -> None:
         if not plausible(alone, len(self.rows), FEW):

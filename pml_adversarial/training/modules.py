@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -74,8 +74,9 @@ def _held(value: Any, depth: int) -> Iterator[nn.Module]:
     elif isinstance(value, MethodType):
         parts = [value.__self__, value.__func__]
     elif isinstance(value, FunctionType):
-        seen = inspect.getclosurevars(value)
-        parts = [*seen.nonlocals.values(), *seen.globals.values()]
+        names = set(_names(value.__code__))
+        seen = [value.__globals__[name] for name in names if name in value.__globals__]
+        parts = [*inspect.getclosurevars(value).nonlocals.values(), *seen]
     elif isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, list | tuple):
@@ -84,6 +85,14 @@ def _held(value: Any, depth: int) -> Iterator[nn.Module]:
         parts = list(vars(value).values())
     for part in parts:
         yield from _held(part, depth - 1)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that a function and those defined within it look up."""
+    yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names(part)
 
 
 def _outermost(modules: Any) -> tuple[nn.Module, ...]:

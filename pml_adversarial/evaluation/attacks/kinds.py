@@ -71,7 +71,8 @@ class QueryAttack:
         def ranking(embeddings: Tensor) -> Ranking:
             return batch.gallery.ranking(embeddings, batch.targets, depth)
 
-        return AttackOutcome(images, ranking(embeddings), shift, map(ranking, batch.more_answers(images)))
+        more, is_finite = map(ranking, batch.more_answers(images)), embeddings.isfinite().all(1)
+        return AttackOutcome(images, ranking(embeddings), shift, more, is_finite)
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,14 @@ class AttackOutcome:
         ranking: what the queries find.
         shift: ``(Q,)`` Euclidean distance between perturbed and clean embeddings, as they are compared.
         more: what the queries find in further calls of a model that answers at random.
+        is_finite: ``(Q,)`` bool, whether the embedding of the perturbed query is; None: it is.
     """
 
     images: Tensor
     ranking: Ranking
     shift: Tensor
     more: Iterable[Ranking] = ()
+    is_finite: Tensor | None = None
 
     @property
     def rankings(self) -> Iterator[Ranking]:

@@ -70,11 +70,15 @@ class _Saved:
     def prepared(self, task: RetrievalTask, rows: Tensor, radii: Sequence[float]) -> tuple[Perturb, list[str]]:
         """See `Prepares`. The images are read as the queries are."""
         expected = len(task.queries), *task.queries[rows[:1]].shape[1:]
+        if isinstance(self.images, Tensor) and tuple(self.images.shape) == (len(rows), *expected[1:]) != expected:
+            everything = task.queries[:].to(self.images, copy=True)
+            everything[rows.to(everything.device)] = self.images
+            return replace(self, images=everything).prepared(task, rows, radii)
         if tuple(self.images.shape) != expected:  # type: ignore[union-attr]
             raise InputError(
                 f"The transferred images are {tuple(self.images.shape)}, but the queries are {expected}. "  # type: ignore[union-attr]
-                "Expected one image for each of all queries, in their order and of their size. For queries that were "
-                "not attacked, pass the clean images."
+                f"Expected one image for each of all queries, or for each of the {len(rows)} that are evaluated, in "
+                "their order and of their size."
             )
         queries = task.queries
         images = ImageSet((self.images, queries.labels), queries.device, "transferred images", queries.dtype)

@@ -161,7 +161,7 @@ def find_distance(distance: Any) -> Distance:
         return Cosine()
     if type(distance) is distances.DotProductSimilarity:
         return Cosine() if distance.normalize_embeddings else InnerProduct()
-    if type(distance) is distances.LpDistance and distance.p == 2 and distance.power > 0:
+    if type(distance) is distances.LpDistance and distance.p == 2 and distance.power == 1:
         return Euclidean(bool(distance.normalize_embeddings))
     if isinstance(distance, distances.BaseDistance) and not isinstance(distance, distances.BatchedDistance):
         return PMLDistance(distance)

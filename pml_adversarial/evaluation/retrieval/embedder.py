@@ -42,6 +42,7 @@ class Embedder:
         why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
+        not_finite: how many embeddings so far held NaN or infinite values.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
 
@@ -54,7 +55,7 @@ class Embedder:
         self.has_gradient = self.takes_gradient = True
         self.why_none: str | None = None
         self.is_random = False
-        self.forward_passes = self.backward_passes = 0
+        self.forward_passes = self.backward_passes = self.not_finite = 0
         self.on_passes: Callable[[int], object] = lambda passes: None
         self.space = PixelSpace(normalization, bounds)
         self._autocast = _Autocast()
@@ -93,6 +94,7 @@ class Embedder:
         self.backward_passes += len(pixels) * with_gradient
         self.on_passes(len(pixels) * (1 + with_gradient))
         embeddings = self._embed(pixels if self.takes_gradient else pixels.detach())
+        self.not_finite += int((~embeddings.detach().isfinite()).any(1).sum())
         if with_gradient:  # where the model gives no gradient, it is 0
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings

@@ -64,13 +64,18 @@ def labelled_images(images: Images, role: str) -> LabelledImages:
     """
     if isinstance(images, Mapping):
         images = _pair_of(images, role)
-    if isinstance(images, tuple | list):
+    if isinstance(images, tuple | list) and (len(images) == 2 or not _holds_items(images)):
         return _from_pair(images, role)
     if isinstance(images, DataLoader):
         return _from_loader(images, role)
     if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, Tensor):
         return _from_dataset(images, role)
     raise InputError(f"{role} is {type(images).__name__}; {_EXPECTED}.")
+
+
+def _holds_items(images: Sequence[Any]) -> bool:
+    """Whether this is a list of items ``(image, label)``."""
+    return len(images) > 0 and all(isinstance(item, tuple | Mapping) and len(item) >= 2 for item in images)
 
 
 def _from_pair(images: Any, role: str) -> LabelledImages:

@@ -15,6 +15,8 @@ from ...attacks.ball import COUNTS
 from ...attacks.ball import NORMS as NORMS
 from ...errors import InputError
 
+JUNK = -1  #: Label of items that are never found, as in Market-1501.
+
 
 def check_probability(name: str, value: float) -> None:
     """Refuses what is not strictly between 0 and 1."""

@@ -19,10 +19,10 @@ from .embedder import Embedder, batches, check_finite, embed_all
 from .forms import Images
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import ImageSet
+from .options import JUNK as JUNK
 from .options import check_radii, digest_of, to_embeddings, to_mask, to_rows, to_whole_numbers
 
 RANDOM = "the model answers at random"  #: How the note on such a model begins.
-JUNK = -1  #: Label of items that are never found, as in Market-1501.
 
 Mask = Tensor | Callable[[Tensor], Any] | None
 """``(Q, G)`` bool, or a function of the indices ``(n,)`` of some queries that gives ``(n, G)``; None: nothing."""
@@ -81,6 +81,7 @@ class RetrievalTask:
             raise InputError(f"junk_label={self._junk!r}; expected a whole number, or None.")
         self._read(queries, gallery)
         self.own = self._own(search.own)
+        self._has_own = gallery is None or search.own is not None
         self.own_by_image = search.own is not None and not self._queries_are_gallery and isinstance(search.own, str)
         self.in_gallery = torch.zeros(len(self.queries), dtype=torch.bool, device=self.embed.device)
         self._stored_in = torch.float32  # the type of given embeddings
@@ -117,6 +118,11 @@ class RetrievalTask:
 
     def set_queries(self, rows: Tensor, embeddings: Tensor) -> None:
         """Uses clean embeddings ``(n, D)`` of the queries ``rows``, and looks for those that lie in the gallery."""
+        if embeddings.shape[1] != self._embeddings.shape[1]:
+            raise InputError(
+                f"Queries have embeddings of {embeddings.shape[1]} dimensions, items of the gallery "
+                f"{self._embeddings.shape[1]}; expected as many. Resize all images to one size."
+            )
         self.clean = embeddings.new_zeros(len(self.queries), embeddings.shape[1])
         self.clean[rows] = check_finite(embeddings)
         if embeddings.shape[1] == 1 and self.distance.has_unit_length:
@@ -129,17 +135,18 @@ class RetrievalTask:
             self.own = self.own.index_copy(0, rows, found)
             self.notes.append(
                 f"own='same': {int((found >= 0).sum())} of {len(rows)} queries have their image in the gallery, and do "
-                "not find it"
+                "not find this item"
             )
+            if not self.items.has_images and not bool((found >= 0).any()):
+                raise InputError(
+                    "own='same': no query has its embedding among those of the gallery. Expected the model's own "
+                    "embeddings, or own as indices; where the gallery holds no query, leave own out."
+                )
             found = self._copies(rows)
         self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
-            cure = (
-                "expected one of each image"
-                if self.own_by_image or self._queries_are_gallery
-                else "own='same' leaves it out"
-            )
+            cure = "expected one of each image" if self._has_own else "own='same' leaves it out"
             self.notes.append(f"{count} of {len(rows)} queries find their own image in the gallery; {cure}")
 
     def embed_and_set(
@@ -262,6 +269,14 @@ class RetrievalTask:
                 "counts. The gallery is embedded once"
             )
 
+    def note_not_finite(self, count: int) -> None:
+        """Notes how many embeddings of perturbed images, which an attack came across, were NaN or infinite."""
+        if count:
+            self.notes.append(
+                f"{count} embeddings of perturbed images were NaN or infinite; such a query finds nothing, and counts "
+                "as failed"
+            )
+
     def note_lengths(self, rows: Tensor) -> None:
         """Notes what the queries ``rows`` would find if lengths of embeddings counted, which cosine leaves out."""
         lengths = self._embeddings.float().norm(dim=1)
@@ -378,4 +393,19 @@ class RetrievalTask:
                 f"own holds {found.tolist()[:8]}...; expected, together with a gallery, for each of {count} queries "
                 "the index of the item that is the query itself, or -1."
             )
+        self._check_own_labels(found)
         return found
+
+    def _check_own_labels(self, own: Tensor) -> None:
+        with_own = (own >= 0).nonzero().squeeze(1)
+        other = with_own[self.queries.labels[with_own] != self.items.labels[own[with_own]]]
+        if not len(other):
+            return
+        text = f"own: {len(other)} of {len(with_own)} own items have another label than their query"
+        if 2 * len(other) > len(with_own):
+            first = int(other[0])
+            raise InputError(
+                f"{text}, such as item {int(own[first])} of query {first}. Expected, for each query, the index in the "
+                "gallery of the same image."
+            )
+        self.notes.append(text)

@@ -14,6 +14,7 @@ from ...attacks.checks import check_whole
 from ...errors import InputError
 from ...training.isolation import random_stream
 from ..retrieval.images import ImageSet
+from ..retrieval.options import JUNK
 
 Pairs = Any
 """Pairs of images with pixels in [0, 1]:
@@ -97,7 +98,12 @@ class PairSet:
             raise InputError("pairs has several labels per image; expected one, so that a pair is genuine or is not.")
         if choice.indices is None:
             self.protocol = "drawn pairs"
-            self.indices = draw_pairs(labels, choice.genuine, choice.impostors, seed)
+            named = (labels != JUNK).nonzero().squeeze(1)
+            if len(named) < len(labels):
+                self.notes.append(
+                    f"{len(labels) - len(named)} images of the label {JUNK} are junk: they are in no pair"
+                )
+            self.indices = named[draw_pairs(labels[named], choice.genuine, choice.impostors, seed)]
         else:
             _check_unchosen(PairChoice(None, choice.genuine, choice.impostors))
             self.protocol = "listed pairs"
@@ -188,7 +194,7 @@ def _sides(pairs: Pairs) -> tuple[Any, Any] | None:
     """First and second images, both with ``same`` as labels; None: these are labelled images."""
     if type(pairs) is TensorDataset and len(pairs.tensors) == 3 and pairs.tensors[1].ndim > 1:
         pairs = pairs.tensors
-    if isinstance(pairs, tuple | list) and len(pairs) == 3:
+    if isinstance(pairs, tuple | list) and len(pairs) == 3 and not _holds_pairs(pairs):
         first, second, same = pairs
         return (first, same), (second, same)
     if isinstance(pairs, DataLoader) and not isinstance(pairs.dataset, tuple | list) and _holds_pairs(pairs.dataset):
@@ -200,7 +206,8 @@ def _sides(pairs: Pairs) -> tuple[Any, Any] | None:
 
 def _holds_pairs(pairs: Any) -> bool:
     """Whether this is a data set of items ``(first image, second image, same)``."""
-    if isinstance(pairs, tuple | list | Tensor | DataLoader) or not hasattr(pairs, "__getitem__"):
+    is_list = isinstance(pairs, list) and all(isinstance(item, tuple) for item in pairs)
+    if not is_list and (isinstance(pairs, tuple | list | Tensor | DataLoader) or not hasattr(pairs, "__getitem__")):
         return False
     if not hasattr(pairs, "__len__") or not len(pairs):
         return False

@@ -121,6 +121,10 @@ def evaluate_verification(
             evaluator = PairEvaluator(task, members, radii, rows, seed, batch_size, keep_attacked)
             with progress_bar(progress, evaluator.num_runs, suite) as bar:
                 evaluator.run(bar.update)
+            if embed.not_finite:
+                task.notes.append(
+                    f"{embed.not_finite} embeddings of perturbed images were NaN or infinite; such pairs are rejected"
+                )
             made = run_pair_checks(task, rows, thresholds["EER"], evaluator.reached, seed, batch_size) if checks else ()
         return VerificationReport(
             suite=suite,
