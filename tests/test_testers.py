@@ -849,7 +849,7 @@ class TestQueriesInAGivenGallery:
         first = evaluate_robustness(model, queries, gallery, own=range(16), **options)
         assert same_report(evaluate_robustness(model, queries, gallery, own=range(16), **options), first)
         with pytest.raises(InputError, match="another evaluation"):
-            evaluate_robustness(model, queries, tuple(part.flip(0) for part in gallery), own=range(16), **options)
+            evaluate_robustness(model, queries, (gallery[0].flip(0), gallery[1]), own=range(16), **options)
         with pytest.raises(InputError, match="another evaluation"):
             evaluate_robustness(model, queries, gallery, **options)
 

@@ -80,7 +80,7 @@ class TestQueriesWithinTheGallery:
         assert "24 of 24 queries find their own image in the gallery; own='same' leaves it out" in told.notes
         found = evaluated(gallery=(stored(IMAGES), LABELS), own="same")
         assert found.clean_flags == evaluated(gallery=(stored(IMAGES), LABELS), own=range(24)).clean_flags
-        assert "own='same': 24 of 24 queries have their image in the gallery, and do not find it" in found.notes
+        assert "own='same': 24 of 24 queries have their image in the gallery, and do not find this item" in found.notes
 
     @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("images", [IMAGES, None])
@@ -95,10 +95,17 @@ class TestQueriesWithinTheGallery:
 
     def test_other_vectors_are_not_taken_for_own_ones(self):
         options = {"gallery": (None, OTHER_LABELS), "gallery_embeddings": OTHERS_EMBEDDED}
-        assert (
-            "own='same': 0 of 24 queries have their image in the gallery, and do not find it"
-            in evaluated(own="same", **options).notes
-        )
+        with pytest.raises(InputError, match="own='same': no query has its embedding among those of the gallery"):
+            evaluated(own="same", **options)
+        images = {"gallery": (OTHERS, OTHER_LABELS)}
+        assert "own='same': 0 of 24 queries have" in evaluated(own="same", **images).notes[0]
+        assert evaluated(own="same", **images).clean_flags == evaluated(**images).clean_flags
+
+    def test_a_second_copy_is_told(self):
+        twice = torch.cat([IMAGES, IMAGES]), torch.cat([LABELS, LABELS])
+        for own in ("same", range(24)):
+            note = "24 of 24 queries find their own image in the gallery; expected one of each image"
+            assert note in evaluated(gallery=twice, own=own).notes
 
     def test_without_a_gallery_it_changes_nothing(self):
         found, expected = evaluated(own="same"), evaluated()

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from pml_adversarial import InputError, evaluate_robustness
-from pml_adversarial.evaluation import certify, robrank_scores
+from pml_adversarial.evaluation import certify, evaluate_targeted, robrank_scores
 from pml_adversarial.evaluation.attacks.suites import quick, standard
 
 EPS = 0.05
@@ -237,6 +237,33 @@ class TestWhatModelsDo:
 
         (note,) = (note for note in evaluated(service).notes if "gradients" in note)
         assert note.startswith("asking for gradients fails, so attacks find none (RuntimeError: Can't call numpy()")
+
+    def test_embeddings_that_are_nan_under_attack_are_told(self):
+        net, images = network(), IMAGES
+
+        def fragile(pixels):
+            moved = (pixels.flatten(1)[:, None] != images.flatten(1)).any(2).all(1, keepdim=True)
+            return torch.where(moved, torch.nan, net(pixels))
+
+        report = evaluated(fragile)
+        assert report.worst_case(EPS) == 0
+        assert "embeddings of perturbed images were NaN or infinite; such a query finds nothing" in report.notes[-1]
+        targeted = evaluate_targeted(fragile, (IMAGES, LABELS), target=1, eps=EPS, steps=3, restarts=1, square=5)
+        assert targeted.success(EPS) == targeted.success(0)
+        assert "embeddings of perturbed images were NaN" in targeted.notes[-1]
+
+    def test_a_function_of_torch_func(self, plain):
+        net = network().eval()
+
+        def one_by_one(images):
+            return torch.func.vmap(lambda image: net(image[None])[0])(images)
+
+        assert evaluated(one_by_one).clean_flags == plain[0]
+
+    def test_embeddings_of_other_dimensions_in_the_gallery(self):
+        images = nn.functional.interpolate(IMAGES, scale_factor=2)
+        with pytest.raises(InputError, match="Queries have embeddings of 36 dimensions, items of the gallery 144"):
+            evaluated(nn.Flatten(), gallery=(images, LABELS))
 
     def test_sparse_embeddings(self, plain):
         net = network()

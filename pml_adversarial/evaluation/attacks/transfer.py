@@ -42,7 +42,8 @@ def transferred(images: Any, name: str = "transferred") -> QueryAttack:
 
     Args:
         images: ``(Q, C, H, W)``, one for each of all queries, in their order, also of queries that are not in
-            ``subset``. They are pixels in [0, 1], or normalised as the queries may be.
+            ``subset``; or one for each of those that are evaluated, such as ``report.attacked[eps]`` of another model.
+            They are pixels in [0, 1], or normalised as the queries may be.
         name: of the attack in reports.
 
     Raises:

@@ -399,7 +399,7 @@ class RetrievalTask:
     def _check_own_labels(self, own: Tensor) -> None:
         with_own = (own >= 0).nonzero().squeeze(1)
         other = with_own[self.queries.labels[with_own] != self.items.labels[own[with_own]]]
-        if not len(other):
+        if not len(other) or self._relevant is not None:
             return
         text = f"own: {len(other)} of {len(with_own)} own items have another label than their query"
         if 2 * len(other) > len(with_own):

@@ -100,9 +100,7 @@ class PairSet:
             self.protocol = "drawn pairs"
             named = (labels != JUNK).nonzero().squeeze(1)
             if len(named) < len(labels):
-                self.notes.append(
-                    f"{len(labels) - len(named)} images of the label {JUNK} are junk: they are in no pair"
-                )
+                self.notes.append(f"{len(labels) - len(named)} images of the label {JUNK} are junk and in no pair")
             self.indices = named[draw_pairs(labels[named], choice.genuine, choice.impostors, seed)]
         else:
             _check_unchosen(PairChoice(None, choice.genuine, choice.impostors))

@@ -45,6 +45,15 @@ def near(model, size=0.02, seed=3):
 
 
 class TestSaved:
+    def test_images_of_the_evaluated_queries_alone(self):
+        rows, given = [22, 3, 4, 0, 17, 9], noisy(0.05)
+        expected = evaluated([transferred(given)], subset=rows, keep_attacked=True)
+        found = evaluated([transferred(given[rows])], subset=rows, keep_attacked=True)
+        assert found.attacks[0].robust_flags == expected.attacks[0].robust_flags
+        assert torch.equal(found.attacked[0.05], expected.attacked[0.05])
+        with pytest.raises(InputError, match="for each of all queries, or for each of the 6 that are evaluated"):
+            evaluated([transferred(given[:5])], subset=rows)
+
     @both_norms
     def test_each_query_gets_its_own_within_the_budget_by_loops(self, norm):
         clean, given, eps = images_of()[0], noisy(0.2), RADIUS[norm]

@@ -173,3 +173,11 @@ def test_weights_of_a_distance_keep_their_type():
     found = find_distance(distance).to_all(one, other)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, -distance(one.float(), other.float()).double())
+
+
+def test_a_power_is_kept_as_thresholds_are_in_its_unit():
+    squared, one, other = distances.LpDistance(power=2, normalize_embeddings=False), some(4), some(6, 1)
+    found = find_distance(squared)
+    torch.testing.assert_close(
+        found.to_all(found.vectors(one), found.vectors(other)), -torch.cdist(one, other).square()
+    )

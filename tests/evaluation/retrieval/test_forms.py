@@ -125,6 +125,13 @@ class TestForms:
         named.labels = [f"class {label}" for label in labels.tolist()]
         self.check(named, images, labels)
 
+    def test_a_list_of_items(self):
+        images, labels = images_of()
+        self.check(list(zip(images, labels.tolist(), strict=True)), images, labels)
+        self.check(
+            [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)], images, labels
+        )
+
     def test_labels_alone(self):
         found = labelled_images((None, [0, 1, 1]), "gallery")
         assert (found.has_images, found.count, found.labels.tolist()) == (False, 3, [0, 1, 1])

@@ -38,11 +38,20 @@ class TestOwn:
 
     @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
     def test_is_taken_as_it_is_given(self, kind):
-        own = [29, *range(22), -1]
+        own = [28, *range(1, 23), -1]
         task = task_of(images_of(30, seed=1), own=kind(own))
         assert task.own.tolist() == own
         assert task.leaves_own_out
-        assert task.targets(torch.tensor([23, 0])).own.tolist() == [-1, 29]
+        assert task.targets(torch.tensor([23, 0])).own.tolist() == [-1, 28]
+
+    def test_of_another_label_than_the_query(self):
+        own = [(row + 1) % 30 for row in range(24)]
+        with pytest.raises(
+            InputError, match="own: 24 of 24 own items have another label than their query, such as item 1"
+        ):
+            task_of(images_of(30, seed=1), own=own)
+        task = task_of(images_of(30, seed=1), own=[1, *range(1, 24)])
+        assert task.notes == ["own: 1 of 24 own items have another label than their query"]
 
     @pytest.mark.parametrize("own", [[0] * 23, [0] * 25, [-2] * 24, [30] + [0] * 23])
     def test_what_is_no_item_for_each_query_is_refused(self, own):

@@ -236,3 +236,20 @@ class TestDrawPairs:
         found = draw_pairs(labels, 5, 200)
         assert [bool((pair == 17).any()) for pair in found] == [False] * 5 + [True] * 200
         assert len(found.unique(dim=0)) == 205
+
+
+def test_junk_is_in_no_drawn_pair():
+    labels = LABELS.clone()
+    labels[[1, 3, 4]] = -1
+    pairs = PairSet((images_of(7)[0], labels), CPU)
+    assert pairs.notes == ["3 images of the label -1 are junk and in no pair"]
+    assert set(pairs.indices.flatten().tolist()) == {0, 2, 5, 6}
+    assert torch.equal(pairs.same, labels[pairs.indices[:, 0]] == labels[pairs.indices[:, 1]])
+
+
+def test_a_list_of_items():
+    items = [(first, second, int(same)) for first, second, same in zip(FIRST, SECOND, SAME, strict=True)]
+    for given in (items, items[:3]):
+        pairs = PairSet(given, CPU)
+        assert torch.equal(pairs.same, SAME[: len(given)])
+        assert torch.equal(pairs.second[:], SECOND[: len(given)])
