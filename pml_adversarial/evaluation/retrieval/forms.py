@@ -26,7 +26,8 @@ Images = Any
 
 - ``(images (N, C, H, W), labels (N,))``, as tensors or arrays. Labels ``(N, L)`` of 0 and 1 say which of L labels each
   image has; then images that share a label are right for each other.
-- a data set of items ``(image (C, H, W), label)``, or of dicts that have an image and a label;
+- a data set or a list of items ``(image (C, H, W), label)``, or of dicts that have an image and a label. Of longer
+  items the first two entries are taken;
 - a data loader of such a data set, which is read in the order of the data set;
 - as a gallery, ``(None, labels)``: items that are known by their embeddings alone.
 """
