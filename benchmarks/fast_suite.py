@@ -31,7 +31,12 @@ from pml_adversarial.attacks import preset
 from pml_adversarial.cli import experiment
 from pml_adversarial.cli.images import OpenSetSplit, digits
 from pml_adversarial.evaluation import QueryAttack, RetrievalAttack, fast, standard
-from pml_adversarial.evaluation.attacks.suites import classifier_attack, gradient_attack, margin_score, targeted_score
+from pml_adversarial.evaluation.attacks.gradients import (
+    classifier_attack,
+    gradient_attack,
+    margin_score,
+    targeted_score,
+)
 
 MultiSimilarity = partial(MultiSimilarityLoss, alpha=2, beta=40, base=0.5)
 

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE, compared, paired, peak
 from pml_adversarial.evaluation import Report, evaluate_robustness
-from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack, RetrievalAttack
-from pml_adversarial.evaluation.attacks.suites import (
+from pml_adversarial.evaluation.attacks.gradients import (
     classifier_attack,
     gradient_attack,
     margin_score,
     nearest_wrong,
     promotion,
 )
+from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack, RetrievalAttack
 from pml_adversarial.evaluation.retrieval.gallery import Gallery
 
 ITEMS, CLASSES, SHAPE, EPS, PAIRS = 60_502, 11_316, (1, 16, 32), 0.02, 3

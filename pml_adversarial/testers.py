@@ -17,10 +17,10 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_co
 from .attacks.checks import check_choice, check_whole
 from .errors import InputError
 from .evaluation import Report, RetrievalAttack, evaluate_robustness
-from .evaluation.attacks.suites import find_suite
 from .evaluation.reports.results import TARGETS
 from .evaluation.retrieval.embedder import Embedder
 from .evaluation.retrieval.options import NORMS, to_radii, to_recall_at
+from .evaluation.suites import find_suite
 from .training.pixels import Normalization, PixelSpace
 
 __all__ = ["AdversarialTester"]

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import quick, standard
 from pml_adversarial.evaluation.runs import sharing
+from pml_adversarial.evaluation.suites import quick, standard
 
 COUNT = 24  # queries, in batches of 7: four batches, the last one smaller
 

@@ -24,7 +24,7 @@ from pytorch_metric_learning import losses, miners
 
 import pml_adversarial
 from pml_adversarial import AdversarialLoss, AdversarialMiner, evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import quick
+from pml_adversarial.evaluation.suites import quick
 
 
 def main():

@@ -24,10 +24,11 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from pml_adversarial import AdversarialTester, InputError, evaluate_robustness
 from pml_adversarial.evaluation import Gallery
+from pml_adversarial.evaluation.attacks.gradients import gradient_attack, margin_score, shift_score
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
-from pml_adversarial.evaluation.attacks.suites import gradient_attack, margin_score, quick, shift_score, standard
 from pml_adversarial.evaluation.retrieval.classifier import RetrievalClassifier
 from pml_adversarial.evaluation.retrieval.gallery import Targets
+from pml_adversarial.evaluation.suites import quick, standard
 
 EPS = 0.04
 AS_PML_CALLS_IT = {

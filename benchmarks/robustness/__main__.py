@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pml_adversarial import InputError
-from pml_adversarial.evaluation.attacks.suites import find_suite
+from pml_adversarial.evaluation.suites import find_suite
 
 from . import __doc__ as about
 from .backbones import BACKBONES, check

@@ -10,9 +10,9 @@ import click
 import torch
 
 from ..evaluation import RetrievalAttack, evaluate_robustness
-from ..evaluation.attacks.suites import SUITES, attacks_by_name
 from ..evaluation.retrieval.distance import DISTANCES
 from ..evaluation.retrieval.options import NORMS
+from ..evaluation.suites import SUITES, attacks_by_name
 from ..training.pixels import Normalization, PixelSpace
 from .inputs import errors_shown, input_options, load, write
 from .options import CONTEXT, FOLDER, check_device, did_you_mean, parse_numbers, parse_radii, refused, try_option

@@ -21,7 +21,7 @@ from .. import __version__
 from ..attacks.objective import AttackFactory
 from ..errors import InputError
 from ..evaluation import Report, evaluate_robustness
-from ..evaluation.attacks.suites import quick
+from ..evaluation.suites import quick
 from ..losses import AdversarialLoss
 from ..training.isolation import random_stream
 from ..training.tuples import Role

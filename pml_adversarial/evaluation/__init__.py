@@ -2,7 +2,6 @@
 
 from .attacks.kinds import GalleryAttack, QueryAttack, RetrievalAttack
 from .attacks.rank_only import rank_only_attack
-from .attacks.suites import fast, quick, standard
 from .attacks.transfer import transfer_attack, transferred
 from .attacks.universal import UniversalPerturbation, universal_attack, universal_perturbation
 from .comparison import Comparison, Difference, compare
@@ -18,6 +17,7 @@ from .retrieval.gallery import Gallery, Targets
 from .robrank import RobRankScores, ers, robrank_scores
 from .robustness import evaluate_robustness
 from .smoothing import Certificate, certify
+from .suites import fast, quick, standard
 from .targeted import TargetedReport, evaluate_targeted
 from .verification import (
     ROC,

@@ -23,8 +23,8 @@ from ..attacks.ball import COUNTS, per_image, project
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
+from .attacks.gradients import margin_score
 from .attacks.square import square_attack
-from .attacks.suites import margin_score
 from .reports import binomial
 from .reports.results import AttackResult, Check, decode_flags
 from .retrieval.batch import SAMPLES, QueryBatch

@@ -16,7 +16,6 @@ from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
 from .attacks.kinds import RetrievalAttack
-from .attacks.suites import find_suite
 from .checks import passes_of_checks
 from .evaluator import most_passes
 from .retrieval.embedder import Embedder, plain_surroundings
@@ -25,6 +24,7 @@ from .retrieval.options import NORMS, to_radii
 from .retrieval.task import RetrievalTask
 from .robustness import evaluate_robustness
 from .runs.progress import duration
+from .suites import find_suite
 
 
 @dataclass(frozen=True)

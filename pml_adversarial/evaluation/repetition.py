@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..training.isolation import random_stream
 from .attacks.as_json import from_json, to_json
 from .attacks.kinds import RetrievalAttack
-from .attacks.suites import SUITES
 from .comparison import check_report
 from .reports import fingerprints
 from .reports.report import Report
@@ -23,6 +22,7 @@ from .retrieval.forms import Images
 from .retrieval.options import description_of_mask
 from .retrieval.task import Mask, RetrievalTask, Search
 from .robustness import evaluate_robustness
+from .suites import SUITES
 
 _MEASURED = ("model", "queries", "gallery", "gallery_embeddings", "ignored_items", "relevant_items")
 _GIVEN = ("distance", "ignore", "relevant")

@@ -17,7 +17,6 @@ from ..training.pixels import Bounds, Normalization
 from .attacks.as_json import to_json
 from .attacks.kinds import RetrievalAttack
 from .attacks.preparation import prepared
-from .attacks.suites import find_suite
 from .checks import passes_of_checks, run_checks
 from .evaluator import BatchResult, Evaluator, most_passes
 from .reports import fingerprints, provenance
@@ -40,6 +39,7 @@ from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 from .runs.checkpoint import Checkpoint
 from .runs.progress import Progress, progress_of
 from .runs.sharing import Ranks, sharing
+from .suites import find_suite
 
 logger = logging.getLogger("pml_adversarial")
 

@@ -16,9 +16,9 @@ from ..attacks.objective import Score
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
+from .attacks.gradients import gradient_attack
 from .attacks.kinds import QueryAttack
 from .attacks.square import square_attack
-from .attacks.suites import gradient_attack
 from .checks import FEW, plausible
 from .reports import fingerprints, provenance
 from .reports.binomial import CONFIDENCE, Interval, rate_interval

@@ -13,13 +13,14 @@ from torch.nn.functional import hardsigmoid, normalize
 
 from pml_adversarial.cli.images import digits
 from pml_adversarial.evaluation import checks, evaluate_robustness
+from pml_adversarial.evaluation.attacks.gradients import classifier_attack
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
-from pml_adversarial.evaluation.attacks.suites import classifier_attack, quick
 from pml_adversarial.evaluation.checks import CHECKS, SAMPLE, QuerySample, run_checks
 from pml_adversarial.evaluation.reports.report import Report
 from pml_adversarial.evaluation.reports.results import AttackResult, decode_flags
 from pml_adversarial.evaluation.retrieval.embedder import Embedder
 from pml_adversarial.evaluation.retrieval.task import RetrievalTask
+from pml_adversarial.evaluation.suites import quick
 
 EPS = 0.08
 

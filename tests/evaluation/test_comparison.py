@@ -11,8 +11,8 @@ from query_batches import images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import Report, compare, evaluate_robustness, quick
-from pml_adversarial.evaluation.attacks.suites import standard
 from pml_adversarial.evaluation.reports.results import Check, WorstCase
+from pml_adversarial.evaluation.suites import standard
 
 OPTIONS = {"eps": (0.02, 0.05), "attacks": [*quick(3, 1), *standard(3)[-2:]], "checks": False}
 

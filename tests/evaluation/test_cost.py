@@ -9,10 +9,10 @@ from torch import nn
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import estimate_cost, evaluate_robustness, robustness
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
-from pml_adversarial.evaluation.attacks.suites import quick, standard
 from pml_adversarial.evaluation.checks import passes_of_checks
 from pml_adversarial.evaluation.cost import Cost
 from pml_adversarial.evaluation.evaluator import most_passes
+from pml_adversarial.evaluation.suites import quick, standard
 
 TINY = 1e-6  # an eps at which no attack succeeds
 NOISE = QueryAttack("noise", lambda batch, eps, restart: batch.images)

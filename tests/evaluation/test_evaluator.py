@@ -4,14 +4,14 @@ from notes import Notes
 from query_batches import images_of, network
 
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.attacks.suites import (
+from pml_adversarial.evaluation.attacks.gradients import (
     gradient_attack,
     margin_score,
     nearest_wrong,
     promotion,
     shift_score,
 )
+from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.evaluator import choose_queries
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pml_adversarial import InputError, evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import attacks_by_name, quick, standard
+from pml_adversarial.evaluation.suites import attacks_by_name, quick, standard
 
 EPS = 0.05
 FAST = quick(5, 1)

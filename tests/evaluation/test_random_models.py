@@ -20,7 +20,7 @@ from pml_adversarial.evaluation import (
     quick,
     standard,
 )
-from pml_adversarial.evaluation.attacks.suites import classifier_attack, nearest_wrong, promotion
+from pml_adversarial.evaluation.attacks.gradients import classifier_attack, nearest_wrong, promotion
 from pml_adversarial.evaluation.attacks.transfer import transfer_attack
 from pml_adversarial.evaluation.retrieval.batch import ANSWERS, SAMPLES
 

@@ -14,7 +14,7 @@ from query_batches import images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import QueryAttack, Report, evaluate_robustness, quick, repeat, standard
-from pml_adversarial.evaluation.attacks.suites import classifier_attack
+from pml_adversarial.evaluation.attacks.gradients import classifier_attack
 
 MINE = QueryAttack("mine", lambda batch, eps, restart: batch.images + eps * torch.randn_like(batch.images).sign())
 AGAIN = """
@@ -85,7 +85,7 @@ class TestSameNumbers:
         make = {"quick": quick, "standard": standard}[suite]
         names = {attack.name for attack in make()}
         few = dict.fromkeys(("quick", "standard"), (f"{suite}-v1", partial(make, 2, 1)))
-        monkeypatch.setattr("pml_adversarial.evaluation.attacks.suites.SUITES", few)
+        monkeypatch.setattr("pml_adversarial.evaluation.suites.SUITES", few)
         monkeypatch.setattr("pml_adversarial.evaluation.repetition.SUITES", few)
         report = evaluate_robustness(network(), images_of(), eps=0.05, attacks=suite, checks=False)
         again = repeat(through_json(report, tmp_path), network(), images_of())
@@ -94,9 +94,7 @@ class TestSameNumbers:
         assert numbers(again) == numbers(report)
 
     def test_a_suite_that_is_another_one_now_keeps_its_attacks(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            "pml_adversarial.evaluation.attacks.suites.SUITES", {"quick": ("quick-v1", partial(quick, 2, 1))}
-        )
+        monkeypatch.setattr("pml_adversarial.evaluation.suites.SUITES", {"quick": ("quick-v1", partial(quick, 2, 1))})
         report = evaluate_robustness(network(), images_of(), eps=0.05, attacks="quick", checks=False)
         assert report.suite == "quick-v1"
         again = repeat(through_json(report, tmp_path), network(), images_of())

@@ -17,8 +17,7 @@ from torch.nn.functional import normalize
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.attacks.suites import (
+from pml_adversarial.evaluation.attacks.gradients import (
     classifier_attack,
     demotion,
     gradient_attack,
@@ -26,11 +25,11 @@ from pml_adversarial.evaluation.attacks.suites import (
     nearest_right,
     nearest_wrong,
     promotion,
-    quick,
     shift_score,
-    standard,
 )
+from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.retrieval import metrics as scores
+from pml_adversarial.evaluation.suites import quick, standard
 
 EPS = (0.02, 0.05, 0.12)
 RADII = {"Linf": EPS, "L2": (0.1, 0.3, 0.7)}

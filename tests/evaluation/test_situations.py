@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from pml_adversarial import InputError, evaluate_robustness
 from pml_adversarial.evaluation import certify, evaluate_targeted, robrank_scores
-from pml_adversarial.evaluation.attacks.suites import quick, standard
+from pml_adversarial.evaluation.suites import quick, standard
 
 EPS = 0.05
 FAST = quick(5, 1)

@@ -1,22 +1,19 @@
 """Attacks on retrieval: on queries and on the gallery, with gradients, by search, or with images made elsewhere."""
 
-from .kinds import AttackOutcome, GalleryAttack, Perturb, QueryAttack, RetrievalAttack
-from .rank_only import rank_only_attack
-from .square import square_attack
-from .suites import (
+from .gradients import (
     classifier_attack,
     demotion,
-    fast,
     gradient_attack,
     margin_score,
     nearest_right,
     nearest_wrong,
     promotion,
-    quick,
     shift_score,
-    standard,
     targeted_score,
 )
+from .kinds import AttackOutcome, GalleryAttack, Perturb, QueryAttack, RetrievalAttack
+from .rank_only import rank_only_attack
+from .square import square_attack
 from .transfer import transfer_attack, transferred
 from .universal import UniversalPerturbation, universal_attack, universal_perturbation
 
@@ -29,17 +26,14 @@ __all__ = [
     "UniversalPerturbation",
     "classifier_attack",
     "demotion",
-    "fast",
     "gradient_attack",
     "margin_score",
     "nearest_right",
     "nearest_wrong",
     "promotion",
-    "quick",
     "rank_only_attack",
     "shift_score",
     "square_attack",
-    "standard",
     "targeted_score",
     "transfer_attack",
     "transferred",

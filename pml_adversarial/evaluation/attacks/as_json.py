@@ -14,20 +14,20 @@ import torchattacks
 from torchattacks.attack import Attack as TorchAttack
 
 from ...errors import InputError
-from . import square, suites
+from . import gradients, square
 from .kinds import GalleryAttack, QueryAttack, RetrievalAttack
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (QueryAttack, GalleryAttack)}
-_MODULES = (suites, square)
+_MODULES = (gradients, square)
 _THEIRS = f"{torchattacks.__name__}."
-_GIVEN_LATER = ("eps", "norm", "seed", "n_classes", "eot_iter")  # see `suites.classifier_attack`
+_GIVEN_LATER = ("eps", "norm", "seed", "n_classes", "eot_iter")  # see `gradients.classifier_attack`
 
 
 def to_json(value: object) -> Any:
     """An attack, or an option of one, in types that JSON knows.
 
     - ``{"kind": ...}`` is a `QueryAttack` or `GalleryAttack`, with its attributes.
-    - ``{"function": ...}`` is a function of the modules `suites` and `square`, or a class of torchattacks, with the
+    - ``{"function": ...}`` is a function of the modules `gradients` and `square`, or a class of torchattacks, with the
       ``options`` that are bound to it (`functools.partial`); of a class of torchattacks, also its default options.
     - ``{"own": ...}`` describes anything else, such as a function of the user, see `description`. No attack can be made
       from it.

@@ -26,8 +26,8 @@ from ..retrieval.gallery import Gallery
 from ..retrieval.images import ImageSet
 from ..retrieval.options import digest_of
 from ..retrieval.task import RetrievalTask
+from .gradients import gradient_attack, margin_score
 from .kinds import Perturb, QueryAttack
-from .suites import gradient_attack, margin_score
 
 _PROBED = 16  # images by which it is found out whether the surrogate answers at random
 _TOGETHER = 128  # images that are read or embedded at once
@@ -127,7 +127,7 @@ def transfer_attack(
             embeddings of another dimension. It runs in eval mode, and comes back in its own mode.
         normalization: ``(mean, std)`` if the surrogate takes normalised inputs.
         bounds: ``(low, high)`` of the surrogate's inputs if they are no images.
-        score: what is raised on the surrogate, such as `suites.margin_score` or `suites.shift_score`.
+        score: what is raised on the surrogate, such as `gradients.margin_score` or `gradients.shift_score`.
         steps: gradient steps of each run.
         restarts: runs from different random starts.
         name: of the attack in reports.

@@ -28,8 +28,8 @@ from ..retrieval.embedder import Embedder, plain_surroundings
 from ..retrieval.forms import Images
 from ..retrieval.options import digest_of, to_radii, to_seed
 from ..retrieval.task import RetrievalTask, Search
+from .gradients import margin_score
 from .kinds import Perturb, QueryAttack
-from .suites import margin_score
 
 NORMS = ("Linf", "L2")  #: In which universal perturbations are learned.
 
@@ -85,7 +85,7 @@ def universal_perturbation(
         eps: radius of the perturbation.
         norm: "Linf" or "L2".
         distance: as in `evaluate_robustness`.
-        score: what is raised, such as `suites.margin_score` or `suites.shift_score`.
+        score: what is raised, such as `gradients.margin_score` or `gradients.shift_score`.
         epochs: how often all images are gone through.
         restarts: how often it is learned, from different random starts.
         normalization: as in `evaluate_robustness`.

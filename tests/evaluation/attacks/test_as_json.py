@@ -14,7 +14,7 @@ from pml_adversarial.attacks.ball import NORMS
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import GalleryAttack, QueryAttack, quick, standard
 from pml_adversarial.evaluation.attacks.as_json import description, from_json, to_json
-from pml_adversarial.evaluation.attacks.suites import (
+from pml_adversarial.evaluation.attacks.gradients import (
     classifier_attack,
     gradient_attack,
     margin_score,

@@ -9,8 +9,7 @@ from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, len
 from torch import nn
 
 from pml_adversarial.errors import InputError
-from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.attacks.suites import (
+from pml_adversarial.evaluation.attacks.gradients import (
     demotion,
     gradient_attack,
     margin_score,
@@ -19,6 +18,7 @@ from pml_adversarial.evaluation.attacks.suites import (
     promotion,
     shift_score,
 )
+from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.retrieval.gallery import unit_or_zero
 
 

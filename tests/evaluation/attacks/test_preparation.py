@@ -6,9 +6,9 @@ import torch
 from query_batches import bench_of, images_of, network
 
 from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.attacks.gradients import nearest_wrong, promotion
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.attacks.preparation import prepared
-from pml_adversarial.evaluation.attacks.suites import nearest_wrong, promotion
 
 
 @dataclass(frozen=True)

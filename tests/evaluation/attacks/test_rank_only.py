@@ -10,7 +10,7 @@ from query_batches import RADIUS, bench_of, both_norms, embedded, images_of, net
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.attacks.rank_only import rank_only_attack
-from pml_adversarial.evaluation.attacks.suites import quick
+from pml_adversarial.evaluation.suites import quick
 
 
 class Catalogue:

@@ -7,9 +7,9 @@ from torch import nn
 
 from pml_adversarial import evaluate_robustness
 from pml_adversarial.attacks.ball import project
+from pml_adversarial.evaluation.attacks.gradients import margin_score
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
 from pml_adversarial.evaluation.attacks.square import _as_images, _hull, _share, _windows, square_attack
-from pml_adversarial.evaluation.attacks.suites import margin_score
 
 SHAPES = [(3, 8, 8), (3, 12, 5), (1, 5, 12), (1, 4, 4), (1, 2, 2), (1, 1, 3), (3, 1, 1), (2, 3, 4, 5), (2, 9), (7,)]
 

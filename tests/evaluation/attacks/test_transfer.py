@@ -8,8 +8,9 @@ from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import gradient_attack, margin_score, quick, shift_score
+from pml_adversarial.evaluation.attacks.gradients import gradient_attack, margin_score, shift_score
 from pml_adversarial.evaluation.attacks.transfer import transfer_attack, transferred
+from pml_adversarial.evaluation.suites import quick
 
 QUICK = quick(steps=6, restarts=1)
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness, universal_attack, universal_perturbation
-from pml_adversarial.evaluation.attacks.suites import margin_score, quick, shift_score
+from pml_adversarial.evaluation.attacks.gradients import margin_score, shift_score
 from pml_adversarial.evaluation.attacks.universal import _gradient
+from pml_adversarial.evaluation.suites import quick
 
 
 def size(delta, norm):

@@ -10,10 +10,11 @@ from scipy.stats import binomtest
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import Report, evaluate_robustness
+from pml_adversarial.evaluation.attacks.gradients import gradient_attack, margin_score, nearest_wrong, promotion
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
-from pml_adversarial.evaluation.attacks.suites import gradient_attack, margin_score, nearest_wrong, promotion, standard
 from pml_adversarial.evaluation.reports.results import Check
 from pml_adversarial.evaluation.reports.table import table
+from pml_adversarial.evaluation.suites import standard
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torchattacks
 from query_batches import bench_of, embedded, images_of, length, network
 
 from pml_adversarial.attacks.ball import project
+from pml_adversarial.evaluation.attacks.gradients import classifier_attack
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
-from pml_adversarial.evaluation.attacks.suites import classifier_attack
 from pml_adversarial.evaluation.retrieval.classifier import RetrievalClassifier, separable_groups
 from pml_adversarial.evaluation.retrieval.gallery import Gallery, Targets
 

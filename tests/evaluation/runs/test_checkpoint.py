@@ -17,7 +17,7 @@ from query_batches import embedded, images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import quick
+from pml_adversarial.evaluation.suites import quick
 
 ATTACKS = quick(steps=4, restarts=2)
 

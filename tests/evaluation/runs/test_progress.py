@@ -12,11 +12,11 @@ from query_batches import images_of, network
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.attacks.kinds import QueryAttack
-from pml_adversarial.evaluation.attacks.suites import quick
 from pml_adversarial.evaluation.checks import CHECKS
 from pml_adversarial.evaluation.runs import progress
 from pml_adversarial.evaluation.runs.progress import Progress, progress_bar
 from pml_adversarial.evaluation.runs.sharing import Ranks
+from pml_adversarial.evaluation.suites import quick
 
 
 def test_a_shown_bar_counts_under_its_title(capsys):

@@ -18,10 +18,10 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from pml_adversarial.evaluation import evaluate_robustness
-from pml_adversarial.evaluation.attacks.suites import quick
 from pml_adversarial.evaluation.reports.html import render
 from pml_adversarial.evaluation.reports.report import Report
 from pml_adversarial.evaluation.reports.results import Check
+from pml_adversarial.evaluation.suites import quick
 
 FLAGGED = (Check("more steps", False, "31 of 128"), Check("black box", True, "fine"), Check("noise", False, "some"))
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b onclick='a'>&amp;", "' x=\"y"]
