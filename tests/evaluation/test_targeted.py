@@ -163,6 +163,8 @@ class TestAttack:
 
     def test_batches_do_not_matter_without_attack_and_a_seed_fixes_the_attack(self):
         first, again, other = (evaluated(seed=seed, k=(1, 5)) for seed in (0, 0, 1))
+        for report in (first, again):
+            del report.provenance["time"]
         assert first.to_dict() == again.to_dict()
         assert first.flags[0.0] == other.flags[0.0] == evaluated(batch_size=100, k=(1, 5)).flags[0.0]
 
