@@ -43,8 +43,8 @@ def place(name, situation):
 
 
 def is_sampled(name, situation):
-    """Whether a case is in the sample: each loss in each kind of call without a miner, and with one miner in eight."""
-    return situation.miner == "none" or place(name, situation) % 8 == 4 * situation.reference
+    """Whether a case is in the sample: each loss in each kind of call without a miner, and with one miner in 24."""
+    return situation.miner == "none" or place(name, situation) % 24 == 12 * situation.reference
 
 
 def refused_by_pml(name):

@@ -25,11 +25,16 @@ _OF_TORCH = pytest.mark.filterwarnings(  # that a hook of all modules is there, 
 )
 
 
-def shapes(**wanted):
+def shapes(every=1, **wanted):
+    """All shapes of which this is true; all but every n-th are slow."""
+    chosen = [name for name, found in SHAPES.items() if all(getattr(found, key) == v for key, v in wanted.items())]
     return [
-        pytest.param(name, id=name, marks=[_OF_TORCH] * found.compiles + [pytest.mark.slow] * found.slow)
-        for name, found in SHAPES.items()
-        if all(getattr(found, key) == value for key, value in wanted.items())
+        pytest.param(
+            name,
+            id=name,
+            marks=[_OF_TORCH] * SHAPES[name].compiles + [pytest.mark.slow] * (SHAPES[name].slow or number % every > 0),
+        )
+        for number, name in enumerate(chosen)
     ]
 
 
@@ -166,13 +171,13 @@ def test_with_a_budget_the_loss_rises(shape):
                 assert records.loss_after > records.loss_before
 
 
-@pytest.mark.parametrize("name", shapes(only_named=False))
+@pytest.mark.parametrize("name", shapes(every=3, only_named=False))
 def test_it_is_the_same_with_and_without_the_model_named(shape):
     named, found = (Run(shape, named, **SOMETHING).step(seed=1) for named in (True, False))
     assert_close(found, named, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("name", shapes(every=3))
 def test_each_step_begins_anew(shape):
     run, fresh = Run(shape, **SOMETHING), Run(shape, **SOMETHING)
     run.step(seed=1)
@@ -197,7 +202,7 @@ def quick_collection():
 
 
 @pytest.mark.usefixtures("quick_collection")
-@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("name", shapes(every=3))
 def test_no_hook_of_all_modules_stays(shape):
     gc.collect()
     nn.Identity()(torch.zeros(1))
