@@ -201,6 +201,7 @@ def main() -> None:
         report, found = compare(model.eval(), data, eps, queries, eps[-1], options.out / f"{name}_evaluation")
         logger.info("%s\n%s\n%s", name, report, json.dumps(found, indent=2))
         shown = {key: value for key, value in report.to_dict().items() if key not in ("settings", "clean_flags")}
+        del shown["provenance"]["command"]  # which holds paths of the machine
         for part in (*shown["attacks"], *shown["worst"]):
             part.pop("robust_flags")
         results[name] = {"report": shown, **found}

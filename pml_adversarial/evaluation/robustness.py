@@ -22,19 +22,10 @@ from .evaluator import BatchResult, Evaluator, most_passes
 from .reports import fingerprints, provenance
 from .reports.report import Report
 from .reports.results import decode_flags
-from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, embed_all, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.images import ImageSet
-from .retrieval.options import (
-    NORMS,
-    as_numbers,
-    description_of_mask,
-    to_radii,
-    to_recall_at,
-    to_seed,
-    to_whole_numbers,
-)
+from .retrieval.options import NORMS, settings_of_inputs, to_radii, to_recall_at, to_seed, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 from .runs.checkpoint import Checkpoint
 from .runs.progress import Progress, progress_of
@@ -131,17 +122,12 @@ def evaluate_robustness(
     settings: dict[str, Any] = {
         "eps": list(radii),
         "norm": norm,
-        "distance": find_distance(distance).name,
+        **search.settings(),
         "attacks": [attack.name for attack in members],
         "attack_settings": [to_json(attack) for attack in members],
         "recall_at": recall_at,
-        "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
-        "bounds": None if bounds is None else as_numbers(bounds),
+        **settings_of_inputs(normalization, bounds),
         "subset": subset,
-        "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
-        "ignore": description_of_mask(ignore),
-        "relevant": description_of_mask(relevant),
-        "junk_label": junk_label,
         "nmi": nmi,
         "checks": checks,
         "keep_attacked": keep_attacked,
@@ -207,9 +193,7 @@ def _embedded(
         bar.expect(len(rows) // ranks.count)
         return embed_all(task.embed, images, batch_size, rows, ranks)
 
-    return checkpoint.load_or_make(
-        "queries" if images is task.queries and task.items is not images else "gallery", made
-    )
+    return checkpoint.load_or_make("gallery" if images is task.items else "queries", made)
 
 
 def _able(attacks: tuple[RetrievalAttack, ...], task: RetrievalTask) -> tuple[RetrievalAttack, ...]:

@@ -24,11 +24,10 @@ from .reports import fingerprints, provenance
 from .reports.binomial import CONFIDENCE, Interval, rate_interval
 from .reports.saved import Saved
 from .retrieval.batch import QueryBatch
-from .retrieval.distance import find_distance
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, as_numbers, description_of_mask, to_radii, to_seed, to_whole_numbers
+from .retrieval.options import NORMS, settings_of_inputs, to_radii, to_seed, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
@@ -205,19 +204,16 @@ def evaluate_targeted(
     radii, depths = to_radii(eps, norm), _to_depths(k)
     subset = None if subset is None else to_whole_numbers(subset, "subset")
     embed = Embedder(model, normalization, bounds)
+    search = Search(distance, own, ignore, relevant, junk_label)
     settings = {
-        **{"eps": list(radii), "k": list(depths), "norm": norm, "distance": find_distance(distance).name},
+        **{"eps": list(radii), "k": list(depths), "norm": norm},
         **{"steps": steps, "restarts": restarts, "square": square, "seed": seed, "batch_size": batch_size},
-        "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
-        "bounds": None if bounds is None else as_numbers(bounds),
+        **search.settings(),
+        **settings_of_inputs(normalization, bounds),
         "subset": subset,
-        "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
-        "ignore": description_of_mask(ignore),
-        "relevant": description_of_mask(relevant),
-        "junk_label": junk_label,
     }
     with plain_surroundings(), random_stream(seed, -1):
-        task = RetrievalTask(embed, queries, gallery, norm, Search(distance, own, ignore, relevant, junk_label))
+        task = RetrievalTask(embed, queries, gallery, norm, search)
         task.probe(radii)
         with embed.isolated():
             asked = task.rows(subset)

@@ -52,7 +52,7 @@ def gradient_attack(score: Callable[[QueryBatch, int], Score], steps: int, sampl
         score: what is raised.
         steps: gradient steps.
         samples: draws of the model over which each gradient is averaged (EOT, Athalye et al., arXiv 1707.07397); None:
-            `attacks.SAMPLES` if the model answers at random, else one.
+            `batch.SAMPLES` if the model answers at random, else one.
     """
     return partial(raise_score, score=score, steps=steps, **_if_given(samples))
 

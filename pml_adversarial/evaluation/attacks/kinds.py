@@ -135,7 +135,7 @@ class AttackOutcome:
         ranking: what the queries find.
         shift: ``(Q,)`` Euclidean distance between perturbed and clean embeddings, as they are compared.
         more: what the queries find in further calls of a model that answers at random.
-        is_finite: ``(Q,)`` bool, whether the embedding of the perturbed query is; None: it is.
+        is_finite: ``(Q,)`` bool, whether each perturbed query has a finite embedding; None: all have.
     """
 
     images: Tensor

@@ -55,7 +55,7 @@ def transferred(images: Any, name: str = "transferred") -> QueryAttack:
             "(Q, C, H, W), one image for each query."
         )
     given = torch.as_tensor(images).detach()
-    return QueryAttack(name, _Saved(given, digest_of(given)), black_box=True, passes=1)
+    return QueryAttack(name, _Saved(given, digest_of([given])), black_box=True, passes=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ def transfer_attack(
     check_whole("restarts", restarts)
     embed = Embedder(surrogate, normalization, bounds)
     tensors = (value for module in embed.modules for value in module.state_dict().values())
-    digest = digest_of(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+    digest = digest_of(tensor for tensor in tensors if isinstance(tensor, Tensor))
     perturb = _OnSurrogate(gradient_attack(score, steps), embed, digest)
     return QueryAttack(name, perturb, restarts, black_box=True, needs_items=True, passes=1)
 

@@ -138,7 +138,7 @@ def universal_attack(perturbation: UniversalPerturbation | Tensor, name: str = "
             f"perturbation is {type(perturbation).__name__}; expected what universal_perturbation returned, or a "
             "tensor (C, H, W) of finite changes in pixels of [0, 1]."
         )
-    return QueryAttack(name, _Added(delta, seen, digest_of(delta)), passes=1)
+    return QueryAttack(name, _Added(delta, seen, digest_of([delta])), passes=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,10 +179,9 @@ class Results:
         Raises:
             InputError: the evaluation did not measure this.
         """
-        found = {worst.eps: worst.measures for worst in self.worst if worst.target == target}
-        if not found:
+        found = {0.0: self.clean, **{worst.eps: worst.measures for worst in self.worst if worst.target == target}}
+        if eps and len(found) == 1:
             raise InputError(f"No attack on the {target} was evaluated; expected attacks that perturb it.")
-        found[0.0] = self.clean
         if eps not in found or measure not in found[eps]:
             names = sorted({name for measures in found.values() for name in measures})
             choices = f"{', '.join(names)} at {', '.join(f'{radius:g}' for radius in sorted(found))}"

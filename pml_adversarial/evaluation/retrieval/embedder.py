@@ -42,7 +42,6 @@ class Embedder:
         why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
-        not_finite: how many embeddings so far held NaN or infinite values.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
 
@@ -55,7 +54,8 @@ class Embedder:
         self.has_gradient = self.takes_gradient = True
         self.why_none: str | None = None
         self.is_random = False
-        self.forward_passes = self.backward_passes = self.not_finite = 0
+        self.forward_passes = self.backward_passes = 0
+        self._not_finite = torch.zeros((), dtype=torch.long)
         self.on_passes: Callable[[int], object] = lambda passes: None
         self.space = PixelSpace(normalization, bounds)
         self._autocast = _Autocast()
@@ -66,6 +66,11 @@ class Embedder:
             raise InputError("The model has weights without a shape (lazy modules); expected one that was called once.")
         self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
+
+    @property
+    def not_finite(self) -> int:
+        """How many embeddings so far held NaN or infinite values."""
+        return int(self._not_finite)
 
     @property
     def pixel_dtype(self) -> torch.dtype:
@@ -94,7 +99,8 @@ class Embedder:
         self.backward_passes += len(pixels) * with_gradient
         self.on_passes(len(pixels) * (1 + with_gradient))
         embeddings = self._embed(pixels if self.takes_gradient else pixels.detach())
-        self.not_finite += int((~embeddings.detach().isfinite()).any(1).sum())
+        not_finite = (~embeddings.detach().isfinite()).any(1).sum()
+        self._not_finite = self._not_finite.to(not_finite.device) + not_finite  # stays on the device
         if with_gradient:  # where the model gives no gradient, it is 0
             embeddings = embeddings + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return embeddings

@@ -131,15 +131,23 @@ def description_of_mask(mask: Any) -> str | None:
     if mask is None or callable(mask):
         return None if mask is None else getattr(mask, "__qualname__", type(mask).__qualname__)
     try:
-        return digest_of(torch.as_tensor(mask))
+        return digest_of([torch.as_tensor(mask)])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"A mask is {type(mask).__name__}, {error}; expected torch.bool (Q, G), or a function."
         ) from error
 
 
-def digest_of(*tensors: Tensor) -> str:
-    """The SHA-256 of the values of tensors."""
+def settings_of_inputs(normalization: Any, bounds: Any) -> dict[str, Any]:
+    """Both in types that JSON knows, for a report."""
+    return {
+        "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
+        "bounds": None if bounds is None else as_numbers(bounds),
+    }
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 of the values of tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

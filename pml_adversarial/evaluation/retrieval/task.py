@@ -20,7 +20,7 @@ from .forms import Images
 from .gallery import Gallery, Targets, finite_or_zero
 from .images import ImageSet
 from .options import JUNK as JUNK
-from .options import check_radii, digest_of, to_embeddings, to_mask, to_rows, to_whole_numbers
+from .options import check_radii, description_of_mask, digest_of, to_embeddings, to_mask, to_rows, to_whole_numbers
 
 RANDOM = "the model answers at random"  #: How the note on such a model begins.
 
@@ -43,6 +43,17 @@ class Search:
     ignore: Mask = None
     relevant: Mask = None
     junk_label: int | None = JUNK
+
+    def settings(self) -> dict[str, Any]:
+        """The options in types that JSON knows, for a report."""
+        own = self.own
+        return {
+            "distance": find_distance(self.distance).name,
+            "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
+            "ignore": description_of_mask(self.ignore),
+            "relevant": description_of_mask(self.relevant),
+            "junk_label": self.junk_label,
+        }
 
 
 class RetrievalTask:
@@ -162,34 +173,32 @@ class RetrievalTask:
         """
         if known is None and not self.items.has_images:
             raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-        if embedded is None:
-
-            def embedded(images: ImageSet, rows: Tensor) -> Tensor:
-                return embed_all(self.embed, images, batch_size, rows)
-
-        everything = torch.arange(len(self.items))
-        items = embedded(self.items, everything) if known is None else self.check_embeddings(known)
+        made = embedded or (lambda images, rows: embed_all(self.embed, images, batch_size, rows))
+        items = made(self.items, torch.arange(len(self.items))) if known is None else self.check_embeddings(known)
         self.set_gallery(items)
         is_gallery = known is None and self.items is self.queries
-        self.set_queries(rows, items[rows] if is_gallery else embedded(self.queries, rows))
+        self.set_queries(rows, items[rows] if is_gallery else made(self.queries, rows))
 
     def check_clean(self, rows: Tensor) -> None:
         """Embeds some of the queries ``rows`` anew, and refuses embeddings that another model gave."""
-        rows = rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long().to(rows.device)]
-        with torch.no_grad():
-            anew = self.distance.vectors(finite_or_zero(self.embed.tried(self.queries[rows])))
-        vectors, items = self.distance.vectors(finite_or_zero(self.clean[rows])), self.gallery.embeddings
-        apart = float((self.distance.vectors(vectors) - anew).norm(dim=1).amax())
-        if not self.embed.is_random and apart > self._allowed(self.distance.vectors(finite_or_zero(items))):
+        some = rows[_some_of(len(rows)).to(rows.device)]
+        apart, spread = self._apart(self.queries, some, self.clean[some], self.gallery.embeddings)
+        if not self.embed.is_random and apart.amax() > self._allowed(self.gallery.embeddings, spread):
             raise InputError(
-                f"The kept embeddings are not those of this model: a query's differ by {apart:.3g}. Use another folder "
-                "for resume, or delete this one."
+                f"The kept embeddings are not those of this model: a query's differ by {float(apart.amax()):.3g}. Use "
+                "another folder for resume, or delete this one."
             )
 
-    def _allowed(self, vectors: Tensor) -> float:
+    def _apart(self, images: ImageSet, rows: Tensor, given: Tensor, all_items: Tensor) -> tuple[Tensor, float]:
+        """How far ``given`` ``(n, D)`` are from embeddings of images that are made anew, and the gallery's spread."""
+        with torch.no_grad():
+            anew = self.distance.vectors(finite_or_zero(self.embed.tried(images[rows])))
+        vectors, items = (self.distance.vectors(finite_or_zero(part)) for part in (given, all_items))
+        return (vectors - anew.to(vectors)).norm(dim=1), float((items - items.mean(0)).square().sum(1).mean().sqrt())
+
+    def _allowed(self, all_items: Tensor, spread: float) -> float:
         """How far two embeddings of one image may be apart, beside those of the gallery ``(G, D)``."""
-        spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
-        return max(_ALIKE * spread, 1e-3 * self.distance.scale(vectors))
+        return max(_ALIKE * spread, 1e-3 * self.distance.scale(self.distance.vectors(finite_or_zero(all_items))))
 
     def check_embeddings(self, embeddings: Any) -> Tensor:
         """Embeddings ``(G, D)`` that the user gives, on the model's device; some of them are embedded anew."""
@@ -223,7 +232,7 @@ class RetrievalTask:
         for name, mask in (("ignore", self._ignore), ("relevant", self._relevant)):
             if callable(mask):
                 parts = (to_mask(mask, rows[part], shape, name) for part in batches(len(rows), 1024))
-                found[_ITEMS[name]] = digest_of(*(part for part in parts if part is not None))
+                found[_ITEMS[name]] = digest_of(part for part in parts if part is not None)
         return found
 
     def rows(self, subset: Sequence[int] | Tensor | None) -> Tensor:
@@ -233,8 +242,8 @@ class RetrievalTask:
     def with_right_item(self, rows: Tensor) -> tuple[Tensor, int]:
         """Those of the queries ``rows`` that have a right item, one at least; how many have none."""
         self.targets(rows[:1])  # functions of the user fail now, if they do
-        parts = [self.targets(rows[part]) for part in batches(len(rows), 1024)]
-        right, searched = (torch.cat(f) for f in zip(*map(self._counts, parts), strict=True))
+        counts = (self._counts(self.targets(rows[part])) for part in batches(len(rows), 1024))
+        right, searched = (torch.cat(found) for found in zip(*counts, strict=True))
         if not searched.any():
             raise InputError(
                 f"None of {len(rows)} queries finds any item: all are its own, junk or ignored. Expected items that it "
@@ -359,13 +368,9 @@ class RetrievalTask:
         queries.labels, items.labels = joint[: len(queries)], joint[-len(items) :]
 
     def _check_against_images(self, given: Tensor) -> None:
-        rows = torch.linspace(0, len(given) - 1, min(_SAMPLE, len(given))).long()
-        with torch.no_grad():
-            anew = self.distance.vectors(finite_or_zero(self.embed(self.items[rows])))
-        vectors = self.distance.vectors(finite_or_zero(given))
-        spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
-        apart = (vectors[rows.to(vectors.device)] - anew.to(vectors)).norm(dim=1)
-        if float(apart.amax()) > self._allowed(vectors):
+        rows = _some_of(len(given))
+        apart, spread = self._apart(self.items, rows, given[rows.to(given.device)], given)
+        if apart.amax() > self._allowed(given, spread):
             raise InputError(
                 f"gallery_embeddings are not those that the model gives: item {int(rows[int(apart.argmax())])} is "
                 f"{float(apart.amax()):.3g} away from the embedding of its image, and the spread of all is "
@@ -409,3 +414,8 @@ class RetrievalTask:
                 "gallery of the same image."
             )
         self.notes.append(text)
+
+
+def _some_of(total: int) -> Tensor:
+    """A few indices below ``total``, spread evenly."""
+    return torch.linspace(0, total - 1, min(_SAMPLE, total)).long()

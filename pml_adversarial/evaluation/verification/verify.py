@@ -15,7 +15,7 @@ from ...training.pixels import Bounds, Normalization
 from ..reports import provenance
 from ..retrieval.distance import find_distance
 from ..retrieval.embedder import Embedder, plain_surroundings
-from ..retrieval.options import as_numbers, check_probability, check_radii, to_radii, to_seed, to_whole_numbers
+from ..retrieval.options import check_probability, check_radii, settings_of_inputs, to_radii, to_seed, to_whole_numbers
 from ..runs.progress import progress_bar
 from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
@@ -101,8 +101,7 @@ def evaluate_verification(
         "steps": steps,
         "restarts": restarts,
         "square": square,
-        "normalization": None if normalization is None else [list(map(float, part)) for part in normalization],
-        "bounds": None if bounds is None else as_numbers(bounds),
+        **settings_of_inputs(normalization, bounds),
         "checks": checks,
         "keep_attacked": keep_attacked,
         "seed": seed,

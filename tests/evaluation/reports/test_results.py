@@ -37,6 +37,8 @@ class TestWorstCase:
         with pytest.raises(InputError, match=r"No attack on the gallery was evaluated; expected attacks that perturb"):
             made.worst_case(0.1, target="gallery")
         assert made.curve(target="gallery") == {0.0: made.clean["recall_at_1"]}
+        assert made.worst_case(0, target="gallery") == made.clean["recall_at_1"]
+        assert made.interval(0, target="gallery") == made.interval(0)
 
 
 class TestInterval:

@@ -3,24 +3,12 @@
 import numpy
 import pytest
 import torch
+from data_sets import Listed
 from query_batches import images_of
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.forms import labelled_images
-
-
-class Listed(Dataset):
-    """A data set of pairs; ``get`` takes an index."""
-
-    def __init__(self, get, count):
-        self.get, self.count = get, count
-
-    def __getitem__(self, row):
-        return self.get(row)
-
-    def __len__(self):
-        return self.count
 
 
 def pairs(images, labels):

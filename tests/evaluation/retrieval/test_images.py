@@ -4,27 +4,15 @@ import math
 
 import pytest
 import torch
+from data_sets import Listed
 from query_batches import images_of
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.images import ImageSet
 from pml_adversarial.training.pixels import PixelSpace
 
 CPU = torch.device("cpu")
-
-
-class Listed(Dataset):
-    """A data set of pairs; ``get`` takes an index."""
-
-    def __init__(self, get, count):
-        self.get, self.count = get, count
-
-    def __getitem__(self, row):
-        return self.get(row)
-
-    def __len__(self):
-        return self.count
 
 
 class TestValues:
