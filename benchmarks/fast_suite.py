@@ -9,10 +9,8 @@ are written to ``fast_suite.json`` there.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,12 @@ from typing import Any
 
 import torch
 import torchattacks
-from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
-from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
+from torch import nn
 
 from benchmarks import omniglot
+from benchmarks.robustness.backbones import slim_resnet
+from benchmarks.robustness.data import read_classes
 from pml_adversarial import AdversarialLoss, Report, evaluate_robustness
 from pml_adversarial.attacks import preset
 from pml_adversarial.cli import experiment
@@ -67,48 +65,13 @@ SUITES: dict[str, Sequence[RetrievalAttack]] = {
 """The package's two, and others that were tried."""
 
 
-def slim_resnet() -> nn.Sequential:
-    """``(N, 3, 32, 32)`` in [0, 1] -> ``(N, 96)``: three residual blocks of 24, 48 and 96 channels, BatchNorm."""
-    return nn.Sequential(Block(3, 24, 1), Block(24, 48, 2), Block(48, 96, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.Conv2d(after, after, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(after),
-        )
-        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """As `nn.Module` has it."""
-        return torch.relu(self.convolutions(images) + self.shortcut(images))
-
-
 def photographs(path: Path) -> OpenSetSplit:
     """Tiny ImageNet at 32x32: the first 100 classes to train on, the last 100, 20 images of each, to search."""
-    images: list[Tensor] = []
-    labels: list[int] = []
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
-        folders = sorted({name.split("/")[-2] for name in names})
-        number = {folder: label for label, folder in enumerate(folders)}
-        kept = dict.fromkeys(folders, 0)
-        for name in names:
-            folder = name.split("/")[-2]
-            kept[folder] += 1
-            if number[folder] < 100 or kept[folder] <= 20:
-                images.append(pil_to_tensor(Image.open(io.BytesIO(archive.read(name))).convert("RGB")))
-                labels.append(number[folder])
-    pixels, classes = torch.stack(images).float() / 255, torch.tensor(labels)
-    is_test = classes >= 100
-    return OpenSetSplit(pixels[~is_test], classes[~is_test], pixels[is_test], classes[is_test])
+    images, labels = read_classes(path, 32)
+    trained = labels < 100
+    searched = torch.cat([(labels == label).nonzero().flatten()[:20] for label in range(100, 200)])
+    pixels = images.float() / 255
+    return OpenSetSplit(pixels[trained], labels[trained], pixels[searched], labels[searched])
 
 
 def train_on_photographs(data: OpenSetSplit, steps: int = 300) -> nn.Module:

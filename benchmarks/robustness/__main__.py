@@ -17,11 +17,11 @@ from pml_adversarial import InputError
 from pml_adversarial.evaluation.suites import find_suite
 
 from . import __doc__ as about
-from .backbones import BACKBONES, check
+from .backbones import BACKBONES, IMAGENET_WEIGHTS, build, check, load_weights
 from .batches import Batches
-from .data import Part, hold_out, load
+from .data import Part, hold_out, load, side
 from .methods import METHODS
-from .protocol import DATA, PRECISIONS, PROTOCOLS, SCHEDULES, Protocol, named
+from .protocol import AVERAGES, DATA, PRECISIONS, PROTOCOLS, SCHEDULES, Protocol, named
 from .run import Bench, Evaluation, finished
 from .table import table
 
@@ -31,8 +31,9 @@ RADII = {
     "digits": (13.0, 26.0),
     "omniglot": (13.0, 26.0, 77.0),
     "cub": (2.0, 8.0),
-    "cars": (2.0, 8.0),
+    "cars": (2.0, 2.55, 4.0, 8.0),
     "sop": (2.0, 8.0),
+    "tiny-imagenet": (2.0, 4.0, 8.0),
 }
 """At which models are attacked unless asked otherwise, in 255ths."""
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add, either = made.add_argument, argparse.BooleanOptionalAction
     add("--data", required=True, choices=list(DATA))
     add("--root", type=Path, default=Path("data"), help="folder of downloads; photographs in root/cub, cars, sop")
-    add("--file", type=Path, help="omniglot from an npz, see benchmarks/omniglot.py")
+    add("--file", type=Path, help="omniglot: an npz, see benchmarks/omniglot.py; cars, tiny-imagenet: a zip")
     add("--download", action="store_true", help="fetch what is not there")
     add("--out", type=Path, default=Path("robustness_run"), help="folder of all results")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=int, help="image passes of training, in place of steps")
     add("--batch", type=int, nargs=2, metavar=("CLASSES", "IMAGES"), help="classes, and images of each")
     add("--learning-rate", type=float)
+    add("--head-rate", type=float, help="times the learning rate, of the head and the loss's own weights")
     add("--weight-decay", type=float)
     add("--schedule", choices=SCHEDULES)
     add("--augment", type=float, help="how much to change training images at random: 0, or 1 for Omniglot's")
@@ -69,9 +71,12 @@ def parser() -> argparse.ArgumentParser:
     add("--attack-steps", type=int, help="how many")
     add("--preset-eps", type=float, help="radius of the preset's training attack, in 255ths")
     add("--precision", choices=PRECISIONS, help="bfloat16: autocast")
-    add("--size", type=int, help="side of photographs (224)")
-    add("--pretrained", action=either, help="start from ImageNet weights")
+    add("--size", type=int, help="side of photographs (224; from --file 64 or 32)")
+    add("--pretrained", nargs="?", const=IMAGENET_WEIGHTS, help="start from a file of weights; alone: ImageNet's")
+    add("--head", type=int, help="dimensions of a linear layer on top of the network")
     add("--frozen-batchnorm", action=either, help="BatchNorm stays in eval mode")
+    add("--average", choices=AVERAGES, help="average the weights of training steps")
+    add("--compiled", action=either, help="compile networks")
     add("--validation-classes", type=int, help="search so many held-out training classes in place of the test classes")
     add("--eps", type=float, nargs="+", help="radii of the evaluation, in 255ths")
     add("--suite", nargs="+", default=["standard"], help="standard, quick, or names of attacks")
@@ -89,8 +94,8 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     in_255ths = {"eps": options.train_eps, "alpha": options.train_alpha, "preset_eps": options.preset_eps}
     asked.update({name: None if value is None else value / 255 for name, value in in_255ths.items()})
     asked["classes"], asked["per_class"] = options.batch or (None, None)
-    if options.size is None and options.data in ("cub", "cars", "sop"):
-        asked["size"] = 224
+    if options.size is None:
+        asked["size"] = side(options.data, options.file)
     return named(options.protocol, options.data, asked)
 
 
@@ -113,6 +118,8 @@ def bench_of(options: argparse.Namespace) -> Bench:
     train, searched = _parts(options, protocol)
     bench = Bench(protocol, evaluation, train, searched, _device(options.device), options.workers, not options.quiet)
     check(protocol.backbone, bench.shape(), protocol.pretrained, protocol.thresholds)
+    if protocol.pretrained not in ("", IMAGENET_WEIGHTS):
+        load_weights(build(protocol.backbone, bench.shape()), Path(protocol.pretrained))
     Batches(train, protocol, 0)
     return bench
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +27,13 @@ PHOTOS = {
 }
 """PML's own data set classes: where they look for files, they say; training and test classes are disjoint."""
 
+ZIPPED = ("cars", "tiny-imagenet")
+"""Data that is read from a .zip file, or a folder, with a folder of photographs for each class."""
+
 SIDE = 224  # of photographs
+_SMALL = {"cars": 64, "tiny-imagenet": 32}
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+COLOUR = 0.2  # by how much augmented photographs change in brightness, contrast and saturation
 
 
 class Part(Protocol):
@@ -68,6 +77,47 @@ class InMemory:
     def to_evaluate(self) -> tuple[Tensor, Tensor]:
         """Both tensors."""
         return self.images, self.labels
+
+
+@dataclass(frozen=True, eq=False)
+class SmallPhotographs:
+    """Photographs of few pixels, all of them in one tensor.
+
+    Attributes:
+        images: ``(N, 3, S, S)`` uint8.
+        labels: ``(N,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
+        """As they are; augmented: moved by up to an eighth, half of them mirrored, with other colours."""
+        images = self.images[rows]
+        if augment:
+            change = _moved_and_coloured(images.shape[-1], augment)
+            images = torch.stack([change(image) for image in images])
+        return images.float() / 255
+
+    def keep(self, rows: Tensor) -> SmallPhotographs:
+        """These rows alone."""
+        return SmallPhotographs(self.images[rows], self.labels[rows])
+
+    def to_evaluate(self) -> tuple[Tensor, Tensor]:
+        """Pixels in [0, 1], and labels."""
+        return self.images.float() / 255, self.labels
+
+
+def _moved_and_coloured(side: int, strength: float) -> Callable[[Tensor], Tensor]:
+    colour = min(1.0, COLOUR * strength)
+    change: Callable[[Tensor], Tensor] = transforms.Compose(
+        [
+            transforms.RandomCrop(side, padding=round(side / 8 * min(1.0, strength)), padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(colour, colour, colour),
+        ]
+    )
+    return change
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,30 +191,101 @@ class Rotated:
         return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, rows // total, strict=True)])
 
 
+def side(name: str, file: Path | None) -> int:
+    """Of the photographs of some data, unless asked otherwise; 0 where it has its own size."""
+    if name not in {*PHOTOS, *ZIPPED}:
+        return 0
+    return SIDE if file is None else _SMALL.get(name, SIDE)
+
+
 def load(
     name: str, root: Path, file: Path | None = None, download: bool = False, size: int | None = None
 ) -> tuple[Part, Part]:
     """Images to train on, and images of other classes.
 
     Args:
-        name: "digits", "omniglot", "cub", "cars" or "sop".
+        name: "digits", "omniglot", "cub", "cars", "sop" or "tiny-imagenet".
         root: folder of downloads; photographs are looked for in a folder of it, named as the data.
-        file: of "omniglot", an npz as `omniglot.load` reads it, in place of torchvision's data set.
+        file: of "omniglot", an npz as `omniglot.load` reads it, in place of torchvision's data set. Of "cars" and
+            "tiny-imagenet", a .zip file or a folder as `read_classes` reads it; the first half of the classes is
+            trained on.
         download: whether torchvision or PML may fetch what is not there.
-        size: side of photographs; None: 224.
+        size: side of photographs; None: 224, or of those in ``file`` 64 (cars) or 32 (tiny-imagenet).
 
     Raises:
         InputError: there is nothing there, or options are for other data.
     """
-    if file is not None and name != "omniglot":
-        raise InputError(f"--file {file} is for omniglot; {name} is not read from one file.")
-    if size and name not in PHOTOS:
-        raise InputError(f"--size {size} is for photographs ({', '.join(PHOTOS)}); images of {name} stay as they are.")
+    if file is not None and name not in ("omniglot", *ZIPPED):
+        raise InputError(f"--file {file} is for omniglot, {' and '.join(ZIPPED)}; {name} is not read from one file.")
+    if file is None and name == "tiny-imagenet":
+        raise InputError("tiny-imagenet is read from --file: a .zip file, or a folder, with a folder for each class.")
+    if size and name not in {*PHOTOS, *ZIPPED}:
+        known = ", ".join(dict.fromkeys([*PHOTOS, *ZIPPED]))
+        raise InputError(f"--size {size} is for photographs ({known}); images of {name} stay as they are.")
+    if file is not None and name in ZIPPED:
+        return _halves(*read_classes(file, size or side(name, file)))
     if name in PHOTOS:
         return _photographs(name, root / name, download, size or SIDE)
     split = digits() if name == "digits" else _omniglot(root, file, download)
     train = InMemory(split.train_images, split.train_labels)
     return train, InMemory(split.test_images, split.test_labels)
+
+
+def read_classes(path: Path, side: int) -> tuple[Tensor, Tensor]:
+    """The photographs of a .zip file, or of a folder, that holds a folder for each class.
+
+    A folder named "images" inside a class's folder is passed over, and so are folders named "val" and "test" above it:
+    this reads Tiny ImageNet as it is distributed.
+
+    Args:
+        path: of the file or folder.
+        side: to which photographs are resized, squares or not.
+
+    Returns:
+        ``(N, 3, side, side)`` uint8, and ``(N,)`` labels: classes in the order of their names.
+
+    Raises:
+        InputError: there are no such photographs.
+    """
+    try:
+        found = {name: image for name, image in _files(path) if not {"val", "test"} & set(name.parts)}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"--file {path} cannot be read: {error}") from error
+    of_class = {name: [part for part in name.parts[:-1] if part != "images"] for name in found}
+    names = sorted(name for name, folders in of_class.items() if folders)
+    classes = sorted({of_class[name][-1] for name in names})
+    if len(classes) < 2:
+        raise InputError(f"--file {path} holds {len(classes)} folders with JPEG or PNG files; expected one per class.")
+    number = {folder: label for label, folder in enumerate(classes)}
+    images = torch.stack([_small(found[name](), side) for name in names])
+    return images, torch.tensor([number[of_class[name][-1]] for name in names])
+
+
+def _files(path: Path) -> Iterator[tuple[PurePath, Callable[[], bytes]]]:
+    """Name and content of each photograph."""
+    if path.is_dir():
+        for file in path.rglob("*"):
+            if file.suffix.lower() in _SUFFIXES:
+                yield file.relative_to(path), file.read_bytes
+        return
+    archive = zipfile.ZipFile(path)
+    for name in map(PurePath, archive.namelist()):
+        if name.suffix.lower() in _SUFFIXES:
+            yield name, partial(archive.read, name.as_posix())
+
+
+def _small(content: bytes, side: int) -> Tensor:
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BILINEAR)  # PIL antialiases
+    pixels: Tensor = transforms.functional.pil_to_tensor(image)
+    return pixels
+
+
+def _halves(images: Tensor, labels: Tensor) -> tuple[Part, Part]:
+    """The photographs of the first half of the classes, and of the second, as papers split Cars196."""
+    trained = labels < (int(labels.max()) + 1) // 2
+    return SmallPhotographs(images[trained], labels[trained]), SmallPhotographs(images[~trained], labels[~trained])
 
 
 def hold_out(part: Part, classes: int) -> tuple[Part, Part]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torchattacks
 
 from pml_adversarial.errors import InputError
 
-PRECISIONS, SCHEDULES = ("float32", "bfloat16"), ("constant", "cosine")
+from .backbones import IMAGENET_WEIGHTS
+
+PRECISIONS, SCHEDULES, AVERAGES = ("float32", "bfloat16"), ("constant", "cosine"), ("", "ema", "swa")
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "peers": {"steps": 300, "schedule": "constant", "augment": 0.0, "rotations": False},
@@ -44,6 +48,15 @@ DATA: dict[str, dict[str, Any]] = {
     "cub": _PHOTOS,
     "cars": _PHOTOS,
     "sop": _PHOTOS,
+    "tiny-imagenet": {
+        **_PHOTOS,
+        "preset_eps": 4 / 255,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.0,
+        "backbone": "slim-resnet",
+        "classes": 32,
+        "per_class": 4,
+    },
 }
 """What differs by data: that of RobRank's code at 28x28 and at 224x224 (arXiv 2106.03614)."""
 
@@ -60,6 +73,7 @@ class Protocol:
         classes: classes of a batch.
         per_class: images of each of them.
         learning_rate: of Adam.
+        head_rate: how many times the learning rate the head and the loss's own weights have.
         weight_decay: of Adam.
         schedule: of the learning rate, "constant" or "cosine" (down to 0).
         augment: how much training images are changed at random; 0: not at all, 1: as `benchmarks.omniglot` does.
@@ -72,10 +86,14 @@ class Protocol:
         preset_eps: the radius that the package's own preset trains with.
         precision: "float32", or "bfloat16" for autocast around model and loss.
         size: side of photographs; 0 where data has its own.
-        pretrained: whether networks start from ImageNet weights.
+        pretrained: "imagenet" for torchvision's weights, or the name of a file of weights; "": random weights.
+        head: dimensions of a linear layer on top of the network; 0: none.
         frozen_batchnorm: whether BatchNorm stays in eval mode.
         validation_classes: training classes, the last by label, that are held out and searched in place of the test
             classes; 0: none.
+        average: whether the weights of training steps are averaged: "ema" (exponentially), "swa" (those of the last
+            quarter, equally), "" (not).
+        compiled: whether networks are compiled by torch.compile.
     """
 
     data: str
@@ -85,6 +103,7 @@ class Protocol:
     classes: int = 56
     per_class: int = 2
     learning_rate: float = 1e-3
+    head_rate: float = 1.0
     weight_decay: float = 0.0
     schedule: str = "constant"
     augment: float = 0.0
@@ -96,12 +115,15 @@ class Protocol:
     preset_eps: float = 40 / 255
     precision: str = "float32"
     size: int = 0
-    pretrained: bool = False
+    pretrained: str = ""
+    head: int = 0
     frozen_batchnorm: bool = False
     validation_classes: int = 0
+    average: str = ""
+    compiled: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha", "preset_eps")
+        positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha", "preset_eps", "head_rate")
         wrong = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         if wrong:
             raise InputError(f"{', '.join(wrong)}; expected numbers above 0.")
@@ -114,11 +136,9 @@ class Protocol:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
         if self.augment < 0:
             raise InputError(f"augment={self.augment}; expected a strength from 0 on.")
-        if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
-            raise InputError(
-                f"precision={self.precision!r}, schedule={self.schedule!r}; expected one of {PRECISIONS} and of "
-                f"{SCHEDULES}."
-            )
+        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("average", AVERAGES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r}; expected one of {known}.")
 
     @property
     def batch(self) -> int:
@@ -131,8 +151,12 @@ class Protocol:
         return partial(torchattacks.PGD, **{**budget, **changed})
 
     def described(self) -> dict[str, Any]:
-        """In JSON's types."""
-        return asdict(self)
+        """In JSON's types; a file of weights by its name and the start of its SHA-256, wherever it lies."""
+        found = asdict(self)
+        if self.pretrained not in ("", IMAGENET_WEIGHTS):
+            path = Path(self.pretrained)
+            found["pretrained"] = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        return found
 
 
 def named(name: str, data: str, changed: Mapping[str, Any]) -> Protocol:

@@ -15,11 +15,10 @@ from torch import nn
 
 from pml_adversarial import InputError, Report, evaluate_robustness
 
-from .backbones import build
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
-from .train import Passed, Training
+from .train import Passed, Training, build_for
 
 RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
 
@@ -115,7 +114,7 @@ class Bench:
             _write(folder / TRAINING, {"settings": trained, "passed": asdict(passed)})
             os.replace((folder / MODEL).with_suffix(".unfinished"), folder / MODEL)
             (folder / CHECKPOINT).unlink(missing_ok=True)
-        model = build(self.protocol.backbone, self.shape(), self.protocol.pretrained).to(self.device)
+        model = build_for(self.protocol, self.shape()).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         report = self.evaluation.measure(model.eval(), self.searched, folder / self.evaluation.folder(), self.progress)
         report.save_json(folder / "report.json")

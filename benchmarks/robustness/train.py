@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.training.isolation import preserved, random_stream
 
-from .backbones import build, start_as_thresholds
+from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, start_as_thresholds
 from .batches import Batches
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
 
 KEPT_EVERY, NOTED_EVERY = 50, 25  # steps
+EMA_DECAY = 0.998
+STATISTICS_STEPS = 50  # batches from which BatchNorm takes the statistics of equally averaged weights
 _OWN = 1 << 41  # a stream of random numbers that neither the attack nor the batches draw from
 
 
@@ -66,6 +69,19 @@ def counted(model: nn.Module, passed: Passed) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def build_for(protocol: Protocol, shape: Shape) -> nn.Module:
+    """The network of a protocol, with random weights or torchvision's."""
+    of_torchvision = protocol.pretrained if protocol.pretrained == IMAGENET_WEIGHTS else ""
+    return build(protocol.backbone, shape, of_torchvision, protocol.head)
+
+
+def averaged(name: str, model: nn.Module) -> AveragedModel | None:
+    """What averages the weights of training steps: `Protocol.average`."""
+    if name == "ema":
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+    return AveragedModel(model) if name == "swa" else None
 
 
 class Training:
@@ -112,22 +128,23 @@ class Training:
                 if self.passed.steps % KEPT_EVERY == 0:
                     self._keep(checkpoint)
         self.passed.seconds = before + time.perf_counter() - start
-        return self.model.eval()
+        return self._final().eval()
 
     def _make(self, steps: int) -> None:
         with random_stream(self.seed, -1):  # all methods start from the same weights
             images, _ = self.batches[0]
-            self.model = build(self.protocol.backbone, tuple(images.shape[1:]), self.protocol.pretrained)
+            self.model = build_for(self.protocol, tuple(images.shape[1:]))
+            if self.protocol.pretrained not in ("", IMAGENET_WEIGHTS):
+                trunk = self.model.get_submodule("trunk") if self.protocol.head else self.model
+                load_weights(trunk, Path(self.protocol.pretrained))
             if self.protocol.thresholds:
                 start_as_thresholds(self.model, images)
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
-            self.loss = self.method.wrapped(self.protocol, self.model, steps, self.seed).to(self.device)
+            self.called = torch.compile(self.model) if self.protocol.compiled else self.model
+            self.loss = self.method.wrapped(self.protocol, self.called, steps, self.seed).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
-        self.optimizer = torch.optim.Adam(
-            [*self.model.parameters(), *self.loss.parameters()],
-            self.protocol.learning_rate,
-            weight_decay=self.protocol.weight_decay,
-        )
+        self.optimizer = torch.optim.Adam(self._groups(), weight_decay=self.protocol.weight_decay)
+        self.average = averaged(self.protocol.average, self.model)
         self._set_mode()
         self._check_replay()
 
@@ -137,7 +154,7 @@ class Training:
             return
         images, labels = (part.to(self.device) for part in self.batches[0])
         with random_stream(self.seed, -1), preserved(self.model), self._precision():
-            embeddings = self.model(images.contiguous(memory_format=torch.channels_last))
+            embeddings = self.called(images.contiguous(memory_format=torch.channels_last))
             self.loss.adversary.collate(embeddings, labels, None)
 
     def _precision(self) -> torch.autocast:
@@ -173,20 +190,44 @@ class Training:
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Everything random in it is drawn from a stream of this step's own."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = group["rate"] * self._learning_rate()
         images = images.contiguous(memory_format=torch.channels_last)
         for reuse in self._reusing:
             reuse.next(self.batches.rows(self.passed.steps // self.method.replays))
-        with random_stream(self.seed + _OWN, self.passed.steps), counted(self.model, self.passed):
+        with random_stream(self.seed + _OWN, self.passed.steps), counted(self.called, self.passed):
             with self._precision():
-                embeddings = self.model(images)
+                embeddings = self.called(images)
                 tuples = None if self.miner is None else self.miner(embeddings, labels)
                 loss: Tensor = self.loss(embeddings, labels, tuples)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
         self.passed.steps += 1
+        self._average()
         return loss.detach()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The trunk, and the head with the loss's own weights; ``rate`` times the learning rate is theirs."""
+        head = [*(self.model.get_submodule("head").parameters() if self.protocol.head else ()), *self.loss.parameters()]
+        of_head = set(map(id, head))
+        trunk = [parameter for parameter in self.model.parameters() if id(parameter) not in of_head]
+        groups = [{"params": trunk, "rate": 1.0}, {"params": head, "rate": self.protocol.head_rate}]
+        return [group for group in groups if group["params"]]
+
+    def _average(self) -> None:
+        """Adds the weights of this step; "swa" from three quarters of the training on."""
+        if self.average is not None and (self.protocol.average == "ema" or 4 * self._done >= 3 * self._goal):
+            self.average.update_parameters(self.model)
+
+    def _final(self) -> nn.Module:
+        """The network that training gives: the averaged one, if weights were averaged."""
+        if self.average is None:
+            return self.model
+        if self.protocol.average == "swa" and not self.protocol.frozen_batchnorm:
+            batches = (self.batches[step][0].to(self.device) for step in range(STATISTICS_STEPS))
+            update_bn(batches, self.average)
+        self.model.load_state_dict(self.average.module.state_dict())
+        return self.model
 
     def _learning_rate(self) -> float:
         """Of the coming step."""
@@ -200,13 +241,16 @@ class Training:
         self.passed.losses.append(loss)
 
     def _keep(self, checkpoint: Path) -> None:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "loss", "optimizer")}
+        parts = {name: getattr(self, name).state_dict() for name in self._kept()}
         unfinished = checkpoint.with_suffix(".unfinished")
         torch.save({**parts, "passed": asdict(self.passed)}, unfinished)
         os.replace(unfinished, checkpoint)
 
+    def _kept(self) -> tuple[str, ...]:
+        return ("model", "loss", "optimizer", *(("average",) if self.average is not None else ()))
+
     def _restore(self, checkpoint: Path) -> None:
         kept = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        for name in ("model", "loss", "optimizer"):
+        for name in self._kept():
             getattr(self, name).load_state_dict(kept[name])
         self.passed = Passed(**kept["passed"])

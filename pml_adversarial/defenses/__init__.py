@@ -8,7 +8,9 @@ package's own method, and leaves the attack and its budget to the caller.
 from .act import ACT
 from .amd import AMD, RAMD
 from .atta import ATTA
+from .awp import AWP
 from .est import EST
+from .fare import FARE
 from .free_at import FreeAT
 from .hard_rows import HardRows
 from .hm import HM
@@ -17,4 +19,5 @@ from .ses import SES
 from .trades import TRADES
 from .tride import TRIDE
 
-__all__ = ["ACT", "AMD", "ATTA", "EST", "HM", "ICS", "RAMD", "SES", "TRADES", "TRIDE", "FreeAT", "HardRows"]
+__all__ = ["ACT", "AMD", "ATTA", "AWP", "EST", "FARE", "HM", "ICS", "RAMD", "SES", "TRADES", "TRIDE", "FreeAT"]
+__all__ += ["HardRows"]

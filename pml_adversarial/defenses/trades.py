@@ -34,12 +34,18 @@ class TRADES:
     `SES` penalises all moves of the same length alike. Here small moves cost little (their square), and a move that
     brings other rows nearest costs most. ``divergence="distance"`` penalises ``d(f(x'), f(x))^2`` instead.
 
+    ``divergence="decoupled"`` takes the two parts into which the gradient of KL falls apart (Cui et al., NeurIPS 2024,
+    arXiv 2305.13948), with gradient through both distributions and equal weights of the parts: with ``o(j)`` and
+    ``o'(j)`` the similarities of the clean and the perturbed row to row j, over the temperature, they are
+    ``Var(o'(j) - o(j)) / 2`` over j ~ p_i, and ``KL(p_i || q_i)``. Both hold p_i fixed as weights. In the first,
+    gradient flows through o and o'. The paper's mean weights of classes are left out, as rows have no classes here.
+
     The paper starts its attack from a little noise; here the divergence is measured from a row that is
     `est.displaced`. Any loss can be trained, and processes may share a batch.
 
     Args:
         weight: of the mean divergence, ``1 / lambda``, from 0 on. The paper has 1 and 6 beside a cross-entropy.
-        divergence: "neighbours" or "distance".
+        divergence: "neighbours", "decoupled" or "distance".
         temperature: of the distributions over neighbours; the lower it is, the more the nearest rows count.
 
     Raises:
@@ -48,13 +54,13 @@ class TRADES:
 
     def __init__(self, weight: float = 1.0, divergence: str = "neighbours", temperature: float = 0.1) -> None:
         self.weight = check_number("weight", weight)
-        self.divergence = check_choice("divergence", divergence, ("neighbours", "distance"))
+        self.divergence = check_choice("divergence", divergence, ("neighbours", "decoupled", "distance"))
         self.temperature = check_number("temperature", temperature, above=True, hint=", such as 0.1")
 
     @hookimpl
     def pml_adversarial_plan(self, batch: Batch) -> Plan:
         """Every row is replaced by its copy; a row needs two neighbours or more."""
-        if self.divergence == "neighbours" and len(batch) < 3:
+        if self.divergence != "distance" and len(batch) < 3:
             raise PlanError(
                 f"In a batch of {len(batch)} rows, a row has {len(batch) - 1} neighbours; expected 3 rows or more, "
                 "or TRADES(divergence='distance')."
@@ -96,4 +102,12 @@ class TRADES:
             surprise = (clean - log_neighbours(embeddings)).masked_fill(itself, 0)
             return (clean.exp() * surprise).sum(1)
 
-        return diverged
+        def decoupled(embeddings: Tensor) -> Tensor:
+            near = log_neighbours(embeddings)
+            change, fixed = (clean - near).masked_fill(itself, 0), clean.detach()
+            weights = fixed.exp()
+            mean = (weights * change).sum(1, keepdim=True)
+            variance = (weights * (change - mean).square()).sum(1)
+            return variance / 2 + (weights * (fixed - near).masked_fill(itself, 0)).sum(1)
+
+        return diverged if self.divergence == "neighbours" else decoupled

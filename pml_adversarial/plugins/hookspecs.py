@@ -18,6 +18,8 @@ from ..training.plan import Plan
 
 PROJECT = "pml_adversarial"
 
+Ask = Callable[[Any, Adversarial], Tensor]
+
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks a plugin's answer: ``@hookimpl def pml_adversarial_score(self, wrapped, batch, plan): ...``"""
@@ -48,9 +50,12 @@ class HookSpecs:
 
     @hookspec(firstresult=True)
     def pml_adversarial_training_loss(
-        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
+        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial, ask: Ask
     ) -> Tensor | None:
-        """What is optimised (the outer minimisation)? A scalar with gradient."""
+        """What is optimised (the outer minimisation)? A scalar with gradient.
+
+        ``ask(plugin, adversarial)`` puts the same question to all other plugins than ``plugin``, for other embeddings.
+        """
 
     @hookspec
     def pml_adversarial_record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> Mapping[str, Any] | None:

@@ -68,7 +68,13 @@ class Hooks:
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
         """What training minimises."""
-        return self._first("training_loss", Tensor, wrapped=wrapped, batch=batch, plan=plan, adversarial=adversarial)
+        question = {"wrapped": wrapped, "batch": batch, "plan": plan}
+
+        def ask(plugin: Any, adversarial: Adversarial) -> Tensor:
+            others = self._manager.subset_hook_caller(f"{PROJECT}_training_loss", [plugin])
+            return self._checked("training_loss", others(**question, adversarial=adversarial, ask=ask), Tensor)
+
+        return self._first("training_loss", Tensor, **question, adversarial=adversarial, ask=ask)
 
     def record(self, batch: Batch, plan: Plan, adversarial: Adversarial) -> list[Mapping[str, Any]]:
         """What the plugins find worth recording. Only here they may change their state."""

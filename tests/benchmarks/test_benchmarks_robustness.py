@@ -436,9 +436,9 @@ def test_thresholds_need_a_convolution_over_one_channel(name, shape):
     ("name", "shape", "pretrained", "message"),
     [
         ("c2f2", (3, 28, 28), False, "is for images"),
-        ("mlp", (1, 8, 8), True, "no ImageNet weights"),
-        ("resnet18", (1, 8, 8), True, "are for 3 channels"),
-        ("vit", (3, 8, 8), False, "expected one of mlp"),
+        ("mlp", (1, 8, 8), "imagenet", "no ImageNet weights"),
+        ("resnet18", (1, 8, 8), "imagenet", "expect 3 channels"),
+        ("vit", (3, 8, 8), "", "expected one of mlp"),
     ],
 )
 def test_networks_that_cannot_be(name, shape, pretrained, message):

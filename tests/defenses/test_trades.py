@@ -45,6 +45,15 @@ def divergences_in_torch(copies, origin, rows, clean, temperature=0.1):
     return torch.stack(found)
 
 
+def decoupled(copy, own, clean, temperature=0.1):
+    """The variance of the change of similarity among the neighbours, halved, and KL."""
+    before = neighbours(clean[own], own, clean, temperature)
+    change = {j: (cosine(copy, clean[j]) - cosine(clean[own], clean[j])) / temperature for j in before}
+    mean = sum(before[j] * change[j] for j in before)
+    variance = sum(before[j] * (change[j] - mean) ** 2 for j in before)
+    return variance / 2 + divergence(copy, own, clean, temperature)
+
+
 class TestTheFormula:
     def test_every_row_is_replaced(self, model, images, labels):
         _, spy = step(model, images, labels, TRADES())
@@ -96,6 +105,32 @@ class TestTheFormula:
         (gradient,) = torch.autograd.grad(score.sum(), clean)
         assert gradient.abs().amax(1).min() > 1e-5
 
+    def test_the_decoupled_divergence(self, model, images, labels):
+        _, spy = step(model, images, labels, TRADES(divergence="decoupled", weight=2.0))
+        clean = model(images)
+        copies = clean + 0.1 * torch.randn(8, 4)
+        expected = [decoupled(copies[i], i, clean) for i in range(8)]
+        assert spy.score(copies).tolist() == pytest.approx(expected, rel=0.05, abs=1e-3)  # from beside the clean row
+        moved = [decoupled(copy, i, clean) for i, copy in enumerate(spy.adversarial.embeddings)]
+        loss = losses.TripletMarginLoss()(clean, labels).item()
+        assert spy.loss.item() == pytest.approx(loss + 2 * sum(moved) / 8, rel=1e-4)
+
+    def test_the_decoupled_divergence_holds_the_clean_neighbours_fixed_as_weights(self, model, images, labels):
+        _, spy = step(model, images, labels, TRADES(divergence="decoupled"))
+        found = torch.autograd.grad(spy.loss, list(model.parameters()))
+        clean, moved = model(images), model(spy.adversarial.inputs)
+        terms = []
+        for i in range(8):
+            others = torch.cat([clean[:i], clean[i + 1 :]])
+            before, after = (cosine_similarity(row[None], others) / 0.1 for row in (clean[i], moved[i]))
+            weights = before.softmax(0).detach()
+            change = after - before
+            variance = (weights * (change - (weights * change).sum()) ** 2).sum()
+            terms.append(variance / 2 - (weights * after.log_softmax(0)).sum())
+        loss = losses.TripletMarginLoss()(clean, labels) + torch.stack(terms).mean()
+        for one, other in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
     def test_the_squared_distance(self, model, images, labels):
         _, spy = step(model, images, labels, TRADES(divergence="distance"))
         clean, copies = model(images), torch.randn(8, 4)
@@ -143,7 +178,7 @@ class TestAround:
 
         assert reached(TRADES()) > reached(TRADES(divergence="distance"))
 
-    @pytest.mark.parametrize("kind", ["neighbours", "distance"])
+    @pytest.mark.parametrize("kind", ["neighbours", "decoupled", "distance"])
     def test_without_a_budget_it_is_the_wrapped_loss(self, kind, model, images, labels):
         method = TRADES(divergence=kind)
         _, spy = step(model, images, labels, method, attack=partial(torchattacks.PGD, eps=0))
@@ -231,5 +266,5 @@ class TestAround:
 
     @pytest.mark.parametrize("kind", ["KL", None, 1])
     def test_what_is_no_divergence(self, kind):
-        with pytest.raises(InputError, match=r"divergence=.*'neighbours' or 'distance'"):
+        with pytest.raises(InputError, match=r"divergence=.*'neighbours', 'decoupled' or 'distance'"):
             TRADES(divergence=kind)

@@ -1,6 +1,7 @@
 """The five questions: who is asked what, in which order, and whose answer counts."""
 
 import inspect
+from collections.abc import Callable
 
 import pluggy
 import pytest
@@ -20,6 +21,7 @@ KINDS = {
     "plan": Plan,
     "objective": Objective,
     "adversarial": Adversarial,
+    "ask": Callable,
 }
 
 

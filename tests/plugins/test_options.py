@@ -9,11 +9,12 @@ from pytorch_metric_learning import losses
 
 from pml_adversarial import AdversarialLoss, PlanError, PluginError
 from pml_adversarial.attacks import preset
-from pml_adversarial.defenses import ATTA, HM, FreeAT, HardRows
+from pml_adversarial.defenses import ATTA, FARE, HM, FreeAT, HardRows
 
 PLUGINS = {
     "none": None,
     **{entry.name: entry.load for entry in entry_points(group="pml_adversarial")},
+    "fare": FARE,
     "hm": lambda: HM("random", "softhard"),  # triplets of this batch are as hard as its default asks for
     "HardRows": lambda: HardRows(0.5),
     "ATTA": lambda: ATTA(0.05),
@@ -40,13 +41,14 @@ def train(plugin, model, images, labels, **options):
     loss_func = AdversarialLoss(
         losses.TripletMarginLoss(margin=1.0), model, **{"warmup": 0, "seed": 1, "plugins": named, **options}
     )
-    found = []
+    found, targets = [], model(images).detach()
     for _ in range(3):
         for held in loss_func.adversary.hooks.named:
             if isinstance(held, ATTA):
                 held.next(torch.arange(8))
         torch.manual_seed(0)  # of plugins that draw triplets
-        loss = loss_func(model(images), labels)
+        references = {"ref_emb": targets, "ref_labels": labels} if any(isinstance(p, FARE) for p in named) else {}
+        loss = loss_func(model(images), labels, **references)
         loss.backward()
         model.zero_grad()
         found.append(loss.item())

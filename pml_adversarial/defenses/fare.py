@@ -1,0 +1,86 @@
+"""FARE: perturbed embeddings stay near those that a frozen copy of the model gives to the clean inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..attacks.checks import check_number
+from ..attacks.objective import Score
+from ..errors import PlanError
+from ..plugins.hookspecs import hookimpl
+from ..training.batch import Adversarial, Batch
+from ..training.numeric import unit_length
+from ..training.plan import Plan, attackable_rows, clean_loss, replace_rows
+from .est import displaced
+
+
+class FARE:
+    """Unsupervised adversarial fine-tuning (Schlarmann et al., ICML 2024, arXiv 2402.12336). It needs no labels.
+
+    A copy of a trained model is fine-tuned so that its embeddings f(x') of perturbed images stay near f_0(x), the
+    embeddings that the original model gives to the clean images. So embeddings that the original model has made, such
+    as those of a gallery that is in use, can still be searched with the new model. In each step the loop passes the
+    original's embeddings as references, row by row:
+
+    ``loss_func(model(images), ref_emb=original(images))``, with the original in eval mode and under ``no_grad``.
+
+    The attack raises ``|f(x') - f_0(x)|^2`` for each row, and training minimises its mean. Processes may share a batch.
+
+    Args:
+        clean_weight: weight of the mean ``|f(x) - f_0(x)|^2`` of the clean rows, which is added. The paper has 0.
+        loss_weight: weight of the wrapped loss of the clean batch, which is added. It compares rows with references by
+            their labels, so labels must be passed too. The paper has 0: then the wrapped loss does not count.
+        normalize: whether embeddings are brought to unit length first, as most retrieval does it. The paper does not.
+
+    Raises:
+        InputError: a weight is no finite number from 0 on.
+    """
+
+    def __init__(self, clean_weight: float = 0.0, loss_weight: float = 0.0, normalize: bool = True) -> None:
+        self.clean_weight = check_number("clean_weight", clean_weight)
+        self.loss_weight = check_number("loss_weight", loss_weight)
+        self.normalize = normalize
+
+    @hookimpl
+    def pml_adversarial_plan(self, batch: Batch) -> Plan:
+        """Every row but the references is replaced by its copy."""
+        references = len(batch) - batch.num_queries
+        if references != batch.num_queries:
+            raise PlanError(
+                f"FARE found {batch.num_queries} embeddings and {references} references; expected one reference for "
+                "each embedding, that of the original model: loss_func(model(images), ref_emb=original(images))."
+            )
+        rows = attackable_rows(batch)
+        return replace_rows(rows[rows < batch.num_queries], len(batch), batch.indices_tuple).split(batch.num_queries)
+
+    @hookimpl
+    def pml_adversarial_score(self, batch: Batch, plan: Plan) -> Score:
+        """The squared distance between a copy and the original's embedding."""
+        origin = batch.context[batch.num_queries + plan.rows]
+        targets = origin.norm(dim=1, keepdim=True) * displaced(origin)  # training starts where the original is
+        return lambda embeddings: self._shift(embeddings, targets)
+
+    @hookimpl
+    def pml_adversarial_training_loss(
+        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
+    ) -> Tensor:
+        """The mean squared distance, with those of clean rows and the wrapped loss as far as they are weighted."""
+        rows, references = batch.embeddings.split(batch.num_queries)
+        targets = references.detach()
+        loss = self._shift(adversarial.embeddings, targets[plan.rows]).mean()
+        if self.clean_weight:
+            loss = loss + self.clean_weight * self._shift(rows, targets).mean()
+        return loss + self.loss_weight * clean_loss(wrapped, batch) if self.loss_weight else loss
+
+    @hookimpl
+    def pml_adversarial_record(self, adversarial: Adversarial) -> Mapping[str, Any]:
+        """The mean squared distance that the attack reached."""
+        return {"shift": adversarial.score_after.mean()} if len(adversarial.score_after) else {"shift": 0}
+
+    def _shift(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+        if self.normalize:
+            embeddings, targets = unit_length(embeddings), unit_length(targets)
+        return (embeddings - targets).square().sum(1)
