@@ -29,7 +29,8 @@ HELPED: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "thresholds": True,
         "preset_eps": 77 / 255,
-    }
+    },
+    **{name: {"rotations": False} for name in ("cub", "cars", "sop", "tiny-imagenet")},
 }
 """What ``helped`` means for some data instead, chosen by training alphabets that were held out."""
 

@@ -17,6 +17,8 @@ from ..training.batch import Adversarial, Batch
 from ..training.isolation import preserved
 from ..training.plan import Plan
 
+_ASKED_BY_COMPILE = "The .grad attribute of a Tensor that is not a leaf"  # torch.compile looks at it
+
 
 class AWP:
     """Adversarial weight perturbation (Wu, Xia and Wang, NeurIPS 2020, arXiv 2004.05884), with any other plugin.
@@ -97,9 +99,7 @@ def _exchanged(modules: Iterable[nn.Module], weights: Iterable[Tensor], others: 
         for parameters, weights_of in before:
             parameters.update({name: instead.get(id(weight), weight) for name, weight in weights_of.items()})
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "The .grad attribute of a Tensor that is not a leaf"
-            )  # torch.compile asks
+            warnings.filterwarnings("ignore", _ASKED_BY_COMPILE)
             yield
     finally:
         for parameters, weights_of in before:

@@ -55,10 +55,10 @@ class TestProtocol:
         assert [METHODS[name].steps(found) for name in ("plain", "plain-softhard", "act")] == [600, 600, 300]
         assert METHODS["tride"].options(found)["attack"].keywords == {**options, "steps": 16}
 
-    def test_help_is_augmentation_rotation_and_a_schedule(self):
+    def test_help_is_augmentation_and_a_schedule(self):
         found = named("helped", "cub", {"budget": 7000})
         assert (found.steps, found.budget) == (0, 7000)
-        assert (found.schedule, found.augment, found.rotations) == ("cosine", 1.0, True)
+        assert (found.schedule, found.augment, found.rotations) == ("cosine", 1.0, False)
         assert (found.eps, found.alpha, found.learning_rate, found.backbone) == (8 / 255, 1 / 255, 1e-5, "resnet18")
 
     def test_help_differs_by_data(self):
