@@ -117,7 +117,9 @@ class TestExamplePlugin:
         lines = with_plugin.run("-c", textwrap.dedent(USE)).splitlines()
         assert lines[:3] == ["EmbeddingShift FixedContext"] * 3
         for line, name in zip(lines[3:], ["embeding_shift", "embedding-shift", "Embedding_Shift"], strict=True):
-            assert line.startswith(f"No plugin named {name!r} is installed; found ['act', 'amd', 'embedding_shift', ")
+            assert line.startswith(
+                f"No plugin named {name!r} is installed; found ['act', 'amd', 'awp', 'embedding_shift', "
+            )
             assert "Did you mean 'embedding_shift'?" in line
 
     def test_is_not_there_where_it_is_not_installed(self):

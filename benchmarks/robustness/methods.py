@@ -155,7 +155,8 @@ def _half_the_steps(protocol: Protocol) -> dict[str, Any]:
 
 
 def _seed_paper(protocol: Protocol) -> dict[str, Any]:
-    attack = protocol.pgd(alpha=2 * protocol.eps / 5, steps=5, random_start=True)
+    eps = 0.01 if protocol.eps <= 8 / 255 else protocol.eps  # the paper's, for photographs
+    attack = protocol.pgd(eps=eps, alpha=2 * eps / 5, steps=5, random_start=True)
     return {"attack": attack, "perturb": "positive", "tuples_per_anchor": 1, "keep_clean": False, **_METHOD_ALONE}
 
 
