@@ -236,6 +236,23 @@ def test_evaluate_timm(example, birds):
 
 
 @pytest.mark.slow
+def test_harden_timm(example, birds):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_resnet", pretrained=False, num_classes=0).state_dict(), example.folder / "w.pth")
+    images = birds / "CUB_200_2011" / "images"
+    few = ["--epochs", 1, "--batch-size", 16, "--queries", 4, "--attacks", "quick", "--device", "cpu"]
+    folders = ["--train", images, "--search", images]
+    out, _ = example("harden_timm.py", "--model", "test_resnet", "--checkpoint", "w.pth", *folders, *few)
+    shift = float(re.search(r"epoch 1: squared distance from the original under attack ([\d.]+)", out)[1])
+    assert 0 < shift < 4
+    assert [line.split(":")[0] for line in out.splitlines() if "R@1 in the original" in line] == ["original", "robust"]
+    report = check_report(example.folder / "harden_timm_run", [1 / 255, 2 / 255])
+    assert (report["num_queries"], report["num_gallery"]) == (4, 48)
+    network = timm.create_model("test_resnet", pretrained=False, num_classes=0)
+    network.load_state_dict(torch.load(example.folder / "harden_timm_run" / "robust.pt", weights_only=True))
+
+
+@pytest.mark.slow
 def test_evaluate_timm_refuses_weights_of_another_model(example):
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), example.folder / "weights.pth")
