@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--file", type=Path, help="omniglot: an npz, see benchmarks/omniglot.py; cars, tiny-imagenet: a zip")
     add("--download", action="store_true", help="fetch what is not there")
     add("--out", type=Path, default=Path("robustness_run"), help="folder of all results")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"all by default: {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--protocol", choices=list(PROTOCOLS), default="peers")
     add("--backbone", choices=BACKBONES)
@@ -124,6 +124,19 @@ def bench_of(options: argparse.Namespace) -> Bench:
     return bench
 
 
+def methods_of(names: Sequence[str] | None, protocol: Protocol) -> list[str]:
+    """The methods that are asked for; None: all that the protocol can train.
+
+    Raises:
+        InputError: one that is asked for cannot be trained.
+    """
+    if names is None:
+        return [name for name, method in METHODS.items() if protocol.pretrained or not method.needs_start]
+    for name in names:
+        METHODS[name].check(protocol)
+    return list(names)
+
+
 def _parts(options: argparse.Namespace, protocol: Protocol) -> tuple[Part, Part]:
     train, test = load(options.data, options.root, options.file, options.download, options.size)
     return hold_out(train, protocol.validation_classes) if protocol.validation_classes else (train, test)
@@ -144,11 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         bench = bench_of(options)
+        methods = methods_of(options.methods, bench.protocol)
     except InputError as error:
         parser().error(str(error))
     failed: dict[str, Exception] = {}
     for seed in options.seeds:
-        for name in options.methods:
+        for name in methods:
             try:
                 bench.run(name, METHODS[name], seed, options.out / name / f"seed_{seed}")
             except Exception as error:

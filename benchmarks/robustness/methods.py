@@ -6,7 +6,7 @@ Each is one entry of `METHODS`; a method of your own is one more.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from types import FunctionType
@@ -48,6 +48,9 @@ class Method:
         warmup: share of the training over which the attack grows; None: as long as the package grows it by default.
         twice: whether it takes twice the protocol's steps, as training without an attack does.
         replays: how many steps each batch is taken for.
+        original: whether the network at the start stands for a deployed one: the loss gets its embeddings as
+            references, and the gallery of the evaluation keeps them.
+        trains: whether there are steps at all.
     """
 
     said: str
@@ -58,10 +61,26 @@ class Method:
     warmup: float | None = 0.0
     twice: bool = False
     replays: int = 1
+    original: bool = False
+    trains: bool = True
 
     def steps(self, protocol: Protocol) -> int:
         """Of the optimiser; 0 where a budget decides."""
         return protocol.steps * (2 if self.twice else 1)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether it begins with a trained network."""
+        return self.original or not self.trains
+
+    def check(self, protocol: Protocol) -> None:
+        """Refuses a protocol that the method cannot be trained with.
+
+        Raises:
+            InputError: there is no trained network to begin with.
+        """
+        if self.needs_start and not protocol.pretrained:
+            raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
 
     def recipe(self, protocol: Protocol) -> dict[str, Any]:
         """Loss, miner, plugins and options in JSON's types: whoever changes one of them trains anew."""
@@ -74,6 +93,8 @@ class Method:
             "warmup": self.warmup,
             "steps": self.steps(protocol),
             **({"replays": self.replays} if self.replays > 1 else {}),
+            **({"original": True} if self.original else {}),
+            **({"trains": False} if not self.trains else {}),
         }
 
     def wrapped(self, protocol: Protocol, model: nn.Module, steps: int, seed: int) -> nn.Module:
@@ -164,6 +185,14 @@ def _preset(protocol: Protocol) -> dict[str, Any]:
     return {"attack": attacks.preset(protocol.preset_eps)}
 
 
+def _one_step(protocol: Protocol) -> dict[str, Any]:
+    return {"attack": attacks.preset(protocol.preset_eps, 1)}
+
+
+def _replaced(protocol: Protocol) -> dict[str, Any]:
+    return {**_preset(protocol), "keep_clean": False}
+
+
 def _preset_without_its_attack(protocol: Protocol) -> dict[str, Any]:
     return {}
 
@@ -174,17 +203,26 @@ _RANDOM, _SOFT_HARD = _always(miners.random_negatives), _always(miners.soft_hard
 def _on_triplets(
     said: str, *plugins: tuple[Any, ...], miner: Callable[[], Miner] | None = _RANDOM, **more: Any
 ) -> Method:
-    """A published defence: the triplet loss, and plugins as (module, class, options)."""
+    """A published defence: the triplet loss unless another is given, and plugins as (module, class, options)."""
 
     def made(protocol: Protocol) -> list[Any]:
         return [_defense(module, name, **(options[0] if options else {})) for module, name, *options in plugins]
 
-    return Method(said, triplet, miner, made, **{"options": _peers_attack, **more})
+    return Method(said, more.pop("loss", triplet), miner, made, **{"options": _peers_attack, **more})
 
 
 def _saving(said: str, attack: Callable[[Protocol], Any]) -> Method:
     """The preset around both losses, with another attack."""
     return Method(said, both, options=lambda protocol: {"attack": attack(protocol)}, warmup=0.5)
+
+
+def _beside_preset(said: str, *plugins: tuple[Any, ...]) -> Method:
+    """The preset around MultiSimilarityLoss, with plugins."""
+    return _on_triplets(said, *plugins, miner=None, loss=multi_similarity, options=_preset, warmup=0.5)
+
+
+def _fare(said: str, **options: Any) -> Method:
+    return replace(_beside_preset(said, ("fare", "FARE", options)), original=True)
 
 
 _PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
@@ -221,6 +259,16 @@ METHODS: dict[str, Method] = {
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
+    "preset-ms-one-step": Method("preset-ms with 1 step of 2.5 eps", multi_similarity, options=_one_step, warmup=0.5),
+    "preset-ms-replaced": Method("preset-ms, perturbed rows alone", multi_similarity, options=_replaced, warmup=0.5),
+    "preset-ms-awp": _beside_preset("preset-ms with AWP, arXiv 2004.05884", ("awp", "AWP")),
+    "trades-ms": _beside_preset("TRADES on neighbours, around MultiSimilarityLoss", ("trades", "TRADES")),
+    "trades-ms-decoupled": _beside_preset(
+        "the same with the divergence of arXiv 2305.13948", ("trades", "TRADES", {"divergence": "decoupled"})
+    ),
+    "start": Method("the network at the start", multi_similarity, trains=False),
+    "fare": _fare("arXiv 2402.12336: FARE, in the gallery of the network at the start"),
+    "fare-clean": _fare("FARE, clean rows too", clean_weight=1.0),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
     "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),
     "noisy-step": _saving("preset-both with N-FGSM", lambda p: partial(NFGSM, eps=p.preset_eps)),

@@ -18,7 +18,7 @@ from pml_adversarial import InputError, Report, evaluate_robustness
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
-from .train import Passed, Training, build_for
+from .train import Passed, Training, build_for, load_start
 
 RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
 
@@ -44,11 +44,22 @@ class Evaluation:
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))
         return drawn[: self.queries].sort().values.tolist()
 
-    def measure(self, model: nn.Module, part: Part, resume: Path, progress: bool) -> Report:
-        """What is left of retrieval; chunks that are in the folder already are not attacked again."""
+    def measure(
+        self, model: nn.Module, part: Part, resume: Path, progress: bool, original: nn.Module | None = None
+    ) -> Report:
+        """What is left of retrieval; chunks that are in the folder already are not attacked again.
+
+        Args:
+            model: embeds the queries.
+            part: images that search one another.
+            resume: folder of finished chunks.
+            progress: whether to show bars.
+            original: embeds the gallery; None: the model.
+        """
         return evaluate_robustness(
             model,
             part.to_evaluate(),
+            **({} if original is None else gallery_of(original, part)),
             eps=[radius / 255 for radius in self.eps],
             attacks=self.named(),
             subset=self.rows(len(part.labels)),
@@ -116,7 +127,9 @@ class Bench:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         model = build_for(self.protocol, self.shape()).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
-        report = self.evaluation.measure(model.eval(), self.searched, folder / self.evaluation.folder(), self.progress)
+        kept = folder / self.evaluation.folder()
+        original = self._original() if method.original else None
+        report = self.evaluation.measure(model.eval(), self.searched, kept, self.progress, original)
         report.save_json(folder / "report.json")
         report.save_html(folder / "report.html")
         training = _read(folder / TRAINING)
@@ -130,9 +143,24 @@ class Bench:
         torch.save(model.state_dict(), (folder / MODEL).with_suffix(".unfinished"))
         return training.passed
 
+    def _original(self) -> nn.Module:
+        """The network at the start of the training."""
+        network = build_for(self.protocol, self.shape())
+        load_start(self.protocol, network)
+        return network.to(self.device).eval()
+
     def shape(self) -> tuple[int, ...]:
         """Of one image."""
         return tuple(self.train.pixels(torch.tensor([0])).shape[1:])
+
+
+@torch.no_grad()
+def gallery_of(original: nn.Module, part: Part) -> dict[str, Any]:
+    """A gallery that is known by embeddings of another network alone, in which no query finds itself."""
+    device = next(original.parameters()).device
+    rows = torch.arange(len(part.labels))
+    found = torch.cat([original(part.pixels(some).to(device)).cpu() for some in rows.split(256)])
+    return {"gallery": (None, part.labels), "gallery_embeddings": found, "own": rows}
 
 
 def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

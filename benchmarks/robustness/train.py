@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def build_for(protocol: Protocol, shape: Shape) -> nn.Module:
     return build(protocol.backbone, shape, of_torchvision, protocol.head)
 
 
+def load_start(protocol: Protocol, network: nn.Module) -> None:
+    """Gives a network the weights of the protocol's file, if it has one; a head keeps its own."""
+    if protocol.pretrained not in ("", IMAGENET_WEIGHTS):
+        load_weights(network.get_submodule("trunk") if protocol.head else network, Path(protocol.pretrained))
+
+
 def averaged(name: str, model: nn.Module) -> AveragedModel | None:
     """What averages the weights of training steps: `Protocol.average`."""
     if name == "ema":
@@ -98,7 +105,8 @@ class Training:
     def __init__(self, method: Method, protocol: Protocol, part: Part, seed: int, device: torch.device) -> None:
         self.method, self.protocol, self.seed, self.device = method, protocol, seed, device
         self.batches, self.passed = Batches(part, protocol, seed), Passed()
-        self.steps = method.steps(protocol) or self._affordable()
+        method.check(protocol)
+        self.steps = (method.steps(protocol) or self._affordable()) if method.trains else 0
         self._make(self.steps)
 
     def run(self, checkpoint: Path, workers: int = 0, progress: str | None = None) -> nn.Module:
@@ -134,12 +142,11 @@ class Training:
         with random_stream(self.seed, -1):  # all methods start from the same weights
             images, _ = self.batches[0]
             self.model = build_for(self.protocol, tuple(images.shape[1:]))
-            if self.protocol.pretrained not in ("", IMAGENET_WEIGHTS):
-                trunk = self.model.get_submodule("trunk") if self.protocol.head else self.model
-                load_weights(trunk, Path(self.protocol.pretrained))
+            load_start(self.protocol, self.model)
             if self.protocol.thresholds:
                 start_as_thresholds(self.model, images)
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
+            self.original = deepcopy(self.model).eval().requires_grad_(False) if self.method.original else None
             self.called = torch.compile(self.model) if self.protocol.compiled else self.model
             self.loss = self.method.wrapped(self.protocol, self.called, steps, self.seed).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
@@ -155,7 +162,14 @@ class Training:
         images, labels = (part.to(self.device) for part in self.batches[0])
         with random_stream(self.seed, -1), preserved(self.model), self._precision():
             embeddings = self.called(images.contiguous(memory_format=torch.channels_last))
-            self.loss.adversary.collate(embeddings, labels, None)
+            self.loss.adversary.collate(embeddings, labels, None, *self._references(images, labels))
+
+    def _references(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The embeddings of the network at the start, and their labels, for a method that wants them."""
+        if self.original is None:
+            return ()
+        with torch.no_grad():
+            return self.original(images), labels
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.precision == "bfloat16")
@@ -181,7 +195,7 @@ class Training:
 
     @property
     def _goal(self) -> int:
-        return self.protocol.budget or self.steps
+        return (self.protocol.budget or self.steps) if self.method.trains else 0
 
     @property
     def _done(self) -> int:
@@ -198,7 +212,7 @@ class Training:
             with self._precision():
                 embeddings = self.called(images)
                 tuples = None if self.miner is None else self.miner(embeddings, labels)
-                loss: Tensor = self.loss(embeddings, labels, tuples)
+                loss: Tensor = self.loss(embeddings, labels, tuples, *self._references(images, labels))
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()

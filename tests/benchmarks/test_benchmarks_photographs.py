@@ -1,0 +1,301 @@
+"""The benchmark on photographs: how they are read, first weights, heads, averaged weights, and a deployed network."""
+
+import copy
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # the benchmarks are not installed
+
+from benchmarks.robustness import __main__ as command  # noqa: E402
+from benchmarks.robustness import train  # noqa: E402
+from benchmarks.robustness.backbones import build, load_weights, slim_resnet  # noqa: E402
+from benchmarks.robustness.data import SmallPhotographs, load, read_classes  # noqa: E402
+from benchmarks.robustness.methods import METHODS  # noqa: E402
+from benchmarks.robustness.protocol import Protocol, named  # noqa: E402
+from benchmarks.robustness.train import Training, build_for  # noqa: E402
+from pml_adversarial import InputError  # noqa: E402
+
+CPU = torch.device("cpu")
+SLIM = {"data": "tiny-imagenet", "backbone": "slim-resnet", "classes": 3, "per_class": 2, "attack_steps": 1, "steps": 3}
+
+
+@pytest.fixture
+def part():
+    """Four classes of three photographs."""
+    return SmallPhotographs(torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(4).repeat(3))
+
+
+def trained(method, part, tmp_path, **protocol):
+    training = Training(METHODS[method], Protocol(**{**SLIM, **protocol}), part, 0, CPU)
+    return training, training.run(tmp_path / "checkpoint.pt")
+
+
+def photographs(root, folders, count=3, size=(40, 30)):
+    """Photographs of one shade, which tells folder and number."""
+    shades = {}
+    for f, folder in enumerate(folders):
+        for i in range(count):
+            path = root / folder / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shades[folder, i] = (10 * f, 20 * i, 50)
+            Image.new("RGB", size, shades[folder, i]).save(path)
+    return shades
+
+
+def zipped(root, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            archive.write(file, f"set/{file.relative_to(root).as_posix()}")
+    return path
+
+
+class TestReading:
+    @pytest.mark.parametrize("as_zip", [True, False])
+    def test_a_folder_for_each_class(self, as_zip, tmp_path):
+        shades = photographs(tmp_path / "set", ["b", "a", "c"])
+        (tmp_path / "set" / "a" / "notes.txt").write_text("no photograph")
+        path = zipped(tmp_path / "set", tmp_path / "set.zip") if as_zip else tmp_path / "set"
+        images, labels = read_classes(path, 8)
+        assert images.shape == (9, 3, 8, 8)
+        assert images.dtype == torch.uint8
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        for row, (folder, i) in enumerate((folder, i) for folder in "abc" for i in range(3)):
+            assert images[row, :, 4, 4].tolist() == list(shades[folder, i])
+
+    def test_tiny_imagenet_as_it_is_distributed(self, tmp_path):
+        photographs(tmp_path / "set", ["train/n1/images", "train/n2/images", "val/images", "test/images"])
+        images, labels = read_classes(tmp_path / "set", 8)
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert images.shape == (6, 3, 8, 8)
+
+    def test_the_first_half_of_the_classes_is_trained_on(self, tmp_path):
+        photographs(tmp_path / "set", ["001", "002", "003", "004"])
+        train_part, searched = load("cars", tmp_path, file=tmp_path / "set")
+        assert train_part.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert searched.labels.tolist() == [2, 2, 2, 3, 3, 3]
+        pixels, _ = searched.to_evaluate()
+        assert pixels.shape == (6, 3, 64, 64)
+        assert 0 <= pixels.min() <= pixels.max() <= 1
+        assert load("tiny-imagenet", tmp_path, file=tmp_path / "set", size=16)[0].images.shape[-1] == 16
+
+    @pytest.mark.parametrize("what", ["nothing", "one class", "no zip"])
+    def test_what_holds_no_classes(self, what, tmp_path):
+        if what == "one class":
+            photographs(tmp_path / "set", ["a"])
+        path = tmp_path / ("set.zip" if what == "no zip" else "set")
+        path.write_text("text") if what == "no zip" else path.mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"--file .*(cannot be read|expected one per class)"):
+            read_classes(path, 8)
+
+    def test_augmented_as_people_do(self, part):
+        rows = torch.arange(12)
+        assert torch.equal(part.pixels(rows), part.images.float() / 255)
+        torch.manual_seed(0)
+        changed = part.pixels(rows, 1.0)
+        assert changed.shape == (12, 3, 16, 16)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert not torch.equal(changed, part.pixels(rows, 1.0))
+        kept = part.keep(torch.tensor([3, 1]))
+        assert torch.equal(kept.images, part.images[[3, 1]])
+        assert kept.labels.tolist() == [3, 1]
+
+
+class TestFirstWeights:
+    def test_by_name(self, tmp_path):
+        torch.manual_seed(1)
+        saved = slim_resnet()
+        torch.save({**saved.state_dict(), "more": torch.rand(3)}, tmp_path / "w.pt")
+        network = slim_resnet()
+        load_weights(network, tmp_path / "w.pt")
+        torch.testing.assert_close(network.state_dict(), saved.state_dict())
+
+    def test_in_order_under_other_names(self, tmp_path):
+        torch.manual_seed(1)
+        saved = slim_resnet()
+        renamed = {f"layer{i}": value for i, value in enumerate(saved.state_dict().values())}
+        torch.save({**renamed, "classifier": torch.rand(5, 96)}, tmp_path / "w.pt")
+        network = nn.Sequential(*slim_resnet())
+        load_weights(network, tmp_path / "w.pt")
+        torch.testing.assert_close(network.state_dict(), saved.state_dict())
+
+    def test_mobilenet_with_its_mean_and_deviation(self, tmp_path):
+        import torchvision
+
+        torch.manual_seed(1)
+        saved = torchvision.models.mobilenet_v2().features
+        torch.save(dict(enumerate(saved.state_dict().values())), tmp_path / "w.pt")
+        network = build("mobilenetv2", (3, 32, 32)).eval()
+        load_weights(network, tmp_path / "w.pt")
+        images = torch.rand(2, 3, 32, 32)
+        mean, deviation = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        expected = saved.eval()((images - mean) / deviation).mean((2, 3))
+        torch.testing.assert_close(network(images), expected)
+
+    def test_lite0_of_timm(self, tmp_path):
+        timm = pytest.importorskip("timm")
+        saved = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+        torch.save({f"w{i}": value for i, value in enumerate(saved.state_dict().values())}, tmp_path / "w.pt")
+        network = build("lite0", (3, 32, 32)).eval()
+        load_weights(network, tmp_path / "w.pt")
+        images = torch.rand(2, 3, 32, 32)
+        saved.eval().reset_classifier(0)
+        torch.testing.assert_close(network(images), saved((images - 0.5) / 0.5))
+
+    def test_of_another_network(self, tmp_path):
+        torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "w.pt")
+        with pytest.raises(InputError, match=r"holds the weights of another network: \d+ of \d+ tensors"):
+            load_weights(slim_resnet(), tmp_path / "w.pt")
+
+    def test_of_no_file(self, tmp_path):
+        (tmp_path / "w.pt").write_text("text")
+        for name in ("w.pt", "none.pt"):
+            with pytest.raises(InputError, match=f"--pretrained .*{name} cannot be read"):
+                load_weights(slim_resnet(), tmp_path / name)
+
+    def test_are_those_that_training_begins_with_and_a_head_stands_on_top(self, part, tmp_path):
+        torch.manual_seed(1)
+        saved = slim_resnet()
+        torch.save(saved.state_dict(), tmp_path / "w.pt")
+        protocol = Protocol(**{**SLIM, "pretrained": str(tmp_path / "w.pt"), "head": 7})
+        model = Training(METHODS["plain-ms"], protocol, part, 0, CPU).model
+        torch.testing.assert_close(model.trunk.state_dict(), saved.state_dict())
+        assert model(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+
+    def test_are_told_by_name_and_hash_alone(self, tmp_path):
+        torch.save(slim_resnet().state_dict(), tmp_path / "w.pt")
+        told = Protocol(**{**SLIM, "pretrained": str(tmp_path / "w.pt")}).described()["pretrained"]
+        assert told.startswith("w.pt ")
+        assert len(told) == len("w.pt ") + 12
+        assert Protocol(**SLIM).described()["pretrained"] == ""
+
+
+class TestTraining:
+    def test_head_and_own_weights_of_the_loss_learn_faster(self, part):
+        training = Training(METHODS["preset-ms"], Protocol(**SLIM, head=7, head_rate=10.0), part, 0, CPU)
+        trunk, head = training.optimizer.param_groups
+        assert [id(p) for p in head["params"]] == [id(p) for p in training.model.head.parameters()]
+        assert len(trunk["params"]) == len(list(training.model.trunk.parameters()))
+        training._step(*training.batches[0])
+        assert (trunk["lr"], head["lr"]) == pytest.approx((1e-3, 1e-2))
+
+    @pytest.mark.parametrize("average", ["ema", "swa"])
+    def test_averaged_weights_by_a_loop(self, average, part, tmp_path, monkeypatch):
+        seen, step = [], Training._step
+
+        def noted(self, *batch):
+            loss = step(self, *batch)
+            seen.append(copy.deepcopy(self.model.state_dict()))
+            return loss
+
+        monkeypatch.setattr(Training, "_step", noted)
+        _, model = trained("plain-ms", part, tmp_path, average=average)  # 6 steps
+        name = "0.convolutions.0.weight"
+        if average == "swa":
+            last = [state[name] for state in seen[4:]]  # from three quarters of the steps on
+            torch.testing.assert_close(model.state_dict()[name], torch.stack(last).mean(0))
+            assert int(model[0].convolutions[1].num_batches_tracked) == train.STATISTICS_STEPS
+        else:
+            expected = seen[0][name]
+            for state in seen[1:]:
+                expected = train.EMA_DECAY * expected + (1 - train.EMA_DECAY) * state[name]
+            torch.testing.assert_close(model.state_dict()[name], expected)
+        assert not torch.equal(model.state_dict()[name], seen[-1][name])
+
+    @pytest.mark.parametrize("average", ["ema", "swa"])
+    def test_averages_go_on_after_an_exception(self, average, part, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "KEPT_EVERY", 2)
+        (tmp_path / "whole").mkdir()
+        _, expected = trained("plain-ms", part, tmp_path / "whole", average=average, augment=1.0)
+        step = Training._step
+
+        def fails(self, *batch):
+            if self.passed.steps == 5:
+                raise RuntimeError("cut off")
+            return step(self, *batch)
+
+        monkeypatch.setattr(Training, "_step", fails)
+        with pytest.raises(RuntimeError, match="cut off"):
+            trained("plain-ms", part, tmp_path, average=average, augment=1.0)
+        monkeypatch.setattr(Training, "_step", step)
+        _, found = trained("plain-ms", part, tmp_path, average=average, augment=1.0)
+        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+    @pytest.mark.slow
+    def test_compiled_is_the_same_training(self, part, tmp_path):
+        (tmp_path / "compiled").mkdir()
+        training, expected = trained("preset-ms", part, tmp_path)
+        compiled, found = trained("preset-ms", part, tmp_path / "compiled", compiled=True)
+        assert compiled.passed.forward == training.passed.forward
+        assert list(found.state_dict()) == list(expected.state_dict())
+        torch.testing.assert_close(
+            found[0].convolutions[0].weight, expected[0].convolutions[0].weight, atol=3e-3, rtol=0
+        )
+
+    @pytest.mark.parametrize(
+        "method", ["preset-ms-awp", "preset-ms-one-step", "preset-ms-replaced", "trades-ms-decoupled"]
+    )
+    def test_what_the_field_learned_since(self, method, part, tmp_path):
+        training, _ = trained(method, part, tmp_path)
+        assert np.isfinite(training.passed.losses).all()
+        passes = {"preset-ms-awp": 6, "preset-ms-one-step": 3, "preset-ms-replaced": 5, "trades-ms-decoupled": 5}
+        assert training.passed.forward <= 3 * 6 * passes[method]
+
+    def test_the_seed_paper_on_photographs_has_its_own_eps(self):
+        keywords = METHODS["seed-paper"].options(named("helped", "cars", {}))["attack"].keywords
+        assert (keywords["eps"], keywords["alpha"], keywords["steps"]) == (0.01, 0.004, 5)
+
+
+class TestOriginal:
+    @pytest.fixture
+    def weights(self, tmp_path):
+        torch.manual_seed(1)
+        torch.save(slim_resnet().state_dict(), tmp_path / "w.pt")
+        return tmp_path / "w.pt"
+
+    @pytest.mark.parametrize("method", ["fare", "fare-clean"])
+    def test_references_are_the_embeddings_of_the_network_at_the_start(self, method, weights, part, tmp_path):
+        training, model = trained(method, part, tmp_path, pretrained=str(weights))
+        original = slim_resnet()
+        load_weights(original, weights)
+        images, labels = training.batches[0]
+        found, same = training._references(images, labels)
+        torch.testing.assert_close(found, original.eval()(images))
+        assert same is labels
+        assert not torch.equal(model[0].convolutions[0].weight, original[0].convolutions[0].weight)
+
+    def test_the_start_itself_is_not_trained(self, weights, part, tmp_path):
+        training, model = trained("start", part, tmp_path, pretrained=str(weights))
+        original = build_for(training.protocol, (3, 16, 16))
+        load_weights(original, weights)
+        torch.testing.assert_close(model.state_dict(), original.state_dict())
+        assert (training.passed.steps, training.passed.forward) == (0, 0)
+
+    @pytest.mark.parametrize("method", ["start", "fare"])
+    def test_needs_weights(self, method, part, tmp_path):
+        with pytest.raises(InputError, match="--pretrained FILE"):
+            trained(method, part, tmp_path)
+
+    def test_the_gallery_keeps_the_embeddings_of_the_start(self, weights, tmp_path):
+        photographs(tmp_path / "set", ["001", "002", "003", "004"], size=(16, 16))
+        options = (
+            f"--data tiny-imagenet --file {tmp_path / 'set'} --size 16 --pretrained {weights} --steps 2 --batch 2 2"
+        )
+        attacked = "--train-eps 2 --suite margin --queries 4 --eps 1 --quiet --device cpu"
+        out = tmp_path / "out"
+        asked = [*options.split(), *attacked.split(), "--out", str(out), "--methods", "start", "fare"]
+        assert command.main(asked) == 0
+        start, fare = (
+            json.loads((out / name / "seed_0" / "run.json").read_text())["report"] for name in ("start", "fare")
+        )
+        assert (start["protocol"], fare["num_gallery"]) == ("leave-one-out", 6)
+        report = json.loads((out / "fare" / "seed_0" / "report.json").read_text())
+        assert "gallery_embeddings" in report["provenance"]
