@@ -21,7 +21,7 @@ from .backbones import BACKBONES, IMAGENET_WEIGHTS, build, check, load_weights
 from .batches import Batches
 from .data import Part, hold_out, load, side
 from .methods import METHODS
-from .protocol import AVERAGES, DATA, PRECISIONS, PROTOCOLS, SCHEDULES, Protocol, named
+from .protocol import AVERAGES, DATA, PRECISIONS, PROTOCOLS, SCHEDULES, TUNED, Protocol, named
 from .run import Bench, Evaluation, finished
 from .table import table
 
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrained", nargs="?", const=IMAGENET_WEIGHTS, help="start from a file of weights; alone: ImageNet's")
     add("--head", type=int, help="dimensions of a linear layer on top of the network")
     add("--frozen-batchnorm", action=either, help="BatchNorm stays in eval mode")
+    add("--tuned", choices=TUNED, help="which weights are trained; lora: low-rank changes")
     add("--average", choices=AVERAGES, help="average the weights of training steps")
     add("--compiled", action=either, help="compile networks")
     add("--validation-classes", type=int, help="search so many held-out training classes in place of the test classes")

@@ -16,6 +16,7 @@ from pml_adversarial.errors import InputError
 from .backbones import IMAGENET_WEIGHTS
 
 PRECISIONS, SCHEDULES, AVERAGES = ("float32", "bfloat16"), ("constant", "cosine"), ("", "ema", "swa")
+TUNED = ("all", "head", "lora")
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "peers": {"steps": 300, "schedule": "constant", "augment": 0.0, "rotations": False},
@@ -92,6 +93,8 @@ class Protocol:
         frozen_batchnorm: whether BatchNorm stays in eval mode.
         validation_classes: training classes, the last by label, that are held out and searched in place of the test
             classes; 0: none.
+        tuned: which weights are trained: "all", those of the "head", or with it a low-rank change of each convolution
+            and linear layer below ("lora", arXiv 2106.09685). In both, BatchNorm stays in eval mode.
         average: whether the weights of training steps are averaged: "ema" (exponentially), "swa" (those of the last
             quarter, equally), "" (not).
         compiled: whether networks are compiled by torch.compile.
@@ -120,6 +123,7 @@ class Protocol:
     head: int = 0
     frozen_batchnorm: bool = False
     validation_classes: int = 0
+    tuned: str = "all"
     average: str = ""
     compiled: bool = False
 
@@ -137,9 +141,17 @@ class Protocol:
             raise InputError(f"steps={self.steps}, budget={self.budget}; expected one of them, above 0.")
         if self.augment < 0:
             raise InputError(f"augment={self.augment}; expected a strength from 0 on.")
-        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("average", AVERAGES)):
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("schedule", SCHEDULES),
+            ("average", AVERAGES),
+            ("tuned", TUNED),
+        ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r}; expected one of {known}.")
+
+        if self.tuned == "head" and not self.head:
+            raise InputError("tuned='head' trains the head alone, and there is none. Give its dimensions, --head 128.")
 
     @property
     def batch(self) -> int:

@@ -24,6 +24,7 @@ from pml_adversarial.training.isolation import preserved, random_stream
 from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, start_as_thresholds
 from .batches import Batches
 from .data import Part
+from .lora import merged, tune
 from .methods import Method
 from .protocol import Protocol
 
@@ -143,6 +144,7 @@ class Training:
             images, _ = self.batches[0]
             self.model = build_for(self.protocol, tuple(images.shape[1:]))
             load_start(self.protocol, self.model)
+            tune(self.model, self.protocol.tuned)
             if self.protocol.thresholds:
                 start_as_thresholds(self.model, images)
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
@@ -177,7 +179,7 @@ class Training:
     def _set_mode(self) -> None:
         self.model.train()
         for module in self.model.modules():
-            if self.protocol.frozen_batchnorm and isinstance(module, nn.BatchNorm2d):
+            if (self.protocol.frozen_batchnorm or self.protocol.tuned != "all") and isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
     def _affordable(self) -> int:
@@ -224,7 +226,7 @@ class Training:
         """The trunk, and the head with the loss's own weights; ``rate`` times the learning rate is theirs."""
         head = [*(self.model.get_submodule("head").parameters() if self.protocol.head else ()), *self.loss.parameters()]
         of_head = set(map(id, head))
-        trunk = [parameter for parameter in self.model.parameters() if id(parameter) not in of_head]
+        trunk = [weight for weight in self.model.parameters() if weight.requires_grad and id(weight) not in of_head]
         groups = [{"params": trunk, "rate": 1.0}, {"params": head, "rate": self.protocol.head_rate}]
         return [group for group in groups if group["params"]]
 
@@ -236,12 +238,12 @@ class Training:
     def _final(self) -> nn.Module:
         """The network that training gives: the averaged one, if weights were averaged."""
         if self.average is None:
-            return self.model
+            return merged(self.model)
         if self.protocol.average == "swa" and not self.protocol.frozen_batchnorm:
             batches = (self.batches[step][0].to(self.device) for step in range(STATISTICS_STEPS))
             update_bn(batches, self.average)
         self.model.load_state_dict(self.average.module.state_dict())
-        return self.model
+        return merged(self.model)
 
     def _learning_rate(self) -> float:
         """Of the coming step."""

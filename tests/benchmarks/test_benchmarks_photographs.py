@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
 from benchmarks.robustness import __main__ as command  # noqa: E402
-from benchmarks.robustness import train  # noqa: E402
+from benchmarks.robustness import lora, train  # noqa: E402
 from benchmarks.robustness.backbones import build, load_weights, slim_resnet  # noqa: E402
 from benchmarks.robustness.data import SmallPhotographs, load, read_classes  # noqa: E402
 from benchmarks.robustness.methods import METHODS  # noqa: E402
@@ -252,6 +252,38 @@ class TestTraining:
     def test_the_seed_paper_on_photographs_has_its_own_eps(self):
         keywords = METHODS["seed-paper"].options(named("helped", "cars", {}))["attack"].keywords
         assert (keywords["eps"], keywords["alpha"], keywords["steps"]) == (0.01, 0.004, 5)
+
+
+class TestTuned:
+    def test_the_head_alone(self, part, tmp_path):
+        training, model = trained("preset-ms", part, tmp_path, head=5, tuned="head")
+        (group,) = training.optimizer.param_groups
+        assert len(group["params"]) == 2
+        start = Training(METHODS["preset-ms"], Protocol(**SLIM, head=5), part, 0, CPU).model
+        torch.testing.assert_close(model.trunk.state_dict(), start.trunk.state_dict())
+        assert not torch.equal(model.head.weight, start.head.weight)
+
+    def test_low_rank_changes(self, part, tmp_path):
+        training, model = trained("preset-ms", part, tmp_path, tuned="lora")
+        start = Training(METHODS["preset-ms"], Protocol(**SLIM), part, 0, CPU).model
+        assert list(model.state_dict()) == list(start.state_dict())  # merged
+        change = model[1].convolutions[0].weight - start[1].convolutions[0].weight
+        assert 1 <= torch.linalg.matrix_rank(change.detach().flatten(1), rtol=1e-3) <= lora.RANK
+        for name in ("weight", "bias", "running_mean"):
+            before, after = (getattr(network[0].convolutions[1], name) for network in (start, model))
+            assert torch.equal(before, after)
+        assert all(weight.shape[-1] <= 1000 for group in training.optimizer.param_groups for weight in group["params"])
+
+    def test_at_first_nothing_is_changed(self):
+        network = slim_resnet().eval()
+        images = torch.rand(2, 3, 16, 16)
+        before = network(images)
+        lora.tune(network, "lora")
+        torch.testing.assert_close(network(images), before)
+
+    def test_no_head(self):
+        with pytest.raises(InputError, match="there is none"):
+            Protocol(**SLIM, tuned="head")
 
 
 class TestOriginal:
