@@ -265,10 +265,9 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             records.write(self, answers)
         else:
             records.clear(self, strength=batch.strength)
-        self.batch_recall, self.batch_recall_attacked = (
-            self.adversary.monitor.recall,
-            self.adversary.monitor.recall_attacked,
-        )
+        seen = self.adversary.monitor
+        self.batch_recall, self.batch_recall_attacked = seen.recall, seen.recall_attacked
+        self.batch_recall_searched = seen.recall_searched
         return batch.num_processes * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
 

@@ -24,12 +24,15 @@ _FIRST_RESULT = ("plan", "score", "attack", "training_loss")
 """The questions that one plugin answers: the first with an opinion."""
 
 
-class HasOptions(Protocol):
+class OwnMethod(Protocol):
     """The plugin that is asked last, with the options that the user set."""
 
     @property
     def given(self) -> Mapping[str, tuple[str, ...]]:
         """Question -> names of options that the user set, and that only count where this plugin answers it."""
+
+    def pml_adversarial_attack(self, objective: Objective, batch: Batch) -> Attack:
+        """The attack that the user set."""
 
 
 class Hooks:
@@ -43,7 +46,7 @@ class Hooks:
         PluginError: a plugin is given twice, answers no question, or answers one that does not exist.
     """
 
-    def __init__(self, plugins: Iterable[Any], own: HasOptions) -> None:
+    def __init__(self, plugins: Iterable[Any], own: OwnMethod) -> None:
         self.named, self.own = tuple(plugins), own
         self._manager = make_manager(self.plugins)
         self._unchecked = self._to_be_checked()
@@ -65,6 +68,12 @@ class Hooks:
     def attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack:
         """How it is raised."""
         return self._first("attack", cast(type[Attack], Callable), objective=objective, batch=batch, plan=plan)
+
+    def own_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack | None:
+        """The attack that the user set; None where a plugin brings its own."""
+        if self._answering("attack"):
+            return None
+        return self._checked("attack", self.own.pml_adversarial_attack(objective, batch), cast(type[Attack], Callable))
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
         """What training minimises."""

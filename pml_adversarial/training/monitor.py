@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .numeric import at_least_float
-from .objectives import distance_of
+from .objectives import distance_of, exactly
 from .plan import Plan
 
 logger = logging.getLogger("pml_adversarial")
 
 EVERY = 5
 """Number of steps from one measurement to the next."""
+
+SEARCHED_EVERY = 50
+"""Number of steps from one attack on the search to the next."""
 
 _MEMORY = 20  # measurements over which R@1 is averaged
 _BEARABLE = 0.2  # of the clean R@1: where an attack leaves less, its eps is out of reach
@@ -38,14 +42,16 @@ class CollapseMonitor:
         share: of the budget that the schedule allows, from 0 to 1.
         recall: R@1 within the batch without attack, averaged over the last measurements; NaN before the first.
         recall_attacked: the same of the perturbed rows, at full strength; NaN before the first.
+        recall_searched: the same under an attack that raises the margin of the search itself, see `SearchMargin`. The
+            attack of training may leave rows found that this one does not. NaN before the first.
     """
 
     def __init__(self, guarded: bool = True) -> None:
         self.guarded = guarded
         self.share = 1.0
-        self.recall = self.recall_attacked = math.nan
+        self.recall = self.recall_attacked = self.recall_searched = math.nan
         self.best = 0.0
-        self.measurements = self.attacked_measurements = 0
+        self.measurements = self.attacked_measurements = self.searched_measurements = 0
 
     def measure(self, step: int, recall: float, attacked: float | None) -> None:
         """Takes in one measurement. `EVERY` steps one is expected.
@@ -75,15 +81,25 @@ class CollapseMonitor:
         elif attacked is not None and self.out_of_reach and self.attacked_measurements % (5 * _MEMORY) == _MEMORY:
             logger.warning(
                 f"The eps of this attack is out of reach so far: after {step + 1} steps R@1 within the batch is "
-                f"{100 * self.recall:.0f} % without attack and {100 * self.recall_attacked:.0f} % under it. Expect no "
+                f"{100 * self.recall:.0f} % without attack and {100 * self._least:.0f} % under it. Expect no "
                 "robustness at it. Smaller eps may be learned better with a smaller eps in training; else train for "
                 "longer, or use a larger network."
             )
 
+    def measure_searched(self, recall: float) -> None:
+        """Takes in R@1 of rows under an attack on the search itself. `SEARCHED_EVERY` steps one is expected."""
+        self.searched_measurements += 1
+        self.recall_searched = _averaged(self.recall_searched, recall, self.searched_measurements)
+
     @property
     def out_of_reach(self) -> bool:
         """Whether hardly any row withstands the attack, after 100 steps at full strength."""
-        return self.attacked_measurements >= _MEMORY and self.recall_attacked < _BEARABLE * self.recall
+        return self.attacked_measurements >= _MEMORY and self._least < _BEARABLE * self.recall
+
+    @property
+    def _least(self) -> float:
+        """R@1 under the stronger of the two attacks."""
+        return min([self.recall_attacked] + [self.recall_searched] * (self.searched_measurements > 0))
 
     def state_dict(self) -> dict[str, Any]:
         """The state in types that load with ``weights_only``."""
@@ -97,23 +113,52 @@ class CollapseMonitor:
 def batch_recall(wrapped: nn.Module, batch: Batch, plan: Plan, copies: Tensor) -> Tensor:
     """``(2,)`` R@1 within a batch with labels: of clean rows, and of copies ``(M, D)`` among the other clean rows.
 
-    The distance is that of the loss. A row whose class has no other member does not count; NaN where no row counts. A
-    wrong row that is as near as the nearest right one ranks before it.
+    See `SearchMargin`. NaN where no row counts.
     """
-    distance, clean = distance_of(wrapped), at_least_float(batch.embeddings.detach())
-    labels, rows = cast(Tensor, batch.labels), torch.arange(batch.num_rows, device=clean.device)
-    asked = (clean, rows), (copies.detach().to(clean.dtype), plan.rows)
-    return torch.stack([_recall(distance, queries, of, clean, labels) for queries, of in asked])
+    seen = replace(batch, context=batch.embeddings.detach())
+    rows = torch.arange(batch.num_rows, device=copies.device)
+    asked = (seen.context, rows), (copies.detach(), plan.rows)
+    return torch.stack([SearchMargin(wrapped, seen, of).recall(queries) for queries, of in asked])
 
 
-def _recall(distance: nn.Module, queries: Tensor, of: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
-    near = distance(queries, clean)
-    near = near if distance.is_inverted else -near
-    itself = torch.zeros_like(near, dtype=torch.bool).scatter(1, of[:, None], True)
-    same = labels[of][:, None] == labels
-    right = near.masked_fill(~same | itself, -torch.inf).amax(1)
-    wrong = near.masked_fill(same, -torch.inf).amax(1)
-    return (right > wrong)[(same & ~itself).any(1)].float().mean()
+class SearchMargin:
+    """By how much the nearest wrong row is nearer than the nearest right one, among the clean rows of a batch.
+
+    What the attack of training raises may be another thing, such as the distance to the furthest right row. The margin
+    is what decides R@1. The distance is that of the loss.
+
+    Args:
+        wrapped: the loss.
+        batch: with labels; its ``context`` is searched.
+        of: ``(M,)`` rows of the batch; each searches the others.
+    """
+
+    may_be_flat = True
+
+    def __init__(self, wrapped: nn.Module, batch: Batch, of: Tensor) -> None:
+        self.distance, self.clean = distance_of(wrapped), at_least_float(batch.context)
+        labels = cast(Tensor, batch.labels)
+        itself = torch.zeros(len(of), len(labels), dtype=torch.bool, device=of.device).scatter(1, of[:, None], True)
+        same = labels[of][:, None] == labels
+        self._right, self._wrong = same & ~itself, ~same
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Margins ``(M, D) -> (M,)``; 0 of a row that has no right or no wrong row to find."""
+        right, wrong = self._nearest(embeddings)
+        return torch.where(right.isfinite() & wrong.isfinite(), wrong - right, 0)
+
+    def recall(self, embeddings: Tensor) -> Tensor:
+        """R@1. A row whose class has no other member does not count. A wrong row that is as near ranks first."""
+        right, wrong = self._nearest(embeddings)
+        return (right > wrong)[self._right.any(1)].float().mean()
+
+    def _nearest(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """``(M,)`` similarity of the nearest right row and of the nearest wrong one; minus infinity where none is."""
+        with exactly(embeddings):
+            near = self.distance(embeddings.to(self.clean.dtype), self.clean)
+        near = near if self.distance.is_inverted else -near
+        right, wrong = (near.masked_fill(~rows, -torch.inf).amax(1) for rows in (self._right, self._wrong))
+        return right, wrong
 
 
 def _averaged(mean: float, value: float, count: int) -> float:

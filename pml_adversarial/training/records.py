@@ -69,12 +69,14 @@ class LossRecords(Records):
         loss_after: the training loss, which was returned.
         batch_recall: R@1 within the batch without attack, from 0 to 1, averaged over the last measurements.
         batch_recall_attacked: R@1 of perturbed rows among the clean other rows, at full strength.
+        batch_recall_searched: the same under the same attack, where it raises the margin of the search itself.
     """
 
     loss_before: float = math.nan
     loss_after: float = math.nan
     batch_recall: float = math.nan
     batch_recall_attacked: float = math.nan
+    batch_recall_searched: float = math.nan
 
 
 STANDARD = Records.names()

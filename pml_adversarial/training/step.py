@@ -6,6 +6,7 @@ differs from method to method; this module decides when they are asked, and in w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from .batch import Adversarial, Batch
 from .capture import InputCapture
 from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
-from .monitor import CollapseMonitor, batch_recall
+from .monitor import CollapseMonitor, SearchMargin, batch_recall
 from .pixels import PixelSpace
 from .plan import Plan, clean_loss, take
 from .schedule import EpsSchedule
@@ -44,6 +45,9 @@ class Questions(Protocol):
 
     def attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack:
         """How it is raised."""
+
+    def own_attack(self, objective: Objective, batch: Batch, plan: Plan) -> Attack | None:
+        """The attack that the user set; None where a plugin brings its own."""
 
     def training_loss(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
         """What training minimises."""
@@ -304,8 +308,31 @@ class AdversarialStep:
         with torch.no_grad():
             recall, attacked = batch_recall(wrapped, batch, plan, copies).tolist()
         at_full_strength = batch.strength == 1.0 and attacked == attacked
+        if at_full_strength and self.step and self.step % monitor.SEARCHED_EVERY == 0:
+            searched = self._search_attacked(wrapped, batch, plan)
+            if searched == searched:
+                self.monitor.measure_searched(searched)
         if recall == recall:
             self.monitor.measure(self.step, recall, attacked if at_full_strength else None)
+
+    def _search_attacked(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> float:
+        """R@1 within the batch under the user's attack, where it raises the margin of the search; NaN without one."""
+        modules = batch.replay.modules
+        depends_on = depends_on_mode(*modules)
+        with isolated(wrapped, *modules), self.random_numbers():
+            seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
+            rows = batch.own(plan.rows, plan.rows).unique()
+            if not len(rows):
+                return math.nan
+            score, of_replay = SearchMargin(wrapped, seen, rows), batch.local(rows)
+            embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
+            objective = Objective(embed, score, seen.context[rows], modules)
+            attack = self.hooks.own_attack(objective, batch, plan)
+            if attack is None or attack is adapter.unchanged:
+                return math.nan
+            found = adapter.run(attack, take(batch.inputs, batch.places_of(rows)), objective.labels, objective)
+            with torch.no_grad():
+                return score.recall(embed(found)).item()
 
 
 def _per_row(score: Tensor, plan: Plan) -> Tensor:

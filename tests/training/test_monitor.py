@@ -13,8 +13,9 @@ from seed_paper import seed_paper_loss
 from torch import nn
 
 from pml_adversarial import AdversarialLoss
+from pml_adversarial.defenses import ATTA
 from pml_adversarial.training.batch import Batch
-from pml_adversarial.training.monitor import EVERY, CollapseMonitor, batch_recall
+from pml_adversarial.training.monitor import EVERY, SEARCHED_EVERY, CollapseMonitor, SearchMargin, batch_recall
 from pml_adversarial.training.plan import plan_rows, replace_rows
 
 MEASUREMENTS = 20  # that make an average
@@ -110,6 +111,25 @@ class TestWarnings:
         assert monitor.out_of_reach
         assert len(caplog.records) == 1
 
+    def test_of_an_eps_that_an_attack_on_the_search_finds_out_of_reach(self, caplog):
+        """The attack of training leaves a third of the rows found; the attack on the search, a tenth."""
+        monitor = CollapseMonitor()
+        for step in range(MEASUREMENTS):
+            if step == 15:
+                monitor.measure_searched(0.05)
+            monitor.measure(step * EVERY, 0.6, 0.2)
+        assert monitor.out_of_reach
+        assert "is 60 % without attack and 5 % under it" in caplog.text
+
+    def test_none_of_an_attack_on_the_search_that_leaves_enough(self, caplog):
+        monitor = CollapseMonitor()
+        for step in range(MEASUREMENTS):
+            monitor.measure_searched(0.15)
+            monitor.measure(step * EVERY, 0.6, 0.2)
+        assert not monitor.out_of_reach
+        assert monitor.recall_searched == pytest.approx(0.15)
+        assert caplog.records == []
+
     def test_none_of_a_good_run(self, caplog):
         with caplog.at_level(logging.DEBUG):
             measured([0.5 + 0.004 * step for step in range(100)] + [0.9] * 200, attacked=0.3)
@@ -174,6 +194,31 @@ class TestBatchRecall:
         assert not found[0].isnan()
 
 
+class TestSearchMargin:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_by_loops(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        clean, labels = torch.randn(9, 3, generator=generator), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
+        rows = torch.tensor([1, 4, 7, 8])
+        copies = torch.randn(4, 3, generator=generator)
+        score = SearchMargin(TripletMarginLoss(), batch_of(clean, labels), rows)
+        unit = nn.functional.normalize
+        for value, copy, row in zip(score(copies).tolist(), copies, rows.tolist(), strict=True):
+            away = [(unit(copy, dim=0) - unit(clean[o], dim=0)).norm().item() for o in range(9)]
+            right = [away[o] for o in range(9) if o != row and labels[o] == labels[row]]
+            wrong = [away[o] for o in range(9) if labels[o] != labels[row]]
+            assert value == pytest.approx(min(right) - min(wrong) if right else 0, abs=1e-6)
+        expected = recall_by_loops(copies, rows.tolist(), clean, labels)
+        assert score.recall(copies).item() == pytest.approx(expected)
+
+    def test_has_a_finite_gradient_where_there_is_nothing_to_find(self):
+        for labels in (torch.zeros(4, dtype=torch.long), torch.arange(4)):
+            embeddings = torch.randn(4, 2, requires_grad=True)
+            score = SearchMargin(TripletMarginLoss(), batch_of(embeddings.detach(), labels), torch.arange(4))
+            (gradient,) = torch.autograd.grad(score(embeddings).sum(), embeddings)
+            assert not gradient.any()
+
+
 def tiny(perturb="all", **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8))
@@ -199,6 +244,50 @@ class TestInTraining:
         assert found[0] is None
         assert 0 <= found[1] <= 1
 
+    def test_the_search_is_attacked_now_and_then(self, images, labels):
+        model, loss_func = tiny()
+        assert math.isnan(loss_func.records.batch_recall_searched)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for step in range(SEARCHED_EVERY + 1):
+            assert math.isnan(loss_func.batch_recall_searched), step
+            loss_func(model(images), labels)
+        found = loss_func.adversary.monitor
+        assert found.searched_measurements == 1
+        assert loss_func.records.batch_recall_searched == found.recall_searched <= found.recall
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+    def test_the_search_is_attacked_as_by_hand(self, images, labels):
+        model, loss_func = tiny()
+        for _ in range(SEARCHED_EVERY + 1):
+            loss_func(model(images), labels)
+        clean = model(images).detach()
+        score = SearchMargin(TripletMarginLoss(), batch_of(clean, labels), torch.arange(8))
+        moved = images.clone().requires_grad_()
+        with torch.random.fork_rng():
+            (gradient,) = torch.autograd.grad(score(model(moved)).sum(), moved)
+        changed = (images + 0.05 * gradient.sign()).clamp(0, 1)
+        expected = recall_by_loops(model(changed).detach(), range(8), clean, labels)
+        assert abs(loss_func.batch_recall_searched - expected) <= 2 / 8  # it starts at a random point of the ball
+
+    def test_the_search_is_not_attacked_where_a_plugin_brings_the_attack(self, images, labels):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8))
+        loss_func = AdversarialLoss(TripletMarginLoss(), model, plugins=[ATTA(0.05)], warmup=0, guard=False)
+        for _ in range(SEARCHED_EVERY + 1):
+            loss_func.adversary.hooks.named[0].next(torch.arange(8))
+            loss_func(model(images), labels)
+        assert math.isnan(loss_func.batch_recall_searched)
+
+    def test_the_search_is_attacked_in_eval_mode_and_without_a_trace(self, moody_model, images, labels):
+        loss_func = AdversarialLoss(ContrastiveLoss(), moody_model, eps=0.05, warmup=0)
+        for step in range(SEARCHED_EVERY + 1):
+            loss_func(moody_model(images), labels)
+            if step == SEARCHED_EVERY - 1:
+                seen = int(moody_model[1].num_batches_tracked)
+        assert int(moody_model[1].num_batches_tracked) == seen + 2  # clean and perturbed rows, as in every step
+        assert all(module.training for module in moody_model.modules())
+
     def test_what_is_seen_is_recorded(self, images, labels):
         model, loss_func = tiny()
         embeddings = model(images)
@@ -206,7 +295,7 @@ class TestInTraining:
         assert loss_func.batch_recall == pytest.approx(
             recall_by_loops(embeddings.detach(), range(8), embeddings.detach(), labels)
         )
-        assert {"batch_recall", "batch_recall_attacked"} <= set(loss_func._record_these)
+        assert {"batch_recall", "batch_recall_attacked", "batch_recall_searched"} <= set(loss_func._record_these)
 
     def test_the_attack_is_held_back(self, images, labels):
         model, loss_func = tiny(guard=True)
@@ -236,6 +325,7 @@ class TestInTraining:
         for _ in range(EVERY + 1):
             loss_func(model(images), labels)
         loss_func.adversary.monitor.share = 0.3
+        loss_func.adversary.monitor.measure_searched(0.25)
         _, other = tiny(guard=True)
         other.load_state_dict(loss_func.state_dict())
         assert vars(other.adversary.monitor) == vars(loss_func.adversary.monitor)
