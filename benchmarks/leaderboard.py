@@ -49,6 +49,14 @@ NAMES = {
     "preset-ms": ("AdversarialLoss(MultiSimilarityLoss)", ""),
     "preset-supcon": ("AdversarialLoss(SupConLoss)", ""),
     "preset-both": ("AdversarialLoss(SupConLoss and MultiSimilarityLoss)", ""),
+    "preset-ms-one-step": ("AdversarialLoss(MultiSimilarityLoss), 1 step", ""),
+    "preset-ms-replaced": ("AdversarialLoss(MultiSimilarityLoss), perturbed rows alone", ""),
+    "preset-ms-awp": ("AdversarialLoss(MultiSimilarityLoss) with AWP", "arXiv 2004.05884"),
+    "trades-ms": ("MultiSimilarityLoss with TRADES on neighbours", "arXiv 1901.08573"),
+    "trades-ms-decoupled": ("MultiSimilarityLoss with TRADES, decoupled", "arXiv 2305.13948"),
+    "start": ("the network at the start", ""),
+    "fare": ("FARE, in the gallery of the start", "arXiv 2402.12336"),
+    "fare-clean": ("FARE with clean rows, in the gallery of the start", "arXiv 2402.12336"),
 }
 """Method of `METHODS` -> its name on the page, and its paper."""
 

@@ -39,3 +39,7 @@ def test_training_without_an_attack_has_no_radius():
 def test_the_page_has_the_tables_of_the_entries():
     page = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
     assert page.partition(MARK)[2].strip() == tables(entries(leaderboard.BOARD)).strip()
+
+
+def test_methods_that_the_leaderboard_names_are_there():
+    assert set(leaderboard.NAMES) <= set(leaderboard.METHODS)
