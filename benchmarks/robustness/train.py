@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -88,8 +88,18 @@ def load_start(protocol: Protocol, network: nn.Module) -> None:
 def averaged(name: str, model: nn.Module) -> AveragedModel | None:
     """What averages the weights of training steps: `Protocol.average`."""
     if name == "ema":
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+        return AveragedModel(model, multi_avg_fn=_exponential, use_buffers=True)
     return AveragedModel(model) if name == "swa" else None
+
+
+def _exponential(averages: Sequence[Tensor], now: Sequence[Tensor], count: Tensor) -> None:
+    """An exponential average whose memory grows with the training, so that it forgets the first weights."""
+    get_ema_multi_avg_fn(ema_decay(int(count)))(averages, now, count)
+
+
+def ema_decay(count: int) -> float:
+    """The weight of the average so far, of ``count`` steps."""
+    return min(EMA_DECAY, (1 + count) / (10 + count))
 
 
 class Training:

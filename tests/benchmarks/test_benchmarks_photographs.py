@@ -205,8 +205,9 @@ class TestTraining:
             assert int(model[0].convolutions[1].num_batches_tracked) == train.STATISTICS_STEPS
         else:
             expected = seen[0][name]
-            for state in seen[1:]:
-                expected = train.EMA_DECAY * expected + (1 - train.EMA_DECAY) * state[name]
+            for count, state in enumerate(seen[1:], 1):
+                expected = train.ema_decay(count) * expected + (1 - train.ema_decay(count)) * state[name]
+            assert train.ema_decay(10**6) == train.EMA_DECAY
             torch.testing.assert_close(model.state_dict()[name], expected)
         assert not torch.equal(model.state_dict()[name], seen[-1][name])
 
