@@ -50,6 +50,7 @@ NAMES = {
     "preset-supcon": ("AdversarialLoss(SupConLoss)", ""),
     "preset-both": ("AdversarialLoss(SupConLoss and MultiSimilarityLoss)", ""),
     "preset-ms-one-step": ("AdversarialLoss(MultiSimilarityLoss), 1 step", ""),
+    "preset-ms-two-steps": ("AdversarialLoss(MultiSimilarityLoss), 2 steps", ""),
     "preset-ms-replaced": ("AdversarialLoss(MultiSimilarityLoss), perturbed rows alone", ""),
     "preset-ms-awp": ("AdversarialLoss(MultiSimilarityLoss) with AWP", "arXiv 2004.05884"),
     "trades-ms": ("MultiSimilarityLoss with TRADES on neighbours", "arXiv 1901.08573"),

@@ -185,8 +185,8 @@ def _preset(protocol: Protocol) -> dict[str, Any]:
     return {"attack": attacks.preset(protocol.preset_eps)}
 
 
-def _one_step(protocol: Protocol) -> dict[str, Any]:
-    return {"attack": attacks.preset(protocol.preset_eps, 1)}
+def _with_steps(steps: int) -> Callable[[Protocol], dict[str, Any]]:
+    return lambda protocol: {"attack": attacks.preset(protocol.preset_eps, steps)}
 
 
 def _replaced(protocol: Protocol) -> dict[str, Any]:
@@ -259,7 +259,10 @@ METHODS: dict[str, Method] = {
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
-    "preset-ms-one-step": Method("preset-ms with 1 step of 2.5 eps", multi_similarity, options=_one_step, warmup=0.5),
+    "preset-ms-one-step": Method(
+        "preset-ms with 1 step of 2.5 eps", multi_similarity, options=_with_steps(1), warmup=0.5
+    ),
+    "preset-ms-two-steps": Method("preset-ms with 2 steps", multi_similarity, options=_with_steps(2), warmup=0.5),
     "preset-ms-replaced": Method("preset-ms, perturbed rows alone", multi_similarity, options=_replaced, warmup=0.5),
     "preset-ms-awp": _beside_preset("preset-ms with AWP, arXiv 2004.05884", ("awp", "AWP")),
     "trades-ms": _beside_preset("TRADES on neighbours, around MultiSimilarityLoss", ("trades", "TRADES")),
