@@ -18,8 +18,7 @@ from typing import Any
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.protocol import Protocol
 from pml_adversarial.attacks import budget
-from pml_adversarial.evaluation.reports.binomial import rate_interval
-from pml_adversarial.evaluation.reports.leaderboard import add
+from pml_adversarial.evaluation.reports.leaderboard import Model, add, entry_from
 
 RESULTS = Path(__file__).parent / "robustness" / "results"
 BOARD = Path(__file__).parent / "leaderboard"
@@ -86,38 +85,20 @@ def entry(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
     protocol, report = run["protocol"], run["report"]
     data, split = SETS[protocol["data"]]
     name, paper = NAMES[run["method"]]
-    attacked, queries = METHODS[run["method"]].options is not None, report["num_queries"]
-
-    def rate(value: float) -> dict[str, Any]:
-        return {"recall_at_1": value, "interval": list(rate_interval(round(value * queries), queries))}
-
-    worst = [part for part in report["worst"] if part["target"] == "query"]
-    attacks = sorted({part["attack"] for part in report["attacks"] if part["target"] == "query"})
-    return {
-        "method": name,
-        "data": data.format(size=protocol["size"]),
-        "split": split,
-        "backbone": backbone(protocol),
-        "passes": run["training"]["forward"],
-        "train_eps": train_eps(run["method"], protocol) if attacked else 0.0,
-        "paper": paper,
-        "seed": run["seed"],
-        "source": f"benchmarks/robustness/results/{path.relative_to(RESULTS).as_posix()}",
-        "threat_model": "Linf",
-        "protocol": report["protocol"],
-        "queries": queries,
-        "gallery": report["num_gallery"],
-        "suite": ", ".join(attacks) if report["suite"] == "custom" else report["suite"],
-        "attacks": attacks,
-        "checks": None,
-        "clean": rate(report["clean"]["recall_at_1"]),
-        "map_at_r": report["clean"]["map_at_r"],
-        "worst_case": [{"eps": part["eps"], **rate(part["measures"]["recall_at_1"])} for part in worst],
-        "model_sha256": report.get("provenance", {}).get("model", {}).get("sha256"),
-        "report_sha256": None,
-        "versions": report["versions"],
-        "date": report.get("provenance", {}).get("time", "")[:10] or None,
-    }
+    attacked = METHODS[run["method"]].options is not None
+    model = Model(
+        name,
+        data.format(size=protocol["size"]),
+        split,
+        backbone(protocol),
+        run["training"]["forward"],
+        train_eps(run["method"], protocol) if attacked else 0.0,
+        paper,
+        run["seed"],
+        f"benchmarks/robustness/results/{path.relative_to(RESULTS).as_posix()}",
+    )
+    found = entry_from(report, model)
+    return {**found, "suite": ", ".join(found["attacks"]) if found["suite"] == "custom" else found["suite"]}
 
 
 def backbone(protocol: Mapping[str, Any]) -> str:

@@ -17,13 +17,14 @@ from pml_adversarial import InputError
 from pml_adversarial.evaluation.suites import find_suite
 
 from . import __doc__ as about
-from .backbones import BACKBONES, IMAGENET_WEIGHTS, build, check, load_weights
+from .backbones import BACKBONES, IMAGENET_WEIGHTS, check
 from .batches import Batches
 from .data import Part, hold_out, load, side
 from .methods import METHODS
 from .protocol import AVERAGES, DATA, PRECISIONS, PROTOCOLS, SCHEDULES, TUNED, Protocol, named
 from .run import Bench, Evaluation, finished
 from .table import table
+from .train import start_for
 
 logger = logging.getLogger("robustness")
 
@@ -120,7 +121,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
     bench = Bench(protocol, evaluation, train, searched, _device(options.device), options.workers, not options.quiet)
     check(protocol.backbone, bench.shape(), protocol.pretrained, protocol.thresholds)
     if protocol.pretrained not in ("", IMAGENET_WEIGHTS):
-        load_weights(build(protocol.backbone, bench.shape()), Path(protocol.pretrained))
+        start_for(protocol, bench.shape())
     Batches(train, protocol, 0)
     return bench
 

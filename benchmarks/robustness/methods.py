@@ -81,6 +81,8 @@ class Method:
         """
         if self.needs_start and not protocol.pretrained:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
+        if self.needs_start and protocol.head:
+            raise InputError(f"{self.said}: begins with a trained network, and a --head is not trained. Leave it out.")
 
     def recipe(self, protocol: Protocol) -> dict[str, Any]:
         """Loss, miner, plugins and options in JSON's types: whoever changes one of them trains anew."""

@@ -18,7 +18,7 @@ from pml_adversarial import InputError, Report, evaluate_robustness
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
-from .train import Passed, Training, build_for, load_start
+from .train import Passed, Training, build_for, start_for
 
 RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
 
@@ -128,7 +128,7 @@ class Bench:
         model = build_for(self.protocol, self.shape()).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         kept = folder / self.evaluation.folder()
-        original = self._original() if method.original else None
+        original = start_for(self.protocol, self.shape()).to(self.device).eval() if method.original else None
         report = self.evaluation.measure(model.eval(), self.searched, kept, self.progress, original)
         report.save_json(folder / "report.json")
         report.save_html(folder / "report.html")
@@ -142,12 +142,6 @@ class Bench:
         model = training.run(folder / CHECKPOINT, self.workers, shown if self.progress else None)
         torch.save(model.state_dict(), (folder / MODEL).with_suffix(".unfinished"))
         return training.passed
-
-    def _original(self) -> nn.Module:
-        """The network at the start of the training."""
-        network = build_for(self.protocol, self.shape())
-        load_start(self.protocol, network)
-        return network.to(self.device).eval()
 
     def shape(self) -> tuple[int, ...]:
         """Of one image."""

@@ -79,10 +79,12 @@ def build_for(protocol: Protocol, shape: Shape) -> nn.Module:
     return build(protocol.backbone, shape, of_torchvision, protocol.head)
 
 
-def load_start(protocol: Protocol, network: nn.Module) -> None:
-    """Gives a network the weights of the protocol's file, if it has one; a head keeps its own."""
+def start_for(protocol: Protocol, shape: Shape) -> nn.Module:
+    """The network at the start of the training: with the weights of the protocol's file, if it has one."""
+    network = build_for(protocol, shape)
     if protocol.pretrained not in ("", IMAGENET_WEIGHTS):
         load_weights(network.get_submodule("trunk") if protocol.head else network, Path(protocol.pretrained))
+    return network
 
 
 def averaged(name: str, model: nn.Module) -> AveragedModel | None:
@@ -152,8 +154,7 @@ class Training:
     def _make(self, steps: int) -> None:
         with random_stream(self.seed, -1):  # all methods start from the same weights
             images, _ = self.batches[0]
-            self.model = build_for(self.protocol, tuple(images.shape[1:]))
-            load_start(self.protocol, self.model)
+            self.model = start_for(self.protocol, tuple(images.shape[1:]))
             tune(self.model, self.protocol.tuned)
             if self.protocol.thresholds:
                 start_as_thresholds(self.model, images)
@@ -189,8 +190,12 @@ class Training:
     def _set_mode(self) -> None:
         self.model.train()
         for module in self.model.modules():
-            if (self.protocol.frozen_batchnorm or self.protocol.tuned != "all") and isinstance(module, nn.BatchNorm2d):
+            if self._freezes_batchnorm and isinstance(module, nn.BatchNorm2d):
                 module.eval()
+
+    @property
+    def _freezes_batchnorm(self) -> bool:
+        return self.protocol.frozen_batchnorm or self.protocol.tuned != "all"
 
     def _affordable(self) -> int:
         """How many steps of full strength the budget pays for, by a trial of one."""
@@ -249,7 +254,7 @@ class Training:
         """The network that training gives: the averaged one, if weights were averaged."""
         if self.average is None:
             return merged(self.model)
-        if self.protocol.average == "swa" and not self.protocol.frozen_batchnorm:
+        if self.protocol.average == "swa" and not self._freezes_batchnorm:
             batches = (self.batches[step][0].to(self.device) for step in range(STATISTICS_STEPS))
             update_bn(batches, self.average)
         self.model.load_state_dict(self.average.module.state_dict())

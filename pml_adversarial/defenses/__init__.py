@@ -19,5 +19,19 @@ from .ses import SES
 from .trades import TRADES
 from .tride import TRIDE
 
-__all__ = ["ACT", "AMD", "ATTA", "AWP", "EST", "FARE", "HM", "ICS", "RAMD", "SES", "TRADES", "TRIDE", "FreeAT"]
-__all__ += ["HardRows"]
+__all__ = [
+    "ACT",
+    "AMD",
+    "ATTA",
+    "AWP",
+    "EST",
+    "FARE",
+    "HM",
+    "ICS",
+    "RAMD",
+    "SES",
+    "TRADES",
+    "TRIDE",
+    "FreeAT",
+    "HardRows",
+]

@@ -232,9 +232,7 @@ class AdversarialStep:
         if len(rows) < len(plan):
             own = batch.own(torch.arange(len(plan), device=rows.device), plan.rows)
             of_own, clean = _ScoreOfSome(score, clean, own), clean[own]
-        of_replay = batch.local(rows)
-        embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
-        objective = Objective(embed, of_own, clean, batch.replay.modules)
+        objective = _objective(batch, rows, of_own, clean)
         attack = self.hooks.attack(objective, batch, plan)
         found = adapter.run(attack, inputs, objective.labels, objective)
         if isinstance(attack, adapter.Learns) and found is not inputs:
@@ -324,15 +322,21 @@ class AdversarialStep:
             rows = batch.own(plan.rows, plan.rows).unique()
             if not len(rows):
                 return math.nan
-            score, of_replay = SearchMargin(wrapped, seen, rows), batch.local(rows)
-            embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
-            objective = Objective(embed, score, seen.context[rows], modules)
+            score = SearchMargin(wrapped, seen, rows)
+            objective = _objective(batch, rows, score, seen.context[rows])
             attack = self.hooks.own_attack(objective, batch, plan)
             if attack is None or attack is adapter.unchanged:
                 return math.nan
             found = adapter.run(attack, take(batch.inputs, batch.places_of(rows)), objective.labels, objective)
             with torch.no_grad():
-                return score.recall(embed(found)).item()
+                return score.recall(batch.replay.embed(found, batch.local(rows))).item()
+
+
+def _objective(batch: Batch, rows: Tensor, score: Score, clean: Tensor) -> Objective:
+    """A score of this process's own rows ``(K,)``, with clean embeddings ``(K, D)``, as what an attack raises."""
+    of_replay = batch.local(rows)
+    embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
+    return Objective(embed, score, clean, batch.replay.modules)
 
 
 def _per_row(score: Tensor, plan: Plan) -> Tensor:

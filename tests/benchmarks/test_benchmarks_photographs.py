@@ -275,6 +275,10 @@ class TestTuned:
             assert torch.equal(before, after)
         assert all(weight.shape[-1] <= 1000 for group in training.optimizer.param_groups for weight in group["params"])
 
+    def test_averaging_leaves_the_statistics_of_the_start(self, part, tmp_path):
+        _, model = trained("plain-ms", part, tmp_path, tuned="lora", average="swa")
+        assert int(model[0].convolutions[1].num_batches_tracked) == 0
+
     def test_at_first_nothing_is_changed(self):
         network = slim_resnet().eval()
         images = torch.rand(2, 3, 16, 16)
@@ -316,6 +320,11 @@ class TestOriginal:
     def test_needs_weights(self, method, part, tmp_path):
         with pytest.raises(InputError, match="--pretrained FILE"):
             trained(method, part, tmp_path)
+
+    @pytest.mark.parametrize("method", ["start", "fare"])
+    def test_has_no_head(self, method, weights, part, tmp_path):
+        with pytest.raises(InputError, match="a --head is not trained"):
+            trained(method, part, tmp_path, pretrained=str(weights), head=5)
 
     def test_the_gallery_keeps_the_embeddings_of_the_start(self, weights, tmp_path):
         photographs(tmp_path / "set", ["001", "002", "003", "004"], size=(16, 16))

@@ -64,27 +64,38 @@ def entry_of(report: Path, model: Model, unchecked: bool = False) -> dict[str, A
     """
     found = Report.load_json(report)
     _check(found, report, unchecked)
-    made = [check for check in found.checks if check.passed is not None]
+    made = sum(check.passed is not None for check in found.checks)
+    return {
+        **entry_from(found.to_dict(), model),
+        "threat_model": found.settings["norm"],
+        "checks": {"passed": made, "made": made} if made else None,
+        "report_sha256": hashlib.sha256(report.read_bytes()).hexdigest(),
+    }
+
+
+def entry_from(report: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """An entry from what `Report.to_dict` tells, of attacks within l-inf, as if no checks were made.
+
+    Reports of old versions, which tell less, are taken too.
+    """
+    queries, provenance = report["num_queries"], report.get("provenance", {})
+    worst = [part for part in report["worst"] if part["target"] == "query"]
     return {
         **asdict(model),
-        "threat_model": found.settings["norm"],
-        "protocol": found.protocol,
-        "queries": found.num_queries,
-        "gallery": found.num_gallery,
-        "suite": found.suite,
-        "attacks": sorted({attack.attack for attack in found.attacks if attack.target == "query"}),
-        "checks": {"passed": len(made), "made": len(made)} if made else None,
-        "clean": _rate(found.clean["recall_at_1"], found.num_queries),
-        "map_at_r": found.clean["map_at_r"],
-        "worst_case": [
-            {"eps": worst.eps, **_rate(worst.measures["recall_at_1"], found.num_queries)}
-            for worst in found.worst
-            if worst.target == "query"
-        ],
-        "model_sha256": found.provenance["model"]["sha256"],
-        "report_sha256": hashlib.sha256(report.read_bytes()).hexdigest(),
-        "versions": dict(found.versions),
-        "date": found.provenance["time"][:10],
+        "threat_model": "Linf",
+        "protocol": report["protocol"],
+        "queries": queries,
+        "gallery": report["num_gallery"],
+        "suite": report["suite"],
+        "attacks": sorted({attack["attack"] for attack in report["attacks"] if attack["target"] == "query"}),
+        "checks": None,
+        "clean": _rate(report["clean"]["recall_at_1"], queries),
+        "map_at_r": report["clean"]["map_at_r"],
+        "worst_case": [{"eps": part["eps"], **_rate(part["measures"]["recall_at_1"], queries)} for part in worst],
+        "model_sha256": provenance.get("model", {}).get("sha256"),
+        "report_sha256": None,
+        "versions": dict(report["versions"]),
+        "date": provenance.get("time", "")[:10] or None,
     }
 
 
