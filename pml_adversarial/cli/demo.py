@@ -12,23 +12,25 @@ from typing import Any
 import click
 import torch
 import torchattacks
-from click.core import ParameterSource
 from pytorch_metric_learning import losses, miners
 from torch import nn
 from torchattacks.attack import Attack as TorchAttack
 
 from ..attacks.objective import AttackFactory
 from ..errors import AdversarialError
+from ..evaluation import save_comparison
 from ..evaluation.evaluator import choose_queries
 from ..evaluation.reports.results import decode_flags
 from ..training.tuples import ROLES, parse_roles
 from . import figures
 from .experiment import MODELS, Settings, TrainedModel, run, summary
 from .images import OpenSetSplit, digits
-from .options import CONTEXT, FOLDER, check_device, parse_class, parse_radii, try_option
+from .options import CONTEXT, FOLDER, FORCE, check_device, make_output, parse_class, parse_radii, try_option
+
+_WRITTEN = ("results.json", "report.html", "comparison.html", "recall_against_eps.png", "queries.png")
 
 
-@click.group(invoke_without_command=True, context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT)
 @click.option("--loss", default="MultiSimilarityLoss:alpha=2,beta=40,base=0.5", help="A PML loss, with its options.")
 @click.option("--miner", default=None, help="A PML tuple miner, with its options.  [default: none]")
 @click.option("--attack", default="PGD:steps=5", help="A torchattacks class to train against, with its options.")
@@ -54,14 +56,12 @@ from .options import CONTEXT, FOLDER, check_device, parse_class, parse_radii, tr
 @click.option("--seeds", default=1, type=click.IntRange(1), help="How many seeds; the table shows their mean.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
 @click.option("--output", default="pml_adversarial_run", type=FOLDER, help="Folder.")
+@FORCE
 @click.option(
     "--threads", default=1, type=click.IntRange(1), help="CPU threads; images this small gain nothing from more."
 )
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-@click.pass_context
-def main(
-    context: click.Context,
-    /,
+def demo(
     loss: str,
     miner: str | None,
     attack: str,
@@ -71,22 +71,21 @@ def main(
     seed: int,
     seeds: int,
     output: Path,
+    force: bool,
     quiet: bool,
     threads: int,
     train_classes: str,
     device: str,
     **numbers: Any,
 ) -> None:
-    """Trains one embedding plainly and one adversarially on handwritten digits, then attacks both.
+    """Trains on handwritten digits, and attacks what came out.
 
-    Some digits are for training. The others are never seen in training and serve as the test. Each test image is
-    attacked as a query that searches all others. A query is robust if every attack from every random start fails.
+    One embedding is trained plainly, one adversarially. Some digits are for training. The others are never seen in
+    training and serve as the test. Each test image is attacked as a query that searches all others. A query is robust
+    if every attack from every random start fails.
 
-    For a saved model and images of your own, use the command evaluate, which has options of its own.
+    For a saved model and images of your own, use the command evaluate.
     """
-    if context.invoked_subcommand is not None:
-        _refuse_options(context)
-        return
     torch.set_num_threads(threads)
     settings = Settings(
         eps=parse_radii(eps),
@@ -103,7 +102,7 @@ def main(
     some = torch.randn(2 * classes, 64), torch.arange(classes).repeat(2)
     try_option(lambda: make_loss()(*some), "--loss")
     try_option(lambda: miner and make_miner()(*some), "--miner")
-    try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    make_output(output, _WRITTEN, force)
     try:
         measured = run(settings, make_loss, make_miner, factory, data, progress=not quiet)
     except AdversarialError as error:
@@ -111,9 +110,12 @@ def main(
     described = {"train_classes": train_classes, "loss": loss, "miner": miner, "attack": attack, "train_eps": train_eps}
     report = summary(settings, measured, described)
     (output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    of_first_seed = {m.kind: m.report for m in measured[: len(MODELS)]}
+    of_first_seed["adversarial"].save_html(output / "report.html")
+    save_comparison(of_first_seed, output / "comparison.html")
     _draw(report, measured, data, output)
     click.echo(table(report))
-    click.echo(f"\nWritten to {output}/: results.json, recall_against_eps.png, queries.png")
+    click.echo(f"\nWritten to {output}/: {', '.join(_WRITTEN)}")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -162,18 +164,6 @@ def _training_attack(text: str, eps: float) -> AttackFactory:
     steps = given.get("steps", getattr(parameters.get("steps"), "default", 1))
     alpha = {"alpha": 2.5 * eps / steps} if "alpha" in parameters and "alpha" not in given else {}
     return partial(made, eps=eps, **alpha)
-
-
-def _refuse_options(context: click.Context) -> None:
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise click.UsageError(
-            f"{', '.join(given)} before {context.invoked_subcommand}: options of a command come after its name."
-        )
 
 
 def _classes(text: str) -> list[int]:

@@ -13,11 +13,22 @@ from ..evaluation import RetrievalAttack, evaluate_robustness
 from ..evaluation.retrieval.distance import DISTANCES
 from ..evaluation.retrieval.options import NORMS
 from ..evaluation.suites import SUITES, attacks_by_name
-from ..training.pixels import Normalization, PixelSpace
-from .inputs import errors_shown, input_options, load, write
-from .options import CONTEXT, FOLDER, check_device, did_you_mean, parse_numbers, parse_radii, refused, try_option
+from .inputs import WRITTEN, drawn, errors_shown, input_options, load, write
+from .options import (
+    CONTEXT,
+    FOLDER,
+    FORCE,
+    LIMIT,
+    NORMALIZATION,
+    check_device,
+    did_you_mean,
+    make_output,
+    parse_normalization,
+    parse_numbers,
+    parse_radii,
+    refused,
+)
 
-IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's models
 _EXAMPLES = """\b
 Examples:
   pml-adversarial evaluate --model model.pt2 --queries test.npz --eps 0.05,0.1
@@ -39,10 +50,8 @@ Examples:
     "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."
 )
 @click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
-@click.option(
-    "--normalization", help='What the model\'s inputs are normalised with: imagenet, or "mean;std", such as "0.5;0.5".'
-)
-@click.option("--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by --seed.  [default: all]")
+@NORMALIZATION
+@LIMIT
 @click.option("--recall-at", default="1,2,4,8", help="The k of R@k, with commas.")
 @click.option("--nmi", is_flag=True, help="Also measure how well clusters of the embeddings agree with the classes.")
 @click.option("--no-checks", is_flag=True, help="Do not look for signs that the numbers are too high.")
@@ -50,6 +59,7 @@ Examples:
 @click.option("--batch-size", default=128, type=click.IntRange(1), help="Queries that are attacked together.")
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:1, mps.")
 @click.option("--output", default="pml_adversarial_evaluation", type=FOLDER, help="Folder for the reports.")
+@FORCE
 @click.option("--resume", type=FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch decides]")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -59,13 +69,14 @@ def evaluate(
     no_checks: bool,
     device: str,
     output: Path,
+    force: bool,
     threads: int | None,
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Evaluates how robust a saved embedding model is on images of your own.
+    """Measures how robust a saved model is.
 
-    Attacks queries, and items of the gallery, within each radius, and measures what the queries still find. Prints a
+    The images are your own. Attacks queries, and items of the gallery, within each radius, and measures what the queries still find. Prints a
     table, and writes report.json and report.html.
     """
     if threads is not None:
@@ -73,24 +84,17 @@ def evaluate(
     settings["eps"] = parse_radii(settings["eps"], settings["norm"])
     settings["attacks"] = _attacks(settings["attacks"])
     settings["recall_at"] = parse_numbers(settings["recall_at"], "--recall-at")
-    settings["normalization"] = _normalization(settings["normalization"])
+    settings["normalization"] = parse_normalization(settings["normalization"])
     check_device(device)
-    try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    make_output(output, WRITTEN, force)
     too_much = f"{device} has not enough memory for --batch-size {settings['batch_size']}; try half of it."
     with errors_shown(too_much):
         model, queries, gallery = load(inputs, device, settings["normalization"], settings["batch_size"])
-        subset = _drawn(len(queries), limit, settings["seed"])
+        subset = drawn(len(queries), limit, settings["seed"])
         report = evaluate_robustness(
             model, queries, gallery, subset=subset, checks=not no_checks, progress=not quiet, **settings
         )
     write(report, inputs, output)
-
-
-def _drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
-    """Indices of ``limit`` queries, ascending; None: all queries."""
-    if limit is None or limit >= total:
-        return None
-    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
 def _attacks(text: str) -> str | list[RetrievalAttack]:
@@ -104,18 +108,3 @@ def _attacks(text: str) -> str | list[RetrievalAttack]:
             hint = did_you_mean(name, {*SUITES, *known})
             raise refused("--attacks", f"no attack named {name!r}.{hint} There are: {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(names)]
-
-
-def _normalization(text: str | None) -> Normalization | None:
-    if text is None:
-        return None
-    if text.lower() == "imagenet":
-        return IMAGENET
-    try:
-        mean, std = ([float(value) for value in part.split(",")] for part in text.split(";"))
-    except ValueError as error:
-        raise refused(
-            "--normalization", f'{text!r}; expected imagenet or "mean;std", such as "0.5,0.5,0.5;0.25,0.25,0.25".'
-        ) from error
-    try_option(lambda: PixelSpace((mean, std)), "--normalization")
-    return mean, std

@@ -91,7 +91,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 def images_from(
-    path: str | Path, *, size: int | tuple[int, int] | None = None, grayscale: bool = False
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    shape: tuple[int, int] | None = None,
+    grayscale: bool = False,
 ) -> LabelledImages:
     """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
 
@@ -105,7 +109,9 @@ def images_from(
         path: the folder or the npz.
         size: side of a square. The shorter side of each image of a folder is resized to it, and the square in the
             middle is cut out. Two numbers: the shorter side, and the side of the square. None: all images have one
-            size already.
+            size already, or ``shape`` says it.
+        shape: height and width that each image of a folder is resized to, its proportions aside, as is usual in person
+            re-identification.
         grayscale: whether images of a folder have one channel instead of three.
 
     Raises:
@@ -114,11 +120,15 @@ def images_from(
     """
     path = Path(path)
     if path.is_dir():
-        return _from_folder(path, _resize_and_crop(size), grayscale)
+        return _from_folder(path, _resizing(size, shape), grayscale)
     if not path.is_file():
         raise InputError(f"There is no {path}; expected a folder with one subfolder per class, or an npz.")
-    if size is not None or grayscale:
-        raise InputError(f"{path} is an npz file; size and grayscale are for folders only. Change its arrays instead.")
+    if path.suffix.lower() in _SUFFIXES:
+        raise InputError(
+            f"{path} is a single image; expected a folder with one subfolder per class, or an npz of images and labels."
+        )
+    if size is not None or shape is not None or grayscale:
+        raise InputError(f"{path} is an npz file; sizes and grayscale are for folders only. Change its arrays instead.")
     return _from_npz(path)
 
 
@@ -157,7 +167,7 @@ class _Files:
     """Images of files, decoded when they are needed."""
 
     paths: Sequence[Path]
-    size: tuple[int, int] | None
+    resized: Callable[[Image.Image], Image.Image] | None
     grayscale: bool
 
     def __call__(self, index: int) -> Tensor:
@@ -165,7 +175,7 @@ class _Files:
         if image.shape != self._expected:
             raise InputError(
                 f"{self.paths[index]} is {_by(image.shape[1:])} pixels, {self.paths[0]} {_by(self._expected[1:])}; "
-                "expected images of one size. Choose a size to which all images are resized."
+                "expected images of one size. Choose a size to which all images are resized, such as --size 224."
             )
         return image
 
@@ -181,8 +191,8 @@ class _Files:
             raise InputError(f"{path} cannot be read as an image: {error}") from error
         if mode[0] in "IF":  # Pillow would clip them at 255
             raise InputError(f"{path} has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits.")
-        if self.size is not None:
-            image = transforms.center_crop(transforms.resize(image, [self.size[0]]), [self.size[1]])
+        if self.resized is not None:
+            image = self.resized(image)
         pixels: Tensor = transforms.pil_to_tensor(image)
         return pixels.float() / 255
 
@@ -193,13 +203,14 @@ def _row(images: Tensor, index: int) -> Tensor:
     return image if image.is_floating_point() else image.float() / 255
 
 
-def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> LabelledImages:
+def _from_folder(path: Path, resized: Callable[[Image.Image], Image.Image] | None, grayscale: bool) -> LabelledImages:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         direct = sum(entry.suffix.lower() in _SUFFIXES for entry in path.iterdir())
         raise InputError(
             f"{path} has no subfolders ({direct} images lie in it directly); expected one subfolder per class, with "
-            "the images of the class in it."
+            "the images of the class in it: move them so, or save images and labels as an npz. Without classes "
+            "there is nothing right or wrong to find."
         )
     found = {folder.name: sorted(_image_files(folder)) for folder in folders}
     empty = [name for name, files in found.items() if not files]
@@ -209,7 +220,7 @@ def _from_folder(path: Path, size: tuple[int, int] | None, grayscale: bool) -> L
             f"{', '.join(sorted(_SUFFIXES))}; remove folders that are no classes."
         )
     names = [name for name, files in found.items() for _ in files]
-    return LabelledImages(_Files([file for files in found.values() for file in files], size, grayscale), names)
+    return LabelledImages(_Files([file for files in found.values() for file in files], resized, grayscale), names)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
@@ -273,13 +284,28 @@ def _channels_first(images: Tensor, path: Path) -> Tensor:
     return images if second < last else images.permute(0, 3, 1, 2)
 
 
-def _resize_and_crop(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _resizing(
+    size: int | tuple[int, int] | None, shape: tuple[int, int] | None
+) -> Callable[[Image.Image], Image.Image] | None:
+    """What resizes an image; None: nothing does."""
+    if size is not None and shape is not None:
+        raise InputError(f"size={size} and shape={shape}; expected one of them.")
+    if shape is not None:
+        if min(shape) < 1:
+            raise InputError(f"shape={shape}; expected a height and a width above 0.")
+        return partial(transforms.resize, size=list(shape))
     if size is None:
         return None
     shorter, square = (size, size) if isinstance(size, int) else size
-    if 0 < square <= shorter:
-        return shorter, square
-    raise InputError(f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it.")
+    if not 0 < square <= shorter:
+        raise InputError(
+            f"size={size}; expected a side above 0, or two: the shorter side, and a square that fits in it."
+        )
+    return partial(_resized_and_cropped, shorter=shorter, square=square)
+
+
+def _resized_and_cropped(image: Image.Image, shorter: int, square: int) -> Image.Image:
+    return transforms.center_crop(transforms.resize(image, [shorter]), [square])
 
 
 def _by(shape: Sequence[int]) -> str:

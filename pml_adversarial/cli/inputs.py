@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .images import LabelledImages, images_from, same_classes
 from .models import check_model, load_model
 from .options import did_you_mean, parse_call, parse_numbers, refused
 
+WRITTEN = ("report.json", "report.html")  #: What `write` writes.
 _PATH = click.Path(path_type=Path)
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "type": _PATH, "help": "An exported program (.pt2), or weights (.pt, .safetensors)."},
@@ -32,7 +34,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "queries": {"required": True, "type": _PATH, "help": "Folder with a subfolder per class, or npz: images, labels."},
     "gallery": {"type": _PATH, "help": "What is searched, in that form.  [default: the queries, leave one out]"},
-    "size": {"help": "Resize the shorter side, cut out the middle square: 224, or 256,224 if they differ."},
+    "size": {
+        "help": "224, or 256,224: resize the shorter side, cut out the middle square. 256x128: resize to that height "
+        "and width."
+    },
     "grayscale": {"is_flag": True, "help": "One channel in place of three."},
 }
 
@@ -67,8 +72,11 @@ def load(
         click.BadParameter: an option cannot be read.
     """
     build = _network(inputs["network"]) if inputs["network"] else None
-    sides = _size(inputs["size"]) if inputs["size"] else None
-    read = partial(images_from, size=sides, grayscale=inputs["grayscale"])
+    sides = _size(inputs["size"]) if inputs["size"] else {}
+
+    def read(path: Path) -> LabelledImages:
+        return images_from(path, grayscale=inputs["grayscale"], **sides)
+
     gallery = inputs["gallery"]
     queries, items = same_classes(read(inputs["queries"]), None if gallery is None else read(gallery))
     model = load_model(inputs["model"], build, device)
@@ -76,6 +84,13 @@ def load(
         some = torch.stack([images[row][0] for row in range(min(count, len(images)))])
         check_model(model, some.to(device), normalization)
     return Inputs(model, queries, items)
+
+
+def drawn(total: int, limit: int | None, seed: int) -> list[int] | None:
+    """Indices of ``limit`` queries, ascending; None: all queries."""
+    if limit is None or limit >= total:
+        return None
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
 @contextmanager
@@ -93,10 +108,11 @@ def write(report: Report, inputs: Mapping[str, Any], output: Path) -> None:
     """Prints a report, and writes it with the files that it is about."""
     said = {name: _file(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     report = replace(report, provenance={**report.provenance, "inputs": said})
-    report.save_json(output / "report.json")
-    report.save_html(output / "report.html")
+    as_json, page = WRITTEN
+    report.save_json(output / as_json)
+    report.save_html(output / page)
     click.echo(str(report))
-    click.echo(f"\nWritten to {output}/: report.json, report.html")
+    click.echo(f"\nWritten to {output}/: {', '.join(WRITTEN)}")
 
 
 def _file(path: Path) -> dict[str, str]:
@@ -131,8 +147,12 @@ def _network(text: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _size(text: str) -> tuple[int, int]:
-    sides = parse_numbers(text, "--size")
+def _size(text: str) -> dict[str, Any]:
+    """What `images_from` takes."""
+    by_shape = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = parse_numbers(text if by_shape is None else ",".join(by_shape.groups()), "--size")
     if len(sides) > 2:
-        raise refused("--size", f"{text!r}; expected one side, or two: the shorter side, and the square within.")
-    return sides[0], sides[-1]
+        raise refused(
+            "--size", f"{text!r}; expected 224, or 256,224 (shorter side, square within), or 256x128 (height, width)."
+        )
+    return {"size": (sides[0], sides[-1])} if by_shape is None else {"shape": sides}

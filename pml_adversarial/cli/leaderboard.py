@@ -18,7 +18,10 @@ _BOARD = click.option("--board", default=BOARD, type=FOLDER, help="Folder of the
 
 @click.group(context_settings=CONTEXT)
 def leaderboard() -> None:
-    """Keeps a leaderboard of robust embeddings: one JSON file per model."""
+    """Keeps results of many models.
+
+    Each is one JSON file.
+    """
 
 
 @leaderboard.command(context_settings=CONTEXT)

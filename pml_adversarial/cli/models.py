@@ -21,6 +21,7 @@ from ..training.isolation import isolated
 from ..training.pixels import Normalization, PixelSpace
 
 _EXPORT_ENTRIES = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
+_OTHER_INPUTS = "If it takes images of another size or in grey, choose them with --size and --grayscale."
 _NESTED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and of torch.compile, in either order
 _HOW_TO_SAVE = (
@@ -70,6 +71,11 @@ def load_model(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
+    if path.suffix == ".py":
+        raise InputError(
+            f"{path} is Python code; expected the saved weights, and beside them what builds the network: "
+            f"--model weights.pt --network {path.stem}:NAME, with the class or function NAME of {path.name}."
+        )
     if _is_exported(path):
         if network is not None:
             raise InputError(f"{path} is an exported program, which is a whole model; expected no network beside it.")
@@ -102,9 +108,10 @@ def check_model(model: nn.Module, images: Tensor, normalization: Normalization |
             try:
                 found = model(inputs[:count])
             except Exception as error:
+                cure = _OTHER_INPUTS if count == 1 else "It takes one image; use smaller batches."
                 raise InputError(
                     f"The model does not take {count} image(s) of {tuple(images.shape[1:])}, channels first: "
-                    f"{_in_one_line(error)}.{'' if count == 1 else ' It takes one image; use smaller batches.'}"
+                    f"{_in_one_line(error)}. {cure}"
                 ) from error
             _check_embeddings(found, count)
 

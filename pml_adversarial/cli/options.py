@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,36 @@ import click
 import torch
 
 from ..evaluation.retrieval.options import to_radii
+from ..training.pixels import Normalization, PixelSpace
+
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's models
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Click's ``context_settings`` of every command."""
 
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+NORMALIZATION = click.option(
+    "--normalization", help='What the model\'s inputs are normalised with: imagenet, or "mean;std", such as "0.5;0.5".'
+)
+LIMIT = click.option(
+    "--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by --seed.  [default: all]"
+)
+FORCE = click.option("--force", is_flag=True, help="Replace the files of an earlier run in the output folder.")
+
+
+def make_output(folder: Path, names: Sequence[str], force: bool) -> None:
+    """Makes the folder of the output, before any work is done.
+
+    Raises:
+        click.BadParameter: it cannot be made, or it holds one of the files ``names`` already, and ``force`` is false.
+    """
+    try_option(lambda: folder.mkdir(parents=True, exist_ok=True), "--output")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise refused(
+            "--output", f"{folder} holds {', '.join(there)} already; choose another folder, or replace with --force."
+        )
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
@@ -75,8 +99,8 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
-    """Radii from numbers or fractions with commas, ascending.
+def parse_radii(text: str, norm: str = "Linf", option: str = "--eps", zero: bool = False) -> tuple[float, ...]:
+    """Radii from numbers or fractions with commas, ascending; 0 is one of them only with ``zero``.
 
     >>> parse_radii("8/255,0.01")
     (0.01, 0.03137254901960784)
@@ -85,9 +109,9 @@ def parse_radii(text: str, norm: str = "Linf") -> tuple[float, ...]:
         found = [float(Fraction(value.strip())) for value in text.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise click.BadParameter(
-            f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint="--eps"
+            f"{text!r}; expected numbers with commas, such as 0.05,0.1 or 8/255", param_hint=option
         ) from error
-    return try_option(lambda: to_radii(found, norm), "--eps")
+    return try_option(lambda: to_radii(found, norm, zero, option.lstrip("-")), option)
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -99,6 +123,22 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise refused(option, f"{text!r}; expected numbers above 0.")
     return numbers
+
+
+def parse_normalization(text: str | None) -> Normalization | None:
+    """Means and standard deviations of channels, from ``"mean;std"`` or ``"imagenet"``."""
+    if text is None:
+        return None
+    if text.lower() == "imagenet":
+        return IMAGENET
+    try:
+        mean, std = ([float(value) for value in part.split(",")] for part in text.split(";"))
+    except ValueError as error:
+        raise refused(
+            "--normalization", f'{text!r}; expected imagenet or "mean;std", such as "0.5,0.5,0.5;0.25,0.25,0.25".'
+        ) from error
+    try_option(lambda: PixelSpace((mean, std)), "--normalization")
+    return mean, std
 
 
 def refused(option: str, why: str) -> click.BadParameter:

@@ -11,8 +11,8 @@ import torch
 
 from .. import evaluation
 from ..evaluation import Report
-from .inputs import errors_shown, input_options, load, write
-from .options import CONTEXT, FOLDER, REPORT, check_device, try_option
+from .inputs import WRITTEN, errors_shown, input_options, load, write
+from .options import CONTEXT, FOLDER, FORCE, REPORT, check_device, make_output
 
 
 @click.command(context_settings=CONTEXT)
@@ -20,6 +20,7 @@ from .options import CONTEXT, FOLDER, REPORT, check_device, try_option
 @input_options
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: that of the report]")
 @click.option("--output", default="pml_adversarial_repetition", type=FOLDER, help="Folder for the new reports.")
+@FORCE
 @click.option("--resume", type=FOLDER, help="Keep finished batches in this folder, and go on from those in it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: those of the report]")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -28,20 +29,21 @@ def repeat(
     inputs: Mapping[str, Any],
     device: str | None,
     output: Path,
+    force: bool,
     resume: Path | None,
     threads: int | None,
     quiet: bool,
 ) -> None:
-    """Makes the evaluation of REPORT, a report.json, again.
+    """Measures a report again.
 
-    All settings are those of the report. The model and the images are checked against its hashes. Prints a table and
+    REPORT is a report.json. All settings are those of the report. The model and the images are checked against its hashes. Prints a table and
     whether the numbers are the same, and writes report.json and report.html.
     """
     with errors_shown():
         before = Report.load_json(report)
     device, batch_size = check_device(device or before.settings["device"]), before.settings["batch_size"]
     torch.set_num_threads(threads or before.provenance["threads"])
-    try_option(lambda: output.mkdir(parents=True, exist_ok=True), "--output")
+    make_output(output, WRITTEN, force)
     too_much = f"{device} has not enough memory for the report's batches of {batch_size}; use another --device."
     with errors_shown(too_much):
         model, queries, gallery = load(inputs, device, before.settings["normalization"], batch_size)

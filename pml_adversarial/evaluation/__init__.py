@@ -4,7 +4,7 @@ from .attacks.kinds import GalleryAttack, QueryAttack, RetrievalAttack
 from .attacks.rank_only import rank_only_attack
 from .attacks.transfer import transfer_attack, transferred
 from .attacks.universal import UniversalPerturbation, universal_attack, universal_perturbation
-from .comparison import Comparison, Difference, compare
+from .comparison import Comparison, Difference, compare, save_comparison
 from .cost import Cost, estimate_cost
 from .repetition import repeat
 from .reports.binomial import Interval
@@ -80,6 +80,7 @@ __all__ = [
     "rank_only_attack",
     "repeat",
     "robrank_scores",
+    "save_comparison",
     "standard",
     "transfer_attack",
     "transferred",

@@ -29,7 +29,7 @@ from .reports import binomial
 from .reports.results import AttackResult, Check, decode_flags
 from .retrieval.batch import SAMPLES, QueryBatch
 from .retrieval.gallery import TIE, Gallery, Targets, finite_or_zero
-from .retrieval.options import largest_radius
+from .retrieval.options import largest_radius, radius_text
 from .retrieval.task import RetrievalTask
 from .runs.sharing import Ranks
 
@@ -48,7 +48,7 @@ _SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of eps
 
 
 class Verdict(NamedTuple):
-    """Whether a check passed (None: it could not be made), and what it found, in one line."""
+    """Whether a check passed (None: there is no evidence either way), and what it found, in one line."""
 
     passed: bool | None
     message: str
@@ -77,16 +77,18 @@ def run_checks(
     black_box_only = not task.embed.takes_gradient and not sample.on_queries(black_box=False)
 
     def make(number: int) -> Check:
-        name, check = list(CHECKS.items())[number]
+        name, (measure, catches) = list(CHECKS.items())[number]
         begin(name)
-        if check in _OF_ANY_QUERIES and len(rows) >= _ENOUGH:
-            of_any = torch.ones_like(clean_flags)
-            return Check(name, *check(QuerySample(task, rows, of_any, results, seed, batch_size)))
+        return Check(name, *answered(measure), catches)
+
+    def answered(measure: Callable[[QuerySample], Verdict]) -> Verdict:
+        if measure in _OF_ANY_QUERIES and len(rows) >= _ENOUGH:
+            return measure(QuerySample(task, rows, torch.ones_like(clean_flags), results, seed, batch_size))
         if len(sample) < _ENOUGH:
-            return Check(name, None, few)
-        if black_box_only and check not in _WITHOUT_GRADIENT:
-            return Check(name, None, cannot)
-        return Check(name, *check(sample))
+            return Verdict(None, few)
+        if black_box_only and measure not in _WITHOUT_GRADIENT:
+            return Verdict(None, cannot)
+        return measure(sample)
 
     return tuple((Ranks() if ranks is None else ranks).share(range(len(CHECKS)), make))
 
@@ -139,6 +141,10 @@ class QuerySample:
     def radii(self) -> list[float]:
         """All eps of the results, ascending."""
         return sorted({result.eps for result in self.results})
+
+    def shown(self, eps: float) -> str:
+        """An eps in words."""
+        return radius_text(eps, self.task.norm)
 
     @cached_property
     def precision(self) -> float:
@@ -212,7 +218,7 @@ def beats_a_single_step(sample: QuerySample) -> Verdict:
     single = sample.measure(
         lambda batch: is_adversarial(batch, margin_attack(batch, sample.eps, 1, random_start=False)), "single"
     )
-    return _compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.eps)
+    return compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.shown(sample.eps))
 
 
 def beats_noise(sample: QuerySample) -> Verdict:
@@ -222,29 +228,31 @@ def beats_noise(sample: QuerySample) -> Verdict:
         return torch.stack([is_adversarial(batch, at_the_border(batch, sample.eps)) for _ in range(_DRAWS)]).any(0)
 
     noise = sample.measure(best_of_draws, "noise")
-    return _compared(sample.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} draws of noise", sample.eps)
+    best = f"the best of {_DRAWS} draws of noise"
+    return compared(sample.attacked, f"{STEPS} steps", noise, best, sample.shown(sample.eps))
 
 
 def gains_by_steps(sample: QuerySample) -> Verdict:
     """More steps are no weaker (Carlini et al.)."""
     few = sample.broken(sample.eps, STEPS // 4, "few")
-    return _compared(sample.attacked, f"{STEPS} steps", few, f"{STEPS // 4} steps", sample.eps)
+    return compared(sample.attacked, f"{STEPS} steps", few, f"{STEPS // 4} steps", sample.shown(sample.eps))
 
 
 def gains_by_eps(sample: QuerySample) -> Verdict:
     """A larger eps is no weaker (Carlini et al.), in independent runs."""
     radii = sample.radii_around
     runs = [sample.broken(eps, STEPS // 2, "eps") for eps in radii]
-    counts = ", ".join(f"{int(run.sum())} at eps {eps:.4g}" for run, eps in zip(runs, radii, strict=True))
+    counts = ", ".join(f"{int(run.sum())} at eps {sample.shown(eps)}" for run, eps in zip(runs, radii, strict=True))
     passed = no_weaker(runs[1], runs[0]) and no_weaker(runs[2], runs[1])
-    return Verdict(passed, f"of {len(sample)} queries {STEPS // 2} steps break {counts}")
+    is_any_broken = any(run.any() for run in runs)
+    return Verdict(passed if is_any_broken else None, f"of {len(sample)} queries {STEPS // 2} steps break {counts}")
 
 
 def has_converged(sample: QuerySample) -> Verdict:
     """More steps and another start find nothing new (Carlini et al.): one longer run is no stronger than the suite."""
     suite = ~sample.robust(sample.eps)[sample.chosen]
     longer = sample.broken(sample.eps, 2 * STEPS, "longer")
-    return _compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", sample.eps)
+    return compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", sample.shown(sample.eps))
 
 
 def falls_to_chance(sample: QuerySample) -> Verdict:
@@ -253,7 +261,7 @@ def falls_to_chance(sample: QuerySample) -> Verdict:
     robust = int((~sample.broken(eps, STEPS, "large")).sum())
     chance = sample.measure(lambda batch: batch.gallery.chance(batch.targets), "chance").mean().item()
     passed = plausible(robust, len(sample), min(max(chance, FEW), 1 - MOST))
-    message = f"{robust} of {len(sample)} are robust at eps {eps:.4g}; chance is {chance * len(sample):.1f}"
+    message = f"{robust} of {len(sample)} are robust at eps {sample.shown(eps)}; chance is {chance * len(sample):.1f}"
     return Verdict(passed, message)
 
 
@@ -266,10 +274,12 @@ def black_box_adds_nothing(sample: QuerySample) -> Verdict:
     found = []
     for eps in sample.radii:
         only = int((sample.robust(eps, False) & ~sample.robust(eps, True)).sum())
-        message = f"{only} of {sample.num_right} queries are broken by black-box attacks alone, at eps {eps:.4g}"
+        broken = f"{only} of {sample.num_right} queries are broken"
+        message = f"{broken} by black-box attacks alone, at eps {sample.shown(eps)}"
         found.append((binomial.tail(only, sample.num_right, FEW), message))
     probability, message = min(found)
-    return Verdict(probability >= SIGNIFICANCE, message)
+    is_any_broken = any((~sample.robust(eps)[sample.chosen]).any() for eps in sample.radii)
+    return Verdict(probability >= SIGNIFICANCE if is_any_broken else None, message)
 
 
 def _search_adds_nothing(sample: QuerySample) -> Verdict:
@@ -280,20 +290,22 @@ def _search_adds_nothing(sample: QuerySample) -> Verdict:
         return is_adversarial(batch, square_attack(margin_score, SEARCH)(batch, sample.eps, 0))
 
     only = int(sample.measure(searched, "search", left).sum()) if len(left) else 0
+    is_any_broken = only > 0 or len(left) < len(sample)
     return Verdict(
-        plausible(only, len(sample), FEW),
-        f"{only} of {len(sample)} queries are broken by Square with {SEARCH} passes alone, at eps {sample.eps:.4g}",
+        plausible(only, len(sample), FEW) if is_any_broken else None,
+        f"{only} of {len(sample)} queries are broken by Square with {SEARCH} passes alone, at eps "
+        f"{sample.shown(sample.eps)}",
     )
 
 
 def finds_what_is_planted(sample: QuerySample) -> Verdict:
     """An attack finds an adversarial example that exists by construction: a wrong item within eps of the query."""
     found = sample.measure(partial(_planted, eps=sample.eps), "planted")
-    planted, reached = int((found >= 0).sum()), int((found > 0).sum())
+    planted, reached, eps = int((found >= 0).sum()), int((found > 0).sum()), sample.shown(sample.eps)
     if planted < _ENOUGH:
-        return Verdict(None, f"only {planted} of {len(sample)} points at eps {sample.eps:.4g} differ from the query")
+        return Verdict(None, f"only {planted} of {len(sample)} points at eps {eps} differ from the query")
     passed = plausible(planted - reached, planted, 1 - MOST)
-    return Verdict(passed, f"{reached} of {planted} wrong items planted within eps {sample.eps:.4g} are found")
+    return Verdict(passed, f"{reached} of {planted} wrong items planted within eps {eps} are found")
 
 
 # Do gradients lead to where the score is higher?
@@ -310,8 +322,9 @@ def has_gradients(sample: QuerySample) -> Verdict:
     passed = plausible(zero, len(sample), FEW) and plausible(max(near, far), len(sample), 1 - MOST)
     return Verdict(
         passed,
-        f"{zero} of {len(sample)} queries have no gradient; {near} are blind to noise of eps {near_eps:.4g}, {far} to "
-        f"noise of {far_eps:.4g}; {100 * found[:, 3].mean().item():.0f} % of pixels have no gradient",
+        f"{zero} of {len(sample)} queries have no gradient; {near} are blind to noise of eps "
+        f"{sample.shown(near_eps)}, {far} to noise of {sample.shown(far_eps)}; "
+        f"{100 * found[:, 3].mean().item():.0f} % of pixels have no gradient",
     )
 
 
@@ -371,24 +384,51 @@ def moves_embeddings(sample: QuerySample) -> Verdict:
     """Attacks change embeddings."""
     eps = sample.radii[-1]
     shift = max(result.shift for result in sample.results if result.eps == eps)
-    return Verdict(shift > 0, f"the suite moves embeddings by up to {shift:.2g} on average at eps {eps:.4g}")
+    return Verdict(shift > 0, f"the suite moves embeddings by up to {shift:.2g} on average at eps {sample.shown(eps)}")
 
 
-CHECKS: dict[str, Callable[[QuerySample], Verdict]] = {
-    "iterating beats a single step": beats_a_single_step,
-    "attack beats noise": beats_noise,
-    "more steps are no weaker": gains_by_steps,
-    "larger eps is no weaker": gains_by_eps,
-    "a longer run adds nothing": has_converged,
-    "falls to chance at a large eps": falls_to_chance,
-    "black box adds nothing": black_box_adds_nothing,
-    "planted examples are found": finds_what_is_planted,
-    "gradients are there": has_gradients,
-    "gradients are true": gradients_are_true,
-    "same answer twice": answers_alike,
-    "not collapsed": is_not_collapsed,
-    "attacks move embeddings": moves_embeddings,
-    "no copies in the gallery": finds_no_copies,
+class Question(NamedTuple):
+    """A check: what makes it, and what makes it fail, in a sentence."""
+
+    measure: Callable[[QuerySample], Verdict]
+    catches: str
+
+
+CHECKS: dict[str, Question] = {
+    "iterating beats a single step": Question(
+        beats_a_single_step, "Catches attacks that get lost: forty small steps should break as much as a large one."
+    ),
+    "attack beats noise": Question(
+        beats_noise, "Catches gradients that lead nowhere: an attack should break no less than random noise."
+    ),
+    "more steps are no weaker": Question(gains_by_steps, "Catches attacks that get worse the longer they run."),
+    "larger eps is no weaker": Question(gains_by_eps, "Catches attacks that get worse when they are allowed more."),
+    "a longer run adds nothing": Question(
+        has_converged, "Catches suites that stop too early: one more, longer run should break nothing new."
+    ),
+    "falls to chance at a large eps": Question(
+        falls_to_chance, "Catches attacks that cannot break even what must break: all queries made the same grey."
+    ),
+    "black box adds nothing": Question(
+        black_box_adds_nothing, "Catches hidden gradients: an attack that uses none should break nothing new."
+    ),
+    "planted examples are found": Question(
+        finds_what_is_planted, "Catches attacks that miss a perturbation which is known to exist."
+    ),
+    "gradients are there": Question(has_gradients, "Catches parts of the model that let no gradient through."),
+    "gradients are true": Question(
+        gradients_are_true, "Catches gradients that point the wrong way: a small step along them should help."
+    ),
+    "same answer twice": Question(
+        answers_alike, "Catches models that answer at random, or that look at the whole batch."
+    ),
+    "not collapsed": Question(
+        is_not_collapsed, "Catches embeddings so close together that rounding decides who is nearest."
+    ),
+    "attacks move embeddings": Question(moves_embeddings, "Catches attacks that change nothing at all."),
+    "no copies in the gallery": Question(
+        finds_no_copies, "Catches galleries that hold the queries' own images, which are found whatever the model does."
+    ),
 }
 """What should hold -> the check that measures it."""
 
@@ -410,11 +450,12 @@ def no_weaker(strong: Tensor, weak: Tensor) -> bool:
     return plausible(alone, alone + int((strong & ~weak).sum()), 0.5)
 
 
-def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float) -> Verdict:
+def compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: str) -> Verdict:
+    """Whether an attack seems no weaker than another; no evidence if neither breaks anything."""
     return Verdict(
-        no_weaker(strong, weak),
+        no_weaker(strong, weak) if (strong | weak).any() else None,
         f"{strong_name}: {int(strong.sum())} of {len(strong)} broken, {weak_name}: {int(weak.sum())}, "
-        f"{int((weak & ~strong).sum())} of them alone, at eps {eps:.4g}",
+        f"{int((weak & ~strong).sum())} of them alone, at eps {eps}",
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from .reports.binomial import CONFIDENCE, Interval, mcnemar, paired_interval
+from .reports.html.several import MOST, render_several
 from .reports.report import Report
 from .reports.results import TARGETS
 from .reports.table import aligned
-from .retrieval.options import to_radii
+from .retrieval.options import radius_text, to_radii
 from .retrieval.task import RANDOM
 
 _OF_EACH_MODEL = {  # settings that may differ between two models on the same queries
@@ -58,11 +60,13 @@ class Comparison:
         num_queries: how many queries were evaluated.
         differences: without attack, then for every target and eps.
         notes: what else differs between the two reports, or speaks against them.
+        norm: of eps.
     """
 
     num_queries: int
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
+    norm: str = "Linf"
 
     def at(self, eps: float, target: str = "query") -> Difference:
         """The difference at one eps; eps 0 is without attack.
@@ -73,14 +77,14 @@ class Comparison:
         for found in self.differences:
             if found.eps == eps and (found.target == target or eps == 0):
                 return found
-        compared = ", ".join(f"eps={one.eps:g} on {one.target}" for one in self.differences)
+        compared = ", ".join(f"eps={radius_text(one.eps, self.norm)} on {one.target}" for one in self.differences)
         raise InputError(f"eps={eps} on {target} was not compared; expected one of {compared}.")
 
     def __str__(self) -> str:
         """A table in percent, with the test and the notes."""
         rows = [["", "eps", "R@1 a", "R@1 b", "b - a", "only a", "only b", "p"]]
         for one in self.differences:
-            name, eps = ("none", "") if one.eps == 0 else (f"worst ({one.target})", f"{one.eps:.4g}")
+            name, eps = ("none", "") if one.eps == 0 else (f"worst ({one.target})", radius_text(one.eps, self.norm))
             low, high = (f"{100 * end:+.1f}" for end in one.interval)
             change = f"{100 * one.difference:+.1f} [{low}, {high}]"
             recalls = [f"{100 * recall:.1f}" for recall in (one.first, one.second)]
@@ -125,7 +129,23 @@ def compare(first: Report, second: Report, eps: float | Iterable[float] | None =
             (target, radius, one[radius], other[radius]) for radius in wanted if radius in one and radius in other
         ]
     differences = tuple(_difference(*pair) for pair in pairs)
-    return Comparison(first.num_queries, differences, tuple(_notes(first, second)))
+    return Comparison(first.num_queries, differences, tuple(_notes(first, second)), first.settings["norm"])
+
+
+def save_comparison(reports: Mapping[str, Report], path: str | Path) -> None:
+    """Writes one HTML page of two or more models on the same queries; each is compared with the first.
+
+    Args:
+        reports: name of a model -> its report. All have the same eps.
+        path: of the page, which needs no other file and no network.
+
+    Raises:
+        InputError: there are fewer than two or more than six models, or `compare` refuses two of them.
+    """
+    if not 2 <= len(reports) <= MOST:
+        raise InputError(f"Found {len(reports)} report(s); expected 2 to {MOST}, as more cannot be told apart.")
+    first, *others = reports.values()
+    Path(path).write_text(render_several(reports, [compare(first, other) for other in others]), encoding="utf-8")
 
 
 def check_report(value: object, name: str) -> None:
@@ -189,13 +209,18 @@ def _radii(first: Report, second: Report, eps: float | Iterable[float] | None) -
     wanted = one | other if eps is None else {*to_radii(eps, first.settings["norm"], zero=True)} - {0.0}
     if wanted <= one & other:
         return sorted(wanted)
-    both = ", ".join(f"{radius:g}" for radius in sorted(one & other)) or "none"
-    found = " and ".join(", ".join(f"{radius:g}" for radius in sorted(radii)) or "none" for radii in (one, other))
-    raise InputError(f"The reports have the eps {found}; expected eps that both have: {both}. Choose with eps=....")
+    both, *found = (_in_words(radii, first.settings["norm"]) for radii in (one & other, one, other))
+    raise InputError(
+        f"The reports have the eps {' and '.join(found)}; expected eps that both have: {both}. Choose with eps=...."
+    )
+
+
+def _in_words(radii: Iterable[float], norm: str) -> str:
+    return ", ".join(radius_text(eps, norm) for eps in sorted(radii)) or "none"
 
 
 def _notes(first: Report, second: Report) -> Iterator[str]:
-    radii = [", ".join(f"{eps:g}" for eps in report.settings["eps"]) for report in (first, second)]
+    radii = [_in_words(report.settings["eps"], first.settings["norm"]) for report in (first, second)]
     if radii[0] != radii[1]:
         yield f"The eps differ: a has {radii[0]}; b has {radii[1]}. A worst case includes attacks at smaller eps."
     one, other = (report.settings.get("attack_settings") for report in (first, second))

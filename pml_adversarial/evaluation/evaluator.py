@@ -15,18 +15,20 @@ from torch import Tensor
 from ..attacks.ball import per_image
 from ..training.isolation import random_stream
 from ..training.tuples import rank_in_group
-from .attacks.kinds import RetrievalAttack
+from .attacks.kinds import AttackOutcome, RetrievalAttack
 from .reports.results import TARGETS, AttackResult, Example, Neighbour, WorstCase
 from .retrieval import metrics
 from .retrieval.batch import ANSWERS, SAMPLES, QueryBatch
 from .retrieval.gallery import finite_or_zero
 from .retrieval.metrics import PerQuery
+from .retrieval.options import radius_text
 from .retrieval.task import RetrievalTask
 
 BatchResult = dict[str, Any]
 """What is known of a batch of queries, in tensors, so that it can be saved: measures, costs and examples."""
 
 _NEIGHBOURS, _EXAMPLES = 5, 8
+_WITHSTOOD = 3  # of the examples, those that no attack broke, if there are any
 _HALF = 0.5  # of the draws of a model that answers at random; the R@1 of a query of any other is 0 or 1
 
 
@@ -57,17 +59,17 @@ class Evaluator:
         clean = metrics.mean_per_query(batch.rankings(depth), self.recall_at)
         kept: BatchResult = {"clean": clean, "attacked": {}, "embeddings": {"clean": batch.clean} if self.nmi else {}}
         lowest = dict.fromkeys((attack.name for attack in self.attacks), clean)
-        latest: dict[str, Tensor | None] = dict.fromkeys(lowest)
+        latest: dict[str, _Attempt | None] = dict.fromkeys(lowest)
         worst = _WorstPerturbations(batch.images)
         for eps in self.radii:
             for number, attack in enumerate(self.attacks):
-                begin(f"{attack.name}, eps {eps:.4g}")
+                begin(f"{attack.name}, eps {radius_text(eps, self.task.norm)}")
                 known = self._before(number, lowest) if attack.follows else lowest[attack.name]
-                result, images = self._run(attack, batch, eps, depth, first_row, known, latest[attack.name])
-                lowest[attack.name], latest[attack.name] = result["measures"], images
+                result, attempt = self._run(attack, batch, eps, depth, first_row, known, latest[attack.name])
+                lowest[attack.name], latest[attack.name] = result["measures"], attempt
                 kept[_key(attack, eps)] = result
-                if images is not None:
-                    worst.update(number, eps, images, result)
+                if attempt is not None:
+                    worst.update(number, eps, attempt, result)
             if self.keep_attacked:
                 kept["attacked"][str(eps)] = worst.images.clone()
             if self.nmi:
@@ -85,18 +87,18 @@ class Evaluator:
         depth: int,
         first_row: int,
         lowest: PerQuery,
-        latest: Tensor | None,
-    ) -> tuple[BatchResult, Tensor | None]:
-        """Of each query, the lowest measures over ``lowest`` and all restarts, and the image of the lowest R@1.
+        latest: _Attempt | None,
+    ) -> tuple[BatchResult, _Attempt | None]:
+        """Of each query, the lowest measures over ``lowest`` and all restarts, and the strongest attempt.
 
-        If every run leaves R@1 higher, it is that of ``latest`` ``(Q, C, H, W)``; None: no image is known yet. Images
-        of an attack on the gallery are not kept.
+        If every run leaves R@1 higher, it is that of ``latest``; None: there is none yet. Attempts of an attack on the
+        gallery are not kept.
         """
         embed, start = self.task.embed, time.perf_counter()
         passes = embed.forward_passes, embed.backward_passes
         measures = {name: values.clone() for name, values in lowest.items()}
         keeps = attack.target == "query"
-        images = (batch.images if latest is None else latest).clone() if keeps else None
+        strongest = (_Attempt.none(batch.images) if latest is None else latest.copy()) if keeps else None
         shift = torch.full((len(batch),), torch.nan, device=batch.images.device)
         for restart in range(attack.restarts):
             robust = measures["recall_at_1"] > 0
@@ -107,15 +109,13 @@ class Evaluator:
                 with random_stream(self.seed, stream):
                     outcome = attack.run(batch[chosen], eps, restart, depth)
                     found = metrics.mean_per_query(outcome.rankings, self.recall_at)
-                # a query that failed before and is right now keeps the image at which it failed
-                if images is not None:
-                    not_higher = (found["recall_at_1"] <= measures["recall_at_1"][chosen]).nonzero().squeeze(1)
-                    images[chosen[not_higher]] = outcome.images[not_higher]
+                if strongest is not None:
+                    strongest.update(chosen, outcome, found["recall_at_1"], measures["recall_at_1"][chosen])
                 for name, values in found.items():
                     measures[name][chosen] = torch.minimum(measures[name][chosen], values)
                 shift[chosen] = outcome.shift.to(shift).fmax(shift[chosen])
         cost = [embed.forward_passes - passes[0], embed.backward_passes - passes[1], time.perf_counter() - start]
-        return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, images
+        return {"measures": measures, "shift": shift, "cost": torch.tensor(cost, dtype=torch.float64)}, strongest
 
     def _before(self, number: int, lowest: Mapping[str, PerQuery]) -> PerQuery:
         """The lowest measures over an attack and those before it that perturb the same."""
@@ -128,14 +128,18 @@ class Evaluator:
             return self.task.embed(images)
 
     def _examples(self, batch: QueryBatch, rows: Tensor, clean: PerQuery, worst: _WorstPerturbations) -> BatchResult:
-        broken = (worst.attack >= 0) & (clean["recall_at_1"] > _HALF)
-        chosen = choose_queries(batch.targets.labels, broken, _EXAMPLES)
+        right, labels = clean["recall_at_1"] > _HALF, batch.targets.labels
+        broken, withstood = ((worst.succeeded == state) & right for state in (True, False))
+        some = [_of_these(labels, broken, _EXAMPLES - _WITHSTOOD), _of_these(labels, withstood, _EXAMPLES)]
+        ordered = torch.cat([*some, choose_queries(labels, broken, _EXAMPLES)]).tolist()
+        chosen = torch.tensor([*dict.fromkeys(ordered)][:_EXAMPLES], device=labels.device)
         part, perturbed = batch[chosen], worst.images[chosen]
         gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery) - 1)
         return {
             "eps": worst.eps[chosen.cpu()],
             "queries": rows[chosen],
             "attack": worst.attack[chosen],
+            "succeeded": worst.succeeded[chosen],
             "clean": part.images,
             "perturbed": perturbed,
             "before": gallery.nearest(part.clean, part.targets, count),
@@ -227,6 +231,8 @@ class Evaluator:
                 perturbed=kept["perturbed"][row].cpu(),
                 before=self._neighbours(query, kept["before"][row]),
                 after=self._neighbours(query, kept["after"][row]),
+                succeeded=bool(kept["succeeded"][row]),
+                name=self.task.queries.name_of(query),
             )
             for row, query in enumerate(kept["queries"].tolist())
         )
@@ -235,26 +241,66 @@ class Evaluator:
         pixels = self.task.items[items].cpu() if self.task.items.has_images else [None] * len(items)
         labels, targets = self.task.items.labels, self.task.targets(items.new_tensor([query]))
         right = targets.is_right(labels)[0, items].tolist()
-        return tuple(
-            Neighbour(*parts) for parts in zip(items.tolist(), labels[items].tolist(), pixels, right, strict=True)
-        )
+        names = map(self.task.items.name_of, items.tolist())
+        parts = zip(items.tolist(), labels[items].tolist(), pixels, right, names, strict=True)
+        return tuple(itertools.starmap(Neighbour, parts))
+
+
+@dataclass
+class _Attempt:
+    """Of each query, the perturbed image ``(Q, C, H, W)`` of the strongest attempt so far.
+
+    That is one with the lowest R@1, and of several the one with the largest ``margin`` ``(Q,)``: by how much the
+    nearest wrong item is nearer than the nearest right one.
+    """
+
+    images: Tensor
+    margin: Tensor
+
+    @classmethod
+    def none(cls, images: Tensor) -> _Attempt:
+        """No attempt yet."""
+        return cls(images.clone(), torch.full((len(images),), -torch.inf, device=images.device))
+
+    def copy(self) -> _Attempt:
+        return _Attempt(self.images.clone(), self.margin.clone())
+
+    def update(self, rows: Tensor, outcome: AttackOutcome, found: Tensor, lowest: Tensor) -> None:
+        """Takes what is stronger of an outcome on ``rows`` ``(n,)``, with its R@1 and the lowest so far, ``(n,)``."""
+        margin = outcome.ranking.margin.to(self.margin)
+        is_stronger = (found < lowest) | ((found == lowest) & (margin > self.margin[rows]))
+        self.images[rows[is_stronger]] = outcome.images[is_stronger]
+        self.margin[rows[is_stronger]] = margin[is_stronger]
 
 
 class _WorstPerturbations:
-    """Of each query, the perturbation with the lowest R@1: that which succeeded first, or the last one, if none did."""
+    """Of each query, the perturbation with the lowest R@1: that which succeeded first, or the strongest attempt."""
 
     def __init__(self, images: Tensor) -> None:
-        self.images = images.clone()
-        self.attack = torch.full((len(images),), -1, device=images.device)  # its number; -1: none succeeded
+        self.attack = torch.full((len(images),), -1, device=images.device)  # its number; -1: none was tried
         self.eps = torch.zeros(len(images), dtype=torch.float64)  # 0: none was tried
+        self._strongest = _Attempt.none(images)
         self._lowest = torch.full((len(images),), torch.inf, device=images.device)
 
-    def update(self, attack: int, eps: float, images: Tensor, result: BatchResult) -> None:
-        found = result["measures"]["recall_at_1"]
-        taken = (self._lowest > 0) & (found <= self._lowest) & ~result["shift"].isnan()
+    @property
+    def images(self) -> Tensor:
+        return self._strongest.images
+
+    @property
+    def succeeded(self) -> Tensor:
+        """``(Q,)`` bool: whether an attack succeeded."""
+        return (self.attack >= 0) & (self._lowest <= _HALF)
+
+    def update(self, attack: int, eps: float, attempt: _Attempt, result: BatchResult) -> None:
+        found, tried = result["measures"]["recall_at_1"], ~result["shift"].isnan()
+        is_stronger = (found < self._lowest) | ((found == self._lowest) & (attempt.margin > self._strongest.margin))
+        taken = (self._lowest > 0) & is_stronger & tried
         self._lowest = torch.where(taken, found, self._lowest)
-        self.images = torch.where(per_image(taken, self.images), images, self.images)
-        self.attack[taken & (found <= _HALF)] = attack
+        self._strongest = _Attempt(
+            torch.where(per_image(taken, self.images), attempt.images, self.images),
+            torch.where(taken, attempt.margin, self._strongest.margin),
+        )
+        self.attack[taken] = attack
         self.eps[taken.cpu()] = eps
 
 
@@ -269,6 +315,12 @@ def choose_queries(labels: Tensor, preferred: Tensor, count: int) -> Tensor:
     """Up to ``count`` queries to show: one of each class before a second of any, preferred ones first."""
     order = preferred.to(torch.uint8).argsort(descending=True, stable=True)
     return order[rank_in_group(labels[order]).argsort(stable=True)][:count]
+
+
+def _of_these(labels: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Up to ``count`` queries of a mask ``(Q,)``, of as many classes as there are."""
+    rows = mask.nonzero().squeeze(1)
+    return rows[choose_queries(labels[rows], mask[rows], count)]
 
 
 def joined(batches: Sequence[BatchResult], key: str) -> PerQuery:

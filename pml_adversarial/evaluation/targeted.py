@@ -27,7 +27,7 @@ from .retrieval.batch import QueryBatch
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, settings_of_inputs, to_radii, to_seed, to_whole_numbers
+from .retrieval.options import NORMS, radius_text, settings_of_inputs, to_radii, to_seed, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.
@@ -90,7 +90,7 @@ class TargetedReport(Saved):
         if eps not in self.flags or k not in self.k:
             raise InputError(
                 f"k={k} at eps={eps} was not evaluated; choose k of {', '.join(map(str, self.k))}, eps of "
-                f"{', '.join(f'{radius:g}' for radius in self.flags)}."
+                f"{', '.join(radius_text(radius, self.settings['norm']) for radius in self.flags)}."
             )
         return self.flags[eps][k]
 
@@ -112,7 +112,7 @@ class TargetedReport(Saved):
             passes = f"{self.passes[eps]:,}" if eps else ""
             yield [
                 "worst" if eps else "none",
-                f"{eps:.4g}" if eps else "",
+                radius_text(eps, self.settings["norm"]) if eps else "",
                 *(self._cell(eps, k) for k in self.k),
                 passes,
             ]

@@ -25,6 +25,11 @@ class TestRun:
         report = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
         assert [run["kind"] for run in report["runs"]] == ["plain", "adversarial"] * 2
         assert report["settings"]["seeds"] == [0, 1]
+        for name in ("report.html", "comparison.html"):
+            assert (tmp_path / "new" / "folder" / name).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+        again = run("--seeds", "2", output=tmp_path / "new" / "folder")
+        assert again.exit_code == 2
+        assert "holds results.json, report.html, comparison.html, recall_against_eps.png, queries.png" in again.output
         for name in ("recall_against_eps.png", "queries.png"):
             assert (tmp_path / "new" / "folder" / name).read_bytes().startswith(b"\x89PNG")
         assert table(report) in result.output
@@ -67,7 +72,7 @@ class TestRun:
         assert found[0] == found[1]
 
     def test_help_names_every_option(self):
-        output = CliRunner().invoke(main, ["--help"]).output
+        output = CliRunner().invoke(main, ["demo", "--help"]).output
         for option in (
             "loss",
             "miner",

@@ -167,12 +167,12 @@ class TestPassesOn:
     def test_threads(self, workplace, asked, monkeypatch):
         found = []
         monkeypatch.setattr(torch, "set_num_threads", found.append)
-        assert run().exit_code == run("--threads", "2").exit_code == 0
+        assert run().exit_code == run("--threads", "2", "--force").exit_code == 0
         assert found == [2]
 
     def test_limit_draws_by_the_seed_without_replacement(self, workplace, asked):
         for seed in ("1", "1", "2"):
-            assert run("--limit", "5", "--seed", seed).exit_code == 0
+            assert run("--limit", "5", "--seed", seed, "--force").exit_code == 0
         first, again, other = (call["subset"] for call in asked)
         assert first == again != other
         assert len(set(first)) == len(set(other)) == 5
@@ -190,6 +190,24 @@ class TestPassesOn:
         assert result.exit_code == 0, result.output
         assert [image.shape for image, _ in asked[0]["queries"]] == [(1, 6, 6)] * 12
         assert asked[0]["queries"].classes == ("class 0", "class 1")
+
+    def test_height_and_width(self, workplace, asked):
+        torch.save(nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).state_dict(), "flat.pt")
+        result = run("--size", "12x3", "--grayscale", *WEIGHTS, model="flat.pt", queries="photos")
+        assert result.exit_code == 0, result.output
+        assert [image.shape for image, _ in asked[0]["queries"]] == [(1, 12, 3)] * 12
+
+    def test_results_that_are_there_are_not_replaced(self, workplace, asked):
+        assert run().exit_code == 0
+        before = (workplace / "pml_adversarial_evaluation" / "report.json").read_text()
+        again = run()
+        assert again.exit_code == 2
+        assert "holds report.json, report.html already; choose another folder, or replace" in again.output
+        assert len(asked) == 1
+        (workplace / "pml_adversarial_evaluation" / "report.html").unlink()
+        assert "holds report.json already" in run().output
+        assert (workplace / "pml_adversarial_evaluation" / "report.json").read_text() == before
+        assert run("--force").exit_code == 0
 
     def test_size_of_one_number_is_both(self, workplace, asked):
         assert run("--size", "6", "--grayscale", queries="photos").exit_code == 0
@@ -287,20 +305,26 @@ class TestRefusals:
         ("arguments", "message"),
         [
             (["--model", "nowhere.pt2"], "There is no file nowhere.pt2"),
-            (["--model", "nets.py"], "nets.py cannot be read as weights"),
+            (
+                ["--model", "nets.py"],
+                "is Python code; expected the saved weights, and beside them what builds the network",
+            ),
             (["--model", "weights.pt"], "holds weights only"),
             (["--network", "nets:make"], "is a whole model; expected no network"),
             (["--queries", "nowhere"], "There is no nowhere; expected a folder"),
             (["--queries", "nets.py"], "cannot be read as an npz"),
             (["--queries", "empty"], "no subfolders (0 images"),
+            (["--queries", "photos/class 0"], "no subfolders (6 images"),
+            (["--queries", "photos/class 0/00.png"], "is a single image; expected a folder"),
             (["--queries", "one"], "are of one class, 'a'"),
             (["--queries", "single"], "one image of each of the 2 classes"),
             (["--queries", "broken", "--grayscale"], "broken/a/1.png cannot be read as an image"),
             (["--queries", "photos"], "does not take 1 image(s) of (3, 6, 6)"),
-            (["--queries", "photos", "--grayscale", "--size", "4"], "does not take 1 image(s) of (1, 4, 4)"),
+            (["--queries", "photos", "--grayscale", "--size", "4"], "choose them with --size and --grayscale"),
             (["--queries", "unlabelled.npz"], "for 4 images; expected one integer or word per image"),
             (["--queries", "nan.npz"], "1 of 4 hold NaN"),
-            (["--size", "4"], "size and grayscale are for folders"),
+            (["--size", "4"], "sizes and grayscale are for folders"),
+            (["--size", "4x4"], "sizes and grayscale are for folders"),
             (["--gallery", "nowhere"], "There is no nowhere"),
             (["--gallery", "strangers.npz"], "No class of the queries (0, 1) is in the gallery (8, 9)"),
             (["--gallery", "larger.npz"], "does not take 1 image(s) of (1, 7, 7)"),
@@ -334,7 +358,9 @@ class TestRefusals:
             (["--normalization", "imagenet"], "normalization has 3 channels"),
             (["--size", "x"], "--size: 'x'; expected whole numbers"),
             (["--size", "0"], "expected numbers above 0"),
-            (["--size", "9,8,7"], "expected one side, or two"),
+            (["--size", "9,8,7"], "expected 224, or 256,224 (shorter side, square within), or 256x128"),
+            (["--size", "9x8x7"], "--size: '9x8x7'; expected whole numbers"),
+            (["--size", "4x"], "--size: '4x'; expected whole numbers"),
             (["--queries", "photos", "--size", "4,6"], "a square that fits in it"),
             (["--recall-at", "1,x"], "--recall-at: '1,x'; expected whole numbers"),
             (["--recall-at", "0"], "expected numbers above 0"),
@@ -398,44 +424,11 @@ def spoil(workplace):
     numpy.savez("nan.npz", images=numpy.where(numpy.arange(4)[:, None, None] == 2, numpy.nan, images), labels=labels)
 
 
-class TestBesideTheMainJob:
-    def test_options_of_the_main_job_are_not_lost_in_silence(self):
-        result = CliRunner().invoke(main, ["--seeds", "3", "evaluate", "--model", "m"])
-        assert result.exit_code == 2
-        assert "--seeds before evaluate: options of a command come after its name." in result.output
-
-    def test_unknown_command(self):
-        result = CliRunner().invoke(main, ["evalute"])
-        assert result.exit_code == 2
-        assert "No such command 'evalute'" in result.output
-
-    def test_help_of_both(self):
-        both, one = (CliRunner().invoke(main, [*words, "--help"]).output for words in ([], ["evaluate"]))
-        assert "--train-classes" in both
-        assert all(f"  {command} " in both for command in ("evaluate", "repeat", "compare"))
-        for option in ("model", "network", "queries", "gallery", "eps", "norm", "attacks", "normalization", "size"):
-            assert f"--{option} " in one
-        for option in (
-            "grayscale",
-            "limit",
-            "nmi",
-            "no-checks",
-            "seed",
-            "batch-size",
-            "device",
-            "output",
-            "resume",
-            "threads",
-        ):
-            assert f"--{option} " in one
-        assert "  pml-adversarial evaluate --model model.pt2" in one  # examples are not wrapped
-
-    def test_as_a_module(self, workplace, monkeypatch, capsys):
-        monkeypatch.setattr(sys, "argv", ["", "evaluate", "--model", "m.pt2", "--queries", "q", "--eps", "1"])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module("pml_adversarial", run_name="__main__")
-        assert ended.value.code == 1
-        assert (
-            capsys.readouterr().err
-            == "Error: There is no q; expected a folder with one subfolder per class, or an npz.\n"
-        )
+def test_as_a_module(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "evaluate", "--model", "m.pt2", "--queries", "q", "--eps", "1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("pml_adversarial", run_name="__main__")
+    assert ended.value.code == 1
+    assert (
+        capsys.readouterr().err == "Error: There is no q; expected a folder with one subfolder per class, or an npz.\n"
+    )

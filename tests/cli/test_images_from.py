@@ -138,6 +138,26 @@ def bytes_of(*shape):
     return numpy.random.default_rng(0).integers(0, 256, shape, dtype=numpy.uint8)
 
 
+class TestShape:
+    def test_is_height_and_width_whatever_the_proportions(self, tmp_path):
+        pixels = numpy.zeros((6, 8, 3))
+        pixels[:, 4:] = 255  # the right half is white
+        write(tmp_path / "a" / "1.png", pixels)
+        write(tmp_path / "a" / "2.png", pixels_of(1, 20, 7))
+        found = images_from(tmp_path, shape=(4, 2))
+        assert [image.shape for image, _ in found] == [(3, 4, 2)] * 2
+        assert (found[0][0][:, :, 0] < 0.5).all()
+        assert (found[0][0][:, :, 1] > 0.5).all()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"shape": (0, 4)}, "a height and a width above 0"), ({"shape": (4, 4), "size": 4}, "expected one of them")],
+    )
+    def test_what_is_refused(self, folder, options, message):
+        with pytest.raises(InputError, match=message):
+            images_from(folder, **options)
+
+
 class TestNpz:
     def test_bytes_become_pixels(self, tmp_path):
         images = bytes_of(4, 3, 5, 6)
@@ -209,9 +229,9 @@ class TestNpz:
         with pytest.raises(InputError, match=r"a\.npy cannot be read as an npz"):
             images_from(tmp_path / "a.npy")
 
-    @pytest.mark.parametrize("option", [{"size": 4}, {"grayscale": True}])
+    @pytest.mark.parametrize("option", [{"size": 4}, {"shape": (4, 4)}, {"grayscale": True}])
     def test_is_not_changed(self, tmp_path, option):
-        with pytest.raises(InputError, match="is an npz file; size and grayscale are for folders only"):
+        with pytest.raises(InputError, match="is an npz file; sizes and grayscale are for folders only"):
             images_from(save(tmp_path / "a.npz", bytes_of(4, 5, 5)), **option)
 
 

@@ -77,7 +77,7 @@ class TestRepeats:
         found["provenance"]["threads"] = 7
         (workplace / REPORT).write_text(json.dumps(found))
         assert run("repeat", REPORT, *INPUTS).exit_code == 0
-        assert run("repeat", REPORT, *INPUTS, "--threads", "2").exit_code == 0
+        assert run("repeat", REPORT, *INPUTS, "--threads", "2", "--force").exit_code == 0
         assert taken == [7, 2]
 
 

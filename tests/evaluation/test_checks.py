@@ -197,6 +197,23 @@ class TestStrength:
         expected = (batch.images + EPS * pixels.grad.sign()).clamp(0, 1)
         torch.testing.assert_close(checks.margin_attack(batch, EPS, 1, random_start=False), expected)
 
+    @pytest.mark.parametrize(
+        "check",
+        [
+            "iterating beats a single step",
+            "attack beats noise",
+            "more steps are no weaker",
+            "larger eps is no weaker",
+            "a longer run adds nothing",
+            "black box adds nothing",
+        ],
+    )
+    def test_where_nothing_is_broken_there_is_no_evidence(self, pictures, check):
+        found = evaluate_robustness(Front(), pictures, eps=1e-5, attacks=quick(2, 1))
+        assert found.worst_case(1e-5) == found.clean["recall_at_1"]
+        (one,) = (made for made in found.checks if made.name == check)
+        assert one.passed is None
+
     def test_noise(self, pictures):
         assert checks.beats_noise(sample_of(Front(), pictures)).passed
         results = [result(flags="0" * 80, eps=0.2)]

@@ -201,10 +201,10 @@ class TestShown:
     def test_as_a_table(self):
         found = self.of("1" * 44 + "0" * 56, "0" * 8 + "1" * 57 + "0" * 35)
         assert str(found).splitlines() == [
-            "                   eps  R@1 a  R@1 b                b - a  only a  only b      p",
-            "--------------------------------------------------------------------------------",
-            "none                     90.0   90.0    +0.0 [-3.7, +3.7]       0       0      1",
-            "worst (query)  0.03137   44.0   57.0  +13.0 [+2.6, +23.6]       8      21  0.024",
+            "                 eps  R@1 a  R@1 b                b - a  only a  only b      p",
+            "------------------------------------------------------------------------------",
+            "none                   90.0   90.0    +0.0 [-3.7, +3.7]       0       0      1",
+            "worst (query)  8/255   44.0   57.0  +13.0 [+2.6, +23.6]       8      21  0.024",
             "",
             "100 queries; percent [95 % interval of the difference, Tango]; only a: right with a alone; "
             "p: exact McNemar test",
@@ -226,7 +226,7 @@ class TestShown:
         found = compare(*pair)
         kept = found.to_dict()
         assert json.loads(json.dumps(kept, allow_nan=False)) == kept
-        assert set(kept) == {"num_queries", "differences", "notes", "interval"}
+        assert set(kept) == {"num_queries", "differences", "notes", "norm", "interval"}
         assert kept["interval"] == {"kind": "Tango", "confidence": 0.95}
         for one, other in zip(kept["differences"], found.differences, strict=True):
             assert one == {**vars(other), "interval": list(other.interval), "difference": other.difference}

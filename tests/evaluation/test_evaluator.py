@@ -2,6 +2,7 @@ import pytest
 import torch
 from notes import Notes
 from query_batches import images_of, network
+from torch.nn.functional import normalize
 
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.attacks.gradients import (
@@ -86,3 +87,60 @@ class TestFollows:
         assert [len(found[2]) for found in given] == [24, 24]
         _, given = self.reports(only_robust=True)
         assert len(given[0][2]) == round(24 * report.clean["recall_at_1"])
+
+
+class TestStrongestAttempt:
+    """Of attempts that fail, the one is kept after which the nearest wrong item is nearest."""
+
+    def noise(self, number):
+        def perturb(batch, eps, restart):
+            directions = torch.randn(24, 1, 6, 6, generator=torch.Generator().manual_seed(10 * number + restart)).sign()
+            return (batch.images + 0.2 * eps * directions[batch.rows]).clamp(0, 1)
+
+        return QueryAttack(f"noise {number}", perturb, restarts=2)
+
+    def margins(self, model, images, labels, attempt):
+        """By a loop over queries: how much nearer the nearest wrong item is than the nearest right one."""
+        with torch.no_grad():
+            items, moved = (normalize(model.eval()(x)) for x in (images, attempt))
+        found = []
+        for row in range(len(images)):
+            near = {other: float(moved[row] @ items[other]) for other in range(len(images)) if other != row}
+            right = max(value for other, value in near.items() if labels[other] == labels[row])
+            found.append(max(value for other, value in near.items() if labels[other] != labels[row]) - right)
+        return found
+
+    def test_by_loops(self):
+        (images, labels), model, radii = images_of(spread=0.05), network(), (0.01, 0.02)
+        attacks = tuple(map(self.noise, range(3)))
+        report = evaluate_robustness(
+            model, (images, labels), eps=radii, attacks=attacks, checks=False, keep_attacked=True
+        )
+        assert report.worst_case(0.02) == report.clean["recall_at_1"] == 1
+        tried = {}
+        for eps in radii:
+            for number in range(3):
+                for restart in range(2):
+                    generator = torch.Generator().manual_seed(10 * number + restart)
+                    directions = torch.randn(24, 1, 6, 6, generator=generator).sign()
+                    tried[eps, number, restart] = (images + 0.2 * eps * directions).clamp(0, 1)
+            margins = {name: self.margins(model, images, labels, attempt) for name, attempt in tried.items()}
+            for row in range(24):
+                best = max(margins, key=lambda name: margins[name][row])
+                torch.testing.assert_close(report.attacked[eps][row], tried[best][row], rtol=0, atol=1e-6)
+        for example in report.examples:
+            assert not example.succeeded
+            name = (example.eps, int(example.attack[-1]))
+            assert any(
+                torch.allclose(example.perturbed, tried[(*name, restart)][example.query], atol=1e-6)
+                for restart in range(2)
+            )
+
+    def test_some_examples_show_queries_that_withstood(self):
+        margin = QueryAttack("margin", gradient_attack(margin_score, 8))
+        report = evaluate_robustness(network(), images_of(), eps=0.02, attacks=(margin,), checks=False)
+        clean, robust = report.clean_flags, report.worst[0].robust_flags
+        assert sum(one == "1" and other == "0" for one, other in zip(clean, robust, strict=True)) >= 5
+        states = [example.succeeded for example in report.examples]
+        assert states == [robust[example.query] == "0" for example in report.examples]
+        assert states == [True] * 5 + [False] * 3

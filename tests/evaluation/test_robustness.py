@@ -161,8 +161,10 @@ class TestRecomputed:
         for example in report.examples:
             assert example.label == labels[example.query]
             broken_at = [w.eps for w in report.worst if w.eps <= EPS[1] and w.robust_flags[example.query] == "0"]
-            assert example.eps == min(broken_at, default=EPS[1])
-            assert (example.attack == "none") == (not broken_at)
+            assert example.succeeded == bool(broken_at)
+            assert example.eps == min(broken_at) if broken_at else example.eps in EPS[:2]
+            assert example.attack in ("margin", "shift")
+            assert example.name == str(example.label)
             assert torch.equal(example.clean, images[example.query])
             assert (example.perturbed - example.clean).abs().max() <= example.eps + 1e-6
             for image, found in ((example.clean, example.before), (example.perturbed, example.after)):

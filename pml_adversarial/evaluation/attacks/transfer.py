@@ -24,7 +24,7 @@ from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder
 from ..retrieval.gallery import Gallery
 from ..retrieval.images import ImageSet
-from ..retrieval.options import digest_of
+from ..retrieval.options import digest_of, radius_text
 from ..retrieval.task import RetrievalTask
 from .gradients import gradient_attack, margin_score
 from .kinds import Perturb, QueryAttack
@@ -97,8 +97,8 @@ def _outside(images: ImageSet, task: RetrievalTask, rows: Tensor, radii: Sequenc
         count = int((changes > _ROUNDING).sum())
         if count:
             yield (
-                f"{count} of {len(rows)} images lie outside of eps {eps:.4g}; moving them inside changed pixels by up "
-                f"to {float(changes.max()):.2g}"
+                f"{count} of {len(rows)} images lie outside of eps {radius_text(eps, task.norm)}; moving them inside "
+                f"changed pixels by up to {float(changes.max()):.2g}"
             )
 
 

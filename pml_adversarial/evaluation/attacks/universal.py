@@ -26,7 +26,7 @@ from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder, plain_surroundings
 from ..retrieval.forms import Images
-from ..retrieval.options import digest_of, to_radii, to_seed
+from ..retrieval.options import digest_of, radius_text, to_radii, to_seed
 from ..retrieval.task import RetrievalTask, Search
 from .gradients import margin_score
 from .kinds import Perturb, QueryAttack
@@ -173,10 +173,10 @@ class _Added:
 
     def _cut(self, radii: Sequence[float], norm: str) -> Iterator[str]:
         size = float(self.delta.abs().max() if norm == "Linf" else self.delta.norm())
-        smaller = [f"{eps:.4g}" for eps in radii if size > eps * (1 + 1e-4)]
+        smaller = [radius_text(eps, norm) for eps in radii if size > eps * (1 + 1e-4)]
         if norm in NORMS and smaller:
             yield f"of size {size:.4g}, it is cut to the budget at eps {', '.join(smaller)}"
-        larger = [f"{eps:.4g}" for eps in radii if size < eps * (1 - 1e-2)]
+        larger = [radius_text(eps, norm) for eps in radii if size < eps * (1 - 1e-2)]
         if norm in NORMS and larger:
             yield f"of size {size:.4g}, it leaves some of the budget unused at eps {', '.join(larger)}"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .binomial import CONFIDENCE
-from .html import render
+from .html import render, render_short
+from .plots import needed, plot
 from .results import INTERVAL, AttackResult, Check, Measures, Results, WorstCase
 from .saved import Saved
 from .table import table
@@ -46,6 +47,54 @@ class Report(Results, Saved):
             del part["intervals"]  # they follow from the numbers
         lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
         return cls(**{**found, **lists, "notes": tuple(found["notes"])})
+
+    def plot(self, ax: Any = None, measure: str = "recall_at_1", target: str = "query") -> tuple[Any, Any]:
+        """Draws a measure against eps with matplotlib: the worst case with its intervals, single attacks, and chance.
+
+        Args:
+            ax: matplotlib's axes to draw into; None: new ones.
+            measure: one of those in ``clean``.
+            target: what the attacks perturb, "query" or "gallery".
+
+        Returns:
+            The figure and the axes, as in torchmetrics.
+
+        Raises:
+            InputError: the measure was not taken, or matplotlib is not installed.
+        """
+        return plot(self, ax, measure, target)
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame: a row without attack, for every attack at every eps, and for every worst case.
+
+        Its columns are ``attack``, ``target``, ``eps``, each measure, the ends of the 95 % confidence interval of each
+        rate (``_low``, ``_high``), ``shift`` and the costs.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        pandas = needed("pandas", "to_pandas() makes a data frame")
+        rows: list[dict[str, Any]] = [{"attack": "none", "target": "", "eps": 0.0, **self._cells(self.clean)}]
+        for result in self.attacks:
+            costs = {name: getattr(result, name) for name in ("shift", "forward_passes", "backward_passes", "seconds")}
+            where = {"attack": result.attack, "target": result.target, "eps": result.eps}
+            rows.append({**where, **self._cells(result.measures), **costs})
+        for worst in self.worst:
+            where = {"attack": "worst case", "target": worst.target, "eps": worst.eps}
+            rows.append({**where, **self._cells(worst.measures)})
+        return pandas.DataFrame(rows)
+
+    def _cells(self, measures: Measures) -> dict[str, float]:
+        ends = {
+            f"{name}_{end}": value
+            for name, interval in self.intervals(measures).items()
+            for end, value in zip(("low", "high"), interval, strict=True)
+        }
+        return {**measures, **ends}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return render_short(self)
 
     def save_html(self, path: str | Path) -> None:
         """Writes one HTML page that needs no other file and no network."""

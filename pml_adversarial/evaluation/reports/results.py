@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..retrieval.options import radius_text
 from .binomial import Interval, rate_interval
 
 TARGETS = ("query", "gallery")  #: What an attack may perturb.
@@ -76,26 +77,29 @@ class Check:
 
     Attributes:
         name: what should hold.
-        passed: False raises a flag. None: the check could not be made.
+        passed: False raises a flag. None: no evidence either way; it could not be made, or nothing was broken in it.
         message: what was found, in one line.
+        catches: what makes it fail, in a sentence.
     """
 
     name: str
     passed: bool | None
     message: str
+    catches: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
     """An item that a query found: its index, its label, its pixels ``(C, H, W)``, and whether it is right.
 
-    The pixels are None if the gallery has no images.
+    The pixels are None if the gallery has no images. ``name`` is that of its class, if the gallery has names.
     """
 
     item: int
     label: int
     image: Tensor | None
     is_right: bool
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +109,15 @@ class Example:
     Attributes:
         query: index of the query.
         label: label of the query.
-        eps: the smallest radius at which an attack succeeded; the largest radius tried, if none did.
-        attack: name of the attack that succeeded, or "none".
+        eps: the smallest radius at which an attack succeeded; the radius of the strongest attempt, if none did.
+        attack: name of the attack that succeeded, or that made the strongest attempt; "none" if none was tried.
         clean: ``(C, H, W)`` pixels.
-        perturbed: ``(C, H, W)`` pixels.
+        perturbed: ``(C, H, W)`` pixels. Of attempts that fail, the strongest is that after which the nearest wrong item
+            is nearest, compared with the nearest right one.
         before: nearest items of the clean query, nearest first.
         after: nearest items of the perturbed query, nearest first.
+        succeeded: whether the attack succeeded.
+        name: of the query's class, if the images have names.
     """
 
     query: int
@@ -121,6 +128,8 @@ class Example:
     perturbed: Tensor
     before: tuple[Neighbour, ...]
     after: tuple[Neighbour, ...]
+    succeeded: bool = True
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +157,8 @@ class Results:
         notes: what else a reader has to know, such as attacks that were left out, and why.
         clean_flags: one character per query: "1" if the nearest item is right without attack, "0" if not.
         examples: some queries with the items that they find. They are not saved as JSON.
-        attacked: eps -> ``(Q, C, H, W)`` perturbed queries: of each, the one that succeeded or was tried last. None
-            if it was not asked for. They are not saved as JSON.
+        attacked: eps -> ``(Q, C, H, W)`` perturbed queries: of each, the one that succeeded, or the strongest attempt.
+            None if it was not asked for. They are not saved as JSON.
     """
 
     suite: str
@@ -184,7 +193,8 @@ class Results:
             raise InputError(f"No attack on the {target} was evaluated; expected attacks that perturb it.")
         if eps not in found or measure not in found[eps]:
             names = sorted({name for measures in found.values() for name in measures})
-            choices = f"{', '.join(names)} at {', '.join(f'{radius:g}' for radius in sorted(found))}"
+            radii = ", ".join(radius_text(radius, str(self.settings.get("norm", ""))) for radius in sorted(found))
+            choices = f"{', '.join(names)} at {radii}"
             raise InputError(f"{measure} at eps={eps} on {target} was not measured; choose {choices}.")
         return found[eps][measure]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..retrieval.options import radius_text
 from .binomial import CONFIDENCE, Interval
 from .results import INTERVAL, Measures, Results, heading, is_rate
 
 _WIDTH = 120  # columns, at which a terminal still shows a line
 _MANY = 1000  # queries; then intervals are narrow enough for tenths of a percent
-_CHECK = {True: "ok", False: "FLAG", None: "skipped"}
+MARKS = {True: "ok", False: "FLAG", None: "no evidence"}  #: How a check ended.
 
 
 def table(results: Results) -> str:
@@ -30,7 +31,7 @@ def table(results: Results) -> str:
     )
     signs = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results.collapse.items())
     embedding = f"embedding: {signs}" + ("" if results.nmi is None else f"; NMI {100 * results.nmi:.1f}")
-    checks = [f"[{_CHECK[check.passed]}] {check.name}: {check.message}" for check in results.checks]
+    checks = [f"[{MARKS[check.passed]}] {check.name}: {check.message}" for check in results.checks]
     notes = [f"note: {note}" for note in results.notes]
     return "\n".join([*lines, "", setting, units, *notes, embedding, *checks])
 
@@ -54,7 +55,7 @@ def with_interval(rate: float, interval: Interval, total: int) -> str:
 
 def _table(results: Results, rates: Sequence[str]) -> list[str]:
     """All attacks as lines; ``rates`` are shown with their intervals."""
-    names = list(results.clean)
+    names, norm = list(results.clean), str(results.settings.get("norm", ""))
 
     def percent(measures: Measures) -> list[str]:
         shown = {name: f"{100 * measures[name]:.1f}" for name in names}
@@ -66,7 +67,10 @@ def _table(results: Results, rates: Sequence[str]) -> list[str]:
     for eps in sorted({result.eps for result in results.attacks}):
         for result in (result for result in results.attacks if result.eps == eps):
             cost = [f"{result.forward_passes + result.backward_passes:,}", f"{result.seconds:.0f}"]
-            rows.append([result.attack, f"{eps:.4g}", *percent(result.measures), *cost])
+            rows.append([result.attack, radius_text(eps, norm), *percent(result.measures), *cost])
         worst_cases = [worst for worst in results.worst if worst.eps == eps]
-        rows += [[f"worst ({worst.target})", f"{eps:.4g}", *percent(worst.measures), "", ""] for worst in worst_cases]
+        rows += [
+            [f"worst ({worst.target})", radius_text(eps, norm), *percent(worst.measures), "", ""]
+            for worst in worst_cases
+        ]
     return aligned(rows)

@@ -15,6 +15,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
     default_collate,
 )
@@ -47,6 +48,7 @@ class LabelledImages:
         has_images: False: only labels are known.
         is_read_anew: whether ``read`` may give another image the second time.
         carried: index -> the label that an item carries; None: ``labels`` were read off the items themselves.
+        classes: the name of each label from 0 on; empty: labels have no names.
     """
 
     read: Callable[[Tensor], Any]
@@ -55,6 +57,7 @@ class LabelledImages:
     has_images: bool = True
     is_read_anew: bool = False
     carried: Callable[[int], Any] | None = None
+    classes: Sequence[str] = ()
 
 
 def labelled_images(images: Images, role: str) -> LabelledImages:
@@ -137,9 +140,20 @@ def _from_dataset(
         labels = None
     if labels is None:
         labels = _as_labels([carried(row) for row in range(len(index))], role)
-        return LabelledImages(read, labels, len(index), is_read_anew=True)
+        return LabelledImages(read, labels, len(index), is_read_anew=True, classes=_names(dataset))
     labels = labels[torch.tensor(index, dtype=torch.long)]
-    return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried)
+    return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried, classes=_names(dataset))
+
+
+def _names(dataset: Any) -> Sequence[str]:
+    """The names of the classes, as torchvision's data sets list them; empty: there are none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if getattr(dataset, "target_transform", None) is not None:
+        return ()
+    found = getattr(dataset, "classes", ())
+    is_list = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
+    return found if is_list else ()
 
 
 def _listed_labels(dataset: Any) -> Any:

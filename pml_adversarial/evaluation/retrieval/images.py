@@ -60,6 +60,12 @@ class ImageSet:
             shown = " to ".join(map(str, dict.fromkeys(index[[0, -1]].tolist()))) if len(index) else "none"
             raise InputError(f"{self.role}, image{'s' * (len(index) != 1)} {shown}: {error}") from error
 
+    def name_of(self, row: int) -> str:
+        """The name of an image's class, where the images came with names; else its label."""
+        label = int(self.labels[row])
+        names = self._given.classes if self.label_sets is None else ()
+        return names[label] if 0 <= label < len(names) else str(label)
+
     def check(self, space: PixelSpace) -> str | None:
         """Reads a few images twice, and finds out whether they are normalised as ``space`` says.
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from ...attacks.ball import project
 from ...attacks.pgd import uniform_noise
 from ...training.isolation import random_stream
-from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, largest_noise, no_weaker, plausible
+from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, compared, largest_noise, plausible
 from ..reports import binomial
 from ..reports.results import Check
-from ..retrieval.options import largest_radius
+from ..retrieval.options import largest_radius, radius_text
 from .attacks import PairBatch, momentum
 from .roc import PairScores
 from .task import PairTask
@@ -86,6 +86,10 @@ class PairSample:
         half = len(right) / 2
         self.eps = min(self.radii, key=lambda eps: abs(int((self.broken_by(eps) & self.right).sum()) - half))
 
+    def shown(self, eps: float) -> str:
+        """An eps in words."""
+        return radius_text(eps, self.task.norm)
+
     def __len__(self) -> int:
         return len(self.chosen)
 
@@ -134,7 +138,7 @@ class PairSample:
 def beats_a_single_step(sample: PairSample) -> Verdict:
     """Iterative attacks are stronger than single-step ones (Carlini et al., arXiv 1902.06705)."""
     single = sample.ascended(sample.eps, 1, "single", random_start=False)
-    return _compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.eps)
+    return compared(sample.attacked, f"{STEPS} steps", single, "one step", sample.shown(sample.eps))
 
 
 def beats_noise(sample: PairSample) -> Verdict:
@@ -145,23 +149,24 @@ def beats_noise(sample: PairSample) -> Verdict:
         return project(batch.images + noise, batch.images, sample.eps, batch.norm)
 
     noise = torch.stack([sample.broken(noisy, f"noise {draw}") for draw in range(_DRAWS)]).any(0)
-    return _compared(sample.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} draws of noise", sample.eps)
+    return compared(
+        sample.attacked, f"{STEPS} steps", noise, f"the best of {_DRAWS} draws of noise", sample.shown(sample.eps)
+    )
 
 
 def has_converged(sample: PairSample) -> Verdict:
     """More steps and another start find nothing new (Carlini et al.): one longer run is no stronger than the suite."""
     suite = sample.broken_by(sample.eps)[sample.chosen]
     longer = sample.ascended(sample.eps, 2 * STEPS, "longer")
-    return _compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", sample.eps)
+    return compared(suite, "the suite", longer, f"one more run of {2 * STEPS} steps", sample.shown(sample.eps))
 
 
 def falls_at_a_large_eps(sample: PairSample) -> Verdict:
     """Unbounded attacks succeed on every pair (Carlini et al.): within this eps, the first image may be any image."""
     robust = int((~sample.ascended(sample.large, STEPS, "large")).sum())
     passed = plausible(robust, len(sample), 1 - MOST)
-    return Verdict(
-        passed, f"{robust} of {len(sample)} pairs are robust at eps {sample.large:.4g}, within which any image lies"
-    )
+    eps = sample.shown(sample.large)
+    return Verdict(passed, f"{robust} of {len(sample)} pairs are robust at eps {eps}, within which any image lies")
 
 
 def black_box_adds_nothing(sample: PairSample) -> Verdict:
@@ -172,10 +177,11 @@ def black_box_adds_nothing(sample: PairSample) -> Verdict:
     found, total = [], int(sample.right.sum())
     for eps in sample.radii:
         only = int((sample.broken_by(eps, True) & ~sample.broken_by(eps, False) & sample.right).sum())
-        message = f"{only} of {total} pairs are broken by black-box attacks alone, at eps {eps:.4g}"
+        message = f"{only} of {total} pairs are broken by black-box attacks alone, at eps {sample.shown(eps)}"
         found.append((binomial.tail(only, total, FEW), message))
     probability, message = min(found)
-    return Verdict(probability >= SIGNIFICANCE, message)
+    is_any_broken = any(bool((sample.broken_by(eps) & sample.right).any()) for eps in sample.radii)
+    return Verdict(probability >= SIGNIFICANCE if is_any_broken else None, message)
 
 
 def has_gradients(sample: PairSample) -> Verdict:
@@ -222,14 +228,6 @@ def _differences(batch: PairBatch) -> Tensor:
     first, again = (batch.similarities(batch.images) for _ in range(2))
     halves = [batch[rows].similarities(batch.images[rows]) for rows in back.tensor_split(2) if len(rows)]
     return torch.stack([(again - first).abs(), (torch.cat(halves)[back] - first).abs()], 1)
-
-
-def _compared(strong: Tensor, strong_name: str, weak: Tensor, weak_name: str, eps: float) -> Verdict:
-    return Verdict(
-        no_weaker(strong, weak),
-        f"{strong_name}: {int(strong.sum())} of {len(strong)} broken, {weak_name}: {int(weak.sum())}, "
-        f"{int((weak & ~strong).sum())} of them alone, at eps {eps:.4g}",
-    )
 
 
 def _stream(name: str) -> int:

@@ -12,9 +12,9 @@ from ...errors import InputError
 from ..reports.binomial import CONFIDENCE
 from ..reports.results import Check, decode_flags
 from ..reports.saved import Saved
+from ..reports.table import MARKS
+from ..retrieval.options import radius_text
 from .roc import ROC, EqualErrorRate, PairScores, Rate
-
-_CHECK = {True: "ok", False: "FLAG", None: "skipped"}
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,14 @@ class VerificationReport(Saved):
         )
         tables = (self._error_rows(), self._threshold_rows(), self._attack_rows())
         notes = [f"note: {note}" for note in self.notes]
-        checks = [f"[{_CHECK[check.passed]}] {check.name}: {check.message}" for check in self.checks]
+        checks = [f"[{MARKS[check.passed]}] {check.name}: {check.message}" for check in self.checks]
         return "\n".join([line for rows in tables for line in (*_aligned(list(rows)), "")] + [setting, *notes, *checks])
 
     def _error_rows(self) -> Iterator[list[str]]:
         yield ["worst case", "EER", "accuracy", "AUC"]
         for result in self.results:
             error = _interval(*(getattr(result.equal_error_rate, name) for name in ("rate", "low", "high")))
-            yield [_condition(result.eps), error, _percent(result.accuracy), f"{100 * result.auc:.1f}"]
+            yield [self._condition(result.eps), error, _percent(result.accuracy), f"{100 * result.auc:.1f}"]
 
     def _threshold_rows(self) -> Iterator[list[str]]:
         yield ["worst case", "threshold", "similarity", "TAR", "dodging", "FAR", "impersonation"]
@@ -199,7 +199,7 @@ class VerificationReport(Saved):
             for found in result.thresholds:
                 rates = (found.tar, found.dodging, found.far, found.impersonation)
                 at = found.at if isinstance(found.at, str) else f"FAR {found.at:g}"
-                yield [_condition(result.eps), at, f"{found.threshold:.4g}", *map(_percent, rates)]
+                yield [self._condition(result.eps), at, f"{found.threshold:.4g}", *map(_percent, rates)]
 
     def _attack_rows(self) -> Iterator[list[str]]:
         yield ["attack", "eps", "dodging", "impersonation", "genuine", "impostors", "passes", "s"]
@@ -208,7 +208,16 @@ class VerificationReport(Saved):
             similarities = [f"{value:.4g}" for value in (result.genuine, result.impostors)]
             cost = [f"{result.forward_passes + result.backward_passes:,}", f"{result.seconds:.0f}"]
             rates = (found.dodging, found.impersonation)
-            yield [result.attack, f"{result.eps:.4g}", *map(_percent, rates), *similarities, *cost]
+            yield [
+                result.attack,
+                radius_text(result.eps, self.settings["norm"]),
+                *map(_percent, rates),
+                *similarities,
+                *cost,
+            ]
+
+    def _condition(self, eps: float) -> str:
+        return f"eps {radius_text(eps, self.settings['norm'])}" if eps else "none"
 
     def to_dict(self) -> dict[str, Any]:
         """All results but images, in types that JSON knows."""
@@ -246,10 +255,6 @@ def _attack(found: dict[str, Any]) -> PairAttackResult:
 def _threshold(found: dict[str, Any]) -> ThresholdResult:
     rates = ("tar", "far", "dodging", "impersonation")
     return ThresholdResult(**{**found, **{key: None if found[key] is None else Rate(**found[key]) for key in rates}})
-
-
-def _condition(eps: float) -> str:
-    return f"eps {eps:.4g}" if eps else "none"
 
 
 def _percent(rate: Rate | None) -> str:

@@ -49,8 +49,7 @@ class TestTable:
         assert lines[0].split() == HEADS
         assert set(lines[1]) == {"-"}
         rows = [["none", *percent(made.clean)]]
-        for eps in EPS:
-            shown = f"{eps:.4g}"
+        for eps, shown in zip(EPS, ("4/255", "0.1", "26/255"), strict=True):
             for result in (result for result in made.attacks if result.eps == eps):
                 passes = f"{result.forward_passes + result.backward_passes:,}"
                 rows.append([result.attack, shown, *percent(result.measures), passes, f"{result.seconds:.0f}"])
@@ -74,7 +73,7 @@ class TestTable:
             "embedding: mean similarity 0.432, effective rank 12.3; NMI 50.0",
             "[ok] one: fine",
             "[FLAG] two: not fine",
-            "[skipped] three: no gradient",
+            "[no evidence] three: no gradient",
         ]
 
     def test_columns_are_aligned(self):
@@ -122,7 +121,7 @@ class TestIntervals:
         lines = table(made).splitlines()
         rates = RATES if length == 9 else RATES[:1]
         expected = percent(made.worst[0].measures, rates, 200, 0)
-        assert cells(lines[4]) == ["worst (query)", f"{EPS[0]:.4g}", *expected]
+        assert cells(lines[4]) == ["worst (query)", "4/255", *expected]
 
     def test_the_table_of_a_usual_report_has_120_columns_at_most(self):
         measures = {**{f"recall_at_{k}": 1.0 for k in (1, 2, 4, 8)}, "map_at_r": 1.0, "r_precision": 1.0}

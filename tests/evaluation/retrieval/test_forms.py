@@ -5,10 +5,11 @@ import pytest
 import torch
 from data_sets import Listed
 from query_batches import images_of
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.forms import labelled_images
+from pml_adversarial.evaluation.retrieval.images import ImageSet
 
 
 def pairs(images, labels):
@@ -119,6 +120,17 @@ class TestForms:
         self.check(
             [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)], images, labels
         )
+
+    def test_names_of_classes(self):
+        images, labels = images_of(6, 3)
+        named = pairs(images, labels)
+        named.classes = ["ant", "bee", "cat"]
+        for given in (named, Subset(named, [3, 4]), DataLoader(named, batch_size=2)):
+            found = ImageSet(given, torch.device("cpu"), "queries")
+            assert [found.name_of(row) for row in range(2)] == ["ant", "bee"]
+        named.classes = [0, 1, 2]
+        assert ImageSet(named, torch.device("cpu"), "queries").name_of(1) == "1"
+        assert ImageSet((images, labels + 7), torch.device("cpu"), "queries").name_of(1) == "8"
 
     def test_labels_alone(self):
         found = labelled_images((None, [0, 1, 1]), "gallery")

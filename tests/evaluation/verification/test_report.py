@@ -79,7 +79,7 @@ class TestTable:
         assert f"{100 * tar.rate:.1f} [{100 * tar.low:.1f}, {100 * tar.high:.1f}]" in row
         assert [line.split()[0] for line in lines[20:28]] == ["momentum", "enrolled", "pgd", "square"] * 2
         assert lines[29].startswith("custom, Linf, cosine, listed pairs: 20 genuine, 20 impostor pairs, 16 attacked; ")
-        assert lines[-3:] == ["[ok] one: fine", "[FLAG] two: not fine", "[skipped] three: too few"]
+        assert lines[-3:] == ["[ok] one: fine", "[FLAG] two: not fine", "[no evidence] three: too few"]
         assert sum(line.startswith("note: ") for line in lines) == len(report.notes)
 
     def test_columns_are_aligned(self, report):

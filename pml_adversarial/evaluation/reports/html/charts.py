@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ...retrieval.options import radius_text
+
 _WIDTH, _HEIGHT = 460, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 330, 12, 248
 _LABEL_GAP, _TICK_GAP = 12.5, 38
@@ -19,22 +21,12 @@ class Line(NamedTuple):
     worst: bool
     points: tuple[tuple[float, float], ...]  # eps, ascending, and values in [0, 1]
     intervals: tuple[tuple[float, float], ...] = ()  # of the value at each eps; none: no whiskers are drawn
+    colour: str = ""  # a CSS class; none: that of the target
 
     @property
     def kind(self) -> str:
         """Its CSS classes."""
-        return f"{self.target} {'worst' if self.worst else 'one'}"
-
-
-def radius(eps: float, norm: str) -> str:
-    """An eps as a reader expects it: a multiple of 1/255 as a fraction, unless it is a round number too.
-
-    >>> [radius(eps, "Linf") for eps in (8 / 255, 0.1, 0.2, 0.12345)], radius(2.0, "L2")
-    (['8/255', '0.1', '0.2', '0.1235'], '2')
-    """
-    levels = round(eps * 255)
-    meant = norm == "Linf" and 0 < levels < 255 and abs(eps * 255 - levels) < 1e-4 and float(f"{eps:.2g}") != eps
-    return f"{levels}/255" if meant else f"{eps:.4g}"
+        return f"{self.colour or self.target} {'worst' if self.worst else 'one'}"
 
 
 def chart(lines: Sequence[Line], norm: str, chance: float | None = None) -> dict[str, Any]:
@@ -63,7 +55,7 @@ def chart(lines: Sequence[Line], norm: str, chance: float | None = None) -> dict
     ticks, free = [], math.inf
     for eps in sorted(set(radii), reverse=True):  # each has a number where there is room for one
         has_room = eps == 0 or _LEFT + _TICK_GAP <= x(eps) <= free
-        ticks.append((x(eps), radius(eps, norm) if has_room else ""))
+        ticks.append((x(eps), radius_text(eps, norm) if has_room else ""))
         free = x(eps) - _TICK_GAP if has_room else free
     ends = [(line.name, line.kind, y(line.points[-1][1])) for line in lines]
     ends += [] if chance is None else [("chance", "level", y(chance))]
@@ -101,8 +93,7 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _labels(ends: list[tuple[str, str, float]]) -> list[tuple[str, str, float, float]]:
-    """Where names stand beside the ends of lines. Single attacks are named only if there is room for all of them."""
-    if len(ends) > (_BOTTOM - _TOP) / _LABEL_GAP + 2:
-        ends = [end for end in ends if not end[1].endswith("one")]
+    """Where names stand beside the ends of lines. Single attacks have none, so that the worst case stands out."""
+    ends = [end for end in ends if not end[1].endswith("one")]
     places = spread([y for _, _, y in ends], _LABEL_GAP, _TOP - 2, _BOTTOM + 14)
     return [(*end, round(place, 1)) for end, place in zip(ends, places, strict=True)]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...retrieval.options import radius_text
 from ..binomial import CONFIDENCE
 from ..results import INTERVAL, TARGETS, Example, Neighbour, Results, WorstCase, heading
-from .charts import Line, chart, radius
+from .charts import Line, chart
 from .pictures import magnified, picture, small, visible
 
 if TYPE_CHECKING:
@@ -38,10 +39,28 @@ def render(results: Results) -> str:
         num_attacks={t: len({part.attack for part in results.attacks if part.target == t}) for t in TARGETS},
         figures=[_figure(results, measure, norm) for measure in measures],
         examples=[_pictures(example) for example in results.examples if example.clean.ndim == 3],
+        verdict=verdict(results),
         about_intervals=f"{100 * CONFIDENCE:.0f} % confidence intervals ({INTERVAL})",
         provenance=list(_entries(results.provenance)),
         settings=_json(settings, 2),
     )
+
+
+def render_short(results: Results) -> str:
+    """The worst cases and how the checks ended, as a table for a notebook."""
+    norm, template = str(results.settings.get("norm", "")), environment().get_template("short.html")
+    return template.render(results=results, norm=norm, verdict=verdict(results), measures=list(results.clean))
+
+
+def verdict(results: Results) -> str:
+    """How the checks ended, in a sentence."""
+    total = len(results.checks)
+    if not total:
+        return "No check was made, so nothing here says whether the numbers can be trusted."
+    passed, unknown = (sum(check.passed is state for check in results.checks) for state in (True, None))
+    flags = total - passed - unknown
+    more = [f"{flags} raised a flag"] * (flags > 0) + [f"{unknown} gave no evidence"] * (unknown > 0)
+    return f"{passed} of {total} checks passed{''.join(f', {part}' for part in more)}."
 
 
 @cache
@@ -57,7 +76,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"heading": heading, "radius": radius}
+    found.filters |= {"heading": heading, "radius": radius_text}
     return found
 
 
@@ -70,7 +89,7 @@ def _few(cases: Sequence[WorstCase]) -> Sequence[WorstCase]:
 def _figure(results: Results, measure: str, norm: str) -> dict[str, Any]:
     """A measure over eps: its curves, its chart, and a description for readers who do not see the chart."""
     lines = _lines(results, measure)
-    worst = "; ".join(f"{line.name}: {_in_words(line)}" for line in lines if line.worst)
+    worst = "; ".join(f"{line.name}: {in_words(line, norm)}" for line in lines if line.worst)
     return {
         "measure": measure,
         "lines": lines,
@@ -79,8 +98,9 @@ def _figure(results: Results, measure: str, norm: str) -> dict[str, Any]:
     }
 
 
-def _in_words(line: Line) -> str:
-    points = [f"{100 * value:.1f} at eps {eps:.4g}" for eps, value in line.points]
+def in_words(line: Line, norm: str) -> str:
+    """The numbers of a line, for readers who do not see it."""
+    points = [f"{100 * value:.1f} at eps {radius_text(eps, norm)}" for eps, value in line.points]
     intervals = [f" ({100 * low:.1f} to {100 * high:.1f})" for low, high in line.intervals]
     return ", ".join(map("".join, zip_longest(points, intervals, fillvalue="")))
 
@@ -111,6 +131,7 @@ def _pictures(example: Example) -> dict[str, Any]:
     found = {"finds, clean": example.before, "finds, perturbed": example.after}
     return {
         "example": example,
+        "name": example.name or str(example.label),
         "query": [
             picture(visible(example.clean), f"{query}, clean", "clean"),
             picture(visible(example.perturbed), f"{query}, perturbed", "perturbed"),
@@ -123,8 +144,9 @@ def _pictures(example: Example) -> dict[str, Any]:
 def _thumbnail(item: Neighbour) -> tuple[bool, dict[str, Any]]:
     """Whether an item is right, and its picture: white if it has none."""
     image = torch.ones(1, 1, 1) if item.image is None else item.image
-    description = f"item {item.item}, label {item.label}, {'right' if item.is_right else 'wrong'}"
-    caption = f"{'✓' if item.is_right else '✗'} {item.label}"
+    name = item.name or str(item.label)
+    description = f"item {item.item}, class {name}, {'right' if item.is_right else 'wrong'}"
+    caption = f"{'✓' if item.is_right else '✗'} {name}"
     return item.is_right, picture(small(visible(image), _THUMBNAIL), description, caption)
 
 

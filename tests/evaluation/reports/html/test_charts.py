@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from page_trees import Tree, curves
 
-from pml_adversarial.evaluation.reports.html.charts import Line, chart, radius, spread
+from pml_adversarial.evaluation.reports.html.charts import Line, chart, spread
 from pml_adversarial.evaluation.reports.html.page import environment
 
 
@@ -14,28 +14,10 @@ def drawn(lines, chance=None):
     return Tree(template.render(chart=chart(lines, "Linf", chance), description="label")).root
 
 
-@pytest.mark.parametrize(
-    ("eps", "norm", "shown"),
-    [
-        (1 / 255, "Linf", "1/255"),
-        (16 / 255, "Linf", "16/255"),
-        (254 / 255, "Linf", "254/255"),
-        (51 / 255, "Linf", "0.2"),  # round numbers stay what they are
-        (0.03, "Linf", "0.03"),
-        (1.0, "Linf", "1"),
-        (0.0, "Linf", "0"),
-        (0.123456, "Linf", "0.1235"),
-        (8 / 255, "L2", "0.03137"),
-        (2.5, "L2", "2.5"),
-    ],
-)
-def test_a_radius_is_shown_in_levels_if_it_was_meant_so(eps, norm, shown):
-    assert radius(eps, norm) == shown
-
-
 def test_the_style_of_a_line_follows_from_what_it_shows():
     assert Line("margin", "query", False, ()).kind == "query one"
     assert Line("worst", "gallery", True, ()).kind == "gallery worst"
+    assert Line("a model", "gallery", True, (), colour="model2").kind == "model2 worst"
 
 
 def test_points_stand_on_straight_scales():
@@ -54,11 +36,7 @@ def test_points_stand_on_straight_scales():
             assert height == pytest.approx(y(value), abs=0.06)
     assert all(height == pytest.approx(y(percent / 100), abs=0.06) for percent, height in found["levels"].items())
     assert found["chance"] == pytest.approx(y(0.25), abs=0.06)
-    assert [(name, kind) for name, kind, *_ in found["labels"]] == [
-        ("a0", "query one"),
-        ("a1", "query one"),
-        ("chance", "level"),
-    ]
+    assert [(name, kind) for name, kind, *_ in found["labels"]] == [("chance", "level")]
 
 
 def test_whiskers_reach_from_one_end_of_the_interval_to_the_other_and_stay_inside():
@@ -84,7 +62,7 @@ def test_whiskers_reach_from_one_end_of_the_interval_to_the_other_and_stay_insid
 def test_without_chance_no_line_is_drawn_for_it():
     found = chart([Line("a", "query", False, ((0.0, 0.7), (0.1, 0.2)))], "Linf")
     assert found["chance"] is None
-    assert [name for name, *_ in found["labels"]] == ["a"]
+    assert found["labels"] == []
 
 
 def test_each_eps_has_a_tick_and_a_number_where_there_is_room():
@@ -94,13 +72,12 @@ def test_each_eps_has_a_tick_and_a_number_where_there_is_room():
     assert [x for x, _ in found["ticks"]] == [x for x, _ in reversed(found["curves"][0][1])]
 
 
-@pytest.mark.parametrize(("single", "named"), [(10, 11), (40, 1)])
-def test_single_attacks_are_named_where_there_is_room_for_all(single, named):
-    lines = [Line(f"a{i}", "query", False, ((0.0, 0.7), (0.1, 0.2))) for i in range(single)]
+def test_only_the_worst_case_and_chance_are_named():
+    lines = [Line(f"a{i}", "query", False, ((0.0, 0.7), (0.1, 0.2))) for i in range(10)]
     lines.append(Line("worst", "query", True, ((0.0, 0.7), (0.1, 0.1))))
-    found = chart(lines, "Linf")
-    assert [name for name, *_ in found["labels"]] == [line.name for line in lines][-named:]
-    assert len(found["curves"]) == single + 1
+    found = chart(lines, "Linf", 0.25)
+    assert [name for name, *_ in found["labels"]] == ["worst", "chance"]
+    assert len(found["curves"]) == 11
 
 
 def test_a_curve_of_zeros_lies_at_the_bottom():
@@ -119,7 +96,7 @@ def test_curves_fill_the_height_and_do_not_leave_it(highest):
 
 
 def test_names_do_not_overlap():
-    tree = drawn([Line(f"a{i}", "query", False, ((0.0, 0.9), (0.1, 0.02 * (i % 3)))) for i in range(15)], 0.2)
+    tree = drawn([Line(f"a{i}", "query", True, ((0.0, 0.9), (0.1, 0.02 * (i % 3)))) for i in range(15)], 0.2)
     heights = sorted(float(text.attrs["y"]) for text in tree.all("text", "name"))
     assert len(heights) == 16
     assert min(b - a for a, b in pairwise(heights)) > 12

@@ -21,6 +21,7 @@ from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.reports.html import render
 from pml_adversarial.evaluation.reports.report import Report
 from pml_adversarial.evaluation.reports.results import Check
+from pml_adversarial.evaluation.retrieval.options import radius_text
 from pml_adversarial.evaluation.suites import quick
 
 FLAGGED = (Check("more steps", False, "31 of 128"), Check("black box", True, "fine"), Check("noise", False, "some"))
@@ -110,7 +111,7 @@ class TestWhole:
         titles = [node.text for node in tree.all("h2")]
         shown = ["Queries, before and after"] if report(**REPORTS[name]).examples else []
         last = ["What was measured, and where", "To measure it again"]
-        assert titles == ["Checks", "Curves", "Attacks", "Embedding", *shown, *last]
+        assert titles == ["Curves", "Attacks", "Embedding", *shown, *last]
 
     @each_report
     def test_needs_no_network_and_runs_nothing(self, name):
@@ -215,9 +216,9 @@ class TestOpening:
 
     def test_notes(self):
         texts = ["margin is left out: it needs <7> classes", "odd"]
-        (header,) = Tree(render(report(notes=tuple(texts)))).root.all("header")
+        (header,) = Tree(render(report(notes=tuple(texts), checks=()))).root.all("header")
         assert [item.text for item in header.all("li")] == texts
-        (header,) = Tree(render(report())).root.all("header")
+        (header,) = Tree(render(report(checks=()))).root.all("header")
         assert header.all("ul") == []
 
     def test_intervals_are_explained(self):
@@ -269,16 +270,41 @@ class TestOpening:
 
 
 class TestChecks:
-    def test_each_in_words(self):
-        found = section(render(report(checks=(*FLAGGED[:2], Check("c", None, "d")))), "Checks").all("li")
+    def of(self, *checks):
+        (header,) = Tree(render(report(checks=checks))).root.all("header")
+        return header
+
+    def test_the_verdict_comes_first_and_is_folded(self):
+        header = self.of(*FLAGGED, Check("c", None, "d"))
+        (details,) = header.all("details", "verdict")
+        assert "open" not in details.attrs
+        assert details.all("summary")[0].text == "1 of 4 checks passed, 2 raised a flag, 1 gave no evidence."
+        order = header.everything()
+        assert order.index(details) < order.index(header.all("p", "headline")[0])
+
+    @pytest.mark.parametrize(
+        ("states", "said"),
+        [
+            ((True, True), "2 of 2 checks passed."),
+            ((True, None), "1 of 2 checks passed, 1 gave no evidence."),
+            ((False, True), "1 of 2 checks passed, 1 raised a flag."),
+        ],
+    )
+    def test_verdicts(self, states, said):
+        header = self.of(*(Check(str(i), state, "found") for i, state in enumerate(states)))
+        assert header.all("summary")[0].text == said
+
+    def test_each_in_words_with_what_it_catches(self):
+        checks = (FLAGGED[0], Check("black box", True, "fine", "Catches <this>."), Check("c", None, "d"))
+        found = self.of(*checks).all("ul", "checks")[0].all("li")
         assert [item.text for item in found] == [
             "⚑ flagmore steps: 31 of 128",
-            "✓ passblack box: fine",
-            "· skippedc: d",
+            "✓ passblack box: fineCatches <this>.",
+            "· no evidencec: d",
         ]
 
     def test_none(self):
-        assert "No check was made" in section(render(report(checks=())), "Checks").text
+        assert "No check was made" in self.of().all("p", "verdict")[0].text
 
 
 class TestCurves:
@@ -319,7 +345,10 @@ class TestCurves:
         for figure, measure in zip(charts(made), ("recall_at_1", "map_at_r"), strict=True):
             (picture,) = (svg for svg in figure.all("svg") if svg.attrs.get("role") == "img")
             for worst in made.worst:
-                assert f"{100 * worst.measures[measure]:.1f} at eps {worst.eps:.4g}" in picture.attrs["aria-label"]
+                assert (
+                    f"{100 * worst.measures[measure]:.1f} at eps {radius_text(worst.eps)}"
+                    in picture.attrs["aria-label"]
+                )
             assert f"{100 * made.clean[measure]:.1f} at eps 0" in picture.attrs["aria-label"]
             of_rates = re.findall(r"\(([\d.]+) to ([\d.]+)\)", picture.attrs["aria-label"])
             values = [v for target in ("query", "gallery") for v in made.curve(measure, target).values()]
@@ -511,19 +540,27 @@ class TestExamples:
             "query 3, clean": one.clean,
             "query 3, perturbed": one.perturbed,
             "query 3, perturbed less clean, times 5, about grey": 0.5 + factor * difference,
-            **{f"item {n.item}, label {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.before},
-            **{f"item {n.item}, label {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.after},
+            **{f"item {n.item}, class {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.before},
+            **{f"item {n.item}, class {n.label}, {'right' if n.label == 7 else 'wrong'}": n.image for n in one.after},
         }
         assert list(found) == list(expected)
         for alt, image in expected.items():
             assert torch.equal(found[alt], levels(image)), alt
 
     def test_caption(self):
-        page = section(render(report(examples=(example(), example(4, attack="none")))), "Queries, before and after")
+        shown = example(), example(4, succeeded=False, name="a b"), example(5, attack="none", succeeded=False)
+        page = section(render(report(examples=shown)), "Queries, before and after")
         assert [caption.text for caption in page.all("figcaption")] == [
-            "Query 3, label 7; attack margin, eps 0.1",
-            "Query 4, label 7; no attack broke it, eps 0.1",
+            "Query 3, class 7; broken by margin, eps 0.1",
+            "Query 4, class a b; no attack broke it; the strongest attempt: margin, eps 0.1",
+            "Query 5, class 7; no attack was tried",
         ]
+
+    def test_classes_have_the_names_that_the_images_came_with(self):
+        one = example()
+        named = replace(one, after=tuple(replace(n, name=f"class {n.label}") for n in one.after))
+        found = section(render(report(examples=(named,))), "Queries, before and after").all("div", "finds")
+        assert [item.text.strip() for item in found[1].all("li")] == ["✗ class 9", "✓ class 7", "✗ class 5"]
 
     def test_right_and_wrong_are_told_without_colour(self):
         one = example()
