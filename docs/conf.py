@@ -11,6 +11,8 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
     "matplotlib.sphinxext.plot_directive",  # pictures are made by code, anew with each build
 ]
 exclude_patterns = ["_build", "example_plugin"]
@@ -22,6 +24,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes of dataclasses are then described once, in the class
 
+autodoc_preserve_defaults = True  # 8 / 255 stays 8 / 255
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
@@ -29,6 +32,8 @@ default_role = "py:obj"  # `Plan` in a docstring is a link where there is someth
 
 html_theme = "furo"
 html_title = f"pml_adversarial {release}"
+
+copybutton_prompt_text = "$ "
 
 plot_formats = ["svg"]
 plot_html_show_formats = False

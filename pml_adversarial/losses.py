@@ -24,6 +24,7 @@ from .training.loss_support import Copies
 from .training.monitor import CollapseMonitor
 from .training.pixels import Bounds, Normalization, PixelSpace
 from .training.plan import call
+from .training.progress import ProgressLog
 from .training.records import LossRecords
 from .training.schedule import DEFAULT_WARMUP, EpsSchedule
 from .training.sources import Choice
@@ -91,6 +92,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         chunk: how many rows are embedded at a time, where a batch does not fit into memory. Each chunk is embedded once
             more in the backward pass.
         seed: of the attack's random numbers; None: ``torch.initial_seed()``.
+        log_every: log one line in so many steps: the loss before and after the attack, the share of eps, and R@1 within
+            the batch, clean and attacked; None: no lines.
 
     Raises:
         AdversarialError: see `errors`. In particular `InputError` and `AttackError` where an option cannot be used,
@@ -134,6 +137,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         at: nn.Module | None = None,
         chunk: int | None = None,
         seed: int | None = None,
+        log_every: int | None = None,
     ) -> None:
         super().__init__()
         options.check_loss(loss, model)
@@ -171,6 +175,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
             joint=isinstance(loss, DistributedLossWrapper),
         )
         records.declare(self, LossRecords.names())
+        self._log = None if log_every is None else ProgressLog(log_every)
 
     @classmethod
     def seed_paper(
@@ -268,6 +273,8 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
         seen = self.adversary.monitor
         self.batch_recall, self.batch_recall_attacked = seen.recall, seen.recall_attacked
         self.batch_recall_searched = seen.recall_searched
+        if self._log is not None:
+            self._log(self.adversary.step, self.records)
         return batch.num_processes * value  # as PML does it: each rank has the gradient of its rows, and DDP averages
 
 

@@ -1,7 +1,9 @@
+import html
 import inspect
 import json
 import logging
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from pml_adversarial.training import records
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 HOOKS = {name: hook for name, hook in vars(HookSpecs).items() if name.startswith(f"{PROJECT}_")}
 TESTED = [*DOCS.glob("examples/*.py"), *DOCS.glob("example_plugin/*.*")]
 HELD = ["robustness.md", "evaluation.md", "performance.md"]  # whose tables are compared with committed files
@@ -215,6 +217,15 @@ def test_every_file_of_the_package_is_on_the_page_of_the_architecture():
 
 
 def test_every_page_is_in_a_table_of_contents():
-    index = (DOCS / "index.md").read_text(encoding="utf-8")
-    listed = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")}
-    assert {page.stem for page in PAGES} - {"index"} <= listed
+    lists = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("index.md", "api.md"))
+    listed = {line for block in re.findall(r"```{toctree}\n(.*?)```", lists, re.DOTALL) for line in block.split("\n")}
+    assert {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"} <= listed
+
+
+@pytest.mark.parametrize("name", ["recall_light.svg", "recall_dark.svg"])
+def test_the_picture_of_the_readme_shows_the_committed_runs(name):
+    drawn = (DOCS / "pictures" / name).read_text(encoding="utf-8")
+    (about,) = re.findall(r"<dc:description>(.*?)</dc:description>", drawn)
+    recall = runpy.run_path(str(DOCS / "pictures" / "recall.py"), run_name="pictures")
+    shown = {title: recall["curves"](experiment) for title, experiment in recall["PANELS"].items()}
+    assert json.loads(html.unescape(about)) == json.loads(json.dumps(shown))

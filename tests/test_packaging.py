@@ -76,6 +76,27 @@ class TestDistributions:
             "torchattacks",
         }
         assert metadata["Description-Content-Type"] == "text/markdown"
+        names = {line.split(", ")[0] for line in metadata.get_all("Project-URL")}
+        assert names == {"Documentation", "Source", "Changelog", "Issues"}
+
+    def test_links_of_the_description_work_outside_of_the_repository(self, built):
+        wheel = zipfile.ZipFile(built["wheel"])
+        (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+        described = message_from_string(wheel.read(name).decode()).get_payload()
+        links = re.findall(r"\]\(([^)]+)\)", described) + re.findall(r'src(?:set)?="([^"]+)"', described)
+        assert len(links) > 10
+        assert all(link.startswith("https://") for link in links), links
+        (here,) = re.findall(r'^Source = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+        ours = [re.sub(rf"{here}/(?:blob|raw)/main/([^#]+).*", r"\1", link) for link in links if link.startswith(here)]
+        assert ours
+        assert all((ROOT / path).exists() for path in ours), ours
+
+    def test_the_citation_is_of_this_version(self):
+        cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+        assert f"\nversion: {pml_adversarial.__version__}\n" in cited
+        assert f"version = {{{pml_adversarial.__version__}}}" in (ROOT / "docs" / "citing.md").read_text(
+            encoding="utf-8"
+        )
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["wheel", "sdist"])

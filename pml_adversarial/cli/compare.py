@@ -23,8 +23,8 @@ from .options import CONTEXT, REPORT, parse_radii, refused
 def compare(reports: tuple[Path, ...], eps: str | None, page: Path | None, names: str | None, force: bool) -> None:
     """Compares two or more models, query by query.
 
-    REPORTS are the report.json of each, on the same queries. Prints how R@1 of each differs from the first, with an interval and an exact McNemar test, without attack and in the worst
-    case.
+    REPORTS are the report.json of each, on the same queries. Prints how R@1 of each differs from the first, with an
+    interval and an exact McNemar test, without attack and in the worst case.
     """
     if len(reports) < 2:
         raise refused("REPORTS", f"only {reports[0]}; expected the reports of two or more models.")

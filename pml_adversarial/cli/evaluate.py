@@ -76,8 +76,8 @@ def evaluate(
 ) -> None:
     """Measures how robust a saved model is.
 
-    The images are your own. Attacks queries, and items of the gallery, within each radius, and measures what the queries still find. Prints a
-    table, and writes report.json and report.html.
+    The images are your own. Attacks queries, and items of the gallery, within each radius, and measures what the
+    queries still find. Prints a table, and writes report.json and report.html.
     """
     if threads is not None:
         torch.set_num_threads(threads)

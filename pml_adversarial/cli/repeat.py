@@ -36,8 +36,8 @@ def repeat(
 ) -> None:
     """Measures a report again.
 
-    REPORT is a report.json. All settings are those of the report. The model and the images are checked against its hashes. Prints a table and
-    whether the numbers are the same, and writes report.json and report.html.
+    REPORT is a report.json. All settings are those of the report. The model and the images are checked against its
+    hashes. Prints a table and whether the numbers are the same, and writes report.json and report.html.
     """
     with errors_shown():
         before = Report.load_json(report)

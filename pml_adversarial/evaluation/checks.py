@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.ball import COUNTS, per_image, project
+from ..attacks.ball import COUNTS, per_image, project, radius_text
 from ..attacks.objective import Score
 from ..attacks.pgd import MomentumPGD, uniform_noise
 from ..training.isolation import random_stream
@@ -29,7 +29,7 @@ from .reports import binomial
 from .reports.results import AttackResult, Check, decode_flags
 from .retrieval.batch import SAMPLES, QueryBatch
 from .retrieval.gallery import TIE, Gallery, Targets, finite_or_zero
-from .retrieval.options import largest_radius, radius_text
+from .retrieval.options import largest_radius
 from .retrieval.task import RetrievalTask
 from .runs.sharing import Ranks
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..attacks.ball import radius_text
 from ..errors import InputError
 from .reports.binomial import CONFIDENCE, Interval, mcnemar, paired_interval
 from .reports.html.several import MOST, render_several
 from .reports.report import Report
 from .reports.results import TARGETS
 from .reports.table import aligned
-from .retrieval.options import radius_text, to_radii
+from .retrieval.options import to_radii
 from .retrieval.task import RANDOM
 
 _OF_EACH_MODEL = {  # settings that may differ between two models on the same queries

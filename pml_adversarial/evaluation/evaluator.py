@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.ball import per_image
+from ..attacks.ball import per_image, radius_text
 from ..training.isolation import random_stream
 from ..training.tuples import rank_in_group
 from .attacks.kinds import AttackOutcome, RetrievalAttack
@@ -21,7 +21,6 @@ from .retrieval import metrics
 from .retrieval.batch import ANSWERS, SAMPLES, QueryBatch
 from .retrieval.gallery import finite_or_zero
 from .retrieval.metrics import PerQuery
-from .retrieval.options import radius_text
 from .retrieval.task import RetrievalTask
 
 BatchResult = dict[str, Any]

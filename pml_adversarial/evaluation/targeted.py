@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..attacks.ball import radius_text
 from ..attacks.checks import check_choice, check_steps, check_whole
 from ..attacks.objective import Score
 from ..errors import InputError
@@ -27,7 +28,7 @@ from .retrieval.batch import QueryBatch
 from .retrieval.embedder import Embedder, plain_surroundings
 from .retrieval.forms import Images
 from .retrieval.gallery import Ranking, Targets
-from .retrieval.options import NORMS, radius_text, settings_of_inputs, to_radii, to_seed, to_whole_numbers
+from .retrieval.options import NORMS, settings_of_inputs, to_radii, to_seed, to_whole_numbers
 from .retrieval.task import JUNK, Mask, RetrievalTask, Search
 
 STEPS, RESTARTS, QUERIES = 50, 3, 500  #: Defaults of `evaluate_targeted`.

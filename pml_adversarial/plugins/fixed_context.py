@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import adapter, presets
+from ..attacks.ball import radius_text
 from ..attacks.checks import check_number, check_whole
 from ..attacks.objective import Attack, AttackFactory, Objective, Score
 from ..errors import PlanError
@@ -26,7 +27,7 @@ from ..training.loss_support import Copies, LossSupport, support_of
 from ..training.loss_trials import LossTrials, with_copies
 from ..training.loss_tuples import own_tuples, rows_in_own_tuples, tuples_to_give, with_own_triplets
 from ..training.objectives import OwnLoss, ViolationScore, distance_of, partners_of, unreduced
-from ..training.options import levels, shown
+from ..training.options import shown
 from ..training.plan import Plan, attackable_rows, clean_loss, plan_rows, replace_rows
 from ..training.records import nobody_perturbed
 from ..training.tuples import ROLES, IndicesTuple, Role, keep_tuples, parse_roles
@@ -114,7 +115,7 @@ class FixedContext:
         """The options in force, by name, for a ``repr``."""
         of_attack = presets.shown_options(self.attack)
         if isinstance(of_attack.get("eps"), float):
-            of_attack["eps"] = levels(of_attack["eps"])
+            of_attack["eps"] = radius_text(of_attack["eps"])
         return {
             **of_attack,
             "perturb": "all" if self.roles == ROLES else " and ".join(self.roles),

@@ -22,6 +22,9 @@ from .plan import Plan
 
 logger = logging.getLogger("pml_adversarial")
 
+Losses = tuple[float, float]
+"""A training loss before and after the attack."""
+
 EVERY = 5
 """Number of steps from one measurement to the next."""
 
@@ -30,6 +33,7 @@ SEARCHED_EVERY = 50
 
 _MEMORY = 20  # measurements over which R@1 is averaged
 _BEARABLE = 0.2  # of the clean R@1: where the attack of training leaves less, its eps is out of reach
+_NOTHING = 3e-4  # of the loss: an attack that raises it by less does nothing
 _FOUND = 0.1  # of the clean R@1: the same of the attack on the search, which is stronger
 _LOST = 0.5  # of the best R@1 so far: an embedding with less is collapsing
 _RECOVERY = 100  # steps in which the attack on a collapsing embedding is taken back entirely, or comes back entirely
@@ -45,6 +49,9 @@ class CollapseMonitor:
         recall_attacked: the same of the perturbed rows, at full strength; NaN before the first.
         recall_searched: the same under an attack that raises the margin of the search itself, see `SearchMargin`. The
             attack of training may leave rows found that this one does not. NaN before the first.
+        loss_before: the training loss without the attack, averaged over the last steps at full strength that were
+            measured; NaN before the first.
+        loss_after: the same with the attack.
     """
 
     def __init__(self, guarded: bool = True) -> None:
@@ -52,15 +59,17 @@ class CollapseMonitor:
         self.share = 1.0
         self.recall = self.recall_attacked = self.recall_searched = math.nan
         self.best = 0.0
+        self.loss_before = self.loss_after = math.nan
         self.measurements = self.attacked_measurements = self.searched_measurements = 0
 
-    def measure(self, step: int, recall: float, attacked: float | None) -> None:
+    def measure(self, step: int, recall: float, attacked: float | None, losses: Losses | None = None) -> None:
         """Takes in one measurement. `EVERY` steps one is expected.
 
         Args:
             step: number of the step.
             recall: R@1 within the batch without attack.
             attacked: R@1 of rows perturbed at full strength, among the clean others. None: no such rows.
+            losses: the training loss at full strength, before and after the attack. None: it is not known.
         """
         self.measurements += 1
         self.recall = _averaged(self.recall, recall, self.measurements)
@@ -72,6 +81,12 @@ class CollapseMonitor:
         if attacked is not None:
             self.attacked_measurements += 1
             self.recall_attacked = _averaged(self.recall_attacked, attacked, self.attacked_measurements)
+            if losses is not None:
+                self.loss_before, self.loss_after = (
+                    _averaged(mean, value, self.attacked_measurements)
+                    for mean, value in zip((self.loss_before, self.loss_after), losses, strict=True)
+                )
+        is_time = attacked is not None and self.attacked_measurements % (5 * _MEMORY) == _MEMORY
         if collapsing and self.measurements % _MEMORY == 0:
             held = "The attack is held back until it recovers. If it does not, stop" if self.guarded else "Stop"
             logger.warning(
@@ -79,13 +94,20 @@ class CollapseMonitor:
                 f"{100 * self.recall:.0f} %. {held}, and train anew with a smaller eps, a longer warmup, clean rows "
                 "beside the perturbed ones (keep_clean=True), or from a model trained without an attack."
             )
-        elif attacked is not None and self.out_of_reach and self.attacked_measurements % (5 * _MEMORY) == _MEMORY:
+        elif is_time and self.out_of_reach:
             least = min(self.recall_attacked, self.recall_searched)  # the first, where the second is NaN
             logger.warning(
                 f"The eps of this attack is out of reach so far: after {step + 1} steps R@1 within the batch is "
                 f"{100 * self.recall:.0f} % without attack and {100 * least:.0f} % under it. Expect no "
                 "robustness at it. Smaller eps may be learned better with a smaller eps in training; else train for "
                 "longer, or use a larger network."
+            )
+        elif is_time and abs(self.loss_after - self.loss_before) <= _NOTHING * abs(self.loss_before):
+            logger.warning(
+                f"The attack does next to nothing: in the last {_MEMORY * EVERY} steps it changed the loss from "
+                f"{self.loss_before:.6g} to {self.loss_after:.6g} on average. So this is plain training, at a higher "
+                "cost. Either eps is too small for this data (it counts in pixels of [0, 1]: 8/255 is 0.031), or the "
+                "attack moves nothing, or no tuple is left that the loss still wants to change."
             )
 
     def measure_searched(self, recall: float) -> None:

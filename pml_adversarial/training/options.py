@@ -190,12 +190,6 @@ def shown(options: Mapping[str, Any], plugins: Iterable[Any] = (), **others: Any
     return ", ".join([*text, f"plugins=[{named}]"] if named else text)
 
 
-def levels(eps: float) -> str:
-    """A radius in pixels of [0, 1], in levels of 255 where these are whole: ``8/255``."""
-    number = round(eps * 255)
-    return f"{number}/255" if number and math.isclose(number / 255, eps) else f"{eps:g}"
-
-
 def _check_places(of: str, given: Any, model: Any, wrapper: str, kinds: tuple[type, ...]) -> None:
     """Refuses classes, arguments in the wrong order, and a loss or a miner as the model."""
     if isinstance(given, type):

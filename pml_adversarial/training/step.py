@@ -26,7 +26,7 @@ from .batch import Adversarial, Batch
 from .capture import InputCapture
 from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
-from .monitor import CollapseMonitor, SearchMargin, batch_recall
+from .monitor import CollapseMonitor, Losses, SearchMargin, batch_recall
 from .pixels import PixelSpace
 from .plan import Plan, clean_loss, take
 from .schedule import EpsSchedule
@@ -157,7 +157,7 @@ class AdversarialStep:
             change = {"loss_before": adversarial.loss_before, "loss_after": value}
             answers = [*self.record(batch, plan, adversarial), change]
         if self.step % monitor.EVERY == 0:
-            self._monitor(wrapped, batch, plan, adversarial)
+            self._monitor(wrapped, batch, plan, adversarial, value)
         self.step += 1  # here, so that a step that failed is taken again
         return value, answers
 
@@ -298,8 +298,10 @@ class AdversarialStep:
             )
             return replace(adversarial, loss_before=self.hooks.training_loss(wrapped, batch, plan, unperturbed))
 
-    def _monitor(self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None) -> None:
-        """Tells the monitor how well the batch is retrieved."""
+    def _monitor(
+        self, wrapped: nn.Module, batch: Batch, plan: Plan, adversarial: Adversarial | None, value: Tensor
+    ) -> None:
+        """Tells the monitor how well the batch is retrieved, and what the attack did to the loss ``value``."""
         if batch.labels is None or not batch.num_rows:
             return
         copies = batch.embeddings[:0] if adversarial is None else adversarial.embeddings
@@ -311,7 +313,8 @@ class AdversarialStep:
             if searched == searched:
                 self.monitor.measure_searched(searched)
         if recall == recall:
-            self.monitor.measure(self.step, recall, attacked if at_full_strength else None)
+            losses = _losses(adversarial, value) if at_full_strength else None
+            self.monitor.measure(self.step, recall, attacked if at_full_strength else None, losses)
 
     def _search_attacked(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> float:
         """R@1 within the batch under the user's attack, where it raises the margin of the search; NaN without one."""
@@ -330,6 +333,14 @@ class AdversarialStep:
             found = adapter.run(attack, take(batch.inputs, batch.places_of(rows)), objective.labels, objective)
             with torch.no_grad():
                 return score.recall(batch.replay.embed(found, batch.local(rows))).item()
+
+
+def _losses(adversarial: Adversarial | None, value: Tensor) -> Losses | None:
+    """The loss before and after the attack; None if it is not one number, which is refused elsewhere."""
+    if adversarial is None or adversarial.loss_before is None or value.numel() != 1:
+        return None
+    before, after = torch.stack([part.detach().reshape(()) for part in (adversarial.loss_before, value)]).tolist()
+    return before, after
 
 
 def _objective(batch: Batch, rows: Tensor, score: Score, clean: Tensor) -> Objective:

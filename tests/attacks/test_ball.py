@@ -8,7 +8,7 @@ import torch
 from query_batches import RADIUS, all_norms, both_norms, length
 from scipy.optimize import minimize
 
-from pml_adversarial.attacks.ball import chosen, chosen_at_random, per_image, project, sparse_direction
+from pml_adversarial.attacks.ball import chosen, chosen_at_random, per_image, project, radius_text, sparse_direction
 
 
 class TestProject:
@@ -155,3 +155,22 @@ class TestSparseDirection:
 
     def test_without_gradient_nothing_moves(self):
         assert not sparse_direction(torch.zeros(2, 1, 2, 2), torch.rand(2, 1, 2, 2), 0.5).any()
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "shown"),
+    [
+        (1 / 255, "Linf", "1/255"),
+        (16 / 255, "Linf", "16/255"),
+        (254 / 255, "Linf", "254/255"),
+        (51 / 255, "Linf", "0.2"),  # round numbers stay what they are
+        (0.03, "Linf", "0.03"),
+        (1.0, "Linf", "1"),
+        (0.0, "Linf", "0"),
+        (0.123456, "Linf", "0.1235"),
+        (8 / 255, "L2", "0.03137"),
+        (2.5, "L2", "2.5"),
+    ],
+)
+def test_a_radius_is_shown_in_levels_if_it_was_meant_so(eps, norm, shown):
+    assert radius_text(eps, norm) == shown

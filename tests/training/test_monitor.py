@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torchattacks
-from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
 from seed_paper import seed_paper_loss
 from torch import nn
 
@@ -238,7 +238,7 @@ class TestInTraining:
     def test_attacked_counts_at_full_strength_alone(self, images, labels, monkeypatch):
         model, loss_func = tiny(warmup=EVERY)
         found = []
-        monkeypatch.setattr(loss_func.adversary.monitor, "measure", lambda step, recall, hit: found.append(hit))
+        monkeypatch.setattr(loss_func.adversary.monitor, "measure", lambda step, recall, hit, losses: found.append(hit))
         for _ in range(EVERY + 1):
             loss_func(model(images), labels)
         assert found[0] is None
@@ -329,3 +329,37 @@ class TestInTraining:
         _, other = tiny(guard=True)
         other.load_state_dict(loss_func.state_dict())
         assert vars(other.adversary.monitor) == vars(loss_func.adversary.monitor)
+
+
+class TestNextToNothing:
+    """An attack that changes nothing is said to be one: eps in the wrong unit, or a loss that is satisfied."""
+
+    def spoken(self, caplog, losses, recall=0.8, attacked=0.8, count=20):
+        caplog.clear()
+        monitor = CollapseMonitor()
+        with caplog.at_level(logging.WARNING, "pml_adversarial"):
+            for step in range(count):
+                monitor.measure(step * EVERY, recall, attacked, losses)
+        return [record.getMessage() for record in caplog.records]
+
+    @pytest.mark.parametrize("losses", [(1.0, 1.0002), (1.0, 0.9998), (-2.0, -1.9995), (0.0, 0.0)])
+    def test_is_said_after_100_steps_at_full_strength(self, caplog, losses):
+        (message,) = self.spoken(caplog, losses)
+        assert message.startswith("The attack does next to nothing: in the last 100 steps it changed the loss from ")
+        assert self.spoken(caplog, losses, count=19) == []
+        assert len(self.spoken(caplog, losses, count=120)) == 2  # and in each 500 steps after
+
+    @pytest.mark.parametrize("losses", [(1.0, 1.001), (0.0, 1e-6), (-2.0, -1.99), None])
+    def test_is_not_said_where_the_loss_rises(self, caplog, losses):
+        assert self.spoken(caplog, losses) == []
+
+    def test_eps_in_a_wrong_unit_is_found_in_training(self, caplog):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        images, labels = torch.rand(16, 1, 4, 4), torch.arange(16) // 2
+        for eps, said in ((8 / 255 / 255, True), (8 / 255, False)):
+            caplog.clear()
+            loss_func = AdversarialLoss(MultiSimilarityLoss(), model, eps=eps, warmup=0)
+            with caplog.at_level(logging.WARNING, "pml_adversarial"):
+                for _ in range(100):
+                    loss_func(model(images), labels)
+            assert any("next to nothing" in record.getMessage() for record in caplog.records) == said

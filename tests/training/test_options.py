@@ -15,7 +15,6 @@ from pml_adversarial.training.options import (
     check_loss,
     check_miner,
     check_processes,
-    levels,
     positional,
     shown,
     warmup_steps,
@@ -95,22 +94,6 @@ class TestShown:
 
         assert shown({}, [Spy(), Spy, Named()], warmup="3 steps") == "warmup=3 steps, plugins=[Spy, Spy, mine]"
         assert shown({}) == shown({}, iter([])) == ""
-
-    @pytest.mark.parametrize(
-        ("eps", "text"),
-        [
-            (8 / 255, "8/255"),
-            (0.5 / 255, "0.00196078"),
-            (1, "255/255"),
-            (1.0, "255/255"),
-            (0.05, "0.05"),
-            (0.2, "51/255"),
-            (0.0, "0"),
-            (1e-4, "0.0001"),
-        ],
-    )
-    def test_a_radius_is_shown_in_levels_where_these_are_whole(self, eps, text):
-        assert levels(eps) == text
 
 
 class TestRepr:

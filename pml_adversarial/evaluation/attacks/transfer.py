@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...attacks.ball import project
+from ...attacks.ball import project, radius_text
 from ...attacks.checks import check_steps, check_whole
 from ...attacks.objective import Score
 from ...errors import InputError
@@ -24,7 +24,7 @@ from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder
 from ..retrieval.gallery import Gallery
 from ..retrieval.images import ImageSet
-from ..retrieval.options import digest_of, radius_text
+from ..retrieval.options import digest_of
 from ..retrieval.task import RetrievalTask
 from .gradients import gradient_attack, margin_score
 from .kinds import Perturb, QueryAttack

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks.ball import per_image
+from ...attacks.ball import per_image, radius_text
 from ...attacks.checks import check_choice, check_whole
 from ...attacks.objective import Score
 from ...attacks.pgd import row_length, uniform_noise
@@ -26,7 +26,7 @@ from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder, plain_surroundings
 from ..retrieval.forms import Images
-from ..retrieval.options import digest_of, radius_text, to_radii, to_seed
+from ..retrieval.options import digest_of, to_radii, to_seed
 from ..retrieval.task import RetrievalTask, Search
 from .gradients import margin_score
 from .kinds import Perturb, QueryAttack

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...attacks.ball import radius_text
 from ...errors import InputError
 from .binomial import rate_interval
 from .report import Report
@@ -160,13 +161,18 @@ def _table(members: Sequence[Entry]) -> str:
         rates = [_worst(run, eps) for run in runs for eps in shared]
         return statistics.fmean([rate["recall_at_1"] for rate in rates if rate is not None] or [0.0])
 
-    head = ["method", "network", "passes", "trained at", "R@1", *(f"at {_levels(eps)}" for eps in radii), "seeds"]
+    head = ["method", "network", "passes", "trained at", "R@1", *(f"at {radius_text(eps)}" for eps in radii), "seeds"]
     lines = [[*head, "queries", "attacks", "checks"]]
     for (method, paper, backbone, train_eps, suite, queries, _, checks), runs in sorted(
         by_model.items(), key=lambda item: -strength(item[1])
     ):
         passes = f"{statistics.fmean(run['passes'] for run in runs):,.0f}"
-        cells = [f"{method} ({paper})" if paper else method, backbone, passes, _levels(train_eps) or "no attack"]
+        cells = [
+            f"{method} ({paper})" if paper else method,
+            backbone,
+            passes,
+            radius_text(train_eps) if train_eps else "no attack",
+        ]
         cells += [_cell([run["clean"] for run in runs]), *(_cell([_worst(run, eps) for run in runs]) for eps in radii)]
         lines.append([*cells, str(len(runs)), str(queries), suite, checks])
     rule = ["---", "---", *["---:"] * (len(lines[0]) - 4), "---", "---"]
@@ -187,10 +193,6 @@ def _cell(rates: Sequence[Mapping[str, Any] | None]) -> str:
         return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
     low, high = (100 * end for end in known[0]["interval"])
     return f"{values[0]:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _levels(eps: float) -> str:
-    return f"{round(255 * eps, 2):g}/255" if eps else ""
 
 
 def _checks(entry: Entry) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ...attacks.ball import radius_text
 from ...errors import InputError
-from ..retrieval.options import radius_text
 from .results import Results, heading, is_rate
 
 

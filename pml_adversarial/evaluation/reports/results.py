@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attacks.ball import radius_text
 from ...errors import InputError
-from ..retrieval.options import radius_text
 from .binomial import Interval, rate_interval
 
 TARGETS = ("query", "gallery")  #: What an attack may perturb.

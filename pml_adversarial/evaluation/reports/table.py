@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..retrieval.options import radius_text
+from ...attacks.ball import radius_text
 from .binomial import CONFIDENCE, Interval
 from .results import INTERVAL, Measures, Results, heading, is_rate
 

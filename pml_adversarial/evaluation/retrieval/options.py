@@ -51,17 +51,6 @@ def to_radii(eps: float | Iterable[float], norm: str, zero: bool = False, name: 
     return radii
 
 
-def radius_text(eps: float, norm: str = "Linf") -> str:
-    """An eps as a reader expects it: a multiple of 1/255 as a fraction, unless it is a round number too.
-
-    >>> [radius_text(eps, "Linf") for eps in (8 / 255, 0.1, 0.2, 0.12345)], radius_text(2.0, "L2")
-    (['8/255', '0.1', '0.2', '0.1235'], '2')
-    """
-    levels = round(eps * 255)
-    meant = norm == "Linf" and 0 < levels < 255 and abs(eps * 255 - levels) < 1e-4 and float(f"{eps:.2g}") != eps
-    return f"{levels}/255" if meant else f"{eps:.4g}"
-
-
 _UNITS = {
     "Linf": "in pixels of [0, 1], such as 8/255",
     "L2": "in pixels of [0, 1], such as 0.25",

@@ -15,13 +15,13 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ...attacks.ball import project
+from ...attacks.ball import project, radius_text
 from ...attacks.pgd import uniform_noise
 from ...training.isolation import random_stream
 from ..checks import FEW, MOST, SAMPLE, SIGNIFICANCE, STEPS, Verdict, compared, largest_noise, plausible
 from ..reports import binomial
 from ..reports.results import Check
-from ..retrieval.options import largest_radius, radius_text
+from ..retrieval.options import largest_radius
 from .attacks import PairBatch, momentum
 from .roc import PairScores
 from .task import PairTask

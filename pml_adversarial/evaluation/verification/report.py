@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...attacks.ball import radius_text
 from ...errors import InputError
 from ..reports.binomial import CONFIDENCE
 from ..reports.results import Check, decode_flags
 from ..reports.saved import Saved
 from ..reports.table import MARKS
-from ..retrieval.options import radius_text
 from .roc import ROC, EqualErrorRate, PairScores, Rate
 
 

@@ -13,7 +13,6 @@ from pml_adversarial.evaluation.retrieval.options import (
     check_probability,
     check_radii,
     largest_radius,
-    radius_text,
     to_radii,
     to_recall_at,
     to_rows,
@@ -180,22 +179,3 @@ class TestRows:
     def test_none_of_nothing_is_refused(self):
         with pytest.raises(InputError, match=r"subset=\[\]; expected different indices, one at least, below 0"):
             to_rows(None, 0)
-
-
-@pytest.mark.parametrize(
-    ("eps", "norm", "shown"),
-    [
-        (1 / 255, "Linf", "1/255"),
-        (16 / 255, "Linf", "16/255"),
-        (254 / 255, "Linf", "254/255"),
-        (51 / 255, "Linf", "0.2"),  # round numbers stay what they are
-        (0.03, "Linf", "0.03"),
-        (1.0, "Linf", "1"),
-        (0.0, "Linf", "0"),
-        (0.123456, "Linf", "0.1235"),
-        (8 / 255, "L2", "0.03137"),
-        (2.5, "L2", "2.5"),
-    ],
-)
-def test_a_radius_is_shown_in_levels_if_it_was_meant_so(eps, norm, shown):
-    assert radius_text(eps, norm) == shown

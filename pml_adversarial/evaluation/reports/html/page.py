@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...retrieval.options import radius_text
+from ....attacks.ball import radius_text
 from ..binomial import CONFIDENCE
 from ..results import INTERVAL, TARGETS, Example, Neighbour, Results, WorstCase, heading
 from .charts import Line, chart

@@ -17,11 +17,11 @@ from page_trees import Node, Tree, curves, decoded, levels
 from PIL import Image
 from scipy.stats import binomtest
 
+from pml_adversarial.attacks.ball import radius_text
 from pml_adversarial.evaluation import evaluate_robustness
 from pml_adversarial.evaluation.reports.html import render
 from pml_adversarial.evaluation.reports.report import Report
 from pml_adversarial.evaluation.reports.results import Check
-from pml_adversarial.evaluation.retrieval.options import radius_text
 from pml_adversarial.evaluation.suites import quick
 
 FLAGGED = (Check("more steps", False, "31 of 128"), Check("black box", True, "fine"), Check("noise", False, "some"))
