@@ -27,7 +27,7 @@ from pml_adversarial import InputError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "robustness" / "results"
-PAGE = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+PAGE = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("robustness.md", "experiments.md"))
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
