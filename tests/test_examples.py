@@ -282,14 +282,20 @@ def test_evaluate_torchrun(run):
 NOTEBOOK = EXAMPLES / "first_steps.ipynb"
 
 
-def test_notebook_is_stored_without_outputs():
+def test_notebook_is_stored_with_what_it_shows():
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [(cell.outputs, cell.execution_count) for cell in code] == [([], None)] * len(code)
-    assert [cell.metadata.get("tags") for cell in code] == [["install"], *[None] * (len(code) - 1)]
+    install, *code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert (install.metadata["tags"], install.outputs, install.execution_count) == (["install"], [], None)
+    assert all("tags" not in cell.metadata and cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    text = "".join(output["text"] for output in outputs if output.output_type == "stream")
+    assert [name for name, _ in lines_of(text)] == ["plain", "adversarial"]
+    assert not re.search(r"/(?:home|root|tmp|work)/", NOTEBOOK.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
