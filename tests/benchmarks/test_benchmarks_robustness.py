@@ -479,8 +479,8 @@ def test_the_tables_of_the_page_are_those_of_the_committed_runs(experiment):
 
 IN_README = {
     "plain training": "plain-supcon",
-    "HM & ICS (CVPR 2022), as coded": "hm-lga-ics-as-coded",
-    "`AdversarialLoss`, three seeds": "preset-ms",
+    "HM & ICS (CVPR 2022), authors' version": "hm-lga-ics-as-coded",
+    "`AdversarialLoss`, mean of three seeds": "preset-ms",
 }
 
 
