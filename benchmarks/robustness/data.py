@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from torchvision.transforms import v2 as transforms
 
@@ -93,11 +94,8 @@ class SmallPhotographs:
 
     def pixels(self, rows: Tensor, augment: float = 0.0) -> Tensor:
         """As they are; augmented: moved by up to an eighth, half of them mirrored, with other colours."""
-        images = self.images[rows]
-        if augment:
-            change = _moved_and_coloured(images.shape[-1], augment)
-            images = torch.stack([change(image) for image in images])
-        return images.float() / 255
+        pixels = self.images[rows].float() / 255
+        return coloured(mirrored(shifted(pixels, augment)), augment) if augment else pixels
 
     def keep(self, rows: Tensor) -> SmallPhotographs:
         """These rows alone."""
@@ -108,16 +106,47 @@ class SmallPhotographs:
         return self.images.float() / 255, self.labels
 
 
-def _moved_and_coloured(side: int, strength: float) -> Callable[[Tensor], Tensor]:
-    colour = min(1.0, COLOUR * strength)
-    change: Callable[[Tensor], Tensor] = transforms.Compose(
-        [
-            transforms.RandomCrop(side, padding=round(side / 8 * min(1.0, strength)), padding_mode="reflect"),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(colour, colour, colour),
-        ]
-    )
-    return change
+def shifted(pixels: Tensor, strength: float) -> Tensor:
+    """Each image ``(N, C, S, S)`` moved by up to an eighth each way; beyond its border it is mirrored."""
+    count, _, side, _ = pixels.shape
+    most = round(side / 8 * min(1.0, strength))
+    padded = pad(pixels, (most, most, most, most), mode="reflect")
+    down, right = (torch.randint(2 * most + 1, (2, count)).unsqueeze(-1) + torch.arange(side)).unbind()
+    return padded[torch.arange(count)[:, None, None], :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mirrored(pixels: Tensor) -> Tensor:
+    """Half of the images, by chance, with left and right exchanged."""
+    return torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
+
+
+def coloured(pixels: Tensor, strength: float) -> Tensor:
+    """Images ``(N, 3, S, S)`` with other brightness, contrast and saturation, each image in an order of its own.
+
+    This is ColorJitter of torchvision for all images at once, which takes one image at a time.
+    """
+    most = min(1.0, COLOUR * strength)
+    factors = (1 + most * (2 * torch.rand(3, len(pixels), 1, 1, 1) - 1)).unbind()
+    order = torch.rand(len(pixels), 3).argsort(1)  # of each image: which change is its first, second and third
+    for turn in order.T:
+        changed = [_blended(pixels, toward(pixels), factor) for toward, factor in zip(_TOWARD, factors, strict=True)]
+        pixels = torch.stack(changed)[turn, torch.arange(len(pixels))]
+    return pixels
+
+
+def _blended(pixels: Tensor, toward: Tensor, factor: Tensor) -> Tensor:
+    return (factor * pixels + (1 - factor) * toward).clamp(0, 1)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    return (pixels * pixels.new_tensor([0.2989, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
+
+
+_TOWARD: tuple[Callable[[Tensor], Tensor], ...] = (  # what less of brightness, contrast and saturation leads to
+    torch.zeros_like,
+    lambda pixels: _grey(pixels).mean((1, 2, 3), keepdim=True),
+    _grey,
+)
 
 
 @dataclass(frozen=True, eq=False)

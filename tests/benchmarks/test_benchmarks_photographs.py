@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
@@ -18,7 +19,14 @@ sys.path.append(str(ROOT))  # the benchmarks are not installed
 from benchmarks.robustness import __main__ as command  # noqa: E402
 from benchmarks.robustness import lora, train  # noqa: E402
 from benchmarks.robustness.backbones import build, load_weights, slim_resnet  # noqa: E402
-from benchmarks.robustness.data import SmallPhotographs, load, read_classes  # noqa: E402
+from benchmarks.robustness.data import (  # noqa: E402
+    SmallPhotographs,
+    coloured,
+    load,
+    mirrored,
+    read_classes,
+    shifted,
+)
 from benchmarks.robustness.methods import METHODS  # noqa: E402
 from benchmarks.robustness.protocol import Protocol, named  # noqa: E402
 from benchmarks.robustness.train import Training, build_for  # noqa: E402
@@ -107,6 +115,42 @@ class TestReading:
         kept = part.keep(torch.tensor([3, 1]))
         assert torch.equal(kept.images, part.images[[3, 1]])
         assert kept.labels.tolist() == [3, 1]
+
+
+class TestAugmentation:
+    """All images at once, beside torchvision's functions for one image at a time."""
+
+    @pytest.fixture
+    def pixels(self):
+        return torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+    def test_moved(self, pixels):
+        torch.manual_seed(0)
+        found = shifted(pixels, 1.0)
+        torch.manual_seed(0)
+        down, right = torch.randint(5, (2, 9)).tolist()
+        for image, before, y, x in zip(found, pixels, down, right, strict=True):
+            assert torch.equal(image, functional.crop(functional.pad(before, 2, padding_mode="reflect"), y, x, 16, 16))
+        assert {*down, *right} == set(range(5))
+
+    def test_half_of_them_mirrored(self, pixels):
+        torch.manual_seed(0)
+        found = mirrored(pixels)
+        kinds = [torch.equal(a, b) + 2 * torch.equal(a, b.flip(-1)) for a, b in zip(found, pixels, strict=True)]
+        assert set(kinds) == {1, 2}
+
+    def test_coloured(self, pixels):
+        torch.manual_seed(0)
+        found = coloured(pixels, 2.0)
+        torch.manual_seed(0)
+        factors = (1 + 0.4 * (2 * torch.rand(3, 9, 1, 1, 1) - 1)).flatten(1).T.tolist()
+        orders = torch.rand(9, 3).argsort(1).tolist()
+        changes = functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation
+        for image, before, of_image, order in zip(found, pixels, factors, orders, strict=True):
+            for number in order:
+                before = changes[number](before, of_image[number])
+            torch.testing.assert_close(image, before, rtol=0, atol=1e-5)
+        assert len({*map(tuple, orders)}) > 3
 
 
 class TestFirstWeights:
