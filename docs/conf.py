@@ -1,5 +1,7 @@
 """How the documentation is built: ``python -m sphinx -W --keep-going -b html docs docs/_build``."""
 
+import re
+
 from pml_adversarial import __version__
 
 project = "pml_adversarial"
@@ -31,6 +33,8 @@ python_maximum_signature_line_length = 100
 default_role = "py:obj"  # `Plan` in a docstring is a link where there is something to link to
 
 html_theme = "furo"
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 html_title = f"pml_adversarial {release}"
 
 copybutton_prompt_text = "$ "
@@ -38,3 +42,14 @@ copybutton_prompt_text = "$ "
 plot_formats = ["svg"]
 plot_html_show_formats = False
 plot_html_show_source_link = False
+
+
+def readable(app, name, source):
+    """Comments directly above a table become its caption; numbers are not parted from their deviation."""
+    captioned = re.sub(r"^<!-- (.*) -->\n(?=\|)", r"*\1*\n\n", source[0], flags=re.MULTILINE)
+    source[0] = captioned.replace(" ± ", "\u00a0±\u00a0")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("source-read", readable)

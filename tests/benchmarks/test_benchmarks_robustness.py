@@ -485,7 +485,7 @@ IN_README = {
 
 
 def test_the_table_of_the_readme_is_of_the_page():
-    of_page = PAGE.split("<!-- omniglot-1700k -->")[1].split("\n\n")[0].splitlines()
+    of_page = PAGE.split("(omniglot-1700k) -->")[1].split("\n\n")[0].splitlines()
     measured = {
         cells[1]: cells for cells in ([cell.strip() for cell in row.split("|")] for row in of_page) if cells[1:]
     }
