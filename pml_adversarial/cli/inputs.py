@@ -23,7 +23,7 @@ from ..evaluation.reports.fingerprints import of_file
 from ..training.pixels import Normalization
 from .images import LabelledImages, images_from, same_classes
 from .models import check_model, load_model
-from .options import did_you_mean, parse_call, parse_numbers, refused
+from .options import did_you_mean, parse_call, refused
 
 WRITTEN = ("report.json", "report.html")  #: What `write` writes.
 _PATH = click.Path(path_type=Path)
@@ -147,12 +147,12 @@ def _network(text: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _size(text: str) -> dict[str, Any]:
+def _size(text: str) -> dict[str, tuple[int, int]]:
     """What `images_from` takes."""
-    by_shape = re.fullmatch(r"(\d+)x(\d+)", text)
-    sides = parse_numbers(text if by_shape is None else ",".join(by_shape.groups()), "--size")
-    if len(sides) > 2:
+    found = re.fullmatch(r"([1-9]\d*)(?:([x,])([1-9]\d*))?", text)
+    if found is None:
         raise refused(
             "--size", f"{text!r}; expected 224, or 256,224 (shorter side, square within), or 256x128 (height, width)."
         )
-    return {"size": (sides[0], sides[-1])} if by_shape is None else {"shape": sides}
+    first, sign, second = found.groups()
+    return {"shape" if sign == "x" else "size": (int(first), int(second or first))}
