@@ -56,7 +56,6 @@ class TestPlot:
 
 class TestPandas:
     def test_a_row_for_each_result(self):
-        pytest.importorskip("pandas")
         made = report()
         frame = made.to_pandas()
         assert len(frame) == 1 + len(made.attacks) + len(made.worst)
