@@ -245,6 +245,11 @@ class Evaluator:
         return tuple(itertools.starmap(Neighbour, parts))
 
 
+def _is_stronger(recall: Tensor, margin: Tensor, lowest: Tensor, largest: Tensor) -> Tensor:
+    """``(n,)`` bool: attempts with a lower R@1 than the strongest so far, or with the same and a larger margin."""
+    return (recall < lowest) | ((recall == lowest) & (margin > largest))
+
+
 @dataclass
 class _Attempt:
     """Of each query, the perturbed image ``(Q, C, H, W)`` of the strongest attempt so far.
@@ -267,7 +272,7 @@ class _Attempt:
     def update(self, rows: Tensor, outcome: AttackOutcome, found: Tensor, lowest: Tensor) -> None:
         """Takes what is stronger of an outcome on ``rows`` ``(n,)``, with its R@1 and the lowest so far, ``(n,)``."""
         margin = outcome.ranking.margin.to(self.margin)
-        is_stronger = (found < lowest) | ((found == lowest) & (margin > self.margin[rows]))
+        is_stronger = _is_stronger(found, margin, lowest, self.margin[rows])
         self.images[rows[is_stronger]] = outcome.images[is_stronger]
         self.margin[rows[is_stronger]] = margin[is_stronger]
 
@@ -292,7 +297,7 @@ class _WorstPerturbations:
 
     def update(self, attack: int, eps: float, attempt: _Attempt, result: BatchResult) -> None:
         found, tried = result["measures"]["recall_at_1"], ~result["shift"].isnan()
-        is_stronger = (found < self._lowest) | ((found == self._lowest) & (attempt.margin > self._strongest.margin))
+        is_stronger = _is_stronger(found, attempt.margin, self._lowest, self._strongest.margin)
         taken = (self._lowest > 0) & is_stronger & tried
         self._lowest = torch.where(taken, found, self._lowest)
         self._strongest = _Attempt(

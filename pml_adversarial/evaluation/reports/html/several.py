@@ -48,7 +48,6 @@ def _model(name: str, number: int, found: Results, targets: Sequence[str]) -> di
     return {
         "name": name,
         "colour": f"model{number}",
-        "clean": (found.clean["recall_at_1"], *found.interval(0.0)),
         "map_at_r": found.clean.get("map_at_r"),
         "rates": rates,
         "flagged": found.flagged,
