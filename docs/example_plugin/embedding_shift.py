@@ -1,10 +1,9 @@
 """A plugin for pml_adversarial: trains on images whose embeddings an attack moved far from the clean ones (EST)."""
 
-import torch
 from torch.nn.functional import normalize
 
 from pml_adversarial import hookimpl
-from pml_adversarial.training.plan import replace_rows
+from pml_adversarial.training.plan import attackable_rows, replace_rows
 
 
 class EmbeddingShift:
@@ -13,8 +12,7 @@ class EmbeddingShift:
     @hookimpl
     def pml_adversarial_plan(self, batch):
         """Every row whose image is known gets a perturbed copy, and the copy takes the place of the row."""
-        rows = torch.arange(batch.num_attackable, device=batch.inputs.device)
-        return replace_rows(rows, len(batch), batch.indices_tuple).split(batch.num_queries)
+        return replace_rows(attackable_rows(batch), len(batch), batch.indices_tuple).split(batch.num_queries)
 
     @hookimpl
     def pml_adversarial_score(self, batch, plan):
