@@ -12,7 +12,13 @@ from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss, SupConLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import (
+    MultipleLosses,
+    MultiSimilarityLoss,
+    NormalizedSoftmaxLoss,
+    SupConLoss,
+    TripletMarginLoss,
+)
 from pytorch_metric_learning.miners import DistanceWeightedMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
@@ -41,7 +47,7 @@ class Method:
 
     Attributes:
         said: what it is, in a few words.
-        loss: makes the loss that is wrapped.
+        loss: makes the loss that is wrapped; with `proxies`, from the number of classes and of dimensions.
         miner: makes what chooses tuples; None: the loss does.
         plugins: makes the plugins by protocol, at the moment that they are needed.
         options: of `AdversarialLoss`, by protocol; None: the loss is not wrapped.
@@ -51,10 +57,11 @@ class Method:
         original: whether the network at the start stands for a deployed one: the loss gets its embeddings as
             references, and the gallery of the evaluation keeps them.
         trains: whether there are steps at all.
+        proxies: whether the loss has weights of its own, for each training class.
     """
 
     said: str
-    loss: Callable[[], nn.Module]
+    loss: Callable[..., nn.Module]
     miner: Callable[[], Miner] | None = None
     plugins: Callable[[Protocol], list[Any]] = lambda protocol: []
     options: Callable[[Protocol], dict[str, Any]] | None = None
@@ -63,6 +70,7 @@ class Method:
     replays: int = 1
     original: bool = False
     trains: bool = True
+    proxies: bool = False
 
     def steps(self, protocol: Protocol) -> int:
         """Of the optimiser; 0 where a budget decides."""
@@ -88,7 +96,7 @@ class Method:
         """Loss, miner, plugins and options in JSON's types: whoever changes one of them trains anew."""
         options = None if self.options is None else self.options(protocol)
         return {
-            "loss": _told(self.loss()),
+            "loss": _told(self._loss(2, 2)),
             "miner": None if self.miner is None else _told(self.miner()),
             "plugins": [_told(plugin) for plugin in self.plugins(protocol)],
             "options": options and {name: description(value) for name, value in options.items()},
@@ -99,7 +107,9 @@ class Method:
             **({"trains": False} if not self.trains else {}),
         }
 
-    def wrapped(self, protocol: Protocol, model: nn.Module, steps: int, seed: int) -> nn.Module:
+    def wrapped(
+        self, protocol: Protocol, model: nn.Module, steps: int, seed: int, classes: int = 0, dimensions: int = 0
+    ) -> nn.Module:
         """The loss to train with.
 
         Args:
@@ -107,12 +117,18 @@ class Method:
             model: what is trained.
             steps: how many there will be, for the warm-up; 0: full strength from the start.
             seed: of the attack.
+            classes: of the training, for a loss with proxies.
+            dimensions: of an embedding, likewise.
         """
+        loss = self._loss(classes, dimensions)
         if self.options is None:
-            return self.loss()
+            return loss
         warmup = None if self.warmup is None and steps else int((self.warmup or 0.0) * steps)
         options = {"warmup": warmup, "seed": seed, **self.options(protocol)}
-        return AdversarialLoss(self.loss(), model, plugins=self.plugins(protocol), **options)
+        return AdversarialLoss(loss, model, plugins=self.plugins(protocol), **options)
+
+    def _loss(self, classes: int, dimensions: int) -> nn.Module:
+        return self.loss(classes, dimensions) if self.proxies else self.loss()
 
 
 def triplet() -> nn.Module:
@@ -130,6 +146,12 @@ def multi_similarity() -> nn.Module:
 def sup_con() -> nn.Module:
     """Another; it cares for all negatives."""
     loss: nn.Module = SupConLoss(temperature=0.1)
+    return loss
+
+
+def softmax(classes: int, dimensions: int) -> nn.Module:
+    """Classification with a proxy for each training class (arXiv 1811.12649)."""
+    loss: nn.Module = NormalizedSoftmaxLoss(classes, dimensions, temperature=0.05)
     return loss
 
 
@@ -235,6 +257,7 @@ METHODS: dict[str, Method] = {
     "plain-ms": Method("MultiSimilarityLoss", multi_similarity, twice=True),
     "plain-supcon": Method("SupConLoss", sup_con, twice=True),
     "plain-both": Method("mean of the two", both, twice=True),
+    "plain-softmax": Method("NormalizedSoftmaxLoss", softmax, proxies=True, twice=True),
     "seed-paper": Method(
         "arXiv 2102.07265: positives of one tuple per anchor, 5 steps from a random start",
         lambda: TripletMarginLoss(margin=0.2),
@@ -261,6 +284,13 @@ METHODS: dict[str, Method] = {
     "preset-ms": Method("AdversarialLoss(MultiSimilarityLoss(), model), eps grows", multi_similarity, **_PRESET),
     "preset-supcon": Method("AdversarialLoss(SupConLoss(), model), eps grows", sup_con, **_PRESET),
     "preset-both": Method("AdversarialLoss(mean of the two, model), eps grows", both, **_PRESET),
+    "preset-softmax-one-step": Method(
+        "NormalizedSoftmaxLoss with 1 step of 2.5 eps, perturbed rows alone",
+        softmax,
+        options=lambda protocol: {**_with_steps(1)(protocol), "keep_clean": False},
+        warmup=0.5,
+        proxies=True,
+    ),
     "preset-ms-one-step": Method(
         "preset-ms with 1 step of 2.5 eps", multi_similarity, options=_with_steps(1), warmup=0.5
     ),

@@ -231,6 +231,19 @@ class TestTraining:
         training._step(*training.batches[0])
         assert (trunk["lr"], head["lr"]) == pytest.approx((1e-3, 1e-2))
 
+    @pytest.mark.parametrize("method", ["plain-softmax", "preset-softmax-one-step"])
+    @pytest.mark.parametrize(("head", "dimensions"), [(0, 96), (7, 7)])
+    def test_a_loss_with_proxies_has_one_for_each_class_and_trains_them(self, method, head, dimensions, part, tmp_path):
+        training = Training(METHODS[method], Protocol(**SLIM, head=head, head_rate=10.0), part, 0, CPU)
+        (proxies,) = training.loss.parameters()
+        assert proxies.shape == (dimensions, 4)
+        assert any(weight is proxies for weight in training.optimizer.param_groups[1]["params"])
+        before, start = proxies.clone(), copy.deepcopy(training.model.state_dict())
+        other = Training(METHODS["plain-ms"], Protocol(**SLIM, head=head), part, 0, CPU).model.state_dict()
+        assert all(torch.equal(other[name], weight) for name, weight in start.items())
+        training.run(tmp_path / "checkpoint.pt")
+        assert not torch.equal(proxies, before)
+
     @pytest.mark.parametrize("average", ["ema", "swa"])
     def test_averaged_weights_by_a_loop(self, average, part, tmp_path, monkeypatch):
         seen, step = [], Training._step
