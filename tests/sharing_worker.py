@@ -203,7 +203,7 @@ def process(folder, number, world, names):
     logging.getLogger("pml_adversarial").setLevel(logging.INFO)
     if world > 1:
         store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=number, world_size=world, timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", store=store, rank=number, world_size=world, timeout=timedelta(seconds=120))
     for name in names:
         own, kept = folder / name, Kept()
         own.mkdir(exist_ok=True)
