@@ -70,16 +70,20 @@ EXPERIMENTS = (
     "omniglot-batchnorm-1700k",
     "omniglot-resnet18-1700k",
     "tiny-imagenet-1700k",
+    "tiny-imagenet-1700k-b64",
+    "tiny-imagenet-fare",
     "cars",
 )
 """Folders of the results, as far as they are there."""
 
 
 def entries() -> Iterator[dict[str, Any]]:
-    """One for each committed run."""
+    """One for each committed run that trained something."""
     for experiment in EXPERIMENTS:
         for path in sorted((RESULTS / experiment).glob("*/*/run.json")):
-            yield entry(json.loads(path.read_text(encoding="utf-8")), path)
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if METHODS[run["method"]].trains:
+                yield entry(run, path)
 
 
 def entry(run: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -12,18 +12,22 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "robustness" / "results"
-PANELS = {"Omniglot, 28x28, unseen alphabets": "omniglot-1700k"}
+PANELS = {  # title -> runs, and the method of the benchmark behind "AdversarialLoss"
+    "Strokes: Omniglot 28x28, unseen alphabets": ("omniglot-1700k", "preset-ms"),
+    "Photographs: Tiny ImageNet 32x32, unseen classes": ("tiny-imagenet-1700k", "preset-ms-two-steps"),
+}
 METHODS = {  # name in the picture -> method of the benchmark, colour on a light and on a dark page
     "plain": ("plain-supcon", "#6b7278", "#9aa5ad"),
     "HM & ICS as coded (CVPR 2022)": ("hm-lga-ics-as-coded", "#b0500e", "#e8a05f"),
-    "AdversarialLoss": ("preset-ms", "#1c5d8c", "#7db8e8"),
+    "AdversarialLoss": (None, "#1c5d8c", "#7db8e8"),
 }
 
 
-def curves(experiment):
+def curves(experiment, ours):
     """Name -> {eps in 255ths: R@1 in percent in the worst case, mean over seeds}."""
     found = {}
     for name, (method, *_) in METHODS.items():
+        method = method or ours
         reports = [json.loads(p.read_text())["report"] for p in sorted(RUNS.glob(f"{experiment}/{method}/*/run.json"))]
         by_seed = [
             {0: r["clean"]["recall_at_1"], **{round(255 * w["eps"]): w["measures"]["recall_at_1"] for w in r["worst"]}}
@@ -40,9 +44,9 @@ def draw(dark=False):
     with plt.rc_context({**style, "svg.hashsalt": "recall", "axes.edgecolor": ink, "figure.facecolor": page}):
         size = 6.4 * len(PANELS), 3.6
         figure, row = plt.subplots(1, len(PANELS), figsize=size, squeeze=False, layout="constrained")
-        for axes, (title, experiment) in zip(row[0], PANELS.items(), strict=True):
+        for axes, (title, panel) in zip(row[0], PANELS.items(), strict=True):
             axes.set_facecolor(page)
-            for (name, values), (_, light, on_dark) in zip(curves(experiment).items(), METHODS.values(), strict=True):
+            for (name, values), (_, light, on_dark) in zip(curves(*panel).items(), METHODS.values(), strict=True):
                 shown = {eps: value for eps, value in values.items() if eps <= 26}
                 axes.plot(list(shown), list(shown.values()), "o-", lw=2.4, color=on_dark if dark else light, label=name)
             axes.set(title=title, xlabel="eps", ylabel="R@1 in percent, worst case", ylim=(0, None))
@@ -54,7 +58,7 @@ def draw(dark=False):
 
 
 if __name__ == "__main__":
-    about = json.dumps({title: curves(experiment) for title, experiment in PANELS.items()})
+    about = json.dumps({title: curves(*panel) for title, panel in PANELS.items()})
     for name, dark in (("light", False), ("dark", True)):
         path = Path(__file__).with_name(f"recall_{name}.svg")
         draw(dark).savefig(path, metadata={"Date": None, "Description": about})

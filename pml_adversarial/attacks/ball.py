@@ -23,14 +23,14 @@ _BISECTIONS = 50  # each halves the error of the l1 threshold
 
 
 def radius_text(eps: float, norm: str = "Linf") -> str:
-    """An eps as a reader expects it: a multiple of 1/255 as a fraction, unless it is a round number too.
+    """An eps as a reader expects it: a multiple of 0.5/255 as a fraction, unless it is a round number too.
 
-    >>> [radius_text(eps, "Linf") for eps in (8 / 255, 0.1, 0.2, 0.12345)], radius_text(2.0, "L2")
-    (['8/255', '0.1', '0.2', '0.1235'], '2')
+    >>> [radius_text(eps, "Linf") for eps in (8 / 255, 0.5 / 255, 0.1, 0.2, 0.12345)], radius_text(2.0, "L2")
+    (['8/255', '0.5/255', '0.1', '0.2', '0.1235'], '2')
     """
-    levels = round(eps * 255)
+    levels = round(eps * 510) / 2
     meant = norm == "Linf" and 0 < levels < 255 and abs(eps * 255 - levels) < 1e-4 and float(f"{eps:.2g}") != eps
-    return f"{levels}/255" if meant else f"{eps:.4g}"
+    return f"{levels:g}/255" if meant else f"{eps:.4g}"
 
 
 def project(points: Tensor, clean: Tensor, eps: float, norm: str = "Linf") -> Tensor:
