@@ -485,19 +485,23 @@ IN_README = {  # method of the table of strokes, and of that of photographs
 
 
 def rows_of_page(experiment):
-    """Method -> R@1 without attack and at the two smaller radii, as the page shows them."""
+    """Method -> R@1 without attack and at the two smaller radii, as the page shows them, and the number of seeds."""
     found = {}
     for line in PAGE.split(f"({experiment}) -->")[1].split("\n\n")[0].splitlines():
         if cells := [cell.strip() for cell in line.split("|")][1:-1]:
-            method, recall, _, first, second, *_ = cells
-            found[method] = f"{recall} | {first} | {second}"
+            method, recall, _, first, second, *_, seeds = cells
+            found[method] = f"{recall}|{first}|{second}", seeds
     return found
 
 
 def test_the_table_of_the_readme_is_of_the_page():
-    strokes, photographs = rows_of_page("omniglot-1700k"), rows_of_page("tiny-imagenet-1700k")
-    for name, (of_strokes, of_photographs) in IN_README.items():
-        assert f"| {name} | {strokes[of_strokes]} | {photographs[of_photographs]} |" in README
+    experiments = rows_of_page("omniglot-1700k"), rows_of_page("tiny-imagenet-1700k")
+    assert "one seed, with ± three" in README
+    for name, methods in IN_README.items():
+        rows = [rows[method] for rows, method in zip(experiments, methods, strict=True)]
+        assert "|".join(["", name, *(cells for cells, _ in rows), ""]) in README
+        for cells, seeds in rows:
+            assert seeds == ("3" if "±" in cells else "1")
 
 
 NOT_TRAINED = {"collapse-omniglot.jsonl": {"InstanceLoss", "SoftTripleLoss"}}
