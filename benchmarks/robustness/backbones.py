@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.omniglot import network
 from pml_adversarial.cli.experiment import small_network
 from pml_adversarial.errors import InputError
+from pml_adversarial.training.isolation import preserved
 
 Shape = tuple[int, ...]
 """Of one image: channels, height, width."""
@@ -225,6 +226,12 @@ def build(name: str, shape: Shape, pretrained: str = "", head: int = 0) -> nn.Mo
     trunk = resnet(RESNETS[name], shape, pretrained) if name in RESNETS else SMALL[name][1](shape)
     if not head:
         return trunk
-    with torch.no_grad():
-        features = trunk.eval()(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(OrderedDict(trunk=trunk.train(), head=nn.Linear(features, head)))
+    features = num_dimensions(trunk, torch.zeros(1, *shape))
+    return nn.Sequential(OrderedDict(trunk=trunk, head=nn.Linear(features, head)))
+
+
+def num_dimensions(network: nn.Module, images: Tensor) -> int:
+    """Of an embedding; the network stays as it is."""
+    with torch.no_grad(), preserved(network):
+        found: int = network.eval()(images[:1]).shape[1]
+    return found

@@ -42,6 +42,11 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
                 f"{len(self.members)} training classes with so many. Use a smaller --batch."
             )
 
+    @property
+    def num_classes(self) -> int:
+        """Those of all labels."""
+        return int(self.labels.max()) + 1
+
     def __len__(self) -> int:
         return 1 << 31  # there is no last one
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from pml_adversarial import AdversarialLoss, attacks
 
-from .backbones import build
+from .backbones import build, num_dimensions
 from .batches import Batches
 from .data import Part, load
 from .methods import METHODS, Method
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     protocol = named(options.protocol, options.data, {"steps": options.steps, "classes": 10, "per_class": 4})
     batches = Batches(train, protocol, 0)
     images, _ = batches[0]
-    dimensions = build(protocol.backbone, tuple(images.shape[1:]))(images).shape[1]
-    made = all_losses(int(batches.labels.max()) + 1, dimensions)
+    network = build(protocol.backbone, tuple(images.shape[1:]))
+    made = all_losses(batches.num_classes, num_dimensions(network, images))
     runs = _read(options.out)
     known = {_key(run) for run in runs}
     ways = [(0.0, False), *((eps, False) for eps in options.eps), *((eps, True) for eps in options.bare)]

@@ -213,8 +213,8 @@ def _with_steps(steps: int) -> Callable[[Protocol], dict[str, Any]]:
     return lambda protocol: {"attack": attacks.preset(protocol.preset_eps, steps)}
 
 
-def _replaced(protocol: Protocol) -> dict[str, Any]:
-    return {**_preset(protocol), "keep_clean": False}
+def _replaced(options: Callable[[Protocol], dict[str, Any]]) -> Callable[[Protocol], dict[str, Any]]:
+    return lambda protocol: {**options(protocol), "keep_clean": False}
 
 
 def _preset_without_its_attack(protocol: Protocol) -> dict[str, Any]:
@@ -287,7 +287,7 @@ METHODS: dict[str, Method] = {
     "preset-softmax-one-step": Method(
         "NormalizedSoftmaxLoss with 1 step of 2.5 eps, perturbed rows alone",
         softmax,
-        options=lambda protocol: {**_with_steps(1)(protocol), "keep_clean": False},
+        options=_replaced(_with_steps(1)),
         warmup=0.5,
         proxies=True,
     ),
@@ -295,7 +295,9 @@ METHODS: dict[str, Method] = {
         "preset-ms with 1 step of 2.5 eps", multi_similarity, options=_with_steps(1), warmup=0.5
     ),
     "preset-ms-two-steps": Method("preset-ms with 2 steps", multi_similarity, options=_with_steps(2), warmup=0.5),
-    "preset-ms-replaced": Method("preset-ms, perturbed rows alone", multi_similarity, options=_replaced, warmup=0.5),
+    "preset-ms-replaced": Method(
+        "preset-ms, perturbed rows alone", multi_similarity, options=_replaced(_preset), warmup=0.5
+    ),
     "preset-ms-awp": _beside_preset("preset-ms with AWP, arXiv 2004.05884", ("awp", "AWP")),
     "trades-ms": _beside_preset("TRADES on neighbours, around MultiSimilarityLoss", ("trades", "TRADES")),
     "trades-ms-decoupled": _beside_preset(

@@ -21,7 +21,7 @@ from pml_adversarial import AdversarialLoss
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.training.isolation import preserved, random_stream
 
-from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, start_as_thresholds
+from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, num_dimensions, start_as_thresholds
 from .batches import Batches
 from .data import Part
 from .lora import merged, tune
@@ -161,18 +161,14 @@ class Training:
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
             self.original = deepcopy(self.model).eval().requires_grad_(False) if self.method.original else None
             self.called = torch.compile(self.model) if self.protocol.compiled else self.model
-            made_for = self._classes_and_dimensions(images) if self.method.proxies else ()
+            size = num_dimensions(self.model, images.to(self.device)) if self.method.proxies else 0
+            made_for = self.batches.num_classes, size
             self.loss = self.method.wrapped(self.protocol, self.called, steps, self.seed, *made_for).to(self.device)
             self.miner = None if self.method.miner is None else self.method.miner()
         self.optimizer = torch.optim.Adam(self._groups(), weight_decay=self.protocol.weight_decay)
         self.average = averaged(self.protocol.average, self.model)
         self._set_mode()
         self._check_replay()
-
-    def _classes_and_dimensions(self, images: Tensor) -> tuple[int, int]:
-        with torch.no_grad(), preserved(self.model):
-            dimensions: int = self.model.eval()(images[:1].to(self.device)).shape[1]
-        return int(self.batches.labels.max()) + 1, dimensions
 
     def _check_replay(self) -> None:
         """Lets the loss check its replay before passes are counted, since a run that goes on checks it again."""
