@@ -57,8 +57,9 @@ NAMES = {
     "trades-ms": ("MultiSimilarityLoss with TRADES on neighbours", "arXiv 1901.08573"),
     "trades-ms-decoupled": ("MultiSimilarityLoss with TRADES, decoupled", "arXiv 2305.13948"),
     "start": ("the network at the start", ""),
-    "fare": ("FARE, in the gallery of the start", "arXiv 2402.12336"),
-    "fare-clean": ("FARE with clean rows, in the gallery of the start", "arXiv 2402.12336"),
+    "fare": ("FARE", "arXiv 2402.12336"),
+    "fare-one-step": ("FARE, 1 step", "arXiv 2402.12336"),
+    "fare-clean": ("FARE with clean rows", "arXiv 2402.12336"),
 }
 """Method of `METHODS` -> its name on the page, and its paper."""
 
@@ -72,6 +73,8 @@ EXPERIMENTS = (
     "tiny-imagenet-1700k",
     "tiny-imagenet-1700k-b64",
     "tiny-imagenet-fare",
+    "tiny-imagenet-fare-eps8",
+    "tiny-imagenet-fare-850k",
     "cars",
 )
 """Folders of the results, as far as they are there."""
@@ -91,6 +94,8 @@ def entry(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
     protocol, report = run["protocol"], run["report"]
     data, split = SETS[protocol["data"]]
     name, paper = NAMES[run["method"]]
+    if METHODS[run["method"]].original and not run["evaluation"].get("new_gallery"):
+        name += ", in the gallery of the start"
     attacked = METHODS[run["method"]].options is not None
     model = Model(
         name,

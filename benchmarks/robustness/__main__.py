@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eps", type=float, nargs="+", help="radii of the evaluation, in 255ths")
     add("--suite", nargs="+", default=["standard"], help="standard, quick, or names of attacks")
     add("--queries", type=int, default=500, help="images that are attacked; 0: all")
+    add("--new-gallery", action="store_true", help="each model embeds the gallery, also after FARE")
     add("--threads", type=int, help="of torch")
     add("--workers", type=int, default=0, help="processes that read images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +110,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
     """
     protocol = protocol_of(options)
     radii = tuple(sorted(set(options.eps or RADII[options.data])))
-    evaluation = Evaluation(radii, tuple(options.suite), options.queries)
+    evaluation = Evaluation(radii, tuple(options.suite), options.queries, options.new_gallery)
     if not all(0 < radius <= 255 for radius in radii):
         raise InputError(f"--eps {' '.join(f'{radius:g}' for radius in radii)}; expected radii above 0 up to 255.")
     find_suite(evaluation.named())

@@ -55,7 +55,7 @@ class Method:
         twice: whether it takes twice the protocol's steps, as training without an attack does.
         replays: how many steps each batch is taken for.
         original: whether the network at the start stands for a deployed one: the loss gets its embeddings as
-            references, and the gallery of the evaluation keeps them.
+            references, and the gallery of the evaluation keeps them unless it is embedded anew.
         trains: whether there are steps at all.
         proxies: whether the loss has weights of its own, for each training class.
     """
@@ -305,6 +305,7 @@ METHODS: dict[str, Method] = {
     ),
     "start": Method("the network at the start", multi_similarity, trains=False),
     "fare": _fare("arXiv 2402.12336: FARE, in the gallery of the network at the start"),
+    "fare-one-step": replace(_fare("FARE with 1 step of 2.5 eps"), options=_with_steps(1)),
     "fare-clean": _fare("FARE, clean rows too", clean_weight=1.0),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
     "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),

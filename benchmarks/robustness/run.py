@@ -31,11 +31,17 @@ class Evaluation:
         eps: radii, in 255ths.
         suite: "standard", "quick", or names of attacks.
         queries: how many images are attacked, drawn once for all models; 0: all.
+        new_gallery: whether each model embeds its gallery, also one whose method keeps the gallery of the start.
     """
 
     eps: tuple[float, ...]
     suite: tuple[str, ...] = ("standard",)
     queries: int = 500
+    new_gallery: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """In words and numbers; `new_gallery` only where it is asked for."""
+        return {name: value for name, value in asdict(self).items() if name != "new_gallery" or value}
 
     def rows(self, total: int) -> list[int] | None:
         """The images that are attacked; None: all."""
@@ -74,7 +80,9 @@ class Evaluation:
 
     def folder(self) -> str:
         """A name that differs where what is measured differs."""
-        return "_".join(["evaluation", *self.suite, *(f"{radius:g}" for radius in self.eps), f"{self.queries}queries"])
+        gallery = ["new-gallery"] if self.new_gallery else []
+        radii = [f"{radius:g}" for radius in self.eps]
+        return "_".join(["evaluation", *self.suite, *radii, f"{self.queries}queries", *gallery])
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +110,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """In JSON's types."""
         images = {"trained_on": len(self.train.labels), "searched": len(self.searched.labels)}
-        parts = {"protocol": self.protocol.described(), "images": images, "evaluation": asdict(self.evaluation)}
+        parts = {"protocol": self.protocol.described(), "images": images, "evaluation": self.evaluation.described()}
         described: dict[str, Any] = json.loads(json.dumps(parts))
         return described
 
@@ -128,7 +136,8 @@ class Bench:
         model = build_for(self.protocol, self.shape()).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         kept = folder / self.evaluation.folder()
-        original = start_for(self.protocol, self.shape()).to(self.device).eval() if method.original else None
+        keeps = method.original and not self.evaluation.new_gallery
+        original = start_for(self.protocol, self.shape()).to(self.device).eval() if keeps else None
         report = self.evaluation.measure(model.eval(), self.searched, kept, self.progress, original)
         report.save_json(folder / "report.json")
         report.save_html(folder / "report.html")

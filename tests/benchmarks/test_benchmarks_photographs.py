@@ -398,3 +398,8 @@ class TestOriginal:
         assert (start["protocol"], fare["num_gallery"]) == ("leave-one-out", 6)
         report = json.loads((out / "fare" / "seed_0" / "report.json").read_text())
         assert "gallery_embeddings" in report["provenance"]
+        model = (out / "fare" / "seed_0" / "model.pt").stat().st_mtime_ns
+        assert command.main([*asked, "--new-gallery"]) == 0
+        anew = json.loads((out / "fare" / "seed_0" / "run.json").read_text())
+        assert (anew["report"]["protocol"], anew["evaluation"]["new_gallery"]) == ("leave-one-out", True)
+        assert (out / "fare" / "seed_0" / "model.pt").stat().st_mtime_ns == model, "the same training"

@@ -93,7 +93,8 @@ class TestEntry:
 class TestBoard:
     def test_a_folder_for_each_threat_model(self, report, tmp_path):
         path = add(entry_of(saved(report, tmp_path), MODEL), tmp_path / "board")
-        assert path == tmp_path / "board" / "Linf" / "digits-8x8--a-b--a-cnn--1234-passes--seed-3.json"
+        name = "digits-8x8--a-b--a-cnn--trained-at-8-255--1234-passes--seed-3.json"
+        assert path == tmp_path / "board" / "Linf" / name
         assert entries(tmp_path / "board") == [entry_of(saved(report, tmp_path), MODEL)]
 
     def test_nothing_is_replaced_unasked(self, report, tmp_path):
@@ -103,7 +104,9 @@ class TestBoard:
             add(entry, tmp_path)
         add(entry, tmp_path, replace=True)
         add({**entry, "seed": 4}, tmp_path)
-        assert len(entries(tmp_path)) == 2
+        add({**entry, "train_eps": 4 / 255}, tmp_path)
+        add({**entry, "train_eps": 0}, tmp_path)
+        assert len(entries(tmp_path)) == 4
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(InputError, match="holds no entries"):
