@@ -72,6 +72,7 @@ EXPERIMENTS = (
     "omniglot-resnet18-1700k",
     "tiny-imagenet-1700k",
     "tiny-imagenet-1700k-b64",
+    "tiny-imagenet-1700k-5-steps",
     "tiny-imagenet-fare",
     "tiny-imagenet-fare-eps8",
     "tiny-imagenet-fare-850k",
