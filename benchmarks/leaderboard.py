@@ -76,7 +76,8 @@ EXPERIMENTS = (
     "tiny-imagenet-fare",
     "tiny-imagenet-fare-eps8",
     "tiny-imagenet-fare-850k",
-    "cars",
+    "cars-64-plain",
+    "cars-64-200k",
 )
 """Folders of the results, as far as they are there."""
 
