@@ -78,6 +78,7 @@ EXPERIMENTS = (
     "tiny-imagenet-fare-850k",
     "cars-64-plain",
     "cars-64-200k",
+    "cars-64-fare",
 )
 """Folders of the results, as far as they are there."""
 
