@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.protocol import Protocol
+from benchmarks.robustness.run import Evaluation
 from pml_adversarial.attacks import budget
 from pml_adversarial.evaluation.reports.leaderboard import Model, add, entry_from
 
@@ -80,7 +81,7 @@ EXPERIMENTS = (
     "cars-64-200k",
     "cars-64-fare",
 )
-"""Folders of the results, as far as they are there."""
+"""Folders of the results."""
 
 
 def entries() -> Iterator[dict[str, Any]]:
@@ -97,7 +98,7 @@ def entry(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
     protocol, report = run["protocol"], run["report"]
     data, split = SETS[protocol["data"]]
     name, paper = NAMES[run["method"]]
-    if METHODS[run["method"]].original and not run["evaluation"].get("new_gallery"):
+    if Evaluation(**run["evaluation"]).keeps_gallery(METHODS[run["method"]]):
         name += ", in the gallery of the start"
     attacked = METHODS[run["method"]].options is not None
     model = Model(

@@ -304,7 +304,7 @@ METHODS: dict[str, Method] = {
         "the same with the divergence of arXiv 2305.13948", ("trades", "TRADES", {"divergence": "decoupled"})
     ),
     "start": Method("the network at the start", multi_similarity, trains=False),
-    "fare": _fare("arXiv 2402.12336: FARE, in the gallery of the network at the start"),
+    "fare": _fare("arXiv 2402.12336: FARE"),
     "fare-one-step": replace(_fare("FARE with 1 step of 2.5 eps"), options=_with_steps(1)),
     "fare-clean": _fare("FARE, clean rows too", clean_weight=1.0),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),

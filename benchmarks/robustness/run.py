@@ -78,6 +78,10 @@ class Evaluation:
         """A suite's name, or the attacks' names."""
         return self.suite[0] if self.suite in (("standard",), ("quick",)) else list(self.suite)
 
+    def keeps_gallery(self, method: Method) -> bool:
+        """Whether queries search the embeddings of the network at the start."""
+        return method.original and not self.new_gallery
+
     def folder(self) -> str:
         """A name that differs where what is measured differs."""
         gallery = ["new-gallery"] if self.new_gallery else []
@@ -136,8 +140,8 @@ class Bench:
         model = build_for(self.protocol, self.shape()).to(self.device)
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         kept = folder / self.evaluation.folder()
-        keeps = method.original and not self.evaluation.new_gallery
-        original = start_for(self.protocol, self.shape()).to(self.device).eval() if keeps else None
+        keeps_gallery = self.evaluation.keeps_gallery(method)
+        original = start_for(self.protocol, self.shape()).to(self.device).eval() if keeps_gallery else None
         report = self.evaluation.measure(model.eval(), self.searched, kept, self.progress, original)
         report.save_json(folder / "report.json")
         report.save_html(folder / "report.html")

@@ -110,8 +110,8 @@ def add(entry: Entry, board: Path, replace: bool = False) -> Path:
         InputError: there is an entry of that name already, and it shall not be replaced.
     """
     trained = f"trained at {radius_text(entry['train_eps'])}" if entry["train_eps"] else "no attack"
-    told = (entry[name] for name in ("data", "method", "backbone"))
-    parts = (*told, trained, f"{entry['passes']} passes", f"seed {entry['seed']}")
+    run = trained, f"{entry['passes']} passes", f"seed {entry['seed']}"
+    parts = (entry["data"], entry["method"], entry["backbone"], *run)
     name = "--".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
     path = board / entry["threat_model"] / f"{name}.json"
     if path.exists() and not replace:
