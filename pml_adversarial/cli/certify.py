@@ -17,6 +17,7 @@ from .options import (
     FORCE,
     LIMIT,
     NORMALIZATION,
+    OWN,
     check_device,
     make_output,
     parse_normalization,
@@ -30,6 +31,7 @@ _WRITTEN = "certificate.json"
 @input_options
 @click.option("--sigma", required=True, type=float, help="Standard deviation of the noise, in pixels of [0, 1].")
 @click.option("--radii", required=True, help="l2 radii of the table, in pixels of [0, 1], with commas: 0,0.25,0.5.")
+@OWN
 @NORMALIZATION
 @LIMIT
 @click.option("--samples", default=10_000, type=click.IntRange(2), help="Noisy copies of each query.")

@@ -20,6 +20,7 @@ from .options import (
     FORCE,
     LIMIT,
     NORMALIZATION,
+    OWN,
     check_device,
     did_you_mean,
     make_output,
@@ -46,9 +47,7 @@ Examples:
 )
 @click.option("--norm", default="Linf", type=click.Choice(NORMS, case_sensitive=False), help="Of the radii.")
 @click.option("--distance", default="cosine", type=click.Choice(DISTANCES), help="How the deployed search compares.")
-@click.option(
-    "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."
-)
+@OWN
 @click.option("--attacks", default="standard", help=f"{' or '.join(SUITES)}, or names of attacks with commas.")
 @NORMALIZATION
 @LIMIT

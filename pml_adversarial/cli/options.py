@@ -27,6 +27,9 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 NORMALIZATION = click.option(
     "--normalization", help='What the model\'s inputs are normalised with: imagenet, or "mean;std", such as "0.5;0.5".'
 )
+OWN = click.option(
+    "--own", type=click.Choice(["same"]), help="same: no query finds the item of the gallery that is its image."
+)
 LIMIT = click.option(
     "--limit", type=click.IntRange(1), help="How many queries are attacked, drawn by --seed.  [default: all]"
 )

@@ -74,6 +74,7 @@ class Certificate:
         has_right_item: ``(Q,)`` bool, whether the gallery holds a right item. Queries without one count in no share.
         items: ``(G, D)`` unit vectors of the gallery, for which the certificate holds.
         queries: ``(Q,)`` indices of the queries.
+        notes: what else a reader has to know, such as queries that find their own image.
     """
 
     radius: Tensor
@@ -89,6 +90,7 @@ class Certificate:
     alpha: float
     seed: int
     queries: Tensor
+    notes: tuple[str, ...] = ()
 
     def recall_at_1(self, radius: float = 0.0) -> float:
         """Share of queries that are certified beyond ``radius``, the number that papers report.
@@ -124,7 +126,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but ``items`` and ``queries``, in types that JSON knows, and the shares at all ``radii``."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii", "queries")}
+        kept = {key: value for key, value in vars(self).items() if key not in ("items", "radii", "queries", "notes")}
         return {
             "norm": "L2",
             **{key: value.tolist() if isinstance(value, Tensor) else value for key, value in kept.items()},
@@ -133,6 +135,7 @@ class Certificate:
             "smoothed_recall_at_1": self.smoothed_recall_at_1,
             "abstained": self.abstained,
             "certified": self._certified(),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -143,7 +146,7 @@ class Certificate:
             f"({left_out} left out), {self.samples} samples each, alpha {self.alpha:g}\n"
             f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius\n"
             f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}"
-        ) + "".join(row.format(**shares) for shares in self._certified())
+        ) + "".join([*(row.format(**shares) for shares in self._certified()), *(f"\nnote: {n}" for n in self.notes)])
 
     def _certified(self) -> list[dict[str, float]]:
         """The shares at all ``radii``."""
@@ -255,19 +258,16 @@ def certify(
                 radius[place], lipschitz[place] = sigma * smallest
                 bar.update()
     settings = sigma, radii, samples, selection_samples, gallery_samples, alpha, seed
-    return Certificate(radius, lipschitz, right, has_right_item, items, *settings, queries=rows)
+    return Certificate(radius, lipschitz, right, has_right_item, items, *settings, rows, tuple(task.notes))
 
 
 def _items(
     task: RetrievalTask, rows: Tensor, known: Tensor | None, sigma: float, gallery_samples: int, batch_size: int
 ) -> Tensor:
     """``(G, D)`` unit vectors of the gallery in double precision, which the task then searches."""
-    if known is None and not task.items.has_images:
-        raise InputError("gallery has labels only; expected gallery_embeddings (G, D) beside them, or images.")
-    if task.own_by_image:
-        if not task.items.has_images:
-            raise InputError("own='same' compares images, and gallery has labels only; expected own as indices.")
-        task.embed_and_set(rows, batch_size)
+    if task.own_by_image and not task.items.has_images:
+        raise InputError("own='same' compares images, and gallery has labels only; expected own as indices.")
+    task.embed_and_set(rows, batch_size, known)  # without noise, as this finds copies of queries in the gallery
     if known is None:
         items = smoothed_embeddings(task.embed, task.items, sigma, gallery_samples, batch_size)
     else:

@@ -46,6 +46,20 @@ def test_is_what_python_gives(workplace, tmp_path):
     assert run("--sigma", "0.1", "--radii", "0", *FAST, "--force").exit_code == 0
 
 
+def test_queries_in_the_gallery(workplace, tmp_path):
+    asked = ("--gallery", "queries.npz", "--sigma", "0.1", "--radii", "0", *FAST, "--force")
+    kept = tmp_path / "pml_adversarial_certificate" / "certificate.json"
+    subset = sorted(torch.randperm(24, generator=torch.Generator().manual_seed(0))[:5].tolist())
+    options = {"sigma": 0.1, "radii": 0, "samples": 200, "alpha": 0.1, "subset": subset}
+    for arguments, own in (((), None), (("--own", "same"), "same")):
+        found = certify(workplace, images_of(), images_of(), own=own, **options)
+        result = run(*asked, *arguments)
+        assert str(found) in result.output
+        assert json.loads(kept.read_text())["radius"] == found.radius.tolist()
+        assert "note: " in result.output
+        assert ("5 of 5 queries find their own image" in result.output) is (own is None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -350,6 +350,28 @@ class TestCertify:
         with pytest.raises(InputError, match="own='same' compares images, and gallery has labels only"):
             certified(model, (images, labels), (None, labels), own="same", gallery_embeddings=known)
 
+    def test_queries_that_find_their_own_image_are_said(self):
+        model, labels = HalfSpace(), torch.tensor([1, 1, 0, -1])
+        queries, gallery = (at(0.9, 0.6, 0.1), labels[:3]), (at(0.9, 0.6, 0.55, 0.1), labels)
+        apart = certified(model, queries, (at(0.92, 0.62, 0.12, 0.3), torch.tensor([1, 1, 0, 0])))
+        assert apart.notes == () == tuple(apart.to_dict()["notes"])
+        junk = "1 items of the label -1 are junk: no query finds them"
+        left_in = "2 of 3 queries find their own image in the gallery; own='same' leaves it out"
+        left_out = "own='same': 2 of 3 queries have their image in the gallery, and do not find this item"
+        for own, said in ((None, left_in), ("same", left_out)):
+            found = certified(model, queries, gallery, own=own)
+            assert found.notes == (junk, said)
+            assert found.to_dict()["notes"] == [junk, said]
+            assert str(found).splitlines()[-2:] == [f"note: {junk}", f"note: {said}"]
+        by_index = certified(model, queries, gallery, own=[0, 1, -1])
+        assert by_index.notes == (junk,)
+
+    def test_queries_that_find_their_own_vector_are_said(self):
+        vectors = HalfSpace(0.5, 9.0)(at(0.9, 0.6, 0.1))
+        labels = torch.tensor([1, 0, 0])
+        found = certified(HalfSpace(0.5, 9.0), (at(0.9, 0.3), labels[:2]), (None, labels), gallery_embeddings=vectors)
+        assert found.notes == ("1 of 2 queries find their own image in the gallery; own='same' leaves it out",)
+
     def test_noise_comes_last_and_is_not_clamped(self):
         seen = []
 
@@ -363,7 +385,7 @@ class TestCertify:
         images[:, 0, 1, 1] = 1
         both = images, torch.tensor([0, 1])
         certified(Watched(), both, both, gallery_samples=0)
-        noise = torch.cat(seen[2:]) - 1  # the first are a probe and the items, without noise
+        noise = torch.cat(seen[4:]) - 1  # the first are a probe, and items, queries and items again, without noise
         assert len(noise) == 2 * (300 + 2000)
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(SIGMA, rel=0.05)
@@ -514,7 +536,7 @@ class TestAgainstAttacks:
 class TestCertificate:
     @pytest.fixture
     def found(self):
-        queries = at(*torch.linspace(0.45, 0.9, 40).tolist(), 0.9), torch.tensor([1] * 40 + [7])
+        queries = at(*torch.linspace(0.45, 0.89, 40).tolist(), 0.89), torch.tensor([1] * 40 + [7])
         return certified(HalfSpace(), queries, TWO_SIDES, samples=500, selection_samples=100, radii=[0.2, 0, 0.1])
 
     def test_recall_is_the_share_beyond_the_radius(self, found):

@@ -91,6 +91,7 @@ class RetrievalTask:
         if self._junk is not None and (isinstance(self._junk, bool) or not isinstance(self._junk, int)):
             raise InputError(f"junk_label={self._junk!r}; expected a whole number, or None.")
         self._read(queries, gallery)
+        self._note_junk()
         self.own = self._own(search.own)
         self._has_own = gallery is None or search.own is not None
         self.own_by_image = search.own is not None and not self._queries_are_gallery and isinstance(search.own, str)
@@ -121,9 +122,6 @@ class RetrievalTask:
             )
         self._embeddings = check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
-        junk = self.items.labels == self._junk if self._junk is not None else torch.zeros(0)
-        if junk.any():
-            self.notes.append(f"{int(junk.sum())} items of the label {self._junk} are junk: no query finds them")
         if self._relevant is None and self.items.label_sets is None and len(self._searched_classes()) < 2:
             raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
 
@@ -346,6 +344,11 @@ class RetrievalTask:
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_label_sets()
+
+    def _note_junk(self) -> None:
+        junk = 0 if self._junk is None else int((self.items.labels == self._junk).sum())
+        if junk:
+            self.notes.append(f"{junk} items of the label {self._junk} are junk: no query finds them")
 
     def _join_label_sets(self) -> None:
         """Numbers each combination of labels alike in both sets."""
