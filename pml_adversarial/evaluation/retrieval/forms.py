@@ -11,6 +11,7 @@ from numpy import unique
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -140,15 +141,23 @@ def _from_dataset(
         labels = None
     if labels is None:
         labels = _as_labels([carried(row) for row in range(len(index))], role)
-        return LabelledImages(read, labels, len(index), is_read_anew=True, classes=_names(dataset))
+        return LabelledImages(read, labels, len(index), is_read_anew=True, classes=_names(dataset, role))
     labels = labels[torch.tensor(index, dtype=torch.long)]
-    return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried, classes=_names(dataset))
+    return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried, classes=_names(dataset, role))
 
 
-def _names(dataset: Any) -> Sequence[str]:
+def _names(dataset: Any, role: str) -> Sequence[str]:
     """The names of the classes, as torchvision's data sets list them; empty: there are none."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
+    if isinstance(dataset, ConcatDataset):
+        lists = {tuple(_names(part, role)) for part in dataset.datasets}
+        if () not in lists and len(lists) > 1:
+            raise InputError(
+                f"{role} joins data sets whose lists of classes differ, so one label stands for several classes. "
+                "Expected one list; pass data sets with the same folders of classes, or (images, labels)."
+            )
+        return min(lists)
     if getattr(dataset, "target_transform", None) is not None:
         return ()
     found = getattr(dataset, "classes", ())

@@ -20,6 +20,7 @@ class ImageSet:
     Attributes:
         labels: ``(N,)`` whole numbers; with several labels per image, a number for each combination.
         label_sets: ``(N, L)`` bool, which labels each image has; None: each has one.
+        classes: the name of each label from 0 on, or of each of the L labels; empty: they have no names.
         has_images: False: only labels are known.
         dtype: of the pixels.
         given_dtype: of the images that were read last, as they are given.
@@ -42,6 +43,8 @@ class ImageSet:
                 "whole number per image, or a row of 0 and 1 that says which of several labels it has."
             )
         self.labels = labels.to(device, torch.long, copy=labels.is_inference())
+        most = int(labels.max()) + 1 if self.label_sets is None else self.label_sets.shape[1]
+        self.classes = tuple(self._given.classes) if len(self._given.classes) >= most else ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,8 +66,14 @@ class ImageSet:
     def name_of(self, row: int) -> str:
         """The name of an image's class, where the images came with names; else its label."""
         label = int(self.labels[row])
-        names = self._given.classes if self.label_sets is None else ()
-        return names[label] if 0 <= label < len(names) else str(label)
+        return self.classes[label] if self.classes and self.label_sets is None and label >= 0 else str(label)
+
+    def number_by(self, classes: Sequence[str]) -> None:
+        """Makes labels indices into another list of classes, which holds all names of its own."""
+        number = {name: label for label, name in enumerate(classes)}
+        numbers = self.labels.new_tensor([number[name] for name in self.classes])
+        self.labels = torch.where(self.labels < 0, self.labels, numbers[self.labels.clamp(min=0)])  # junk has no name
+        self.classes = tuple(classes)
 
     def check(self, space: PixelSpace) -> str | None:
         """Reads a few images twice, and finds out whether they are normalised as ``space`` says.

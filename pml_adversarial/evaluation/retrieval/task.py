@@ -343,12 +343,36 @@ class RetrievalTask:
             self.embed.probe(self.items[:1])
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
+        self._join_classes()
         self._join_label_sets()
 
     def _note_junk(self) -> None:
         junk = 0 if self._junk is None else int((self.items.labels == self._junk).sum())
         if junk:
             self.notes.append(f"{junk} items of the label {self._junk} are junk: no query finds them")
+
+    def _join_classes(self) -> None:
+        """Compares labels by the names of their classes, where both sets have names and their lists differ."""
+        one, other = self.queries.classes, self.items.classes
+        if not one or not other or one == other:
+            return
+        lists = [f"{len(names)} classes ({', '.join(names[:3])}{' ...' * (len(names) > 3)})" for names in (one, other)]
+        found = f"The queries list {lists[0]}, the gallery {lists[1]}"
+        cure = "To compare the numbers, pass (images, labels)."
+        if self.queries.label_sets is not None or self.items.label_sets is not None:
+            raise InputError(f"{found}, so the columns of their labels differ. Expected one list in both. {cure}")
+        if len({*one}) < len(one) or len({*other}) < len(other):
+            raise InputError(f"{found}, where a name occurs twice. Expected each name once, or one list. {cure}")
+        both = len({*one} & {*other})
+        if not both and self._relevant is None:
+            raise InputError(f"{found}. Labels are compared by these names; expected some that are in both. {cure}")
+        joint = list(dict.fromkeys([*other, *one]))  # labels of the gallery stay as they are
+        for images in (self.queries, self.items):
+            images.number_by(joint)
+        self.notes.append(
+            f"the queries list {len(one)} classes, the gallery {len(other)}, and {both} are in both: labels are "
+            "compared by the names of the classes"
+        )
 
     def _join_label_sets(self) -> None:
         """Numbers each combination of labels alike in both sets."""

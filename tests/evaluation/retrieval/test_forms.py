@@ -5,7 +5,7 @@ import pytest
 import torch
 from data_sets import Listed
 from query_batches import images_of
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.forms import labelled_images
@@ -131,6 +131,23 @@ class TestForms:
         named.classes = [0, 1, 2]
         assert ImageSet(named, torch.device("cpu"), "queries").name_of(1) == "1"
         assert ImageSet((images, labels + 7), torch.device("cpu"), "queries").name_of(1) == "8"
+
+    def test_names_that_do_not_name_all_labels_are_left_out(self):
+        images, labels = images_of(6, 3)
+        named = pairs(images, labels)
+        named.classes = ["ant", "bee"]
+        assert ImageSet(named, torch.device("cpu"), "queries").name_of(1) == "1"
+
+    def test_joined_data_sets_have_one_list_of_classes(self):
+        images, labels = images_of(6, 3)
+        one, other = pairs(images, labels), pairs(images, labels)
+        joined = ConcatDataset([Subset(one, [3, 4]), other])
+        for lists, name in ((["ant", "bee", "cat"], ["ant", "bee", "cat"]), "ant"), ((["ant", "bee", "cat"], []), "0"):
+            one.classes, other.classes = lists
+            assert ImageSet(joined, torch.device("cpu"), "queries").name_of(0) == name
+        one.classes, other.classes = ["ant", "bee", "cat"], ["bee", "cat", "dog"]
+        with pytest.raises(InputError, match="queries joins data sets whose lists of classes differ"):
+            ImageSet(joined, torch.device("cpu"), "queries")
 
     def test_labels_alone(self):
         found = labelled_images((None, [0, 1, 1]), "gallery")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from data_sets import Listed
 from notes import Notes
 from query_batches import bench_of, embedded, images_of, network
 
@@ -71,6 +72,66 @@ class TestOwn:
     def test_what_is_no_whole_number_is_refused(self, own):
         with pytest.raises(InputError, match=r"own.*; expected whole numbers"):
             task_of(images_of(30, seed=1), own=own)
+
+
+class TestNamesOfClasses:
+    """Of data sets that list their classes, as folders of images do."""
+
+    def listed(self, labels, classes, count=24):
+        images = images_of(count)[0]
+        named = Listed(lambda row: (images[row], int(labels[row])), count)
+        named.classes = classes
+        return named
+
+    def test_labels_are_compared_by_the_names_where_the_lists_differ(self):
+        queries = self.listed(torch.arange(24) % 3, ["bee", "cat", "ant"])
+        gallery = self.listed(torch.tensor([*range(4), -1] * 6), ["ant", "bee", "cat", "dog"], 30)
+        task = task_of(gallery, queries, own=[*range(24)], relevant=torch.ones(24, 30, dtype=torch.bool))
+        assert task.items.labels.tolist() == [0, 1, 2, 3, -1] * 6  # which target= and junk_label= are about
+        assert task.queries.labels.tolist() == [1, 2, 0] * 8
+        assert [task.queries.name_of(row) for row in range(3)] == ["bee", "cat", "ant"]
+        assert [task.items.name_of(row) for row in range(5)] == ["ant", "bee", "cat", "dog", "-1"]
+        assert task.notes[0] == (
+            "the queries list 3 classes, the gallery 4, and 3 are in both: labels are compared by the names of the "
+            "classes"
+        )
+
+    def test_a_class_that_the_gallery_does_not_list_has_no_right_item(self):
+        queries, gallery = (self.listed(torch.arange(24) % 2, names) for names in (["ant", "bee"], ["bee", "cat"]))
+        task = task_of(gallery, queries)
+        task.embed_and_set(task.rows(None), 8)
+        rows, left_out = task.with_right_item(task.rows(None))
+        assert (rows.tolist(), left_out) == ([*range(1, 24, 2)], 12)
+
+    @pytest.mark.parametrize("names", [["ant", "bee"], [], None])
+    def test_labels_stay_where_the_lists_are_alike_or_one_is_missing(self, names):
+        queries, gallery = (self.listed(torch.arange(24) % 2, classes) for classes in (["ant", "bee"], names))
+        task = task_of(gallery, queries)
+        assert task.notes == []
+        assert task.queries.labels.tolist() == task.items.labels.tolist() == [0, 1] * 12
+
+    @pytest.mark.parametrize(
+        ("labels", "names", "message"),
+        [
+            (torch.arange(24) % 2, ["cat", "dog"], r"list 2 classes \(ant, bee\).* 2 classes \(cat, dog\).* in both"),
+            (torch.arange(24) % 2, ["ant", "cat", "ant"], "where a name occurs twice"),
+        ],
+    )
+    def test_lists_that_cannot_be_compared_are_refused(self, labels, names, message):
+        queries = self.listed(torch.arange(24) % 2, ["ant", "bee"])
+        with pytest.raises(InputError, match=message):
+            task_of(self.listed(labels, names), queries)
+
+    def test_columns_of_other_classes_are_refused(self):
+        several = torch.eye(3, dtype=torch.long)[torch.arange(24) % 3]
+        images = images_of()[0]
+        sets = []
+        for names in (["ant", "bee", "cat"], ["ant", "cat", "bee"]):
+            sets.append(Listed(lambda row: (images[row], several[row]), 24))
+            sets[-1].classes = names
+        assert task_of(sets[0], sets[0]).notes == []
+        with pytest.raises(InputError, match="the columns of their labels differ"):
+            task_of(sets[1], sets[0])
 
 
 class TestGallery:
