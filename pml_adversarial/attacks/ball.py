@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+
+from ..errors import InputError
 
 NORMS = ("Linf", "L2", "L1", "L0", "patch")
 """What bounds a change, by the radius eps.
@@ -19,6 +22,7 @@ in rows ``(M, D)`` and ``(M, H, W)`` each value is a position of its own.
 COUNTS = ("L0", "patch")
 """The norms whose radius is a whole number, of positions."""
 
+_CHANNELS = (1, 3, 4)  # of images; a last axis of this length, shorter than the others, holds them
 _BISECTIONS = 50  # each halves the error of the l1 threshold
 
 
@@ -69,8 +73,24 @@ def _shortened(difference: Tensor, allowed: Tensor, eps: float) -> Tensor:
     return kept.reshape(difference.shape) * difference.sign()
 
 
+def check_channels_first(shape: Sequence[int], norm: str) -> None:
+    """Refuses an image of a shape such as (224, 224, 3) where the channels of a position count as one.
+
+    Raises:
+        InputError: in "L0" or "patch", the channels seem to be last. Rows of the image would be taken for channels.
+    """
+    if norm in COUNTS and len(shape) == 3 and shape[2] in _CHANNELS and min(shape[:2]) > shape[2]:
+        height, width, channels = shape
+        raise InputError(
+            f"Images have the shape {tuple(shape)}, and norm={norm!r} takes the first axis for the channels; expected "
+            f"(C, H, W), such as ({channels}, {height}, {width}). Pass images.permute(0, 3, 1, 2), to a model that "
+            "turns them back: lambda images: model(images.permute(0, 2, 3, 1))."
+        )
+
+
 def chosen(weights: Tensor, eps: float, norm: str) -> Tensor:
     """Where ``(M, ...)`` may change, as bool that goes with them: in "L0" or "patch", where most of the weight is."""
+    check_channels_first(weights.shape[1:], norm)
     if norm == "L0":
         positions = weights.sum(1, keepdim=True) if weights.ndim > 3 else weights
         flat = positions.flatten(1)
@@ -84,6 +104,7 @@ def chosen(weights: Tensor, eps: float, norm: str) -> Tensor:
 
 def chosen_at_random(like: Tensor, eps: float, norm: str) -> Tensor:
     """Random positions that may change in "L0" or "patch", in the form of `chosen`."""
+    check_channels_first(like.shape[1:], norm)
     if norm == "L0":
         return chosen(torch.rand_like(like[:, :1] if like.ndim > 3 else like), eps, norm)
     sides = _sides(like, eps)

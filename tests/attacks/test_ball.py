@@ -9,6 +9,7 @@ from query_batches import RADIUS, all_norms, both_norms, length
 from scipy.optimize import minimize
 
 from pml_adversarial.attacks.ball import chosen, chosen_at_random, per_image, project, radius_text, sparse_direction
+from pml_adversarial.errors import InputError
 
 
 class TestProject:
@@ -134,6 +135,31 @@ class TestChosen:
         assert chosen(weights, 1, "patch").int().tolist() == [[[[1, 0, 0, 0], [0, 0, 0, 0]]]]
         assert chosen(weights, 2, "patch").int().tolist() == [[[[0, 0, 1, 1], [0, 0, 1, 1]]]]
         assert chosen(weights, 2, "L0").int().sum() == 2
+
+
+class TestChannelsLast:
+    """Images whose rows would be taken for channels, so that more than eps positions change."""
+
+    @pytest.mark.parametrize("norm", ["L0", "patch"])
+    @pytest.mark.parametrize("shape", [(8, 8, 3), (32, 5, 4), (28, 28, 1)])
+    def test_are_refused_where_channels_count_as_one(self, norm, shape):
+        clean = torch.rand(2, *shape)
+        cure = rf"shape \({', '.join(map(str, shape))}\).*such as \({shape[2]}, {shape[0]}, {shape[1]}\).*permute"
+        with pytest.raises(InputError, match=cure):
+            project(1 - clean, clean, 2, norm)
+        with pytest.raises(InputError, match=cure):
+            chosen_at_random(clean, 2, norm)
+
+    @all_norms
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (64, 4, 4), (2, 3, 4), (16, 1, 3), (8, 8, 2), (8, 3), (5, 8, 8, 3)])
+    def test_all_others_are_taken(self, norm, shape):
+        clean = torch.rand(2, *shape)
+        assert project(1 - clean, clean, RADIUS[norm], norm).shape == clean.shape
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+    def test_are_taken_where_each_value_counts(self, norm):
+        clean = torch.rand(2, 8, 8, 3)
+        assert (project(1 - clean, clean, RADIUS[norm], norm) != clean).any()
 
 
 class TestSparseDirection:

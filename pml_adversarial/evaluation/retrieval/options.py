@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks.ball import COUNTS
+from ...attacks.ball import COUNTS, check_channels_first
 from ...attacks.ball import NORMS as NORMS
 from ...errors import InputError
 
@@ -73,7 +73,8 @@ def largest_radius(norm: str, shape: Sequence[int]) -> float:
 
 
 def check_radii(radii: Iterable[float], norm: str, shape: Sequence[int]) -> None:
-    """Refuses radii beyond `largest_radius`."""
+    """Refuses radii beyond `largest_radius`, and images whose channels are last where this matters."""
+    check_channels_first(shape, norm)
     largest = largest_radius(norm, shape)
     for radius in radii:
         if radius > largest:

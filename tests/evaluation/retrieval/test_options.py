@@ -116,6 +116,13 @@ class TestLargestRadius:
         with pytest.raises(InputError, match=cause):
             check_radii([1000], norm, (1, 8, 8))
 
+    @pytest.mark.parametrize("norm", ["L0", "patch"])
+    def test_images_with_channels_last_have_no_radius(self, norm):
+        with pytest.raises(InputError, match=r"shape \(32, 32, 3\).*expected \(C, H, W\)"):
+            check_radii([2], norm, (32, 32, 3))
+        check_radii([2], norm, (3, 32, 32))
+        check_radii([0.5], "Linf", (32, 32, 3))
+
     def test_norms(self):
         assert NORMS == ("Linf", "L2", "L1", "L0", "patch")
 
