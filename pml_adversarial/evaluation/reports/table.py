@@ -21,9 +21,10 @@ def table(results: Results) -> str:
     lines = _table(results, list(filter(is_rate, results.clean)))
     if len(lines[0]) > _WIDTH:
         lines = _table(results, ["recall_at_1"])
+    queries = f"{results.num_queries} queries" + f" ({results.left_out} left out)" * (results.left_out > 0)
     setting = (
         f"{results.suite}, {results.settings.get('norm', '')}, {results.settings.get('distance', '')}, "
-        f"{results.protocol}: {results.num_queries} queries, {results.num_gallery} items of {results.num_classes} "
+        f"{results.protocol}: {queries}, {results.num_gallery} items of {results.num_classes} "
         f"classes; chance {100 * results.chance:.1f}; {results.settings.get('precision', '')}"
     )
     units = (

@@ -67,7 +67,8 @@ class TestTable:
             nmi=0.5,
         )
         assert table(made).splitlines()[19:] == [
-            "standard-v1, L2, cosine, leave-one-out: 12345 queries, 23456 items of 17 classes; chance 21.7; half",
+            "standard-v1, L2, cosine, leave-one-out: 12345 queries (41 left out), 23456 items of 17 classes; "
+            "chance 21.7; half",
             "percent; in brackets: 95 % confidence interval of a rate over the queries (Clopper-Pearson)",
             "note: odd",
             "embedding: mean similarity 0.432, effective rank 12.3; NMI 50.0",
@@ -75,6 +76,9 @@ class TestTable:
             "[FLAG] two: not fine",
             "[no evidence] three: no gradient",
         ]
+
+    def test_no_query_left_out_needs_no_word(self):
+        assert "leave-one-out: 12345 queries, 23456 items" in table(report(left_out=0))
 
     def test_columns_are_aligned(self):
         lines = table(report()).splitlines()[:18]
