@@ -65,7 +65,7 @@ class TestRepeats:
 
     def test_numbers_that_differ_are_named(self, workplace):
         found = json.loads((workplace / REPORT).read_text())
-        found["clean_flags"] = "0" * 9
+        found["clean_flags"] = found["clean_flags"][1:] + found["clean_flags"][:1]  # as many are right, but others
         (workplace / "other.json").write_text(json.dumps(found))
         result = run("repeat", "other.json", *INPUTS, "--output", "again")
         assert result.output.endswith("clean_flags differ from other.json.\n")

@@ -14,6 +14,7 @@ from .plots import needed, plot
 from .results import INTERVAL, AttackResult, Check, Measures, Results, WorstCase
 from .saved import Saved
 from .table import table
+from .validation import check_results
 
 _LISTS: dict[str, Any] = {"attacks": AttackResult, "worst": WorstCase, "checks": Check}
 
@@ -41,12 +42,18 @@ class Report(Results, Saved):
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Report:
-        """A report from what JSON makes of `to_dict`, without ``schema``."""
+        """A report from what JSON makes of `to_dict`, without ``schema``.
+
+        Raises:
+            InputError: its numbers contradict one another, or a part is missing, see `validation`.
+        """
         found = deepcopy(dict(found))
         for part in (found, *found["attacks"], *found["worst"]):
             del part["intervals"]  # they follow from the numbers
         lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
-        return cls(**{**found, **lists, "notes": tuple(found["notes"])})
+        report = cls(**{**found, **lists, "notes": tuple(found["notes"])})
+        check_results(report)
+        return report
 
     def plot(self, ax: Any = None, measure: str = "recall_at_1", target: str = "query") -> tuple[Any, Any]:
         """Draws a measure against eps with matplotlib: the worst case with its intervals, single attacks, and chance.

@@ -43,12 +43,18 @@ class Saved:
             InputError: the file holds something else, or another version of a report.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
             schema = found.pop("schema")
             if schema == cls.SCHEMA:
                 return cls.from_dict(found)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} holds no report; expected the JSON that {cls.__name__}.save_json writes."
             ) from error
         raise InputError(f"{path} is of schema {schema}, this version reads {cls.SCHEMA}; measure it again.")
+
+
+def _refuse(text: str) -> float:
+    raise InputError(f"it holds {text}, which is no number in JSON; expected finite numbers. Make the report again.")

@@ -118,6 +118,19 @@ class TestBoard:
         with pytest.raises(InputError, match="is no JSON"):
             entries(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({"clean": {"recall_at_1": 0.5}}, "KeyError.*interval"),
+            ({"clean": {"recall_at_1": 1.5, "interval": [0.4, 0.6]}}, "R@1 of 1.5 in 0.4 to 0.6"),
+            ({"worst_case": 3}, "TypeError"),
+        ],
+    )
+    def test_an_entry_that_was_changed(self, change, found, report, tmp_path):
+        path = add({**entry_of(saved(report, tmp_path), MODEL), **change}, tmp_path / "board")
+        with pytest.raises(InputError, match=rf"{path.name} is no entry \(.*{found}"):
+            entries(tmp_path / "board")
+
 
 def made(method, rates, seed=0, **changes):
     """An entry with rates without attack, at 4/255 and at 16/255."""
@@ -147,6 +160,11 @@ class TestTables:
             "| 1,000 | 8/255 | 75.0 ± 7.1 | 35.0 ± 7.1 | 25.0 ± 7.1 | 2 | 300 | standard-v2 | 13 of 13 passed |"
             in lines[1]
         )
+
+    def test_names_stay_in_their_cells(self):
+        lines = tables([made("a|b\nc", [0.9, 0.3, 0.2])]).splitlines()
+        assert lines[-1].startswith("| a\\|b c | net |")
+        assert lines[-1].replace("\\|", "").count("|") == lines[-2].count("|") == lines[-3].count("|")
 
     def test_radii_that_one_has_alone_do_not_order(self):
         text = tables([made("a", [0.9, 0.3]), made("b", [0.9, 0.2, 0.2])])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_reports import EPS, example, measures, report
+from made_reports import EPS, as_measured, example, measures, report
 from page_trees import Node, Tree, curves, decoded, levels
 from PIL import Image
 from scipy.stats import binomtest
@@ -176,7 +176,7 @@ class TestWhole:
         ]
 
     def test_a_report_loaded_from_json_gives_the_same_page_without_examples(self, tmp_path):
-        made = report()
+        made = as_measured(report())
         made.save_json(tmp_path / "report.json")
         Report.load_json(tmp_path / "report.json").save_html(tmp_path / "report.html")
         assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(replace(made, examples=()))
