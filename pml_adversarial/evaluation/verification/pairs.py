@@ -44,6 +44,7 @@ class PairSet:
         indices: ``(P, 2)`` of each pair, its index in ``first`` and in ``second``.
         same: ``(P,)`` bool, whether a pair is genuine.
         protocol: where the pairs come from, in words.
+        is_given: whether ``same`` was given, and does not come from labels of images.
         notes: what a reader of the report has to know.
     """
 
@@ -58,6 +59,7 @@ class PairSet:
         choice = PairChoice() if choice is None else choice
         self.notes: list[str] = []
         sides = _sides(pairs)
+        self.is_given = sides is not None
         if sides is None:
             self.first = self.second = ImageSet(pairs, device, "pairs", dtype)
             self._choose(choice, seed)

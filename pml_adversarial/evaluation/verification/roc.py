@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..reports.binomial import CONFIDENCE, rate_interval, rate_lower_bounds
 
+_ONE_IN_1000 = -3.09  # standard deviations
 _ROUNDING = 1e-9  # of a product of a rate and a number of pairs
 
 
@@ -107,9 +108,11 @@ class ROC:
     Attributes:
         genuine: ascending, in double precision.
         impostors: ascending, in double precision, with ``tie`` added.
+        tie: see `PairScores`.
     """
 
     def __init__(self, genuine: Tensor, impostors: Tensor, tie: float = 0.0) -> None:
+        self.tie = tie
         self.genuine = genuine.detach().double().cpu().sort().values
         self.impostors = impostors.detach().double().cpu().sort().values + tie
 
@@ -151,6 +154,18 @@ class ROC:
     def auc(self) -> float:
         """Area under the curve: how likely a genuine pair is more similar than an impostor pair. Ties count as not."""
         return float(torch.searchsorted(self.impostors, self.genuine).double().mean()) / len(self.impostors)
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether genuine pairs are less similar than impostor pairs, by more than chance makes in 1 of 1000 cases.
+
+        This is the test of Mann and Whitney in its normal approximation; equal similarities count as a half.
+        """
+        one, other = len(self.genuine), len(self.impostors)
+        higher = torch.searchsorted(self.impostors, self.genuine)
+        as_high = torch.searchsorted(self.impostors - 2 * self.tie, self.genuine, right=True)
+        wins = float((higher + as_high).double().sum()) / 2
+        return wins - one * other / 2 < _ONE_IN_1000 * math.sqrt(one * other * (one + other + 1) / 12)
 
     @cached_property
     def equal_error_rate(self) -> EqualErrorRate:

@@ -93,6 +93,7 @@ class PairTask:
                 f"By {self.distance.name}, similarities without attack are not finite; expected numbers that "
                 f"{self.clean[0].dtype} can hold. Divide the embeddings by their length, or use distance='cosine'."
             )
+        self._note_reversed()
         self._note_copies()
         self._note_lengths(batch_size)
         uses = self.pairs.most_uses()
@@ -191,6 +192,16 @@ class PairTask:
                 f"lengths of embeddings range from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}: by "
                 f"Euclidean distance EER without attack would be {rates[0]:.1f}, by cosine it is {rates[1]:.1f}; "
                 "distance=... has to be that of the deployed verification"
+            )
+
+    def _note_reversed(self) -> None:
+        """Notes pairs whose labels may mean the opposite, as 1 = different does in some data sets."""
+        roc = self.scores.roc()
+        if roc.is_reversed:
+            given = "if 1 stands for different images in same, pass 1 - same; else " * self.pairs.is_given
+            self.notes.append(
+                f"genuine pairs are less similar than impostor pairs, AUC without attack is {100 * roc.auc:.1f}: "
+                f"{given}look at the labels, the distance and the model"
             )
 
     def _note_copies(self) -> None:

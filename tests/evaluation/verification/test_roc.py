@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 import torch
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, mannwhitneyu, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 from some_pairs import rates_by_loops
 
@@ -100,6 +100,25 @@ class TestCurve:
         right = sum(g >= 0.4 for g in genuine.tolist()) + sum(i < 0.4 for i in impostors.tolist())
         found = ROC(genuine, impostors).accuracy(0.4)
         assert (found.count, found.total) == (right, len(genuine) + len(impostors))
+
+
+class TestReversed:
+    @pytest.mark.parametrize(("genuine", "impostors"), [(30, 41), (8, 200), (300, 12)])
+    @pytest.mark.parametrize("digits", [None, 0])
+    def test_is_the_test_of_mann_and_whitney(self, genuine, impostors, digits):
+        found = []
+        for seed in range(60):
+            one, other = drawn(genuine, impostors, -seed / 40, seed, digits)
+            p_value = mannwhitneyu(one, other, alternative="less", method="asymptotic", use_continuity=False).pvalue
+            found.append(ROC(one, other, 1e-9).is_reversed)
+            if digits is None:
+                assert found[-1] == (p_value < norm.cdf(-3.09))
+            else:  # equal similarities make the exact deviation smaller
+                assert p_value < 0.001 or not found[-1]
+        assert {True, False} == set(found)
+
+    def test_equal_similarities_are_no_evidence(self):
+        assert not ROC(torch.ones(500), torch.ones(500), 0.1).is_reversed
 
 
 class TestThresholdAt:

@@ -86,6 +86,23 @@ class TestNotes:
             "3 of 5 pairs hold the same image twice, 1 of them as impostors; they show nothing of the model"
         )
 
+    def test_labels_that_mean_the_opposite(self):
+        model = Made(lambda x: x.flatten(1) - x.mean())
+        rows = torch.combinations(torch.arange(24))
+        same = LABELS[rows[:, 0]] == LABELS[rows[:, 1]]
+        pairs = IMAGES[rows[:, 0]], IMAGES[rows[:, 1]]
+        assert not any("less similar" in note for note in task_of(model, (*pairs, same.long()), indices=None).notes)
+        task = task_of(model, (*pairs, 1 - same.long()), indices=None)
+        assert task.notes[0] == (
+            "genuine pairs are less similar than impostor pairs, AUC without attack is "
+            f"{100 * task.scores.roc().auc:.1f}: if 1 stands for different images in same, pass 1 - same; else look at "
+            "the labels, the distance and the model"
+        )
+        labels = torch.arange(24) // 6  # in each pair of one label, the images differ, and the other way round
+        odd = rows[(labels[rows[:, 0]] == labels[rows[:, 1]]) != same]
+        by_labels = task_of(model, (IMAGES, labels), indices=odd)
+        assert by_labels.notes[0].endswith(": look at the labels, the distance and the model")
+
     def test_images_with_equal_embeddings_are_not_the_same(self):
         task = task_of(Made(lambda x: torch.ones(len(x), 2) + 0 * x.flatten(1)[:, :2]), indices=[(0, 4), (1, 2)])
         assert task.notes == []
