@@ -17,7 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
-from ..training.isolation import isolated
+from ..evaluation.retrieval.modes import as_deployed
 from ..training.pixels import Normalization, PixelSpace
 
 _EXPORT_ENTRIES = {"archive_format", "serialized_exported_program.json"}  # of newer and of older versions of torch
@@ -103,7 +103,7 @@ def check_model(model: nn.Module, images: Tensor, normalization: Normalization |
         InputError: the model does not take the images, or does not return one embedding for each.
     """
     inputs = PixelSpace(normalization).to_inputs(images)
-    with isolated(model), torch.no_grad():
+    with as_deployed(model), torch.no_grad():
         for count in sorted({1, len(images)}):
             try:
                 found = model(inputs[:count])

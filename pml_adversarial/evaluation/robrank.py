@@ -191,7 +191,7 @@ def robrank_scores(
     """Perturbs queries by each of RobRank's attacks. Each query searches all other images, which stay clean.
 
     Args:
-        model: as in `evaluate_robustness`. It is attacked in eval mode, and comes back in its own mode.
+        model: as in `evaluate_robustness`.
         images: labelled images, see `forms.Images`; pixels in [0, 1].
         eps: l-inf radius, in pixels of [0, 1]; in the papers 77/255 for 28x28 pixels, 8/255 for 224x224.
         alpha: length of one sign step, in pixels of [0, 1].

@@ -73,7 +73,8 @@ def evaluate_robustness(
 
     Args:
         model: images -> embeddings ``(N, D)``: a module, modules in forward order, the ``models`` of a PML trainer, or
-            any function, also one without gradient. It is attacked in eval mode, and comes back in its own mode.
+            any function, also one without gradient. If it is in train mode, its ``eval()`` is called; in eval mode it
+            stays as it is, parts in train mode included. It comes back as it was.
         queries: labelled images, see `forms.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
             ``(None, labels)``: items that are known by ``gallery_embeddings`` alone; they cannot be attacked.

@@ -197,7 +197,7 @@ def certify(
     gallery is not attacked.
 
     Args:
-        model: as in `evaluate_robustness`. It runs in eval mode, and comes back in its own mode.
+        model: as in `evaluate_robustness`.
         queries: labelled images, see `forms.Images`; pixels in [0, 1].
         gallery: what is searched, in the same form. None: the queries; then no query finds itself (leave-one-out).
         sigma: standard deviation of the noise, in pixels of [0, 1].

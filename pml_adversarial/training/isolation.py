@@ -125,14 +125,18 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
 def isolated(*modules: nn.Module) -> Iterator[None]:
     """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`."""
     with preserved(*modules), torch.enable_grad():
-        for module in modules:
-            for submodule in module.modules():
-                submodule.training = False
-            for parameter in module.parameters():
-                if not parameter.is_inference():  # which has no gradient, and could not be unfrozen
-                    parameter.requires_grad_(False)
-                parameter.grad = None
+        for submodule in (inner for module in modules for inner in module.modules()):
+            submodule.training = False
+        freeze(*modules)
         yield
+
+
+def freeze(*modules: nn.Module) -> None:
+    """Lets the parameters of modules have no gradients."""
+    for parameter in (found for module in modules for found in module.parameters()):
+        if not parameter.is_inference():  # which has no gradient, and could not be unfrozen
+            parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,8 +19,13 @@ from .tracing import paused
 _DEPTH = 4  # a function that calls a function of an object that holds a module
 
 
-def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
+Isolate = Callable[..., AbstractContextManager[None]]
+
+
+def modules_run_by(function: Any, inputs: Tensor, isolate: Isolate = isolated) -> tuple[nn.Module, ...]:
     """The outermost modules that a function runs. It is called once, in eval mode; the modules are left as they were.
+
+    ``isolate`` puts modules into eval mode and restores them, see `isolation.isolated`.
 
     Modules are found as they are called. Those that the function can reach, in its closure, its globals or its
     object, are in eval mode from the start, and stand for what they hold: a method may call a part of a module alone.
@@ -28,11 +33,11 @@ def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
     held = _outermost(_held(function, _DEPTH))
     with torch.no_grad(), random_kept(), paused():
         try:
-            called = _called(function, inputs, held)
+            called = _called(function, inputs, held, isolate)
         except Exception:  # a compiled module is not to be called under a hook of all modules
             if not held:
                 raise
-            with isolated(*held), torch.no_grad():
+            with isolate(*held), torch.no_grad():
                 function(inputs)
             return held
     if not called:
@@ -41,18 +46,18 @@ def modules_run_by(function: Any, inputs: Tensor) -> tuple[nn.Module, ...]:
     return _outermost(holders)
 
 
-def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...]) -> list[nn.Module]:
+def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate: Isolate) -> list[nn.Module]:
     """The modules that a function calls and that no other one calls, in the order of their calls."""
     known = {id(inner) for one in held for inner in one.modules()}
     found: list[nn.Module] = []
-    with isolated(*held), ExitStack() as stack:
+    with isolate(*held), ExitStack() as stack:
 
         def note(module: nn.Module, args: Any) -> None:
             if any(module is inner for outer in found for inner in outer.modules()):
                 return
             found.append(module)
             if id(module) not in known:
-                stack.enter_context(isolated(module))
+                stack.enter_context(isolate(module))
                 stack.enter_context(torch.no_grad())
 
         stack.callback(register_module_forward_pre_hook(note).remove)

@@ -248,3 +248,19 @@ class TestElsewhere:
         assert report.notes == ()
         assert report.clean["recall_at_1"] == report.clean_flags.count("1") / 24
         assert embedded(model, images_of()[0]).shape == (24, 6)
+
+
+def test_dropout_that_the_user_left_on_is_part_of_the_model():
+    images = images_of()
+    model = nn.Sequential(network(), nn.Dropout(0.5)).eval()
+    model[1].train()
+    report = evaluated(model, quick(steps=1, restarts=1))
+    notes = " ".join(report.notes)
+    assert "given in eval mode with parts in train mode, and is evaluated so: 1 (Dropout)" in notes
+    assert "the model answers at random" in notes
+    assert model[1].training
+    model.train()
+    report = evaluated(model, quick(steps=1, restarts=1))
+    assert not any("random" in note or "train mode" in note for note in report.notes)
+    assert model.training
+    assert report.clean["recall_at_1"] == evaluated(model[0], quick(steps=1, restarts=1), images).clean["recall_at_1"]

@@ -124,7 +124,7 @@ def transfer_attack(
 
     Args:
         surrogate: what the attacker knows, in the forms of `evaluate_robustness`, and on the same device; it may give
-            embeddings of another dimension. It runs in eval mode, and comes back in its own mode.
+            embeddings of another dimension.
         normalization: ``(mean, std)`` if the surrogate takes normalised inputs.
         bounds: ``(low, high)`` of the surrogate's inputs if they are no images.
         score: what is raised on the surrogate, such as `gradients.margin_score` or `gradients.shift_score`.

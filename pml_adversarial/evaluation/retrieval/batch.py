@@ -13,6 +13,7 @@ from ...attacks.objective import Objective, Score
 from .classifier import RetrievalClassifier
 from .embedder import Embed
 from .gallery import Gallery, Ranking, Targets
+from .modes import SteadyObjective
 
 SAMPLES = 10  #: Draws of a model that answers at random over which gradients are averaged (EOT).
 ANSWERS = 100  #: Draws of such a model over which each measure of a query is averaged.
@@ -59,7 +60,7 @@ class QueryBatch:
         Gradients are means over ``samples`` draws; None: see `num_samples`.
         """
         origin, samples = self.clean if origin is None else origin, self.num_samples(samples)
-        return Objective(self.embed, score, origin, self.modules, samples)
+        return SteadyObjective(self.embed, score, origin, self.modules, samples)
 
     def num_samples(self, samples: int | None) -> int:
         """The number itself; None: `SAMPLES` draws of a model that answers at random, else one."""

@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, InputError
 from ...training.capture import in_order
-from ...training.isolation import isolated, random_stream
+from ...training.isolation import random_stream
 from ...training.modules import modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
 from ..runs.sharing import Ranks
 from .images import ImageSet
+from .modes import as_deployed, left_in_train_mode
 
 Embed = Callable[[Tensor], Tensor]
 """Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``."""
@@ -42,11 +43,13 @@ class Embedder:
         why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
+        notes: what a reader of a report has to know of the model; known after `probe`.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
 
     def __init__(self, model: Any, normalization: Normalization | None = None, bounds: Bounds | None = None) -> None:
         self._call = _callable(model)
+        self._joined = self._call if type(self._call) is nn.Sequential and self._call is not _inside(model) else None
         self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
         self.dtype = torch.float32
         self._find_place()
@@ -54,6 +57,7 @@ class Embedder:
         self.has_gradient = self.takes_gradient = True
         self.why_none: str | None = None
         self.is_random = False
+        self.notes: tuple[str, ...] = ()
         self.forward_passes = self.backward_passes = 0
         self._not_finite = torch.zeros((), dtype=torch.long)
         self.on_passes: Callable[[int], object] = lambda passes: None
@@ -85,12 +89,16 @@ class Embedder:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Puts the modules into eval mode and freezes them, see `training.isolation.isolated`, in plain surroundings.
+        """Puts the modules into eval mode and freezes them, see `modes.as_deployed`, in plain surroundings.
 
         The model itself runs under the autocast that surrounded the making of this object.
         """
-        with plain_surroundings(), isolated(*self.modules):
+        with plain_surroundings(), as_deployed(*self._outermost()):
             yield
+
+    def _outermost(self) -> list[nn.Module]:
+        """The modules whose modes the user sets: not the one that was made here of several."""
+        return [part for module in self.modules for part in (module if module is self._joined else (module,))]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)`` in [0, 1]; refuses what is not one per image."""
@@ -118,10 +126,17 @@ class Embedder:
         if not self.modules:
             self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
-                self.modules = modules_run_by(self.tried, pixels.detach())
+                self.modules = modules_run_by(self.tried, pixels.detach(), as_deployed)
             self._find_place()
         with self.isolated(), torch.no_grad():
             self.embedding_dtype = self.tried(pixels).dtype
+            self.notes = tuple(self._notes())
+
+    def _notes(self) -> Iterator[str]:
+        training = left_in_train_mode(*self._outermost())
+        if training:
+            shown = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
+            yield f"the model was given in eval mode with parts in train mode, and is evaluated so: {shown}"
 
     def probe_gradient(self, pixels: Tensor) -> None:
         """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""

@@ -341,6 +341,7 @@ class RetrievalTask:
         self.embed.probe(self.queries[:1], self.queries.given_dtype)
         if self.items.has_images and self.items[:1].shape != self.queries[:1].shape:
             self.embed.probe(self.items[:1])
+        self.notes.extend(self.embed.notes)
         for images in (self.queries, self.items):
             images.dtype = self.embed.pixel_dtype
         self._join_classes()

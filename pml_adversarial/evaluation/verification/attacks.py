@@ -20,6 +20,7 @@ from ..attacks.square import search_squares
 from ..retrieval.distance import Distance
 from ..retrieval.embedder import Embed
 from ..retrieval.gallery import finite_or_zero
+from ..retrieval.modes import SteadyObjective
 
 STEPS, RESTARTS, QUERIES = 50, 3, 200  #: Of "pairs-v1", see `pair_attacks`.
 REJECTED = -1e300  #: Similarity of an embedding that is not finite: no threshold accepts it.
@@ -83,7 +84,7 @@ class PairBatch:
 
     def objective(self) -> Objective:
         """The score, as attacks of this package and of torchattacks take it."""
-        return Objective(self.embed, self.score, self.clean, self.modules)
+        return SteadyObjective(self.embed, self.score, self.clean, self.modules)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class PairTask:
         self.notes: list[str] = list(self.pairs.notes)
         for images in self.pairs.sets:
             self._read(images)
+        self.notes.extend(embed.notes)
         embed.probe_gradient(self.pairs.first[:1])
         self.clean: tuple[Tensor, Tensor]
         self.scores: PairScores
