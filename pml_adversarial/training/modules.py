@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .isolation import isolated, random_kept
+from .side_effects import OWN
 from .tracing import paused
 
 _DEPTH = 4  # a function that calls a function of an object that holds a module
@@ -30,7 +31,7 @@ def modules_run_by(function: Any, inputs: Tensor, isolate: Isolate = isolated) -
     Modules are found as they are called. Those that the function can reach, in its closure, its globals or its
     object, are in eval mode from the start, and stand for what they hold: a method may call a part of a module alone.
     """
-    held = _outermost(_held(function, _DEPTH))
+    held = modules_reached_by(function)
     with torch.no_grad(), random_kept(), paused():
         try:
             called = _called(function, inputs, held, isolate)
@@ -46,16 +47,32 @@ def modules_run_by(function: Any, inputs: Tensor, isolate: Isolate = isolated) -
     return _outermost(holders)
 
 
+def modules_reached_by(function: Any) -> tuple[nn.Module, ...]:
+    """The outermost modules that a function or an object can reach, whether it runs them or not. It is not called."""
+    return _outermost(_held(function, _DEPTH, set()))
+
+
+def is_compiled(*modules: nn.Module) -> bool:
+    """Whether any part is compiled, so that a hook of all modules would cause another compilation."""
+    return any(
+        isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None
+        for module in modules
+        for part in module.modules()
+    )
+
+
 def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate: Isolate) -> list[nn.Module]:
     """The modules that a function calls and that no other one calls, in the order of their calls."""
     known = {id(inner) for one in held for inner in one.modules()}
     found: list[nn.Module] = []
+    inside: set[int] = set()
     with isolate(*held), ExitStack() as stack:
 
         def note(module: nn.Module, args: Any) -> None:
-            if any(module is inner for outer in found for inner in outer.modules()):
+            if id(module) in inside:
                 return
             found.append(module)
+            inside.update(map(id, module.modules()))
             if id(module) not in known:
                 stack.enter_context(isolate(module))
                 stack.enter_context(torch.no_grad())
@@ -66,22 +83,25 @@ def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate:
     return found
 
 
-def _held(value: Any, depth: int) -> Iterator[nn.Module]:
-    """Modules that a function or an object can reach."""
+def _held(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module]:
+    """Modules that a function or an object can reach, also those that a module holds without registering them."""
     if isinstance(value, nn.Module):
         yield value
-        return
     if depth == 0 or isinstance(value, type | ModuleType | Tensor | str | bytes):
         return
     parts: list[Any] = []
-    if isinstance(value, partial):
+    if isinstance(value, nn.Module):
+        inner = [part for part in value.modules() if id(part) not in seen]
+        seen.update(map(id, inner))
+        parts = [held for part in inner for name, held in vars(part).items() if name not in OWN]
+    elif isinstance(value, partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, MethodType):
         parts = [value.__self__, value.__func__]
     elif isinstance(value, FunctionType):
         names = set(_names(value.__code__))
-        seen = [value.__globals__[name] for name in names if name in value.__globals__]
-        parts = [*inspect.getclosurevars(value).nonlocals.values(), *seen]
+        named = [value.__globals__[name] for name in names if name in value.__globals__]
+        parts = [*inspect.getclosurevars(value).nonlocals.values(), *named]
     elif isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, list | tuple):
@@ -89,7 +109,7 @@ def _held(value: Any, depth: int) -> Iterator[nn.Module]:
     elif hasattr(value, "__dict__"):
         parts = list(vars(value).values())
     for part in parts:
-        yield from _held(part, depth - 1)
+        yield from _held(part, depth - 1, seen)
 
 
 def _names(code: CodeType) -> Iterator[str]:

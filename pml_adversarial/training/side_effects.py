@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))  # these belong to torch, and are restored where it matters
+OWN = frozenset(vars(nn.Module()))  #: Attributes that belong to torch; they are restored where it matters.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEPTH = 3  # of what lies in one another: containers, objects, functions
 
@@ -70,7 +70,7 @@ class _Keeper:
                 self.keep(value, depth - 1)
 
     def _keep_attributes(self, owner: Any, depth: int) -> None:
-        held, left_out = vars(owner), _OWN if isinstance(owner, nn.Module) else frozenset()
+        held, left_out = vars(owner), OWN if isinstance(owner, nn.Module) else frozenset()
         kept = {name: held[name] for name in held.keys() - left_out}
         self.restore.append(partial(_put_back, held, kept, left_out))
         self._keep_all(kept.values(), depth)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
-from pml_adversarial.training.modules import modules_run_by
+from pml_adversarial.training.modules import modules_reached_by, modules_run_by
 
 IMAGES = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -81,6 +81,45 @@ def test_that_nothing_reaches_are_found_as_they_are_called():
     assert modules_run_by(Hiding(), IMAGES) == (hidden[3],)
     assert hidden[3].norm.num_batches_tracked == 0
     assert hidden[3].training
+
+
+class Hiding(nn.Module):
+    """It holds a net in some way that torch does not see."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.held = held
+
+    def forward(self, images):
+        return self.part.held[0](images)
+
+
+HIDING = {
+    "tuple": lambda net: Hiding((net,)),
+    "list": lambda net: Hiding([net]),
+    "dict": lambda net: Hiding({0: net}),
+    "bound method": lambda net: Hiding((net.encode,)),
+    "function": lambda net: Hiding((lambda images: net.encode(images),)),
+    "each other": lambda net: Hiding((net, [Hiding((net,))])),
+}
+
+
+@pytest.mark.parametrize("form", HIDING)
+def test_a_module_holds_without_registering_them(form):
+    net = Net()
+    outer = HIDING[form](net)
+    net.back = (outer,)
+    assert set(modules_run_by(outer, IMAGES)) == {outer, net}
+    assert net.norm.num_batches_tracked == 0
+    assert net.training
+
+
+def test_a_module_that_holds_itself_and_many_others_is_soon_looked_through():
+    nets = [Hiding(()) for _ in range(100)]
+    for net in nets:
+        net.held = tuple(nets)
+    assert set(modules_reached_by(nets[0])) == set(nets)
 
 
 def test_others_that_are_reached_do_not_count():

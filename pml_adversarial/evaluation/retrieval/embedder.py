@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, InputError
 from ...training.capture import in_order
-from ...training.isolation import random_stream
-from ...training.modules import modules_run_by
+from ...training.isolation import depends_on_mode, random_stream
+from ...training.modules import is_compiled, modules_reached_by, modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
 from ..runs.sharing import Ranks
 from .images import ImageSet
@@ -34,7 +34,8 @@ class Embedder:
         bounds: see `PixelSpace`.
 
     Attributes:
-        modules: the modules that the model runs. Those of a function are found by `probe`.
+        modules: the modules that the model runs. Those of a function, and those that a module holds without
+            registering them, are found by `probe`.
         device: of the modules' parameters or buffers.
         space: converts pixels to the model's inputs.
         dtype: of the inputs: that of the parameters, or single precision.
@@ -123,7 +124,9 @@ class Embedder:
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
-        if not self.modules:
+        if self.modules:
+            self._join_hidden(pixels.detach())
+        else:
             self.dtype = dtype if dtype.is_floating_point else torch.float32
             with plain_surroundings():
                 self.modules = modules_run_by(self.tried, pixels.detach(), as_deployed)
@@ -131,6 +134,17 @@ class Embedder:
         with self.isolated(), torch.no_grad():
             self.embedding_dtype = self.tried(pixels).dtype
             self.notes = tuple(self._notes())
+
+    def _join_hidden(self, pixels: Tensor) -> None:
+        """Adds what the modules run without having registered it, such as a backbone in a tuple."""
+        with plain_surroundings():
+            if is_compiled(*self.modules):
+                found = modules_reached_by(self._call)
+            else:
+                found = modules_run_by(self.tried, pixels, as_deployed)
+        known = {id(inner) for module in self.modules for inner in module.modules()}
+        hidden = [module for module in found if id(module) not in known and _matters(module)]
+        self.modules = (*self.modules, *hidden)
 
     def _notes(self) -> Iterator[str]:
         training = left_in_train_mode(*self._outermost())
@@ -280,6 +294,11 @@ def _known_modules(call: Any) -> tuple[nn.Module, ...]:
         return (call,)
     owner = getattr(getattr(call, "func", call), "__self__", None)
     return (owner,) if isinstance(owner, nn.Module) else ()
+
+
+def _matters(module: nn.Module) -> bool:
+    """Whether a module has tensors or a mode; one that is made anew in each call may have neither."""
+    return any(True for _ in (*module.parameters(), *module.buffers())) or depends_on_mode(module)
 
 
 def embed_all(

@@ -9,6 +9,7 @@ from some_galleries import some
 from torch import nn
 
 from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation import certify, evaluate_targeted, evaluate_verification
 from pml_adversarial.evaluation.retrieval.embedder import Embedder, batches, check_finite, embed_all
 from pml_adversarial.evaluation.retrieval.images import ImageSet
 
@@ -60,6 +61,61 @@ class TestEmbedder:
         message = rf"The model returned {found} for 7 images; expected embeddings \(7, D\)\."
         with pytest.raises(InputError, match=message):
             Embedder(Made(made))(torch.rand(7, 1, 6, 6))
+
+
+class Hiding(nn.Module):
+    """It holds its backbone in a tuple, out of its parameters, and makes a layer anew in each call."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.held = (backbone,)
+
+    def forward(self, images):
+        return nn.Tanh()(self.held[0](images))
+
+
+class TestModulesThatAreNotRegistered:
+    def backbone(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
+
+    def test_are_in_eval_mode_and_come_back(self):
+        backbone, images = self.backbone(), images_of()[0]
+        model = Hiding(backbone)
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        embed = Embedder(model)
+        embed.probe(images[:1])
+        assert embed.modules == (model, backbone)
+        with embed.isolated():
+            found = embed(images)
+            assert not any(parameter.requires_grad for parameter in backbone.parameters())
+        assert backbone[2].training
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        backbone.eval()
+        assert torch.equal(found, model(images))
+
+    def test_of_a_compiled_model_without_another_compilation(self):
+        compiled = []
+
+        def backend(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        backbone = self.backbone().eval()
+        model = torch.compile(Hiding(backbone).eval(), backend=backend)
+        embed = Embedder(model)
+        embed.probe(images_of()[0][:1])
+        assert embed.modules == (model, backbone)
+        assert len(compiled) == 1
+
+    def test_in_each_kind_of_evaluation(self):
+        images, labels = images_of()
+        backbone = self.backbone()
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        options = {"eps": 0.05, "steps": 1, "restarts": 1, "square": 0}
+        evaluate_targeted(Hiding(backbone), (images, labels), target=int(labels[0]), **options)
+        evaluate_verification(Hiding(backbone), (images, labels), genuine=4, impostors=4, checks=False, **options)
+        certify(Hiding(backbone), (images, labels), sigma=0.1, radii=0.1, samples=100, selection_samples=10)
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
 class TestRandomness:
