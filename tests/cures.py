@@ -1084,6 +1084,24 @@ options_case(
 # Tensors that cannot be followed
 
 
+class Ends(nn.Module):
+    """A last layer without weights, which returns a score in train mode alone."""
+
+    def __init__(self, in_both=False):
+        super().__init__()
+        self.in_both = in_both
+
+    def forward(self, features):
+        return (features.sum(1), features) if self.training or self.in_both else features
+
+
+@case(ReplayError, "does not give in eval mode", "Return the same from", "call the part of the model")
+def layer_that_returns_more_in_train_mode(wrap, cure):
+    model, x = nn.Sequential(net(), Ends(in_both=cure == "Return the same from")), images()
+    loss_func = wrap(loss_of_pml(), model)
+    return loss_func(model[0](x) if cure == "call the part of the model" else model(x)[1], LABELS), [model]
+
+
 class OwnTensor(torch.Tensor):
     """A class of tensors that hands itself on."""
 

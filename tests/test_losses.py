@@ -6,6 +6,7 @@ import pickle
 import random
 from functools import partial
 from itertools import count
+from typing import ClassVar
 
 import numpy
 import pytest
@@ -26,6 +27,7 @@ from pml_adversarial import (
     InputError,
     PlanError,
     PluginError,
+    ReplayError,
     hookimpl,
 )
 from pml_adversarial.attacks import adapter
@@ -1122,3 +1124,88 @@ class TestSeedPaper:
             pass
 
         assert isinstance(Mine.seed_paper(losses.TripletMarginLoss(), model), Mine)
+
+
+class Reidentifies(nn.Module):
+    """Gives in each mode what a test wants of: the features, a score, features behind a neck of the same width."""
+
+    def __init__(self, train, test, before=lambda x: x):
+        super().__init__()
+        torch.manual_seed(3)
+        self.base = nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 6)
+        )
+        self.neck, self.classifier = nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.train_output, self.test_output, self.before = train, test, before
+
+    def forward(self, images):
+        features = self.base(self.before(images))
+        neck = self.neck(features)
+        return (self.train_output if self.training else self.test_output)(features, self.classifier(neck), neck)
+
+
+class TestOutputsOfEachMode:
+    """The attack sees torch's layers in eval mode, and the outputs that the loop sees."""
+
+    CASES: ClassVar = {
+        "score first, features alone": (lambda f, s, n: (s, f), lambda f, s, n: f, lambda out: out[1]),
+        "other order": (lambda f, s, n: [f, s], lambda f, s, n: [s, f], lambda out: out[0]),
+        "the score alone": (lambda f, s, n: (f, s), lambda f, s, n: s, lambda out: out[0]),
+        "another tensor of the same width": (lambda f, s, n: (f, s), lambda f, s, n: n, lambda out: out[0]),
+        "fewer keys": (lambda f, s, n: {"s": s, "f": f}, lambda f, s, n: {"f": f}, lambda out: out["f"]),
+        "other keys": (lambda f, s, n: {"f": f, "s": s}, lambda f, s, n: {"s": n, "f": s}, lambda out: out["f"]),
+        "None in its place": (lambda f, s, n: (s, f), lambda f, s, n: (None, f), lambda out: out[1]),
+    }
+
+    def value(self, wrapped_model, model, take, images, labels, **given):
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), wrapped_model, attack=partial(STILL, eps=0.1))
+        torch.manual_seed(5)
+        return loss_func(take(model(images)), labels, **given).item(), loss_func.records.loss_before
+
+    @pytest.mark.parametrize("told", [False, True])
+    @pytest.mark.parametrize("case", CASES)
+    def test_are_those_of_the_loop(self, case, told, images, labels):
+        train, test, take = self.CASES[case]
+        features = lambda f, s, n: f  # noqa: E731
+        same, model = Reidentifies(features, features), Reidentifies(train, test)
+        expected, before = self.value(same, same, lambda out: out, images, labels)
+        assert expected > before + 0.01
+        if told and case not in ("another tensor of the same width", "other keys"):  # a function tells no difference
+            found = self.value(lambda x: take(model(x)), model, take, images, labels, inputs=images)
+            assert found[0] > before + 0.01
+        else:
+            found = self.value(model, model, take, images, labels)
+            assert found == pytest.approx((expected, before), rel=1e-5)
+
+    def test_in_a_form_of_the_loop_that_is_new_later(self, images, labels):
+        model = Reidentifies(lambda f, s, n: (s, f), lambda f, s, n: f)
+        loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=partial(STILL, eps=0.1))
+        for scale in (1, 1, 2, 2, 1):
+            e = model(images)[1]
+            loss_func(e if scale == 1 else e * scale, labels)
+            assert loss_func.num_perturbed > 0
+            assert loss_func.records.embedding_shift > 0
+
+    def test_no_module_stays_in_another_mode(self, images, labels):
+        model = Reidentifies(lambda f, s, n: (s, f), lambda f, s, n: f)
+        model.base[2].eval()
+        before = [m.training for m in model.modules()]
+        self.value(model, model, lambda out: out[1], images, labels)
+        assert [m.training for m in model.modules()] == before
+
+    def test_the_attack_sees_torchs_layers_in_eval_mode(self, images, labels):
+        seen = Notes()
+        model = Reidentifies(lambda f, s, n: (s, f), lambda f, s, n: f)
+        model.base[4].register_forward_hook(lambda m, given, out: seen.append((model.training, m.training)))
+        self.value(model, model, lambda out: out[1], images, labels)
+        assert seen.count((True, False)) >= STEPS
+        assert (False, True) not in seen
+
+    def test_other_outputs_that_no_module_of_ones_own_decides_on_are_refused(self, images, labels):
+        class Ends(nn.Module):
+            def forward(self, features):
+                return (features.sum(1), features) if self.training else features
+
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), Ends())
+        with pytest.raises(ReplayError, match=r"output, and not as output\[0\], output\[1\]"):
+            self.value(model, model, lambda out: out[1], images, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import AttackError
 from .ball import per_image
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Score = Callable[[Tensor], Tensor]
 """Embeddings ``(M, D)`` of the perturbed rows -> one score per row ``(M,)``, or a scalar.
@@ -45,6 +48,7 @@ class Objective(nn.Module):
         clean: ``(M, D)`` embeddings of the unperturbed rows. The logits depend on the difference from their score.
         modules: the modules that ``embed`` runs through. Attacks ask for their parameters and mode.
         samples: how many draws of a model that answers at random `pgd.ascent` takes the mean of.
+        kept_in_mode: those among all modules that no call of ``eval`` puts into eval mode if they are in train mode.
 
     Attributes:
         satisfied: that of the score, see `Score`; None if it has none.
@@ -59,8 +63,10 @@ class Objective(nn.Module):
         clean: Tensor,
         modules: Iterable[nn.Module] = (),
         samples: int = 1,
+        kept_in_mode: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
+        self._kept = [module for module in kept_in_mode if module.training]
         self.samples = samples
         self.watched = nn.ModuleList(modules)
         self.clean = self._latest = clean
@@ -72,6 +78,13 @@ class Objective(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"  # torchattacks asks for it each time, and that of a large model takes long
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode of the modules. Attacks call ``eval`` before they start."""
+        super().train(mode)
+        for module in self._kept:
+            module.training = True
+        return self
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """An empty parameter, by which attacks find the device of any model; then the parameters of the modules."""

@@ -42,7 +42,7 @@ class InputCapture:
 
     def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
         self.choice, self.chunk = choice, chunk
-        self._count, self._forms = 0, dict[Any, frozenset[str]]()
+        self._count, self._forms = 0, dict[Any, tuple[frozenset[str], bool]]()
         self._start(model)
 
     def watch(self, model: Models) -> None:
@@ -142,7 +142,7 @@ class InputCapture:
         self._count += 1
         switched, form = replay.was_switched, replay.form
         is_new = form not in self._forms
-        replay.picks = self._forms.get(form, ALL)
+        replay.picks, replay.keeps_mode = self._forms.get(form, (ALL, False))
         if is_new or switched or self._count % CHECK_EVERY == 0:
             given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
             given = given if order is None else given[order]
@@ -151,15 +151,15 @@ class InputCapture:
             apart = difference(again, given)
             if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))
-            if apart <= limit and is_new:
+            if is_new:
                 replay.check_rows(again)
-            elif apart > limit and told:
+            if apart > limit and told:
                 logger.warning(
                     "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
                     "embeddings, in their order."
                 )
             if apart <= limit or told:
-                self._forms[form] = replay.picks
+                self._forms[form] = replay.picks, replay.keeps_mode
         self._watch.wants_state = form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
 
     def _another(self, names: Iterable[nn.Module] | str) -> str:

@@ -122,11 +122,18 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`."""
+def isolated(*modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`.
+
+    Args:
+        modules: with all of their submodules.
+        but: these keep their mode.
+    """
+    kept = set(map(id, but))
     with preserved(*modules), torch.enable_grad():
         for submodule in (inner for module in modules for inner in module.modules()):
-            submodule.training = False
+            if id(submodule) not in kept:
+                submodule.training = False
         freeze(*modules)
         yield
 
@@ -190,6 +197,21 @@ def check_compiled(modules: Iterable[nn.Module]) -> None:
             "graph, so an attack would always use those of the first step. Expected torch 2.5 or newer, or a model "
             "that is not compiled."
         )
+
+
+def own_modules(*modules: nn.Module) -> list[nn.Module]:
+    """Those of classes that users write, and that hold modules or parameters: they may decide what is returned.
+
+    Layers of torch are none, nor are classes that derive from them, nor what only changes its input, as DropPath does.
+    """
+    inside = [m for module in modules for m in module.modules()]
+    return [m for m in inside if (m._modules or m._parameters) and not _is_layer_of_torch(cast(Hashable, type(m)))]
+
+
+@cache
+def _is_layer_of_torch(kind: Any) -> bool:
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)]
+    return any(base.__module__.startswith("torch.nn.") for base in bases)
 
 
 def depends_on_mode(*modules: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .isolation import isolated, random_kept
+from .isolation import isolated, own_modules, random_kept
 from .side_effects import OWN
 from .tracing import paused
 
@@ -38,8 +38,7 @@ def modules_run_by(function: Any, inputs: Tensor, isolate: Isolate = isolated) -
         except Exception:  # a compiled module is not to be called under a hook of all modules
             if not held:
                 raise
-            with isolate(*held), torch.no_grad():
-                function(inputs)
+            _run_without_hook(function, inputs, held, isolate)
             return held
     if not called:
         return held
@@ -59,6 +58,19 @@ def is_compiled(*modules: nn.Module) -> bool:
         for module in modules
         for part in module.modules()
     )
+
+
+def _run_without_hook(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate: Isolate) -> None:
+    """Runs a function to see that it can be run: in eval mode, or with what its model gives in train mode alone."""
+    try:
+        with isolate(*held), torch.no_grad():
+            function(inputs)
+    except Exception as error:
+        try:
+            with isolated(*held, but=own_modules(*held)), torch.no_grad():
+                function(inputs)
+        except Exception:
+            raise error from None
 
 
 def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate: Isolate) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -48,6 +48,22 @@ def outputs_in(value: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
             found += tensors_in(vars(leaf))
     return found
+
+
+def places_in(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where the tensors of `outputs_in` stand in what a module returned, as keys, numbers and names of attributes."""
+    if isinstance(value, Tensor):
+        return [place]
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
+        items = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in fields(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+        return [(*place, name) for name, item in vars(value).items() for _ in tensors_in(item)]
+    return [found for key, item in items for found in places_in(item, (*place, key))]
 
 
 def mapped(value: Any, change: Callable[[Any], Any], before: Callable[[Any], Any] | None = None) -> Any:

@@ -6,7 +6,7 @@ which tensor an embedding depends on is found by experiment, see `rows`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError, InputError, ReplayError
-from .isolation import depends_on_mode, isolated, preserved, random_kept, seed_all
-from .nested import mapped
+from .isolation import depends_on_mode, isolated, own_modules, preserved, random_kept, seed_all
+from .nested import mapped, outputs_in, places_in
 from .pixels import PixelSpace
 from .rerun import (
     Outputs,
@@ -71,6 +71,7 @@ class Replay:
         inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
         known_rows: ``(P,)`` these rows; None where they are the first ones.
         picks: which other arguments, with as many rows as the inputs, belong to them row by row.
+        keeps_mode: whether the user's own modules keep their mode in the attack, see `check_rows`.
 
     Raises:
         CaptureError: there is no way back to inputs, or more than one.
@@ -100,7 +101,7 @@ class Replay:
         self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self.picks, self._attacks = ALL, False
+        self.picks, self.keeps_mode, self._attacks = ALL, False, False
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain, may_mix_from)
         self.inputs, self.known_rows = self._known()
 
@@ -141,6 +142,11 @@ class Replay:
     def knows_first(self, count: int) -> bool:
         """Whether the inputs of the first rows are known."""
         return self.known_rows is None and len(self.inputs) >= count
+
+    @property
+    def kept_in_mode(self) -> list[nn.Module]:
+        """The modules that an attack leaves in their mode."""
+        return own_modules(*self.modules) if self.keeps_mode else []
 
     @property
     def form(self) -> Any:
@@ -200,21 +206,21 @@ class Replay:
     def check_rows(self, again: Tensor) -> None:
         """Checks that inputs can be embedded without those of the other rows, in another order, and have a gradient.
 
-        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row.
+        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row, and whether
+        the model gives other outputs in eval mode. If so, the user's own modules keep their mode in the attack.
 
         Args:
             again: ``(N, D)`` the clean inputs, embedded again in the model's own mode.
 
         Raises:
             CaptureError: embeddings have no gradient with respect to the inputs.
-            ReplayError: rows are not embedded each on its own.
+            ReplayError: rows are not embedded each on its own, or the model gives other outputs in eval mode.
         """
+        expected = self._in_eval_mode(again) if depends_on_mode(*self.modules) else again
         known = self._all_known(self.inputs.device)
         half = torch.arange(len(known) - 1, -1, -2, device=known.device)
         some = known[torch.cat([half, half])[: len(known)]]  # as many rows as the model knows
-        depends_on = depends_on_mode(*self.modules)
-        with isolated(*self.modules), random_kept(), paused():
-            expected = self._whole(seed=0) if depends_on else again
+        with isolated(*self.modules, but=self.kept_in_mode), random_kept(), paused():
             compared = [some] if self._rows.apart else [known, some]
             ways = self._may_pick
             for self.picks in ways:
@@ -232,11 +238,36 @@ class Replay:
             "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
         )
 
-    def _whole(self, seed: int) -> Tensor:
+    def _in_eval_mode(self, again: Tensor) -> Tensor:
+        """``(N, D)`` the clean inputs as the attack sees them, with the user's own modules in their mode if need be.
+
+        Many models return a score beside the embedding in train mode alone, so the outputs stand elsewhere.
+        """
+        found: list[str] = []
+        for self.keeps_mode in (False, True):
+            with isolated(*self.modules, but=self.kept_in_mode), random_kept(), paused():
+                try:
+                    whole = self._whole(seed=0, read=_outputs_as_before)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a model, or what the loop does with its outputs, may raise anything
+                    found.append(str(error))
+                    continue
+            if whole.shape == again.shape:
+                return whole
+            found.append(f"the embeddings are {tuple(whole.shape)}, not {tuple(again.shape)}")
+        self.keeps_mode = False
+        raise ReplayError(
+            f"{self._names} does not give in eval mode what it gives in the loop: {found[0]}. The attack sees the "
+            "model in eval mode; expected outputs that stand in the same places in both modes. Return the same from "
+            "forward() in both, or let the loop call the part of the model that gives the embeddings."
+        )
+
+    def _whole(self, seed: int, read: Callable[[Step, Any], Outputs] = lambda _, given: outputs_in(given)) -> Tensor:
         """``(N, D)`` the clean inputs, embedded again in the present mode."""
         seed_all(seed)
         with torch.no_grad(), preserved(*self.modules):  # some learn ranges from what they see, in eval mode too
-            return self._run(apply)
+            return self._run(lambda step, resolve: apply(step, resolve, read=partial(read, step)))
 
     def _is_same(self, rows: Tensor, expected: Tensor, may_fail: bool) -> bool:
         """Whether some rows are embedded as among all."""
@@ -506,6 +537,19 @@ def tolerance(embeddings: Tensor) -> float:
         return 0.05
     coarse = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32  # ten bits of a product
     return 0.01 if embeddings.is_cuda and coarse else 1e-3
+
+
+def _outputs_as_before(step: Step, given: Any) -> Outputs:
+    """The outputs of a module, where they stand in what it returned as they did in the loop."""
+    places, before = places_in(given), None if step.call is None else step.call.places
+    if before is not None and places != before:
+        now, then = (", ".join(map(_place, some)) or "none" for some in (places, before))
+        raise ValueError(f"{name_of(step)} gives its tensors as {now}, and not as {then}")
+    return outputs_in(given)
+
+
+def _place(place: tuple[Any, ...]) -> str:
+    return "output" + "".join(f"[{key!r}]" for key in place)
 
 
 def _hook(step: Step, outputs: Outputs) -> None:

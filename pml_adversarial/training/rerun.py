@@ -41,7 +41,11 @@ def value_of(leaf: Any) -> Any:
 
 
 def apply(
-    step: Step, resolve: Resolve = value_of, autocast_as_now: bool = False, some: Resolve | None = None
+    step: Step,
+    resolve: Resolve = value_of,
+    autocast_as_now: bool = False,
+    some: Resolve | None = None,
+    read: Callable[[Any], Outputs] = outputs_in,
 ) -> Outputs:
     """Takes a step as it was taken, with the same swapped parameters.
 
@@ -50,6 +54,7 @@ def apply(
         resolve: an argument as the step holds it -> what is passed.
         autocast_as_now: whether the autocast of now counts, and not that of the step.
         some: a list or tuple among the arguments -> one with other items, which are resolved then; None: it stays.
+        read: what a module returned -> its outputs.
     """
     with ExitStack() if autocast_as_now or autocast() == step.autocast else _autocast_of(step):
         args = [_filled(argument, resolve, some) for argument in step.args]
@@ -63,8 +68,8 @@ def apply(
                 return tensors_in(step.function(*args, **kwargs))
         function = module_of(step.function)
         if step.call.swapped:
-            return outputs_in(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))
-        return outputs_in(function(*args, **kwargs))
+            return read(torch.func.functional_call(function, step.call.swapped, tuple(args), kwargs))
+        return read(function(*args, **kwargs))
 
 
 def module_of(function: Any) -> Any:

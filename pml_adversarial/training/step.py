@@ -174,7 +174,7 @@ class AdversarialStep:
         """
         modules = batch.replay.modules
         depends_on = depends_on_mode(*modules)  # asked before everything is set to eval mode
-        with isolated(wrapped, *modules), self.random_numbers():
+        with isolated(wrapped, *modules, but=batch.replay.kept_in_mode), self.random_numbers():
             seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
             plan = batch.decide(partial(self.hooks.plan, wrapped, seen))
             perturbed = batch.agree(partial(self._attack, wrapped, seen, plan)) if len(plan) else None
@@ -320,7 +320,7 @@ class AdversarialStep:
         """R@1 within the batch under the user's attack, where it raises the margin of the search; NaN without one."""
         modules = batch.replay.modules
         depends_on = depends_on_mode(*modules)
-        with isolated(wrapped, *modules), self.random_numbers():
+        with isolated(wrapped, *modules, but=batch.replay.kept_in_mode), self.random_numbers():
             seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
             rows = batch.own(plan.rows, plan.rows).unique()
             if not len(rows):
@@ -345,9 +345,9 @@ def _losses(adversarial: Adversarial | None, value: Tensor) -> Losses | None:
 
 def _objective(batch: Batch, rows: Tensor, score: Score, clean: Tensor) -> Objective:
     """A score of this process's own rows ``(K,)``, with clean embeddings ``(K, D)``, as what an attack raises."""
-    of_replay = batch.local(rows)
-    embed = lambda x, some=None: batch.replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
-    return Objective(embed, score, clean, batch.replay.modules)
+    of_replay, replay = batch.local(rows), batch.replay
+    embed = lambda x, some=None: replay.embed(x, of_replay if some is None else of_replay[some])  # noqa: E731
+    return Objective(embed, score, clean, replay.modules, kept_in_mode=replay.kept_in_mode)
 
 
 def _per_row(score: Tensor, plan: Plan) -> Tensor:

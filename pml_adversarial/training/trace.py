@@ -126,6 +126,7 @@ class Call:
 
     Attributes:
         outputs: the tensors that it gave, detached, in the order of `outputs_in`.
+        places: where they stood in what it gave, see `nested.places_in`; None: that is not known.
         modes: the ``training`` flags of its submodules.
         switches: what may switch it, as it was after the call, see `watch.switches_of`.
         weights: what it held after the call; None: that is not known.
@@ -136,10 +137,11 @@ class Call:
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "swapped", "switches", "weights")
+    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "places", "swapped", "switches", "weights")
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
+        self.places: list[tuple[Any, ...]] | None = None
         self.modes: tuple[bool, ...] = ()
         self.switches: dict[tuple[int | str, str], Any] = {}
         self.weights: Weights | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .nested import outputs_in, tensors_in
+from .nested import outputs_in, places_in, tensors_in
 from .trace import Call, Ref, Weights, version_of
 from .tracing import (
     Traced,
@@ -203,7 +203,7 @@ class _Noting:
             for tensor in self._new(found):
                 mark_lost(tensor, name)
         else:
-            self._note(name, kwargs, found)
+            self._note(name, kwargs, output, found)
 
     def end_without_kwargs(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
         """The hook after the module, of a torch whose hook of all modules is not told keyword arguments."""
@@ -227,13 +227,14 @@ class _Noting:
             return True
         return any(watch.known is not None and id(self.module) in watch.known for watch in watches)
 
-    def _note(self, name: str, kwargs: Mapping[str, Any], found: list[Tensor]) -> None:
+    def _note(self, name: str, kwargs: Mapping[str, Any], output: Any, found: list[Tensor]) -> None:
         if not any(map(_is_followed, found)) or not self._is_model(found):
             return
         _tell("with gradient", name)
         step, module = step_of(self.module, self.args, kwargs), self.module
         step.random_state = self.random_state
         step.call = call = Call(found)
+        call.places = places_in(output)
         inside = submodules_of(module)
         call.modes, call.switches, call.weights = modes_of(inside), switches_of(inside), weights_of(inside)
         call.buffers = self.buffers

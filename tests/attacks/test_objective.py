@@ -193,6 +193,13 @@ class TestModule:
         objective.eval()
         assert not layer.training
 
+    def test_modes_do_not_reach_those_that_are_kept_in_theirs(self):
+        kept, frozen = nn.Dropout(), nn.Dropout().eval()
+        model = nn.Sequential(kept, frozen, nn.Dropout())
+        objective = Objective(model, lambda e: e.sum(1), torch.zeros(4, 3), [model], kept_in_mode=[kept, frozen])
+        objective.eval()
+        assert [layer.training for layer in model] == [True, False, False]
+
 
 class TestMode:
     def test_torchattacks_leaves_eval_mode_alone(self, model, images):

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory, Mu
 from torch import nn
 from torch.nn import functional
 
-from pml_adversarial.training.isolation import depends_on_mode, isolated, preserved, random_stream
+from pml_adversarial.training.isolation import depends_on_mode, isolated, own_modules, preserved, random_stream
 
 
 class Stop(Exception):
@@ -317,6 +317,25 @@ class TestDependsOnMode:
     @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script:FutureWarning")  # the same in newer releases of torch
     def test_scripted_modules_yes(self):
         assert depends_on_mode(torch.jit.script(nn.Linear(3, 3)))
+
+
+class TestOwnModules:
+    class Norm(nn.BatchNorm1d):
+        pass
+
+    class Chain(nn.Sequential):
+        pass
+
+    def test_are_those_that_may_decide_what_is_returned(self):
+        model = self.Chain(nn.Linear(3, 3), self.Norm(3), nn.Dropout(), UserDropout(), Plain())
+        assert [m for m in own_modules(model) if type(m) is not nn.Sequential] == [model, model[4]]
+
+    def test_stay_in_their_mode_where_that_is_wanted(self):
+        model = self.Chain(nn.Linear(3, 3), self.Norm(3), UserDropout(), Plain().eval())
+        with isolated(model, but=own_modules(model)):
+            assert [m.training for m in (model, *model)] == [True, False, False, False, False]
+            assert not any(p.requires_grad for p in model.parameters())
+        assert [m.training for m in (model, *model)] == [True, True, True, True, False]
 
 
 def test_data_of_parameters_comes_back():

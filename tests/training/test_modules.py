@@ -148,3 +148,18 @@ def test_an_error_of_the_function_is_raised_and_all_is_as_it_was():
         modules_run_by(fails, IMAGES)
     assert net.training
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+class GivesLess(Net):
+    """In train mode it returns a score beside the embedding."""
+
+    def forward(self, images):
+        found = self.encode(images)
+        return {"score": found.sum(1), "embedding": found} if self.training else found
+
+
+def test_of_a_function_that_wants_what_is_given_in_train_mode_alone():
+    net = GivesLess()
+    assert modules_run_by(lambda images: net(images)["embedding"], IMAGES.repeat(2, 1, 1, 1)) == (net,)
+    assert net.training
+    assert net.norm.num_batches_tracked == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pml_adversarial.training.nested import leaves, mapped, tensors_in
+from pml_adversarial.training.nested import leaves, mapped, outputs_in, places_in, tensors_in
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -167,6 +167,26 @@ class TestTensorsIn:
     @pytest.mark.parametrize("value", [None, 1.0, "x", (), {"a": [None]}])
     def test_there_may_be_none(self, value):
         assert tensors_in(value) == []
+
+
+class TestPlacesIn:
+    def test_of_a_tensor_alone(self):
+        assert places_in(torch.rand(2)) == [()]
+
+    def test_one_for_each_output_in_order(self):
+        holder = SimpleNamespace(name="x", pair=[torch.rand(1), torch.rand(1)])
+        value = {"z": (torch.rand(1), None, 3), "a": Frozen(Pair(torch.rand(1), "x")), "o": holder}
+        assert places_in(value) == [("z", 0), ("a", "features", 0), ("o", "pair"), ("o", "pair")]
+        assert len(outputs_in(value)) == 4
+
+    def test_an_object_that_holds_itself(self):
+        value = SimpleNamespace(found=torch.rand(1))
+        value.itself = [torch.rand(1), value]
+        assert places_in(value) == [("found",), ("itself",)]
+
+    @pytest.mark.parametrize("value", [None, "x", [], torch.nn.Linear(1, 1), 3.0])
+    def test_there_may_be_none(self, value):
+        assert places_in(value) == []
 
 
 class TestMapped:

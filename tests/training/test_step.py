@@ -91,7 +91,8 @@ def test_random_streams_and_isolations_are_two(monkeypatch):
     case, opened = Case(), []
     for name in ("random_stream", "isolated"):
         whole = getattr(step, name)
-        monkeypatch.setattr(step, name, lambda *given, n=name, of=whole: opened.append(n) or of(*given))
+        spy = lambda *given, n=name, of=whole, **named: opened.append(n) or of(*given, **named)  # noqa: E731
+        monkeypatch.setattr(step, name, spy)
     case.library()
     assert sorted(opened) == ["isolated", "isolated", "random_stream", "random_stream"]
 
