@@ -598,6 +598,51 @@ def gradient_accumulation():
     return Loop(model, step)
 
 
+class ChangesItsBatch(nn.Module):
+    """Takes the image out of the batch that it was given, or puts another one in its place."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.body, self.change = net(), change
+
+    def forward(self, batch):
+        return self.change(self.body, batch)
+
+
+def _taken_out(body, batch):
+    return {"embeddings": body(batch.pop("image")), **batch}["embeddings"]
+
+
+def _normalised(body, batch):
+    batch["image"] = batch["image"] * 2 - 1
+    return body(batch["image"])
+
+
+def _embedded(body, batch):
+    batch["image"] = body(batch["image"])
+    return batch["image"]
+
+
+def _first_of_a_list(body, batch):
+    return body(batch.pop(0)) + batch.pop()[0]
+
+
+def changed_batch(name, change, pack=lambda x: {"image": x, "label": LABELS}, call=lambda model, batch: model(batch)):
+    def build():
+        model, x = ChangesItsBatch(change), images()
+        return Loop(model, lambda loss: loss(call(model, pack(x)), LABELS), x=x)
+
+    build.__name__ = f"batch_{name}"
+    return shape(in_order=True)(build)
+
+
+changed_batch("whose_image_is_taken_out", _taken_out)
+changed_batch("whose_image_is_normalised", _normalised)
+changed_batch("that_holds_the_embeddings_after", _embedded)
+changed_batch("that_is_a_list_and_gets_shorter", _first_of_a_list, lambda x: [x, [0.5]])
+changed_batch("by_keyword", _taken_out, call=lambda model, batch: model(batch=batch))
+
+
 # Which rows
 
 
@@ -1248,6 +1293,17 @@ def hook_with_keywords_that_changes_the_input():
     model, x = net(), images()
     model.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] - 0.5,), kwargs), with_kwargs=True)
     return Loop(model, lambda loss: loss(model(x), LABELS), x=x)
+
+
+@shape(in_order=True)
+def hook_with_keywords_that_changes_a_keyword():
+    model, x = Returns(lambda s, e: e), images()
+
+    def scaled(module, args, kwargs):
+        return args, {"pixel_values": kwargs["pixel_values"] - 0.5}
+
+    model.register_forward_pre_hook(scaled, with_kwargs=True)
+    return Loop(model, lambda loss: loss(model(pixel_values=x), LABELS), x=x)
 
 
 @shape()

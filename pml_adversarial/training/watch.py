@@ -6,12 +6,11 @@ has ended, so that modules inside cost nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from inspect import signature
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .nested import outputs_in, places_in, tensors_in
+from .nested import mapped, outputs_in, places_in, tensors_in
 from .trace import Call, Ref, Weights, version_of
 from .tracing import (
     Traced,
@@ -39,11 +38,6 @@ from .tracing import (
 _PLAIN = {bool, int, float, str, type(None)}
 _SHORT, _NOT_KEPT = 16, object()
 _OF_MODULES = frozenset(vars(nn.Module()))
-# A torch later than 2.4 tells keyword arguments. It notes which hooks want them, and keeps the note when they go.
-_WITH_KWARGS: dict[str, Any] = (
-    {"with_kwargs": True} if "with_kwargs" in signature(nn_module.register_module_forward_hook).parameters else {}
-)
-_ASK_FOR_KWARGS: dict[int, bool] = getattr(nn_module, "_global_forward_hooks_with_kwargs", {})
 _CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
 _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -100,15 +94,15 @@ def _begin(module: nn.Module, args: Sequence[Any]) -> None:
         return
     if _kind_of(module) == "holds a wrapper":
         return
-    noting = _start(module, args)
+    # Torch tells a hook of all modules no keyword arguments, and the hooks of the module itself are told too late.
+    kwargs = sys._getframe(1).f_locals.get("kwargs", {})
+    noting = _start(module, args, kwargs)
     if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks of its own
-        end = noting.end if _WITH_KWARGS else noting.end_without_kwargs
-        handle = nn_module.register_module_forward_hook(end, always_call=True, **_WITH_KWARGS)
-        noting.undo = [handle.remove, partial(_ASK_FOR_KWARGS.pop, handle.id, None)]
+        noting.undo = [nn_module.register_module_forward_hook(noting.end, always_call=True).remove]
     else:
         handles = (
             module.register_forward_pre_hook(noting.enter),
-            module.register_forward_hook(noting.end, with_kwargs=True, always_call=True),
+            module.register_forward_hook(noting.end, always_call=True),
         )
         noting.undo, noting.keys = [handle.remove for handle in handles], [handle.id for handle in handles]
 
@@ -120,11 +114,11 @@ def _note_compiled(module: nn.Module) -> Callable[[], None]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if here.paused or torch.compiler.is_compiling() or _kind_of(module) == "holds a wrapper":
             return compiled(*args, **kwargs)
-        noting, output = _start(module, args), None
+        noting, output = _start(module, args, kwargs), None
         try:
             output = compiled(*args, **kwargs)
         finally:
-            noting.end(module, args, kwargs, output)
+            noting.end(module, args, output)
         return output
 
     vars(module)["_compiled_call_impl"] = call
@@ -137,7 +131,7 @@ def _note_compiled(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
+def _start(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Noting:
     threads.add(threading.get_ident())
     here.calls += 1
     if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
@@ -146,15 +140,19 @@ def _start(module: nn.Module, args: Sequence[Any]) -> _Noting:
         if here.after_loss:
             here.since_loss = here.generation
         here.calls, here.after_loss = 1, False
-    return _Noting(module, args, _kind_of(module))
+    return _Noting(module, args, kwargs, _kind_of(module))
 
 
 class _Noting:
-    """The call of an outermost module while it runs. It knows the arguments from before the module's own hooks."""
+    """The call of an outermost module while it runs. It knows the arguments from before the module's own hooks.
 
-    def __init__(self, module: nn.Module, args: Sequence[Any], kind: str) -> None:
-        self.module, self.args, self.kind = module, args, kind
-        self.given = _tensors_of(args)
+    Lists, dicts and other containers among them are copied, as the module may take items out, or put others in.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kind: str) -> None:
+        self.module, self.kind = module, kind
+        self.args, self.kwargs = _copied(args), _copied(kwargs)
+        self.given = _tensors_of((args, kwargs))
         self.versions = [version_of(tensor) for tensor in self.given]
         wants = wants_state()
         self.random_state = random_state() if wants else None
@@ -175,7 +173,7 @@ class _Noting:
         """The hook before the module calls itself."""
         self.depth += 1
 
-    def end(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def end(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
         """The hook after the module."""
         if module is not self.module:  # it is a copy, made while the module ran
             for key in self.keys:
@@ -195,7 +193,7 @@ class _Noting:
             self.change.cuts_gradient = not torch.is_grad_enabled()
             note(found[0], Ref(self.change, 0))
             return
-        if self.kind != "watched" and not self.traced and all(type(t) is not Traced for t in _tensors_of(kwargs)):
+        if self.kind != "watched" and not self.traced:
             if any(map(_is_followed, found)):
                 _tell("not watched", name)
         elif not torch.is_grad_enabled():
@@ -203,11 +201,7 @@ class _Noting:
             for tensor in self._new(found):
                 mark_lost(tensor, name)
         else:
-            self._note(name, kwargs, output, found)
-
-    def end_without_kwargs(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
-        """The hook after the module, of a torch whose hook of all modules is not told keyword arguments."""
-        self.end(module, args, {}, output)
+            self._note(name, output, found)
 
     def _close(self) -> None:
         for step in self.undo:
@@ -227,11 +221,11 @@ class _Noting:
             return True
         return any(watch.known is not None and id(self.module) in watch.known for watch in watches)
 
-    def _note(self, name: str, kwargs: Mapping[str, Any], output: Any, found: list[Tensor]) -> None:
+    def _note(self, name: str, output: Any, found: list[Tensor]) -> None:
         if not any(map(_is_followed, found)) or not self._is_model(found):
             return
         _tell("with gradient", name)
-        step, module = step_of(self.module, self.args, kwargs), self.module
+        step, module = step_of(self.module, self.args, self.kwargs), self.module
         step.random_state = self.random_state
         step.call = call = Call(found)
         call.places = places_in(output)
@@ -261,6 +255,14 @@ def _tensors_of(arguments: Any) -> list[Tensor]:
         return tensors_in(arguments)
     except RecursionError:  # a container that holds itself
         return []
+
+
+def _copied(arguments: Any) -> Any:
+    """The same tensors and objects in copies of their containers."""
+    try:
+        return mapped(arguments, lambda leaf: leaf)
+    except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
+        return arguments
 
 
 def _keep_inner(module: nn.Module, args: Any, output: Any) -> None:

@@ -381,6 +381,42 @@ class TestArguments:
         assert output.shape == (8, 36)
         assert ref_of(output).step.args[0].value is images
 
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_that_it_changes_are_noted_as_they_were_and_are_those_that_it_was_given(
+        self, watch, model, images, by_name
+    ):
+        class Empties(nn.Module):
+            def forward(self, batch, seen):
+                seen.append(batch)
+                return batch.setdefault("made", model(batch.pop("image")))
+
+        batch, seen = {"image": images, "others": [1]}, []
+        step = ref_of(Empties()(**{"batch": batch, "seen": seen}) if by_name else Empties()(batch, seen)).step
+        noted = step.kwargs["batch"] if by_name else step.args[0]
+        assert noted["image"].value is images
+        assert noted.keys() == {"image", "others"}
+        assert seen == [batch]
+        assert seen[0] is batch
+        assert batch.keys() == {"made", "others"}
+
+    def test_by_keyword_that_it_changes_in_place_are_told(self, watch, model, images):
+        class Shifts(nn.Module):
+            def forward(self, x):
+                return model(x.sub_(0.1))
+
+        assert ref_of(Shifts()(x=images.clone())).step.call.changed
+
+    def test_by_keyword_come_as_plain_tensors(self, watch, model, images):
+        kinds = []
+
+        class Head(nn.Module):
+            def forward(self, features):
+                kinds.append(type(features))
+                return features * 2
+
+        assert names_of(Head()(features=model(images))) == ["Sequential", "Head"]
+        assert kinds == [torch.Tensor]
+
 
 class TestThreads:
     def run_in_thread(self, function):
