@@ -25,12 +25,14 @@ from .isolation import depends_on_mode, isolated, own_modules, preserved, random
 from .nested import mapped, outputs_in, places_in
 from .pixels import PixelSpace
 from .rerun import (
+    Held,
     Outputs,
     Resolve,
     Take,
     apply,
     apply_as_before,
     checkpoints_take_gradients,
+    holding,
     module_of,
     name_of,
     output_replaced,
@@ -102,7 +104,9 @@ class Replay:
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
         self.picks, self.keeps_mode, self._attacks = ALL, False, False
+        self._held: Held = {}
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain, may_mix_from)
+        self._held = self._rows.held
         self.inputs, self.known_rows = self._known()
 
     def embed(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -384,7 +388,7 @@ class Replay:
         return outputs
 
     def _run(self, take: Take) -> Tensor:
-        results = rerun(self._steps, self._results, take)
+        results = rerun(self._steps, self._results, holding(take, self._held) if self._held else take)
         whole = results[0] if len(results) == 1 else torch.cat(results)
         return whole if self._order is None else whole[self._order]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ Resolve = Callable[[Any], Any]
 """An argument as a step holds it -> what is passed to the function."""
 Take = Callable[[Step, Resolve], Outputs]
 """Takes one step. What the steps before it gave now is known to the function that comes with it."""
+Held = Mapping[Step, Mapping[int, Tensor]]
+"""What stays of the outputs of steps: step -> place -> value."""
 
 
 def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> list[Tensor]:
@@ -33,6 +35,16 @@ def rerun(steps: Sequence[Step], results: Sequence[Ref | Fixed], take: Take) -> 
     for step in steps:
         made[step] = take(step, resolved)
     return [resolved(result) for result in results]
+
+
+def holding(take: Take, held: Held) -> Take:
+    """Takes steps likewise, and gives what is held in place of what they gave."""
+
+    def taken(step: Step, resolve: Resolve) -> Outputs:
+        outputs = take(step, resolve)
+        return [held[step].get(place, o) for place, o in enumerate(outputs)] if step in held else outputs
+
+    return taken
 
 
 def value_of(leaf: Any) -> Any:

@@ -146,7 +146,8 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
     """
     given = step.leaves
     candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
-    candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
+    for wanted in (lambda leaf: leaf.value.ndim > 1, lambda leaf: not leaf.lost):  # rather no memory than one
+        candidates = [number for number in candidates if wanted(given[number])] or candidates
     arguments = _arguments(step)
     if name is not None:
         named = {id(leaf) for leaf in leaves({**_by_key(arguments), **arguments}.get(name))}

@@ -63,6 +63,7 @@ class Step:
         hooks: (place of an output, handle of a hook that the user registered on it).
         random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
+        chosen: place of an output -> its value, for whole numbers and truth values, such as an order of rows.
     """
 
     __slots__ = (
@@ -71,6 +72,7 @@ class Step:
         "args",
         "autocast",
         "call",
+        "chosen",
         "cuts_gradient",
         "function",
         "hooks",
@@ -88,6 +90,7 @@ class Step:
         self.hooks: list[tuple[int, RemovableHandle]] = []
         self.random_state: RandomState | None = None
         self.call: Call | None = None
+        self.chosen: dict[int, Tensor] = {}
         self._leaves: list[Any] | None = None
 
     @property

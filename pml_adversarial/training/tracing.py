@@ -31,7 +31,6 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "
 
 
 _DETACH = {"detach", "detach_"}
-_PICK_ROWS = {"__getitem__", "index_select"}
 
 
 class WantsTraces(Protocol):
@@ -52,7 +51,6 @@ class Here(threading.local):
         older: those before the last loss.
         calls: number of outermost calls since ``recent`` was begun.
         generation: how often ``recent`` was begun.
-        since_loss: the first ``generation`` after the last loss.
         after_loss: whether a loss was computed since the last call.
     """
 
@@ -61,7 +59,7 @@ class Here(threading.local):
         self.inner: dict[nn.Module, list[Any]] | None = None
         self.recent: list[Step] = []
         self.older: list[Step] = []
-        self.calls, self.generation, self.since_loss, self.after_loss = 0, 0, 0, False
+        self.calls, self.generation, self.after_loss = 0, 0, False
 
 
 here = Here()
@@ -98,11 +96,27 @@ class Traced(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            return copy.deepcopy(self.view_as(self) if self.requires_grad else self.detach(), memo)
+            return copy.deepcopy(self._without_trace() if self.is_leaf else self.view_as(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.view_as(self).__reduce_ex__(protocol)  # a tensor like others: the trace stays here
+            return self._without_trace().__reduce_ex__(protocol)
+
+    def _without_trace(self) -> Tensor:
+        plain = self.detach().requires_grad_(self.requires_grad)
+        if self.is_leaf:
+            plain.grad = self.grad
+        return plain
+
+    @property
+    def _is_param(self) -> bool:
+        """``nn.Parameter`` sets it on the tensor that it made of this one, which becomes a parameter like others."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        vars(self).clear()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 class _Weak(NamedTuple):
@@ -125,8 +139,6 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         handle = _run(func, args, kwargs)
         ref.step.hooks.append((ref.place, handle))
         return handle
-    if name in _PICK_ROWS:
-        args = (args[0], *mapped(tuple(args[1:]), _which_rows))
     in_place = _works_in_place(name, args, kwargs)
     step = before_change(func, args, kwargs) if in_place else None
     before = random_state(of_torch_alone=True) if name != "__get__" and wants_state() else None
@@ -148,6 +160,8 @@ def _run_and_note(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         name in _DETACH or getattr(func, "__self__", None) is Tensor.data or not torch.is_grad_enabled()
     )
     for place, tensor in found:
+        if not in_place and not (tensor.is_floating_point() or tensor.is_complex()):
+            step.chosen[place] = tensor.detach()
         note(tensor, Ref(step, place))
     return result
 
@@ -172,9 +186,12 @@ def before_change(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
     step = step_of(function, args, kwargs, in_place=True, recent_only=is_weak)
     if isinstance(step.args[0], Fixed):
         step.args = (Fixed(target.clone()), *step.args[1:])
-    elif (call := step.args[0].step.call) is not None:
-        place = step.args[0].place
-        call.outputs[place] = call.outputs[place].clone()
+    else:
+        made_by, place = step.args[0].step, step.args[0].place
+        if made_by.call is not None:
+            made_by.call.outputs[place] = made_by.call.outputs[place].clone()
+        elif place in made_by.chosen:
+            made_by.chosen[place] = made_by.chosen[place].clone()
     return step
 
 
@@ -204,13 +221,15 @@ def step_of(
         recent_only: whether traces without gradient that are older than the present ones are left out, so that what is
             summed up from step to step holds no chain of them.
 
-    What was detached before the last loss, such as a row of a memory, is held fixed beside other tensors.
+    What was detached, such as a memory of earlier embeddings, is held fixed beside tensors of later calls, and where a
+    module takes nothing else that is traced.
     """
-    trace_of = _recent_argument if recent_only else _argument
+    trace_of: Callable[[Any], Any] = _recent_argument if recent_only else _argument
     try:
-        if not recent_only and len(traced := [t for t in tensors_in((args, kwargs)) if type(t) is Traced]) > 1:
-            older = [_was_kept(tensor) for tensor in traced]
-            trace_of = _argument_since_loss if any(older) and not all(older) else _argument
+        if not recent_only:
+            traced = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) is Traced]
+            if len(traced) > 1 or (traced and isinstance(function, nn.Module)):
+                trace_of = _beside(traced, isinstance(function, nn.Module))
         return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
     except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
         return Step(function, tuple(map(trace_of, args)), {k: trace_of(v) for k, v in kwargs.items()}, in_place)
@@ -222,25 +241,20 @@ def _recent_argument(leaf: Any) -> Any:
     return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
 
 
-def _was_kept(tensor: Tensor) -> bool:
-    """Whether a tensor was detached before the last loss, as what is kept from step to step is."""
-    origin = vars(tensor).get("origin")
-    if not isinstance(origin, _Weak) or origin.generation >= here.since_loss:
-        return False
-    step = origin.step()
-    return step is None or any(before.cuts_gradient for before in steps_to([Ref(step, origin.place)]))
-
-
-def _argument_since_loss(leaf: Any) -> Any:
-    return Fixed(leaf) if type(leaf) is Traced and _was_kept(leaf) else _argument(leaf)
-
-
-def _which_rows(leaf: Any) -> Any:
-    """An index of rows as it is: which rows are picked stays, whatever becomes of the embeddings."""
-    if type(leaf) is not Traced or leaf.is_floating_point() or leaf.ndim != 1:
-        return leaf
-    with torch._C.DisableTorchFunctionSubclass():
-        return leaf.detach()
+def _beside(traced: Sequence[Tensor], of_module: bool) -> Callable[[Any], Any]:
+    """What gives the traces of arguments that are traced."""
+    steps = {id(t): steps_to([ref]) for t in traced if isinstance(vars(t).get("origin"), _Weak) and (ref := ref_of(t))}
+    detached = {key: found for key, found in steps.items() if any(step.cuts_gradient or step.chosen for step in found)}
+    if not detached:
+        return _argument
+    live = [ref for t in traced if id(t) not in detached and (ref := ref_of(t)) is not None]
+    first = min((step.number for step in steps_to(live) if step.call is not None), default=None)
+    calls = {key: [step for step in found if step.call is not None] for key, found in detached.items()}
+    if first is None:
+        fixed = {key: found[-1] for key, found in calls.items() if found} if of_module else {}
+    else:
+        fixed = {key: found[-1] for key, found in calls.items() if found and found[-1].number < first}
+    return lambda leaf: Fixed(leaf, lost=_name(fixed[id(leaf)].function)) if id(leaf) in fixed else _argument(leaf)
 
 
 def _argument(leaf: Any) -> Any:

@@ -137,8 +137,6 @@ def _start(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
         here.older, here.recent = here.recent, []
         here.generation += 1
-        if here.after_loss:
-            here.since_loss = here.generation
         here.calls, here.after_loss = 1, False
     return _Noting(module, args, kwargs, _kind_of(module))
 

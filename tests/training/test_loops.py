@@ -264,6 +264,82 @@ def test_what_is_kept_of_earlier_steps_is_held_fixed(reduced):
         assert_close(mine, expected)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(36, 8)
+
+    def forward(self, x, state):
+        return self.cell(x.flatten(1), state)
+
+
+class Reads(nn.Module):
+    """Reads a memory, which it takes before or after the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.of = net(), nn.Linear(8, 8)
+
+    def forward(self, x, memory):
+        x, memory = (x, memory) if x.ndim == 4 else (memory, x)
+        return self.net(x) + self.of(memory).mean(0)
+
+
+def _state_that_is_detached(model, x, loss, state, step):
+    e = model(x, state)
+    return loss(e, LABELS), e.detach()
+
+
+def _memory_before_the_images(model, x, loss, state, step):
+    e = model(state, x)
+    return loss(e, LABELS), e.detach()
+
+
+def _conditioned_on_its_own_output(model, x, loss, state, step):
+    return loss(model(x, model(x, torch.zeros(8, 8)).detach()), LABELS), state
+
+
+def _queue_that_joins_the_batch(every):
+    def batch(model, x, loss, queue, step):
+        e = model(x)
+        if step % every:
+            return e.square().mean(), e.detach()
+        return loss(torch.cat([e, queue]), LABELS.repeat(2)), e.detach()
+
+    return batch
+
+
+KEPT = {
+    "state of a recurrent model": (Recurrent, _state_that_is_detached),
+    "memory": (Reads, _state_that_is_detached),
+    "memory before the images": (Reads, _memory_before_the_images),
+    "its own output": (Reads, _conditioned_on_its_own_output),
+    "queue": (net, _queue_that_joins_the_batch(1)),
+    "queue in every third step": (net, _queue_that_joins_the_batch(3)),
+}
+
+
+@pytest.mark.parametrize(("build", "batch"), KEPT.values(), ids=KEPT)
+def test_what_was_detached_in_an_earlier_call_is_held_fixed(build, batch):
+    def trained(wrap):
+        torch.manual_seed(0)
+        model, state, found = build(), torch.zeros(8, 8), []
+        loss, optimizer = wrap(losses.MultiSimilarityLoss()), torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(7):
+            optimizer.zero_grad()
+            value, state = batch(model, images(step), loss, state, step)
+            value.backward()
+            optimizer.step()
+            found.append((value.detach(), [p.grad.clone() for p in model.parameters()]))
+        return found, loss
+
+    plain, _ = trained(lambda loss: loss)
+    found, loss = trained(lambda loss: AdversarialLoss(loss, warmup=0, **NOTHING))
+    for mine, expected in zip(found, plain, strict=True):
+        assert_close(mine, expected)
+    assert loss.num_perturbed == 8
+
+
 @pytest.mark.parametrize("draw", [random.random, numpy.random.rand, lambda: float(torch.rand(()))])
 def test_random_numbers_of_any_library_are_drawn_again_to_check_the_loop(draw):
     class Scaled(nn.Module):

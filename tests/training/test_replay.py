@@ -13,7 +13,7 @@ from pml_adversarial.training.pixels import PixelSpace
 from pml_adversarial.training.replay import ALL, Replay, difference, tolerance
 from pml_adversarial.training.sources import Choice
 from pml_adversarial.training.trace import Fixed
-from pml_adversarial.training.tracing import Traced, ref_of
+from pml_adversarial.training.tracing import Traced, paused, ref_of
 from pml_adversarial.training.watch import Watch
 
 
@@ -848,3 +848,108 @@ class TestRowsThatMix:
         assert max(map(len, rows_by_hand(MIXED[case], model, images))) > 1
         with pytest.raises(CaptureError, match=r"depends on (several|\d+) inputs"):
             replay_of(MIXED[case](model, images))
+
+
+ORDERS = {
+    "rows": lambda e, order: e[order],
+    "index_select": lambda e, order: e.index_select(0, order),
+    "gather": lambda e, order: e.gather(0, order[:, None].expand(-1, 4)),
+    "take_along_dim": lambda e, order: torch.take_along_dim(e, order[:, None], 0),
+    "one after the other": lambda e, order: torch.stack([e[row] for row in order]),
+    "index of two dimensions": lambda e, order: e[order.view(2, 4)].flatten(0, 1),
+    "product": lambda e, order: functional.one_hot(order, 8).to(e) @ e,
+    "product of an order without gradient": lambda e, order: functional.one_hot(order.detach(), 8).to(e).detach() @ e,
+}
+
+
+class TestChoices:
+    """Numbers and masks that are computed from embeddings."""
+
+    @pytest.mark.parametrize("pick", ORDERS.values(), ids=ORDERS)
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+    def test_an_order_of_rows_stays(self, model, images, pick, mode):
+        embeddings = model(images)
+        with mode():
+            order = embeddings.norm(dim=1).argsort()
+        found = replay_of(pick(embeddings, order)).embed(1 - images[order])
+        with paused():
+            assert not torch.equal(model(1 - images).norm(dim=1).argsort(), order)
+            torch.testing.assert_close(found, model(1 - images)[order])
+
+    @pytest.mark.parametrize("keeps", ["all", "some", "one"])
+    def test_a_mask_of_rows_stays(self, model, images, keeps):
+        embeddings = model(images)
+        norms = embeddings.norm(dim=1)
+        mask = norms > {"all": 0, "some": norms.median(), "one": norms.sort().values[-2]}[keeps]
+        kept = mask.nonzero().flatten()
+        with torch.no_grad():
+            for layer in (model[1], model[3]):
+                layer.bias.zero_()
+        replay = replay_of(embeddings[mask])
+        assert replay.embed(images[kept] * 1e-3).shape == (len(kept), 4)
+
+    def test_rows_that_a_row_itself_chooses_stay(self, model, images):
+        """The nearest other row of each, as the hardest negative."""
+        embeddings = model(images)
+        nearest = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf).argmin(1)
+        found = replay_of(torch.cat([embeddings, embeddings[nearest]])).embed(1 - images[nearest], torch.arange(8, 16))
+        with paused():
+            torch.testing.assert_close(found, model(1 - images)[nearest])
+
+    def test_the_same_row_for_all_stays(self, model, images):
+        embeddings = model(images)
+        row = embeddings.norm(dim=1).argmin()
+        found = replay_of(torch.cat([embeddings, embeddings[row][None]])).embed(
+            1 - images[row][None], torch.tensor([8])
+        )
+        with paused():
+            torch.testing.assert_close(found, model(1 - images)[row][None])
+
+    @pytest.mark.parametrize("backwards", [False, True])
+    @pytest.mark.parametrize(
+        "quantised",
+        [
+            lambda e, codes, nearest: codes[nearest],
+            lambda e, codes, nearest: functional.embedding(nearest, codes),
+            lambda e, codes, nearest: functional.one_hot(nearest, 5).to(e) @ codes,
+            lambda e, codes, nearest: torch.where(e > 0, e, 0.1 * e),
+            lambda e, codes, nearest: e * (e.abs() > e.abs().median(1, keepdim=True).values),
+            lambda e, codes, nearest: e.gather(1, e.topk(3).indices),
+            lambda e, codes, nearest: e.view(8, 2, 2)[torch.arange(8), e.view(8, 2, 2).norm(dim=2).argmax(1)],
+        ],
+        ids=["rows", "embedding", "one-hot", "where", "mask", "largest", "strongest part"],
+    )
+    def test_what_each_row_chooses_of_its_own_follows_the_row(self, model, images, quantised, backwards):
+        codes = torch.randn(5, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+        def loop(x):
+            e = model(x)
+            codes_of = quantised(e, codes, torch.cdist(e.detach(), codes).argmin(1))
+            e = e[:, : codes_of.shape[1]] + (codes_of - e[:, : codes_of.shape[1]]).detach()
+            return e.flip(0) if backwards else e
+
+        found = replay_of(loop(images)).embed(1 - images.flip(0) if backwards else 1 - images)
+        with paused():
+            torch.testing.assert_close(found, loop(1 - images))
+
+    def test_rows_that_were_drawn_stay(self, model, images):
+        embeddings = model(images)
+        drawn = torch.multinomial(embeddings.detach().norm(dim=1), 6, replacement=True)
+        found = replay_of(embeddings[drawn]).again(seed=1)
+        assert torch.equal(found, embeddings[drawn])
+
+    def test_an_order_that_was_changed_in_place_stays(self, model, images):
+        embeddings = model(images)
+        order = embeddings.norm(dim=1).argsort()
+        order[0] = order[1]
+        order.add_(1).remainder_(8)
+        found = replay_of(embeddings[order])
+        assert torch.equal(found.again(), embeddings[order])
+        with paused():
+            torch.testing.assert_close(found.embed(1 - images[order]), model(1 - images)[order])
+
+    def test_an_order_of_an_earlier_step_is_no_call_of_this_one(self, watch, model, images):
+        order = model(images).norm(dim=1).argsort()
+        watch.forget()
+        replay = replay_of(model(images.flip(0))[order])
+        assert [step.call is not None for step in replay._steps] == [True, False]

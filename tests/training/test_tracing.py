@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from traces import Own, names_of
 
-from pml_adversarial.training.trace import Ref, Step, steps_to
+from pml_adversarial.training.trace import Fixed, Ref, Step, steps_to
 from pml_adversarial.training.tracing import Traced, lost_of, note, paused, plain, ref_of
 from pml_adversarial.training.watch import Watch
 
@@ -253,6 +253,55 @@ class TestWithoutGradient:
         assert "detach" in before
 
 
+class TestDetached:
+    """What was detached is held fixed, unless it belongs to the call of the tensor that it stands beside."""
+
+    def beside(self, one, other):
+        return [type(leaf) for leaf in ref_of(torch.cat([one, other])).step.args[0]]
+
+    def test_of_the_same_call_is_followed(self, watch, model, images):
+        output = model(images)
+        assert self.beside(output, output.detach()) == [Ref, Ref]
+        watch.forget()
+        model(images)
+        assert self.beside(output, output.detach()) == [Ref, Ref]
+
+    def test_of_an_earlier_call_is_held_fixed_whether_a_loss_was_computed_or_not(self, watch, model, images):
+        kept = model(images).detach() * 2
+        assert self.beside(model(images), kept) == [Ref, Fixed]
+        watch.forget()
+        assert self.beside(model(images), kept) == [Ref, Fixed]
+
+    def test_of_two_calls_that_are_joined_is_followed(self, watch, model, images):
+        parts = model(images[:4]), model(images[4:])
+        assert self.beside(torch.cat(parts), parts[0].detach()) == [Ref, Ref]
+
+    def test_a_frozen_model_is_followed(self, watch, model, images):
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        assert self.beside(frozen(images), model(images)) == [Ref, Ref]
+
+    def test_that_a_module_takes_beside_data_is_held_fixed(self, watch, model, images):
+        class Takes(nn.Module):
+            def forward(self, x, memory):
+                return model(x) + memory
+
+        step = ref_of(Takes()(images, memory=model(images).detach())).step
+        assert step.refs == []
+        assert step.kwargs["memory"].lost == "Sequential"
+
+    def test_that_a_module_takes_beside_embeddings_of_the_same_call_is_followed(self, watch, model, images):
+        class Takes(nn.Module):
+            def forward(self, e, detached):
+                return e - detached.mean(0)
+
+        output = model(images)
+        assert len(ref_of(Takes()(output, output.detach())).step.refs) == 2
+
+    def test_numbers_of_an_earlier_call_are_held_fixed(self, watch, model, images):
+        order = model(images)[:, 0].argsort()
+        assert names_of(model(images)[order]) == ["Sequential", "__getitem__"]
+
+
 class TestInPlace:
     @pytest.mark.parametrize(("change", "name"), IN_PLACE, ids=[f"{i}{n}" for i, (_, n) in enumerate(IN_PLACE)])
     def test_a_change_is_a_step(self, watch, linear, images, change, name):
@@ -445,6 +494,38 @@ class TestUsesOfATracedTensor:
             assert weight.is_leaf
             weight.sum().backward()
             assert weight.grad.tolist() == [[1] * 4] * 8
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+    def test_a_layer_whose_weight_is_made_of_it_is_copied_and_saved_as_others(self, watch, model, images, mode):
+        with mode():
+            features = functional.normalize(model(images))
+        layer = nn.Linear(4, 8, bias=False)
+        layer.weight = nn.Parameter(features)
+        layer(images[:, 0, 0, :4]).sum().backward()
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        frozen = nn.Linear(4, 8, bias=False)
+        frozen.weight = nn.Parameter(features, requires_grad=False)
+        copies = copy.deepcopy(layer), torch.load(file, weights_only=False), copy.deepcopy(frozen)
+        for one, needs in zip((layer, frozen, *copies), (True, False, True, True, False), strict=True):
+            assert type(one.weight) is nn.Parameter
+            assert one.weight.requires_grad is needs
+            assert vars(one.weight) == {}
+            assert torch.equal(one.weight, features)
+        assert type(features) is Traced
+
+    def test_a_leaf_that_is_made_of_it_is_copied_and_saved_as_others(self, output):
+        leaf = output.detach().clone().requires_grad_()
+        leaf.square().sum().backward()
+        for copied in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):
+            assert type(copied) is torch.Tensor
+            assert copied.is_leaf
+            assert copied.requires_grad
+            assert torch.equal(copied, leaf)
+        copied = copy.deepcopy(leaf)
+        assert torch.equal(copied.grad, leaf.grad)
+        assert copied.grad is not leaf.grad
 
     def test_iteration_and_unpacking(self, output):
         first, *others = output
