@@ -68,6 +68,13 @@ class PixelSpace:
                 f"normalization has {len(mean)} channels, and bounds have {len(low)}; expected as many, or one."
             )
         mean, std, low, high = (values * (self.channels // len(values)) for values in (mean, std, low, high))
+        outside = [m for m, least, most in zip(mean, low, high, strict=True) if not least <= m <= most]
+        if normalization is not None and outside:
+            raise InputError(
+                f"normalization={normalization!r} has the mean {outside[0]:g}, and inputs lie from {min(low):g} to "
+                f"{max(high):g} before they are normalised; expected means within. If mean and std are in levels of "
+                "0..255, divide both by 255; if the inputs are in levels too, pass bounds=(0, 255)."
+            )
         ranges = [most - least for least, most in zip(low, high, strict=True)]
         self._scale = [s / r for s, r in zip(std, ranges, strict=True)]
         self._shift = [(m - least) / r for m, least, r in zip(mean, low, ranges, strict=True)]

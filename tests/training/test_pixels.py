@@ -159,3 +159,23 @@ def test_inputs_without_dense_pixels(inputs):
 
 def test_a_batch_without_rows():
     assert PixelSpace().to_pixels(torch.rand(0, 1, 2, 2)).shape == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "bounds", "mean"),
+    [
+        (((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), None, "123.675"),
+        (((0.5, -0.2), (0.2, 0.2)), None, "-0.2"),
+        (((0.5,), (0.2,)), (1.0, 2.0), "0.5"),
+    ],
+)
+def test_a_mean_outside_of_the_inputs_is_refused(normalization, bounds, mean):
+    with pytest.raises(InputError, match=rf"has the mean {mean}, .*divide both by 255; .*pass bounds=\(0, 255\)"):
+        PixelSpace(normalization, bounds)
+
+
+def test_levels_with_their_bounds_and_means_at_the_ends_are_taken():
+    space = PixelSpace(((123.675,), (58.395,)), (0, 255))
+    assert space.to_pixels(torch.tensor([[(51 - 123.675) / 58.395]])).item() == pytest.approx(0.2)
+    for mean in (0.0, 1.0):
+        PixelSpace(((mean,), (1 / 255,)))

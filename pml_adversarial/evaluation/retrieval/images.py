@@ -12,6 +12,7 @@ from ...training.pixels import PixelSpace, is_overshoot
 from .forms import Images, labelled_images
 
 _SAMPLE = 16  # images that are read twice
+_NARROW = 0.01  # of the range of pixels; the values of most images differ by more than half of it
 
 
 class ImageSet:
@@ -101,10 +102,18 @@ class ImageSet:
             )
         self._check_labels(rows)
         low, high = (float(value) for value in self._as_values(some).aminmax())
-        if space.normalization is None or 0 <= low <= high <= 1 or is_overshoot(low, high):
-            return None
-        self.space = space
-        return f"{self.role}: normalised images; the normalisation is undone before the attack and applied after it"
+        is_normalised = space.normalization is not None and not (0 <= low <= high <= 1 or is_overshoot(low, high))
+        said = []
+        if is_normalised:
+            self.space = space
+            said.append("normalised images; the normalisation is undone before the attack and applied after it")
+            low, high = (float(value) for value in self._as_values(some).aminmax())
+        if len(some) > 1 and high - low < _NARROW:
+            said.append(
+                f"values of {len(some)} images lie between {low:.3g} and {high:.3g} of a range from 0 to 1, beside "
+                "which an eps is large; were they divided by 255 twice?"
+            )
+        return f"{self.role}: {'; '.join(said)}" if said else None
 
     def _as_values(self, images: Tensor) -> Tensor:
         """Images on the scale on which bounds are 0 and 1, whether they lie within or not."""

@@ -122,3 +122,15 @@ def test_channels_that_do_not_fit_are_named():
     found = ImageSet((PIXELS, torch.arange(4)), CPU, "queries")
     with pytest.raises(InputError, match="images have 1 channels, and normalization or bounds has 3; expected one"):
         found.check(PixelSpace(([0.5] * 3, [0.2] * 3)))
+
+
+@pytest.mark.parametrize(("low", "high", "is_said"), [(0, 1, False), (0.3, 0.32, False), (0.1, 0.105, True)])
+@pytest.mark.parametrize("normalization", [None, ((0.4,), (0.02,))])
+def test_images_that_span_next_to_nothing_are_said(low, high, is_said, normalization):
+    pixels = torch.linspace(low, high, 2 * 16).reshape(2, 1, 4, 4)
+    given = pixels if normalization is None else (pixels - 0.4) / 0.02
+    images = ImageSet((given, torch.arange(2)), torch.device("cpu"), "queries")
+    note = images.check(PixelSpace(normalization)) or ""
+    said = f"values of 2 images lie between {low:.3g} and {high:.3g} of a range from 0 to 1"
+    assert (said in note) is is_said
+    assert ("normalised images" in note) is (normalization is not None)
