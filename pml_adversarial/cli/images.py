@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy
 import torch
@@ -18,7 +20,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..errors import InputError
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # which Pillow names, but does not decode by itself
+_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "query", "queries", "gallery"}
 _ROUNDING = 1e-4  # by which floating-point images may leave [0, 1]
 
 
@@ -69,15 +72,16 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         read: row -> image.
         names: the class of each row.
         classes: names of all classes, in the order of their labels; None: those of the rows, sorted.
+        note: what was left out, in words; empty: nothing was.
     """
 
     def __init__(
-        self, read: Callable[[int], Tensor], names: Sequence[str], classes: Sequence[str] | None = None
+        self, read: Callable[[int], Tensor], names: Sequence[str], classes: Sequence[str] | None = None, note: str = ""
     ) -> None:
-        self.read, self.names = read, names
-        self.classes = tuple(sorted(set(names)) if classes is None else classes)
+        self.read, self.names, self.note = read, [normalize("NFC", name) for name in names], note
+        self.classes = tuple(sorted(set(self.names)) if classes is None else classes)
         number = {name: label for label, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[name] for name in names])
+        self.labels = torch.tensor([number[name] for name in self.names])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +91,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def with_classes(self, classes: Sequence[str]) -> LabelledImages:
         """The same images, with labels that are indices into ``classes``."""
-        return LabelledImages(self.read, self.names, classes)
+        return LabelledImages(self.read, self.names, classes, self.note)
 
 
 def images_from(
@@ -100,10 +104,11 @@ def images_from(
     """The images of a folder with one subfolder per class, or of an npz with ``images`` and ``labels``.
 
     Images of a folder are read when they are needed, in the same way as by torchvision's ``ImageFolder``: transparency
-    is dropped, and the EXIF orientation is ignored. Hidden files, and files that are no images, are skipped. An npz
-    file holds ``images`` of uint8 (0 to 255) or floating point in [0, 1], of shape ``(N, H, W)``, ``(N, C, H, W)`` or
-    ``(N, H, W, C)`` (of the two possible axes, the shorter one is taken for the channels), and ``labels`` ``(N,)``,
-    integers or words. It must not hold pickled objects.
+    is dropped, and the EXIF orientation is ignored. Hidden files are skipped, and so are files that are no images;
+    ``note`` says how many. An npz file holds ``images`` of uint8 (0 to 255) or floating point in [0, 1], of shape
+    ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` (of the two possible axes, the shorter one is taken for the
+    channels), and ``labels`` ``(N,)``, integers or words. It must not hold pickled objects. One name of a class in two
+    forms of Unicode is one class.
 
     Args:
         path: the folder or the npz.
@@ -123,7 +128,7 @@ def images_from(
         return _from_folder(path, _resizing(size, shape), grayscale)
     if not path.is_file():
         raise InputError(f"There is no {path}; expected a folder with one subfolder per class, or an npz.")
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in _suffixes():
         raise InputError(
             f"{path} is a single image; expected a folder with one subfolder per class, or an npz of images and labels."
         )
@@ -205,30 +210,49 @@ def _row(images: Tensor, index: int) -> Tensor:
 
 def _from_folder(path: Path, resized: Callable[[Image.Image], Image.Image] | None, grayscale: bool) -> LabelledImages:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    suffixes = _suffixes()
     if not folders:
-        direct = sum(entry.suffix.lower() in _SUFFIXES for entry in path.iterdir())
+        direct = sum(entry.suffix.lower() in suffixes for entry in path.iterdir())
         raise InputError(
             f"{path} has no subfolders ({direct} images lie in it directly); expected one subfolder per class, with "
             "the images of the class in it: move them so, or save images and labels as an npz. Without classes "
             "there is nothing right or wrong to find."
         )
-    found = {folder.name: sorted(_image_files(folder)) for folder in folders}
-    empty = [name for name, files in found.items() if not files]
+    found = {folder.name: sorted(_files(folder)) for folder in folders}
+    images = {name: [file for file in files if file.suffix.lower() in suffixes] for name, files in found.items()}
+    empty = [name for name, files in images.items() if not files]
     if empty:
         raise InputError(
-            f"{path} has class folders without an image: {_some(empty)}. Expected files that end in "
-            f"{', '.join(sorted(_SUFFIXES))}; remove folders that are no classes."
+            f"{path} has class folders without an image: {_some(empty)}. Expected files of images, such as .jpeg or "
+            ".png; remove folders that are no classes."
         )
-    names = [name for name, files in found.items() for _ in files]
-    return LabelledImages(_Files([file for files in found.values() for file in files], resized, grayscale), names)
+    is_deep = all(file.parent.parent != path for files in images.values() for file in files)
+    if is_deep and {name.lower() for name in images} <= _PARTS:
+        raise InputError(
+            f"{path} holds {_some([*images])}, which seem to be parts of a data set and no classes; expected one "
+            f"subfolder per class. Pass one of them, such as {path / next(iter(images))}."
+        )
+    others = Counter(file.suffix.lower() for files in found.values() for file in files) - Counter(
+        file.suffix.lower() for files in images.values() for file in files
+    )
+    kinds = _some([f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(others.items())])
+    note = f"{path}: {others.total()} files are no images that can be read, and are left out: {kinds}" if others else ""
+    names = [name for name, files in images.items() for _ in files]
+    files = [file for files in images.values() for file in files]
+    return LabelledImages(_Files(files, resized, grayscale), names, note=note)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _suffixes() -> set[str]:
+    """The endings of the files that Pillow can read, with its plugins."""
+    known = Image.registered_extensions()
+    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in _NEED_MORE}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
-        )
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def _from_npz(path: Path) -> LabelledImages:

@@ -79,6 +79,9 @@ def load(
 
     gallery = inputs["gallery"]
     queries, items = same_classes(read(inputs["queries"]), None if gallery is None else read(gallery))
+    for images in filter(None, (queries, items)):
+        if images.note:
+            click.echo(f"note: {images.note}", err=True)
     model = load_model(inputs["model"], build, device)
     for images, count in ((queries, batch_size), (items or queries, 1)):
         some = torch.stack([images[row][0] for row in range(min(count, len(images)))])

@@ -1,5 +1,8 @@
 """Folders of tiny images and npz of every kind, and what is refused."""
 
+import shutil
+import unicodedata
+
 import numpy
 import pytest
 import torch
@@ -43,7 +46,42 @@ class TestFolder:
         write(folder / "cat" / ".thumbnails" / "a.png", pixels_of(9))
         (folder / "owl" / "notes.txt").write_text("two owls")
         (folder / "README.md").write_text("images")
-        assert images_from(folder).labels.tolist() == [0, 0, 0, 1, 1]
+        found = images_from(folder)
+        assert found.labels.tolist() == [0, 0, 0, 1, 1]
+        assert found.note == f"{folder}: 1 files are no images that can be read, and are left out: 1 .txt"
+
+    def test_all_that_pillow_reads_is_an_image(self, folder):
+        (folder / "cat" / "b.png").rename(folder / "cat" / "b.jfif")  # by its content it is still a png
+        (folder / "owl" / "scores.h5").write_bytes(b"")
+        (folder / "owl" / "scores").write_bytes(b"")
+        found = images_from(folder)
+        assert found.labels.tolist() == [0, 0, 0, 1, 1]
+        assert torch.equal(found[1][0], torch.tensor(pixels_of(2)).permute(2, 0, 1) / 255)
+        said = "2 files are no images that can be read, and are left out: 1 without a suffix, 1 .h5"
+        assert found.note == f"{folder}: {said}"
+        assert found.with_classes(["cat", "dog", "owl"]).note == found.note
+        for name in ("scores.h5", "scores"):
+            (folder / "owl" / name).unlink()
+        assert images_from(folder).note == ""
+
+    @pytest.mark.parametrize("parts", [("train", "test"), ("Query", "Gallery"), ("val",)])
+    def test_parts_of_a_data_set_are_no_classes(self, folder, tmp_path, parts):
+        for part in parts:
+            shutil.copytree(folder, tmp_path / "whole" / part)
+        with pytest.raises(InputError, match=rf"holds .*parts of a data set.* such as .*whole/{sorted(parts)[0]}\."):
+            images_from(tmp_path / "whole")
+        assert len(images_from(tmp_path / "whole" / parts[0])) == 5
+
+    def test_classes_may_have_names_of_parts(self, tmp_path):
+        for name in ("test/a.png", "train/b.png", "train/station/c.png"):
+            write(tmp_path / name, pixels_of(1))
+        assert images_from(tmp_path).classes == ("test", "train")
+
+    def test_one_name_in_two_forms_of_unicode_is_one_class(self, folder, tmp_path):
+        for form in ("NFC", "NFD"):
+            shutil.copytree(folder / "owl", tmp_path / form / unicodedata.normalize(form, "café"))
+        composed, decomposed = images_from(tmp_path / "NFC"), images_from(tmp_path / "NFD")
+        assert composed.classes == decomposed.classes == (unicodedata.normalize("NFC", "café"),)
 
     def test_are_read_when_they_are_asked_for(self, folder):
         found = images_from(folder)

@@ -5,6 +5,7 @@ import numpy
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 from pml_adversarial import InputError
@@ -54,6 +55,21 @@ def test_a_model_that_does_not_take_as_many_images_as_a_batch_has(tmp_path):
     assert found.gallery is None
     with pytest.raises(InputError, match=r"does not take 5 image\(s\)"):
         load(inputs, "cpu", batch_size=5)
+
+
+def test_files_that_are_left_out_are_said(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / "test" / name / f"{number}.png")
+    (tmp_path / "test" / "b" / "2.doc").write_bytes(b"")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    program = torch.export.export(network, (torch.rand(2, 3, 4, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    load({**GIVEN, "model": tmp_path / "model.pt2", "queries": tmp_path / "test"}, "cpu")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"note: {tmp_path}/test: 1 files are no images that can be read, and are left out: 1 .doc\n"
 
 
 @pytest.mark.parametrize(
