@@ -141,12 +141,14 @@ class Certificate:
     def __str__(self) -> str:
         num_queries, left_out = int(self.has_right_item.sum()), int((~self.has_right_item).sum())
         row = "\n{radius:>8g}{recall_at_1:>8.3f}{recall_at_1_lower_bound:>13.3f}{recall_at_1_lipschitz:>11.3f}"
-        return (
+        header = (
             f"Certified R@1, l2, noise of {self.sigma:g}: {num_queries} queries "
             f"({left_out} left out), {self.samples} samples each, alpha {self.alpha:g}\n"
             f"smoothed R@1 {self.smoothed_recall_at_1:.3f}, of which {self.abstained:.3f} not certified at any radius\n"
             f"{'radius':>8}{'R@1':>8}{'lower bound':>13}{'Lipschitz':>11}"
-        ) + "".join([*(row.format(**shares) for shares in self._certified()), *(f"\nnote: {n}" for n in self.notes)])
+        )
+        notes = [f"\nnote: {note}" for note in self.notes]
+        return "".join([header, *(row.format(**shares) for shares in self._certified()), *notes])
 
     def _certified(self) -> list[dict[str, float]]:
         """The shares at all ``radii``."""

@@ -256,7 +256,7 @@ def test_dropout_that_the_user_left_on_is_part_of_the_model():
     model[1].train()
     report = evaluated(model, quick(steps=1, restarts=1))
     notes = " ".join(report.notes)
-    assert "given in eval mode with parts in train mode, and is evaluated so: 1 (Dropout)" in notes
+    assert "parts of the model are in train mode, and are evaluated so: 1 (Dropout)" in notes
     assert "the model answers at random" in notes
     assert model[1].training
     model.train()

@@ -276,6 +276,21 @@ class TestCertify:
         torch.testing.assert_close(parts.radius, whole.radius)
         torch.testing.assert_close(parts.radius_lipschitz, whole.radius_lipschitz)
 
+    def test_a_model_that_seeds_the_random_numbers_does_not_repeat_the_noise(self, batch):
+        model, queries = batch
+
+        def seeding(images):
+            torch.manual_seed(0)
+            return model(images)
+
+        found, expected = (certified(run, queries) for run in (seeding, model))
+        assert torch.equal(found.radius, expected.radius)
+        assert torch.equal(found.items, expected.items)
+        assert "note: the model seeds the global random numbers of torch in each call" in str(found)
+        assert json.loads(json.dumps(found.to_dict()))["notes"] == list(found.notes)
+        assert expected.notes == ()
+        assert "note" not in str(expected)
+
     def test_batch_size_changes_the_noise_alone(self, batch):
         whole, parts = certified(*batch), certified(*batch, batch_size=7)
         torch.testing.assert_close(parts.radius, whole.radius, atol=0.03, rtol=0)
@@ -385,7 +400,7 @@ class TestCertify:
         images[:, 0, 1, 1] = 1
         both = images, torch.tensor([0, 1])
         certified(Watched(), both, both, gallery_samples=0)
-        noise = torch.cat(seen[4:]) - 1  # the first are a probe, and items, queries and items again, without noise
+        noise = torch.cat([part for part in seen if len(part) > 2]) - 1  # the others are probes and the items
         assert len(noise) == 2 * (300 + 2000)
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(SIGMA, rel=0.05)

@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, InputError
 from ...training.capture import in_order
-from ...training.isolation import depends_on_mode, random_stream
+from ...training.isolation import depends_on_mode, random_kept, random_stream, seed_all
 from ...training.modules import is_compiled, modules_reached_by, modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
 from ..runs.sharing import Ranks
 from .images import ImageSet
 from .modes import as_deployed, left_in_train_mode
+from .seeds import generators_kept, seeded, states_of_generators
 
 Embed = Callable[[Tensor], Tensor]
 """Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``."""
@@ -44,6 +45,7 @@ class Embedder:
         why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
+        seeds: names of the global random number generators that each call of the model seeds; known after `probe`.
         notes: what a reader of a report has to know of the model; known after `probe`.
         on_passes: is told how many image passes each call takes, forward and backward.
     """
@@ -58,6 +60,7 @@ class Embedder:
         self.has_gradient = self.takes_gradient = True
         self.why_none: str | None = None
         self.is_random = False
+        self.seeds: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.forward_passes = self.backward_passes = 0
         self._not_finite = torch.zeros((), dtype=torch.long)
@@ -124,33 +127,46 @@ class Embedder:
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
-        if self.modules:
-            self._join_hidden(pixels.detach())
-        else:
-            self.dtype = dtype if dtype.is_floating_point else torch.float32
-            with plain_surroundings():
-                self.modules = modules_run_by(self.tried, pixels.detach(), as_deployed)
-            self._find_place()
-        with self.isolated(), torch.no_grad():
-            self.embedding_dtype = self.tried(pixels).dtype
+        found: list[Tensor] = []
+        states: list[dict[str, Any]] = []
+
+        def run(images: Tensor) -> Tensor:
+            seed_all(len(states))
+            found.append(self.tried(images))
+            states.append(states_of_generators())
+            return found[-1]
+
+        with plain_surroundings():
+            if self.modules:
+                self.modules = (*self.modules, *self._hidden(run, pixels.detach()))
+            else:
+                self.dtype = dtype if dtype.is_floating_point else torch.float32
+                self.modules = modules_run_by(run, pixels.detach(), as_deployed)
+                self._find_place()
+        with self.isolated(), torch.no_grad(), random_kept():
+            while len(states) < 2:
+                run(pixels)
+            self.seeds = tuple(dict.fromkeys((*self.seeds, *seeded(*states[:2]))))
+            self.embedding_dtype = found[-1].dtype
             self.notes = tuple(self._notes())
 
-    def _join_hidden(self, pixels: Tensor) -> None:
-        """Adds what the modules run without having registered it, such as a backbone in a tuple."""
-        with plain_surroundings():
-            if is_compiled(*self.modules):
-                found = modules_reached_by(self._call)
-            else:
-                found = modules_run_by(self.tried, pixels, as_deployed)
+    def _hidden(self, run: Embed, pixels: Tensor) -> list[nn.Module]:
+        """What the modules run without having registered it, such as a backbone in a tuple."""
+        compiled = is_compiled(*self.modules)
+        found = modules_reached_by(self._call) if compiled else modules_run_by(run, pixels, as_deployed)
         known = {id(inner) for module in self.modules for inner in module.modules()}
-        hidden = [module for module in found if id(module) not in known and _matters(module)]
-        self.modules = (*self.modules, *hidden)
+        return [module for module in found if id(module) not in known and _matters(module)]
 
     def _notes(self) -> Iterator[str]:
         training = left_in_train_mode(*self._outermost())
         if training:
             shown = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
-            yield f"the model was given in eval mode with parts in train mode, and is evaluated so: {shown}"
+            yield f"in eval mode, parts of the model are in train mode, and are evaluated so: {shown}"
+        if self.seeds:
+            yield (
+                f"the model seeds the global random numbers of {' and '.join(self.seeds)} in each call; what attacks "
+                "draw does not depend on it, as these are restored after each call"
+            )
 
     def probe_gradient(self, pixels: Tensor) -> None:
         """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
@@ -202,7 +218,7 @@ class Embedder:
         inputs = self.space.to_inputs(pixels).to(self.dtype)
         if inputs is pixels:
             inputs = pixels.clone()  # the model may change them in place
-        with self._autocast.on():
+        with self._autocast.on(), generators_kept(self.seeds):
             found = self._call(inputs)
         embeddings = torch.as_tensor(found) if type(found).__module__ == "numpy" else found
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pixels):

@@ -29,12 +29,17 @@ def as_deployed(*modules: nn.Module) -> Iterator[None]:
 
 
 def left_in_train_mode(*modules: nn.Module) -> list[str]:
-    """The parts whose code asks for the mode and that are in train mode, in words such as "3 (Dropout)"."""
+    """The parts whose code asks for the mode and that are in train mode, in words such as "3 (Dropout)".
+
+    The code that torch made for a `GraphModule` does not ask.
+    """
     return [
         f"{name} ({type(part).__name__})" if name else type(part).__name__
         for module in modules
         for name, part in module.named_modules()
-        if depends_on_mode(part) and not depends_on_mode(*part.children())
+        if not isinstance(part, torch.fx.GraphModule)
+        and depends_on_mode(part)
+        and not depends_on_mode(*part.children())
     ]
 
 

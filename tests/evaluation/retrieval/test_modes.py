@@ -133,6 +133,7 @@ def test_the_parts_that_stay_in_train_mode_are_named():
     assert left_in_train_mode(model) == []
     model[1][1].train()
     assert left_in_train_mode(model, nn.Dropout()) == ["1.1 (Dropout)", "Dropout"]
+    assert left_in_train_mode(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))) == []
 
 
 def test_the_probe_finds_modules_of_a_function_with_their_own_methods():
