@@ -514,6 +514,25 @@ def last_state_of_a_recurrent_model(wrap, cure):
     return loss_func(model(x)[1][-1], LABELS, **{"inputs": x} if cure else {}), [model]
 
 
+class Streams(nn.Module):
+    """One part for each of two kinds of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = net(), net()
+
+    def forward(self, x, y):
+        return torch.cat([self.first(x), self.second(y)])
+
+
+@case(CaptureError, r"gave \(16, 8\), rows of several inputs", "put their rows together there")
+def rows_of_two_inputs_from_one_call(wrap, cure):
+    model, x = Streams(), images()
+    loss_func, y = wrap(loss_of_pml(), model), x.flip(3)
+    e = torch.cat([model.first(x), model.second(y)]) if cure else model(x, y)
+    return loss_func(e, torch.cat([LABELS, LABELS])), [model]
+
+
 class Centred(nn.Module):
     def __init__(self, on_a_copy):
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -31,6 +32,21 @@ CHECK_EVERY = 100
 _OPEN_DOOR = "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, model)."
 
 
+@dataclass
+class _Known:
+    """What was found out about a form of the loop, see `Replay`.
+
+    Attributes:
+        picks: that of the replay.
+        keeps_modes: whether modules keep their mode in the attack.
+        steps: how many there were.
+    """
+
+    picks: frozenset[str] = ALL
+    keeps_modes: bool = False
+    steps: int = 0
+
+
 class InputCapture:
     """Watches modules, and finds how embeddings were made of their inputs.
 
@@ -42,7 +58,7 @@ class InputCapture:
 
     def __init__(self, model: Models | None = None, choice: Choice = Choice(), chunk: int | None = None) -> None:  # noqa: B008
         self.choice, self.chunk = choice, chunk
-        self._count, self._forms = 0, dict[Any, tuple[frozenset[str], bool]]()
+        self._count, self._forms = 0, dict[Any, _Known]()
         self._start(model)
 
     def watch(self, model: Models) -> None:
@@ -61,7 +77,9 @@ class InputCapture:
         """The way from inputs to embeddings, and to those of a reference after them, in another order if one is given.
 
         In the first step, whenever the form of the loop changes, and each `CHECK_EVERY` steps it is checked that it
-        leads to the embeddings that were given.
+        leads to the embeddings that were given, and that each row can be embedded without the others. What a model
+        makes of rows may depend on the values of other arguments that have rows, such as lengths. So if there are any,
+        the 2nd, 4th, 8th ... step of a form is checked too.
 
         Args:
             pixels: how inputs become pixels.
@@ -140,10 +158,13 @@ class InputCapture:
         known, the next step remembers it.
         """
         self._count += 1
-        switched, form = replay.was_switched, replay.form
-        is_new = form not in self._forms
-        replay.picks, replay.keeps_mode = self._forms.get(form, (ALL, False))
-        if is_new or switched or self._count % CHECK_EVERY == 0:
+        switched, form, beside = replay.was_switched, replay.form, replay.takes_rows_beside
+        known = self._forms.get(form, _Known())
+        known.steps += 1
+        replay.picks = known.picks
+        if known.keeps_modes:
+            replay.keep_modes()
+        if form not in self._forms or switched or _is_due(self._count, known.steps, beside):
             given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
             given = given if order is None else given[order]
             again = replay.again(seed=0)
@@ -151,16 +172,16 @@ class InputCapture:
             apart = difference(again, given)
             if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))
-            if is_new:
-                replay.check_rows(again)
+            replay.check_rows(again)
             if apart > limit and told:
                 logger.warning(
                     "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
                     "embeddings, in their order."
                 )
             if apart <= limit or told:
-                self._forms[form] = replay.picks, replay.keeps_mode
-        self._watch.wants_state = form not in self._forms or (self._count + 1) % CHECK_EVERY == 0
+                known.picks, known.keeps_modes = replay.picks, bool(replay.kept_in_mode)
+                self._forms[form] = known
+        self._watch.wants_state = form not in self._forms or _is_due(self._count + 1, known.steps + 1, beside)
 
     def _another(self, names: Iterable[nn.Module] | str) -> str:
         if not isinstance(names, str):
@@ -224,6 +245,11 @@ class InputCapture:
             "forward pass. If the model is compiled by model.compile(), name it, AdversarialLoss(loss, model), after "
             f"it was compiled. Where neither helps, {_OPEN_DOOR}"
         )
+
+
+def _is_due(step: int, of_form: int, takes_rows_beside: bool) -> bool:
+    """Whether a form that is known is checked in this step, the ``of_form``-th of the form."""
+    return step % CHECK_EVERY == 0 or (takes_rows_beside and of_form.bit_count() == 1)
 
 
 def _what_differs(replay: Replay, apart: float, limit: float, switched: list[str], told: bool) -> str:

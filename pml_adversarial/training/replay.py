@@ -6,10 +6,10 @@ which tensor an embedding depends on is found by experiment, see `rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -46,7 +46,7 @@ from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast, steps_to
 from .tracing import paused
 from .tuples import rank_in_group
-from .watch import marks_of, modes_of, submodules_of, switches_of, weights_of
+from .watch import marks_of, modes_of, submodules_of, switches_of, way_of, way_of_modules, weights_of
 
 ALL = frozenset({"tensor", "list"})
 """What `Replay.picks` is where all that may have rows has them."""
@@ -73,7 +73,7 @@ class Replay:
         inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
         known_rows: ``(P,)`` these rows; None where they are the first ones.
         picks: which other arguments, with as many rows as the inputs, belong to them row by row.
-        keeps_mode: whether the user's own modules keep their mode in the attack, see `check_rows`.
+        kept_in_mode: modules that keep their mode in the attack, see `keep_modes`.
 
     Raises:
         CaptureError: there is no way back to inputs, or more than one.
@@ -97,13 +97,15 @@ class Replay:
         self._steps = steps_to(results)
         called = [step.function for step in self._steps if isinstance(step.function, nn.Module)]
         self.modules = tuple(dict.fromkeys([*called, *modules]))
+        self._inside = [module for module in self.modules if module not in called]
         self._stays_as_now = all(step.autocast == self._autocast for step in self._steps)
         self._exchanged: list[str] = []
         self._check_modes()
         self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self.picks, self.keeps_mode, self._attacks = ALL, False, False
+        self.picks, self._attacks = ALL, False
+        self.kept_in_mode: list[nn.Module] = []
         self._held: Held = {}
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain, may_mix_from)
         self._held = self._rows.held
@@ -137,7 +139,7 @@ class Replay:
         with torch.no_grad(), paused(), preserved(*self.modules), random_kept():
             if seed is not None:
                 seed_all(seed)
-            if self._chunk is None:
+            if self._chunk is None or self.takes_rows_beside:  # which rows a chunk takes of these is not known yet
                 return self._run(apply_as_before)
             whole = self._run(recorded)
             known = self._all_known(whole.device)
@@ -147,10 +149,9 @@ class Replay:
         """Whether the inputs of the first rows are known."""
         return self.known_rows is None and len(self.inputs) >= count
 
-    @property
-    def kept_in_mode(self) -> list[nn.Module]:
-        """The modules that an attack leaves in their mode."""
-        return own_modules(*self.modules) if self.keeps_mode else []
+    def keep_modes(self, keep: bool = True) -> None:
+        """Lets the user's own modules keep their mode in the attack, where the model gives other outputs in eval mode."""
+        self.kept_in_mode = own_modules(*self.modules) if keep else []
 
     @property
     def form(self) -> Any:
@@ -162,7 +163,13 @@ class Replay:
                 return number[leaf.step], leaf.place
             return (leaf.value.dtype, leaf.value.ndim) if isinstance(leaf, Fixed) else type(leaf)
 
-        return tuple((name_of(step), step.call and step.call.modes, *map(kind, step.leaves)) for step in self._steps)
+        steps = [(way_of(step), *map(kind, step.leaves)) for step in self._steps]
+        return *steps, *self._with_rows, *(way_of_modules(submodules_of(module)) for module in self._inside)
+
+    @property
+    def takes_rows_beside(self) -> bool:
+        """Whether modules take other arguments that may have one row for each input."""
+        return any(self._with_rows)
 
     @property
     def is_told(self) -> bool:
@@ -248,7 +255,8 @@ class Replay:
         Many models return a score beside the embedding in train mode alone, so the outputs stand elsewhere.
         """
         found: list[str] = []
-        for self.keeps_mode in (False, True):
+        for keep in (False, True):
+            self.keep_modes(keep)
             with isolated(*self.modules, but=self.kept_in_mode), random_kept(), paused():
                 try:
                     whole = self._whole(seed=0, read=_outputs_as_before)
@@ -260,7 +268,6 @@ class Replay:
             if whole.shape == again.shape:
                 return whole
             found.append(f"the embeddings are {tuple(whole.shape)}, not {tuple(again.shape)}")
-        self.keeps_mode = False
         raise ReplayError(
             f"{self._names} does not give in eval mode what it gives in the loop: {found[0]}. The attack sees the "
             "model in eval mode; expected outputs that stand in the same places in both modes. Return the same from "
@@ -313,20 +320,28 @@ class Replay:
     @property
     def _may_pick(self) -> list[frozenset[str]]:
         """Ways to pick rows of what modules took beside the sources: of all first, of nothing last."""
+        found = frozenset(self._with_rows) - {""}
+        fewer = [found & {"tensor"}, frozenset[str]()] if found else []
+        return [ALL, *dict.fromkeys(some for some in fewer if some != found)]
+
+    @cached_property
+    def _with_rows(self) -> tuple[str, ...]:
+        """Of all arguments beside the sources, in order: how they may have one row for each input."""
         sources = {id(source.value): len(source.value) for source in self._sources.all}
-        found = set[str]()
+        counts, found = set(sources.values()), list[str]()
 
         def look(value: Any) -> Any:
             is_source = isinstance(value, Fixed) and id(value.value) in sources
-            if not is_source and _rows_in(value) in sources.values():
-                found.add(_kind_of_rows(value))
+            found.append("" if is_source else _kind_of_rows(value, counts))
             return value
 
         for step in self._calls:
             for argument in (*step.args, *step.kwargs.values()):
-                mapped(argument, look, look)
-        fewer = [frozenset(found & {"tensor"}), frozenset[str]()] if found else []
-        return [ALL, *dict.fromkeys(some for some in fewer if some != found)]
+                if isinstance(argument, Ref | Fixed):
+                    look(argument)
+                else:
+                    mapped(argument, look, look)
+        return tuple(found)
 
     @property
     def _names(self) -> str:
@@ -461,7 +476,7 @@ class Replay:
 
         def some(value: Any) -> Any:
             """Of an argument with one row for each input, the rows that belong to the inputs."""
-            if rows is None or _rows_in(value) != count or _kind_of_rows(value) not in self.picks:
+            if rows is None or _kind_of_rows(value, {count}) not in self.picks:
                 return value
             if isinstance(value, list | tuple):
                 return type(value)([value[row] for row in rows.tolist()])
@@ -568,19 +583,13 @@ def _without_graph(value: Tensor) -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
-def _kind_of_rows(value: Any) -> str:
-    """Of an argument that came from outside and may have rows: "tensor" or "list"; "" of others."""
+def _kind_of_rows(value: Any, counts: Container[int]) -> str:
+    """Of an argument that came from outside and has as many rows as inputs: "tensor" or "list"; "" of others."""
     if isinstance(value, Fixed):
-        return "" if isinstance(value.value, nn.Parameter) else "tensor"
-    return "list" if type(value) in (list, tuple) or isinstance(value, numpy.ndarray) else ""
-
-
-def _rows_in(value: Any) -> int:
-    """How many rows an argument has that came from outside; -1 of others."""
-    held: Any = value.value if isinstance(value, Fixed) else value
-    if not _kind_of_rows(value) or (isinstance(held, Tensor | numpy.ndarray) and not held.ndim):
-        return -1
-    return len(held)
+        held = value.value
+        return "tensor" if held.ndim and len(held) in counts and not isinstance(held, nn.Parameter) else ""
+    has_rows = type(value) in (list, tuple) or (isinstance(value, numpy.ndarray) and value.ndim)
+    return "list" if has_rows and len(value) in counts else ""
 
 
 def _unpadded(inputs: Tensor, like: Tensor) -> Tensor:

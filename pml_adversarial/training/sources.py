@@ -19,6 +19,7 @@ from .nested import leaves
 from .rerun import apply, checkpoints_take_gradients, name_of, value_of
 from .trace import Call, Fixed, Ref, Step, version_of
 from .tracing import paused
+from .watch import way_of
 
 logger = logging.getLogger("pml_adversarial")
 
@@ -236,7 +237,7 @@ _dependences: weakref.WeakKeyDictionary[Any, dict[Any, list[set[int]]]] = weakre
 def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
     """For each output of a module, the candidates that it depends on: those with respect to which it has a gradient."""
     known = _dependences.setdefault(step.function, {})
-    key = tuple(candidates)
+    key = (*candidates, way_of(step))  # a flag may say which one counts
     if key not in known:
         inputs = {number: step.leaves[number].value.detach().clone().requires_grad_() for number in candidates}
         by_leaf = {id(step.leaves[number]): value for number, value in inputs.items()}
@@ -317,12 +318,20 @@ def _nodes(tensor: Tensor) -> Iterator[Any]:
 
 def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
     """Refuses a module that gives other rows than it takes."""
-    if not output.ndim or len(value) != len(output):
+    if output.ndim and len(value) == len(output):
+        return
+    inputs = [leaf.value for leaf in step.leaves if _can_be_perturbed(leaf)]
+    if output.ndim and len(inputs) > 1 and len(output) == sum(map(len, inputs)):
         raise CaptureError(
-            f"{name_of(step)} gave {tuple(output.shape)} for inputs {tuple(value.shape)}; expected one row for each "
-            "input. Pass the inputs yourself, one row for each embedding: loss_func(embeddings, labels, inputs=x), "
-            "with AdversarialLoss(loss, function)."
+            f"{name_of(step)} gave {tuple(output.shape)}, rows of several inputs one after the other; expected one row "
+            "for each row of one input. Let the loop call what embeds each of the inputs, and put their rows together "
+            "there: torch.cat([model.first(x), model.second(y)])."
         )
+    raise CaptureError(
+        f"{name_of(step)} gave {tuple(output.shape)} for inputs {tuple(value.shape)}; expected one row for each "
+        "input. Pass the inputs yourself, one row for each embedding: loss_func(embeddings, labels, inputs=x), "
+        "with AdversarialLoss(loss, function)."
+    )
 
 
 def _check_unchanged(steps: Sequence[Step]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .nested import mapped, outputs_in, places_in, tensors_in
-from .trace import Call, Ref, Weights, version_of
+from .trace import Call, Ref, Step, Weights, version_of
 from .tracing import (
     Traced,
     before_change,
@@ -226,7 +226,7 @@ class _Noting:
         step, module = step_of(self.module, self.args, self.kwargs), self.module
         step.random_state = self.random_state
         step.call = call = Call(found)
-        call.places = places_in(output)
+        call.places = [()] if output is found[0] else places_in(output)
         inside = submodules_of(module)
         call.modes, call.switches, call.weights = modes_of(inside), switches_of(inside), weights_of(inside)
         call.buffers = self.buffers
@@ -333,6 +333,33 @@ def switches_of(modules: Iterable[nn.Module]) -> dict[tuple[int | str, str], Any
             if (kept := _kept(value)) is not _NOT_KEPT:
                 found[kind.__name__, name] = kept
     return found
+
+
+def way_of(step: Step) -> tuple[Any, ...]:
+    """What tells one way in which a step works from another: classes, modes, switches, and arguments that are flags."""
+    function = step.function
+    if step.call is None:
+        return (getattr(function, "__name__", type(function).__name__),)
+    given = [argument.values() if isinstance(argument, Mapping) else (argument,) for argument in step.args]
+    given += [value.values() if isinstance(value, Mapping) else (value,) for value in step.kwargs.values()]
+    flags = [_roughly(value) for values in given for value in values if type(value) in _PLAIN]
+    inside = () if step.call.weights is None else tuple(map(type, step.call.weights.modules))
+    return type(function), step.call.modes, inside, tuple(map(_roughly, step.call.switches.values())), *flags
+
+
+def way_of_modules(modules: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """The same of modules as they are now."""
+    return modes_of(modules), tuple(map(type, modules)), tuple(map(_roughly, switches_of(modules).values()))
+
+
+def _roughly(value: Any) -> Any:
+    """A value, where it may be a switch. Numbers may be counters or rates, which are others in each step."""
+    kind = type(value)
+    if kind is int:
+        return value if abs(value) < _SHORT else int
+    if kind is float:
+        return value != 0
+    return value if kind in _PLAIN else None
 
 
 def _shared(kind: type) -> Iterator[tuple[str, Any]]:

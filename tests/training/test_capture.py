@@ -905,3 +905,96 @@ def test_weights_that_are_swapped_inside_of_ddp_are_those_of_the_replay(single, 
     capture = InputCapture(wrapped)
     embeddings = torch.func.functional_call(wrapped, weights, (images,))
     torch.testing.assert_close(replay_of(capture, embeddings).embed(images), embeddings)
+
+
+class TestWhatTheFirstBatchShowed:
+    """It is not taken for granted where another batch may show something else."""
+
+    class Net(nn.Module):
+        def __init__(self, centred=False):
+            super().__init__()
+            self.linear, self.centred = nn.Linear(36, 4), centred
+
+        def forward(self, images, centred=False):
+            found = self.linear(images.flatten(1))
+            return found - found.mean(0) if centred or self.centred else found
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(36, 4)
+
+        def forward(self, images, table):
+            found = self.linear(images.flatten(1))
+            return found + (found @ table.T).softmax(1) @ table
+
+    class Sorts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(36, 4)
+
+        def forward(self, images, lengths):
+            return self.linear(images.flatten(1))[lengths.argsort(stable=True)]
+
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_a_table_that_has_as_many_rows_as_a_later_batch(self, images, chunk):
+        model, table, capture = self.Attends(), torch.randn(6, 4), InputCapture(chunk=chunk)
+        for number in (8, 6, 8, 6):
+            embeddings = model(images[:number], table)
+            replay = replay_of(capture, embeddings)
+            rows = torch.tensor([4, 1])
+            torch.testing.assert_close(replay.embed(images[rows], rows), embeddings[rows])
+
+    @pytest.mark.parametrize("switch", ["attribute", "argument", "another model"])
+    def test_a_switch_with_which_rows_are_mixed(self, images, switch):
+        model, capture = self.Net(), InputCapture()
+        for _ in range(3):
+            assert inputs_of(capture, model(images)).equal(images)
+        model.centred = switch == "attribute"
+        other = self.Net(True) if switch == "another model" else model
+        with pytest.raises(ReplayError, match="embeds some rows"):
+            replay_of(capture, other(images, switch == "argument"))
+
+    def test_an_order_that_depends_on_other_arguments(self, images):
+        model, capture, lengths = self.Sorts(), InputCapture(), torch.arange(8)
+        assert inputs_of(capture, model(images, 0 * lengths)).equal(images)
+        with pytest.raises(ReplayError, match="embeds some rows"):
+            replay_of(capture, model(images, -lengths))
+
+    def test_rows_are_checked_now_and_then(self, images):
+        class Later(self.Net):
+            """Mixes rows when a value says so that nothing can see."""
+
+            hidden = [[False]]  # noqa: RUF012
+
+            def forward(self, images):
+                return super().forward(images, self.hidden[0][0])
+
+        model, capture = Later(), InputCapture()
+        replay_of(capture, model(images))
+        model.hidden[0][0] = True
+        for _ in range(2, CHECK_EVERY):
+            replay_of(capture, model(images))
+        with pytest.raises(ReplayError, match="embeds some rows"):
+            replay_of(capture, model(images))
+
+    def test_counters_and_rates_are_no_switches(self, images):
+        model, capture, passes = self.Net(), InputCapture(), count()
+        model.linear.register_forward_pre_hook(lambda *_: (next(passes), None)[1])
+        for step in range(60):
+            model.step, model.rate = step + 100, 0.5 / (step + 1)
+            replay_of(capture, model(images))
+        assert next(passes) == 60 + 2
+
+    def test_a_flag_says_which_of_two_inputs_counts(self, images):
+        class Streams(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Linear(36, 4), nn.Linear(36, 4)
+
+            def forward(self, one, other, which):
+                return self.first(one.flatten(1)) if which == 1 else self.second(other.flatten(1))
+
+        model, capture, others = Streams(), InputCapture(), images.flip(0)
+        for which in (1, 2, 1, 2):
+            assert inputs_of(capture, model(images, others, which)).equal(images if which == 1 else others)
