@@ -103,7 +103,7 @@ def check_model(model: nn.Module, images: Tensor, normalization: Normalization |
         InputError: the model does not take the images, or does not return one embedding for each.
     """
     inputs = PixelSpace(normalization).to_inputs(images)
-    with as_deployed(model), torch.no_grad():
+    with as_deployed(model, learns=True), torch.no_grad():
         for count in sorted({1, len(images)}):
             try:
                 found = model(inputs[:count])

@@ -13,9 +13,10 @@ import numpy
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import CaptureError
-from .side_effects import undone
+from .side_effects import undone_with_values
 
 # Before torch 2.5, a compiled graph keeps the buffers of its first call, and in an attack these are copies.
 _COMPILES_BUFFERS_IN = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
@@ -24,20 +25,30 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # Weyl sequence: neighbouring steps get f
 
 
 @contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
+def preserved(*modules: nn.Module, learns: bool = False) -> Iterator[None]:
     """Restores the state of modules and all of their submodules on exit, also after an exception.
 
     - Buffers: the original tensors come back, so an autograd graph that saved them can still be walked backward.
     - Attributes, the mode among them, and what hooks keep, see `side_effects.undone`.
-    - Each parameter's ``.grad``, ``requires_grad`` and ``.data``, which some losses bind to another tensor.
+    - Other tensors and arrays that forward passes change in place, see `side_effects.undone_with_values`.
+    - Parameters: the original ones, each with its ``.grad``, ``requires_grad`` and ``.data``, which some losses bind to
+      another tensor.
+
+    Args:
+        modules: any.
+        learns: whether it is found out anew which tensors forward passes change in place.
     """
     submodules = list({id(m): m for module in modules for m in module.modules()}.values())
-    parameters = list({id(p): p for m in submodules for p in m._parameters.values() if p is not None}.values())
+    places = [(m._parameters, list(m._parameters.items())) for m in submodules if not _is_scripted(m)]
+    in_places = [list(map(id, parameters.values())) for parameters, _ in places]
+    parameters = list(
+        {id(p): p for m in submodules for p in m._parameters.values() if p is not None and not is_lazy(p)}.values()
+    )
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules if not _is_scripted(m)]
     scripted = [(m, m.training, [(b, b.detach().clone()) for b in m.buffers()]) for m in submodules if _is_scripted(m)]
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
-    queues.enter_context(undone(submodules))
+    queues.enter_context(undone_with_values(submodules, learns))
     for _, _, copies in scripted:
         queues.enter_context(_versions_kept([buffer for buffer, _ in copies]))
     try:
@@ -46,22 +57,27 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 queues.enter_context(_queue_preserved(cast(CrossBatchMemory, module)))
                 continue
             for name, buffer in buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.detach().clone()
+                module._buffers[name] = buffer if buffer is None or is_lazy(buffer) else buffer.detach().clone()
         yield
     finally:
         for module, mode, copies in scripted:  # their buffers cannot be exchanged
             module.training = mode
             for buffer, before in copies:
                 buffer.detach().copy_(before)
+        for parameter, _, _, (dtype, pointer, *place) in tensors:
+            if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
+                parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
         queues.close()
         for module, state, buffers in states:
             vars(module).clear()
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for parameter, requires_grad, gradient, (dtype, pointer, *place) in tensors:
-            if (parameter.dtype, parameter.data_ptr()) != (dtype, pointer):
-                parameter.data = torch.empty(0, dtype=dtype, device=place[0].device).set_(*place)
+        for (parameters_of, entries), ids in zip(places, in_places, strict=True):
+            if list(map(id, parameters_of.values())) != ids:
+                parameters_of.clear()
+                parameters_of.update(entries)
+        for parameter, requires_grad, gradient, _ in tensors:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
@@ -122,15 +138,16 @@ def _queue_preserved(memory: CrossBatchMemory) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(*modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
+def isolated(*modules: nn.Module, but: Iterable[nn.Module] = (), learns: bool = False) -> Iterator[None]:
     """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`.
 
     Args:
         modules: with all of their submodules.
         but: these keep their mode.
+        learns: see `preserved`.
     """
     kept = set(map(id, but))
-    with preserved(*modules), torch.enable_grad():
+    with preserved(*modules, learns=learns), torch.enable_grad():
         for submodule in (inner for module in modules for inner in module.modules()):
             if id(submodule) not in kept:
                 submodule.training = False
@@ -141,6 +158,8 @@ def isolated(*modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[Non
 def freeze(*modules: nn.Module) -> None:
     """Lets the parameters of modules have no gradients."""
     for parameter in (found for module in modules for found in module.parameters()):
+        if is_lazy(parameter):
+            continue
         if not parameter.is_inference():  # which has no gradient, and could not be unfrozen
             parameter.requires_grad_(False)
         parameter.grad = None

@@ -63,11 +63,11 @@ def is_compiled(*modules: nn.Module) -> bool:
 def _run_without_hook(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate: Isolate) -> None:
     """Runs a function to see that it can be run: in eval mode, or with what its model gives in train mode alone."""
     try:
-        with isolate(*held), torch.no_grad():
+        with isolate(*held, learns=True), torch.no_grad():
             function(inputs)
     except Exception as error:
         try:
-            with isolated(*held, but=own_modules(*held)), torch.no_grad():
+            with isolated(*held, but=own_modules(*held), learns=True), torch.no_grad():
                 function(inputs)
         except Exception:
             raise error from None
@@ -78,7 +78,7 @@ def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate:
     known = {id(inner) for one in held for inner in one.modules()}
     found: list[nn.Module] = []
     inside: set[int] = set()
-    with isolate(*held), ExitStack() as stack:
+    with isolate(*held, learns=True), ExitStack() as stack:
 
         def note(module: nn.Module, args: Any) -> None:
             if id(module) in inside:
@@ -86,7 +86,7 @@ def _called(function: Any, inputs: Tensor, held: tuple[nn.Module, ...], isolate:
             found.append(module)
             inside.update(map(id, module.modules()))
             if id(module) not in known:
-                stack.enter_context(isolate(module))
+                stack.enter_context(isolate(module, learns=True))
                 stack.enter_context(torch.no_grad())
 
         stack.callback(register_module_forward_pre_hook(note).remove)

@@ -136,7 +136,7 @@ class Replay:
         Args:
             seed: of random numbers whose state is not known; None: the present state.
         """
-        with torch.no_grad(), paused(), preserved(*self.modules), random_kept():
+        with torch.no_grad(), paused(), preserved(*self.modules, learns=not self.is_told), random_kept():
             if seed is not None:
                 seed_all(seed)
             if self._chunk is None or self.takes_rows_beside:  # which rows a chunk takes of these is not known yet
@@ -150,7 +150,7 @@ class Replay:
         return self.known_rows is None and len(self.inputs) >= count
 
     def keep_modes(self, keep: bool = True) -> None:
-        """Lets the user's own modules keep their mode in the attack, where the model gives other outputs in eval mode."""
+        """Lets the user's own modules keep their mode in the attack, if the model gives other outputs in eval mode."""
         self.kept_in_mode = own_modules(*self.modules) if keep else []
 
     @property
@@ -291,8 +291,8 @@ class Replay:
                 if may_fail:
                     return False
                 raise
-        if not found.requires_grad or self._gradient(found, inputs) is None:
-            raise self._no_gradient
+            if not found.requires_grad or self._gradient(found, inputs) is None:
+                raise self._no_gradient
         return difference(found, expected[rows]) <= _APART
 
     def _gradient(self, found: Tensor, inputs: Tensor) -> Tensor | None:

@@ -104,6 +104,8 @@ def apply_as_before(step: Step, resolve: Resolve) -> Outputs:
             random.setstate(step.random_state.others[1])
     for module, name, value in step.call.buffers if step.call is not None else ():
         module._buffers[name] = value.clone()
+    for put_back in step.call.changed_state if step.call is not None else ():
+        put_back()
     return apply(step, resolve)
 
 

@@ -242,7 +242,13 @@ def _dependence(step: Step, candidates: list[int]) -> list[set[int]]:
         inputs = {number: step.leaves[number].value.detach().clone().requires_grad_() for number in candidates}
         by_leaf = {id(step.leaves[number]): value for number, value in inputs.items()}
         modules = [step.function] if isinstance(step.function, nn.Module) else []
-        with paused(), preserved(*modules), random_kept(), torch.enable_grad(), checkpoints_take_gradients():
+        with (
+            paused(),
+            preserved(*modules, learns=True),
+            random_kept(),
+            torch.enable_grad(),
+            checkpoints_take_gradients(),
+        ):
             outputs = apply(step, lambda leaf: by_leaf.get(id(leaf), value_of(leaf)))
             known[key] = [_depends_on(output, inputs) for output in outputs]
     return known[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -23,14 +23,14 @@ from ..attacks.objective import Attack, Objective, Score
 from ..errors import InputError
 from . import distributed, monitor
 from .batch import Adversarial, Batch
-from .capture import InputCapture
+from .capture import CHECK_EVERY, InputCapture
 from .collate import Collator
 from .isolation import depends_on_mode, isolated, preserved, random_stream
 from .monitor import CollapseMonitor, Losses, SearchMargin, batch_recall
 from .pixels import PixelSpace
 from .plan import Plan, clean_loss, take
 from .schedule import EpsSchedule
-from .side_effects import undone
+from .side_effects import keep_graphs, undone, undone_with_values
 from .tuples import IndicesTuple
 
 
@@ -173,8 +173,9 @@ class AdversarialStep:
             The plan, and what became of its rows; None where it perturbs no row.
         """
         modules = batch.replay.modules
+        learning = self._learning(wrapped, *modules)
         depends_on = depends_on_mode(*modules)  # asked before everything is set to eval mode
-        with isolated(wrapped, *modules, but=batch.replay.kept_in_mode), self.random_numbers():
+        with learning, isolated(wrapped, *modules, but=batch.replay.kept_in_mode), self.random_numbers():
             seen = replace(batch, context=self._embed_clean(batch)) if depends_on else batch
             plan = batch.decide(partial(self.hooks.plan, wrapped, seen))
             perturbed = batch.agree(partial(self._attack, wrapped, seen, plan)) if len(plan) else None
@@ -219,6 +220,12 @@ class AdversarialStep:
         self.step, self.seed = state["step"], state["seed"]
         self.monitor.load_state_dict(state["monitor"])
 
+    def _learning(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Finds out now and then what passes change in place, see `side_effects.undone_with_values`."""
+        if self.step % CHECK_EVERY:
+            return nullcontext()
+        return undone_with_values([inside for module in modules for inside in module.modules()], learns=True)
+
     def _attack(self, wrapped: nn.Module, batch: Batch, plan: Plan) -> Perturbed:
         """Perturbs this process's own copies."""
         rows = batch.own(plan.rows, plan.rows)
@@ -253,7 +260,9 @@ class AdversarialStep:
         if perturbed.inputs is perturbed.clean_inputs:  # copies are their rows: no pass is spent, dropout draws nothing
             embeddings = batch.embeddings[batch.own(plan.rows, plan.rows)]
         else:
-            with undone([m for module in batch.replay.modules for m in module.modules()]):
+            inside = [m for module in batch.replay.modules for m in module.modules()]
+            keep_graphs(inside)  # of the clean rows
+            with undone(inside):
                 rows = batch.local(batch.own(plan.rows, plan.rows))
                 embeddings = self._embed_in_own_mode(batch, perturbed.inputs, rows)
         if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in batch.replay.modules):
@@ -280,7 +289,7 @@ class AdversarialStep:
         Where the model depends on its mode, the score is asked for again (``score`` is None): rows and copies are
         compared in the model's own mode.
         """
-        with isolated(wrapped), self.random_numbers() as restart, torch.no_grad():
+        with self._learning(wrapped), isolated(wrapped), self.random_numbers() as restart, torch.no_grad():
             if score is None:
                 score = self.hooks.score(wrapped, batch, plan)
                 restart()

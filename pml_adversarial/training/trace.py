@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -137,10 +137,22 @@ class Call:
             put them into it, see `find_swapped`.
         changed: whether the module changed an argument in place.
         buffers: (module, name, a copy of the buffer before the call), where a `Watch` wanted to know them.
+        changed_state: functions that put back what else the call changed, see `side_effects.Values`.
         inner: submodule -> what it gave, for submodules that a `Watch` wanted to know about.
     """
 
-    __slots__ = ("buffers", "changed", "inner", "modes", "outputs", "places", "swapped", "switches", "weights")
+    __slots__ = (
+        "buffers",
+        "changed",
+        "changed_state",
+        "inner",
+        "modes",
+        "outputs",
+        "places",
+        "swapped",
+        "switches",
+        "weights",
+    )
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.outputs = [output.detach() for output in outputs]
@@ -151,6 +163,7 @@ class Call:
         self.swapped: dict[str, Tensor] = {}
         self.changed = False
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.changed_state: list[Callable[[], Any]] = []
         self.inner: dict[nn.Module, list[Any]] = {}
 
     def find_swapped(self, module: nn.Module, now: Weights) -> None:

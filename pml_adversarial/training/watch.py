@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 
 from .nested import mapped, outputs_in, places_in, tensors_in
+from .side_effects import Values, note_changed_buffers
 from .trace import Call, Ref, Step, Weights, version_of
 from .tracing import (
     Traced,
@@ -155,6 +157,7 @@ class _Noting:
         wants = wants_state()
         self.random_state = random_state() if wants else None
         self.buffers = _buffers_of(module) if wants else []
+        self.values = Values(submodules_of(module)) if wants and torch.is_grad_enabled() else None
         self.inner = here.inner = {}
         self.depth, self.undo, self.keys = 0, list[Callable[[], Any]](), list[int]()
         self.change = before_change(module, args, {}) if _works_in_place(module) and args else None
@@ -230,6 +233,9 @@ class _Noting:
         inside = submodules_of(module)
         call.modes, call.switches, call.weights = modes_of(inside), switches_of(inside), weights_of(inside)
         call.buffers = self.buffers
+        if self.values is not None:
+            note_changed_buffers(self.buffers)
+            call.changed_state = self.values.changed()
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
         new = set(map(id, self._new(found)))
@@ -417,5 +423,5 @@ def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
         (inside, name, buffer.detach().clone())
         for inside in module.modules()
         for name, buffer in inside._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]

@@ -348,6 +348,35 @@ def test_data_of_parameters_comes_back():
     assert torch.equal(weight, data)
 
 
+def test_parameters_that_were_exchanged_come_back_in_order():
+    linear = nn.Linear(3, 2)
+    before = list(linear.named_parameters())
+    with preserved(linear):
+        linear.weight = nn.Parameter(torch.zeros(2, 3))
+        del linear.bias
+        linear.other = nn.Parameter(torch.zeros(1))
+    after = list(linear.named_parameters())
+    assert [name for name, _ in after] == ["weight", "bias"]
+    assert all(one is other for (_, one), (_, other) in zip(after, before, strict=True))
+
+
+def test_a_frozen_parameter_that_a_pass_binds_to_other_data():
+    linear = nn.Linear(3, 2).requires_grad_(False)
+    before = linear.weight.clone()
+    for learns in (True, False):
+        with preserved(linear, learns=learns):
+            linear.weight.data.mul_(2)
+            linear.weight.data = linear.weight.data + 1
+        assert torch.equal(linear.weight, before)
+
+
+def test_lazy_modules_that_were_never_called():
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    with isolated(lazy):
+        pass
+    assert lazy(torch.rand(4, 2)).shape == (4, 3)
+
+
 @both_ways_out
 class TestQueue:
     """Of a memory only what is enqueued inside is kept, and written back."""

@@ -7,16 +7,18 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 from itertools import count
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from pml_adversarial.training.side_effects import undone
+from pml_adversarial.training.side_effects import Values, keep_graphs, note_changed_buffers, undone, undone_with_values
 
 SEEN_BY_A_HOOK = []
 CALLS_SEEN_BY_A_HOOK = 0
 NOT_SEEN_BY_ANY_HOOK = []
 SAVED = []
+PASSES = torch.zeros(())
 
 
 class Recorder:
@@ -552,3 +554,173 @@ class TestOrder:
         del held
         gc.collect()
         assert watched() is None
+
+
+class Counts(nn.Module):
+    """Counts its passes in one place."""
+
+    of_class = {"passes": torch.zeros(())}  # noqa: RUF012
+
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.recorder = place, Recorder()
+        self.recorder.passes = torch.zeros(())
+        self.tensor, self.array, self.lists = torch.zeros(()), numpy.zeros(()), {"a": [torch.zeros(())]}
+        self.pair = (torch.zeros(()), 1)
+        self.frozen = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("buffer", torch.zeros(()))
+        held = torch.zeros(())
+        self.in_hook = lambda: held
+        self.register_forward_hook(lambda *_: held.add_(place == "in_hook") and None)
+
+    @property
+    def held(self):
+        others = {
+            "dict": self.lists["a"][0],
+            "pair": self.pair[0],
+            "object": self.recorder.passes,
+            "class": self.of_class["passes"],
+            "global": PASSES,
+            "in_hook": self.in_hook(),
+        }
+        return others[self.place] if self.place in others else getattr(self, self.place)
+
+    @property
+    def passes(self):
+        return self.held.item()
+
+    @torch.no_grad()
+    def forward(self, x):
+        held = self.held
+        if isinstance(held, numpy.ndarray):
+            held += 1
+        elif self.place != "in_hook":
+            held.data.add_(1)
+        return x
+
+
+PLACES = ["tensor", "array", "frozen", "scale", "dict", "pair", "object", "class", "global", "in_hook"]
+every_place = pytest.mark.parametrize("place", PLACES)
+
+
+class TestValuesThatForwardChanges:
+    @every_place
+    def test_are_put_back_and_known_from_then_on(self, place):
+        module = Counts(place)
+        before, held = module.passes, module.held
+        for learns in (True, False, False):
+            with undone_with_values([module], learns):
+                module(torch.zeros(2))
+                module(torch.zeros(2))
+                assert module.passes == before + 2
+            assert module.passes == before
+            assert module.held is held
+
+    @every_place
+    def test_are_known_after_a_pass_that_was_compared(self, place):
+        module = Counts(place)
+        before, values = module.passes, Values([module])
+        module(torch.zeros(2))
+        (put_back,) = values.changed()
+        with undone_with_values([module]):
+            module(torch.zeros(2))
+        assert module.passes == before + 1
+        put_back()
+        assert module.passes == before
+
+    def test_what_no_pass_changed_is_not_put_back(self, module):
+        module.total = torch.zeros(2)
+        with undone_with_values([module], learns=True):
+            module(torch.rand(2, 2))
+        with undone_with_values([module]):
+            module.total += 1
+        assert module.total.tolist() == [1, 1]
+        assert Values([module]).changed() == []
+
+    def test_are_put_back_after_an_exception(self):
+        module = Counts("tensor")
+        with contextlib.suppress(Stop), undone_with_values([module], learns=True):
+            module(torch.zeros(2))
+            raise Stop
+        assert module.tensor == 0
+
+    def test_a_parameter_that_was_exchanged_is_told(self, module):
+        values, before = Values([module]), module.weight
+        module.weight = nn.Parameter(torch.zeros(2, 2))
+        (put_back,) = values.changed()
+        put_back()
+        assert module.weight is before
+
+    def test_a_tensor_that_grows(self, module):
+        module.seen = torch.zeros(2)
+        with undone_with_values([module], learns=True):
+            module.seen.resize_(4).fill_(1)
+        assert module.seen.tolist() == [0, 0]
+
+    def test_tensors_whose_values_cannot_be_copied_do_no_harm(self, module):
+        module.kept = [
+            torch.empty(2, device="meta"),
+            torch.eye(2).to_sparse(),
+            torch.zeros(1).expand(3),
+            nn.UninitializedParameter(),
+            numpy.array([None]),
+        ]
+        with torch.inference_mode():
+            module.kept.append(torch.zeros(2))
+        for learns in (True, False):
+            with undone_with_values([module], learns):
+                module.kept.append(1)
+            assert len(module.kept) == 6
+
+
+@pytest.mark.parametrize("place", ["tensor", "buffer", "frozen", "dict"])
+class TestGraphs:
+    def learned(self, place):
+        module = Counts(place)
+        values, buffer = Values([module]), module.buffer.clone()
+        module(torch.zeros(2))
+        note_changed_buffers([(module, "buffer", buffer)])
+        values.changed()
+        return module
+
+    def test_keep_the_values_that_they_were_made_with(self, place):
+        module, x = self.learned(place), torch.ones(2, requires_grad=True)
+        held, output = module.held, x * module.held * module.scale
+        keep_graphs([module])
+        module.held.add_(5)
+        (x * module.held).sum().backward()
+        assert x.grad.tolist() == [6, 6]
+        output.sum().backward()
+        assert x.grad.tolist() == [7, 7]
+        assert module.scale.grad == 2  # the parameter beside it is still the one of the graph
+        assert module.held is held
+
+    def test_tensors_that_no_graph_holds_stay_where_they_are(self, place):
+        module = self.learned(place)
+        address = module.held.data_ptr()
+        keep_graphs([module])
+        assert module.held.data_ptr() == address
+
+    def test_memory_that_two_tensors_share_stays_shared(self, place):
+        module, x = self.learned(place), torch.ones(2, requires_grad=True)
+        module.view = module.held.view(1)
+        Values([module])
+        with undone_with_values([module], learns=True):
+            module.view.add_(1)
+        output = x * module.held
+        keep_graphs([module])
+        assert module.view.data_ptr() == module.held.data_ptr()
+        assert output.tolist() == [1, 1]
+
+    def test_made_before_and_inside_can_be_walked_backward(self, place):
+        if place in ("buffer", "frozen"):
+            pytest.skip("isolation exchanges buffers; parameters without gradient keep their place")
+        module, x = self.learned(place), torch.ones(2, requires_grad=True)
+        outputs = [x * module.held]
+        with undone_with_values([module]):
+            module.held.add_(1)
+            outputs.append(x * module.held)
+        sum(output.sum() for output in outputs).backward()
+        assert x.grad.tolist() == [3, 3]
+        assert module.held == 1

@@ -1,5 +1,6 @@
 """How straight one default step is: what it enters, evaluates, draws and isolates, and how many operations it adds."""
 
+import copy
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from notes import Notes
-from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pml_adversarial
 from benchmarks.bare import attack_by_hand, small_cnn
-from pml_adversarial import AdversarialLoss
+from pml_adversarial import AdversarialLoss, hookimpl
 from pml_adversarial.training import monitor, step
 
 PACKAGE = str(Path(pml_adversarial.__file__).parent)
@@ -109,3 +111,56 @@ def test_few_modules_are_entered_and_seldom_changed():
 def test_operations_beside_the_bare_step(steps):
     case = Case(steps, keep_clean=False, guard=False)
     assert operations(case.library) <= 1.25 * operations(case.bare)
+
+
+class Scaled(nn.Module):
+    """Divides by a running deviation, which it updates first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8))
+        if kind == "buffer":
+            self.register_buffer("scale", torch.ones(8))
+        else:
+            self.scale = torch.ones(8) if kind == "tensor" else nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x):
+        found = self.net(x)
+        self.scale.data.lerp_(found.detach().std(0), 0.02)
+        self.scale.detach().add_(0)  # so that graphs see that it was changed
+        return found / self.scale
+
+
+class Copies:
+    @hookimpl(wrapper=True)
+    def pml_adversarial_training_loss(self, adversarial):
+        self.inputs = adversarial.inputs
+        return (yield)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "frozen"])
+def test_state_that_forward_changes_and_uses_is_that_of_two_passes(kind):
+    torch.manual_seed(0)
+    model, labels, copies = Scaled(kind), torch.arange(8) // 2, Copies()
+    loss_func = AdversarialLoss(ContrastiveLoss(), model, warmup=0, plugins=[copies])
+    for _ in range(3):
+        model.zero_grad()
+        images, first = torch.rand(8, 1, 6, 6), copy.deepcopy(model)
+        value = loss_func(model(images), labels)
+        value.backward()
+        clean = first(images)
+        second = copy.deepcopy(first)
+        by_hand = ContrastiveLoss()(torch.cat([clean, second(copies.inputs)]), labels.repeat(2))
+        by_hand.backward()
+        torch.testing.assert_close(value, by_hand)
+        torch.testing.assert_close(model.net[1].weight.grad, first.net[1].weight.grad + second.net[1].weight.grad)
+        torch.testing.assert_close(model.scale, second.scale)
+
+
+def test_state_of_the_wrapped_loss_is_changed_by_its_own_calls_alone():
+    model, loss, calls = nn.Sequential(nn.Flatten(), nn.Linear(36, 8)), ContrastiveLoss(), torch.zeros(())
+    loss.register_forward_hook(lambda *_: calls.add_(1) and None)
+    loss_func = AdversarialLoss(loss, model, warmup=0)
+    for step_now in range(3):
+        loss_func(model(torch.rand(8, 1, 6, 6)), torch.arange(8) // 2).backward()
+        assert calls == step_now + 1

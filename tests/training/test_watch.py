@@ -169,6 +169,27 @@ class TestOutputsOfModules:
                 torch.set_rng_state(state.on_cpu)
                 assert torch.equal(again(), made)
 
+    def test_buffers_without_values_are_left_out(self, watch, images):
+        watch.wants_state = True
+        lazy = nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d())
+        told = ref_of(lazy(images.requires_grad_())).step.call.buffers
+        assert [name for _, name, _ in told] == ["num_batches_tracked"]
+
+    def test_what_else_a_call_changes_is_told_if_random_numbers_are(self, watch, images):
+        class Counting(nn.Linear):
+            def forward(self, x):
+                self.calls += 1
+                return super().forward(x)
+
+        module = Counting(36, 2)
+        module.calls = torch.zeros(())
+        module(images.flatten(1))
+        watch.wants_state = True
+        (put_back,) = ref_of(module(images.flatten(1))).step.call.changed_state
+        assert module.calls == 2
+        put_back()
+        assert module.calls == 1
+
     def test_buffers_are_told_if_random_numbers_are(self, watch, moody_model, images):
         watch.wants_state = True
         before = [buffer.clone() for buffer in moody_model.buffers()]

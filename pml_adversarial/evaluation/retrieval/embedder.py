@@ -92,12 +92,15 @@ class Embedder:
         return f"{types[0]} -> {types[1]}, autocast {self._autocast}"
 
     @contextmanager
-    def isolated(self) -> Iterator[None]:
+    def isolated(self, learns: bool = False) -> Iterator[None]:
         """Puts the modules into eval mode and freezes them, see `modes.as_deployed`, in plain surroundings.
 
         The model itself runs under the autocast that surrounded the making of this object.
+
+        Args:
+            learns: see `training.isolation.preserved`.
         """
-        with plain_surroundings(), as_deployed(*self._outermost()):
+        with plain_surroundings(), as_deployed(*self._outermost(), learns=learns):
             yield
 
     def _outermost(self) -> list[nn.Module]:
@@ -143,7 +146,7 @@ class Embedder:
                 self.dtype = dtype if dtype.is_floating_point else torch.float32
                 self.modules = modules_run_by(run, pixels.detach(), as_deployed)
                 self._find_place()
-        with self.isolated(), torch.no_grad(), random_kept():
+        with self.isolated(learns=True), torch.no_grad(), random_kept():
             while len(states) < 2:
                 run(pixels)
             self.seeds = tuple(dict.fromkeys((*self.seeds, *seeded(*states[:2]))))
@@ -170,7 +173,7 @@ class Embedder:
 
     def probe_gradient(self, pixels: Tensor) -> None:
         """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
-        with self.isolated():
+        with self.isolated(learns=True):
             self._note_gradient(pixels.detach().clone().requires_grad_())
 
     def probe_randomness(self, pixels: Tensor) -> None:

@@ -14,13 +14,17 @@ from ...training.isolation import depends_on_mode, freeze, preserved
 
 
 @contextmanager
-def as_deployed(*modules: nn.Module) -> Iterator[None]:
+def as_deployed(*modules: nn.Module, learns: bool = False) -> Iterator[None]:
     """Puts modules into eval mode, freezes their parameters and enables gradients; restores all, see `preserved`.
 
     A module that is in eval mode already stays as it is: if a part of it is in train mode, its user wants this, as for
     Monte-Carlo dropout. Any other module is switched by its own ``eval()``, which may do more than set the mode.
+
+    Args:
+        modules: any.
+        learns: see `preserved`.
     """
-    with preserved(*modules), ExitStack() as stack, torch.enable_grad():
+    with preserved(*modules, learns=learns), ExitStack() as stack, torch.enable_grad():
         for module in modules:
             if module.training:
                 stack.enter_context(_switched(module))

@@ -19,6 +19,22 @@ class TestEmbedder:
         model, pixels = network().eval(), images_of()[0]
         assert torch.equal(Embedder(model)(pixels), model(pixels))
 
+    def test_state_that_the_model_changes_is_as_it_was(self):
+        class Counting(nn.Flatten):
+            def forward(self, x):
+                self.passes += 1
+                return super().forward(x)
+
+        model = Counting()
+        model.passes = torch.zeros(())
+        embed, pixels = Embedder(model), torch.rand(5, 1, 2, 2)
+        embed.probe(pixels)
+        assert model.passes == 0
+        with embed.isolated():
+            embed(pixels)
+            assert model.passes == 1
+        assert model.passes == 0
+
     def test_pixels_are_normalised_per_channel(self):
         pixels = torch.rand(5, 3, 2, 2)
         found = Embedder(nn.Flatten(), ([0.1, 0.2, 0.3], [0.5, 0.4, 0.25]))(pixels).reshape(5, 3, 2, 2)
