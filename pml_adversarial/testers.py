@@ -363,14 +363,14 @@ class _SplitQueries:
 
 
 class _Embedding(nn.Module):
-    """The model that computes a tester's embeddings."""
+    """The model that computes a tester's embeddings, divided by their length if the tester does so."""
 
     def __init__(self, tester: Any, trunk: nn.Module, embedder: nn.Module) -> None:
         super().__init__()
         self.tester, self.trunk, self.embedder = tester, trunk, embedder
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tester.get_embeddings_for_eval(self.trunk, self.embedder, images)
+        return self.tester.maybe_normalize(self.tester.get_embeddings_for_eval(self.trunk, self.embedder, images))
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):

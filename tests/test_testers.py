@@ -722,6 +722,16 @@ class TestErrors:
         assert agrees_with_pml(tester.test(data, 3, trunk, embedder)["val"])
         assert {report.settings["distance"] for report in tester.reports.values()} == {distance}
 
+    @pytest.mark.parametrize(
+        "distance", [DotProductSimilarity(normalize_embeddings=False), LpDistance(normalize_embeddings=False, p=1)]
+    )
+    def test_embeddings_that_the_tester_normalises_before_another_distance(self, data, trunk, embedder, distance):
+        own = calculator()
+        own.knn_func = CustomKNN(distance)
+        tester = wrapped(accuracy_calculator=own)
+        assert tester.normalize_embeddings
+        assert agrees_with_pml(tester.test(data, 3, trunk, embedder)["val"])
+
     def test_equal_lengths_or_a_cosine_will_do(self, data, trunk, embedder):
         class Unit(nn.Module):
             def forward(self, embeddings):
