@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from pml_adversarial import InputError, evaluate_robustness
-from pml_adversarial.evaluation import certify, evaluate_targeted, robrank_scores
+from pml_adversarial.evaluation import certify, evaluate_targeted, evaluate_verification, robrank_scores
 from pml_adversarial.evaluation.suites import quick, standard
 
 EPS = 0.05
@@ -522,6 +522,25 @@ class TestWithoutGradient:
     def test_is_flagged(self, form):
         report = evaluated(without_gradient()[form], self.QUERIES, attacks=quick(5, 1), checks=True)
         assert "gradients are there" in {check.name for check in report.flagged}
+
+    @pytest.mark.parametrize("form", without_gradient())
+    def test_is_said_without_checks(self, form):
+        model, labels = without_gradient()[form], self.QUERIES[1]
+        few = {"steps": 1, "restarts": 1, "square": 0, "eps": EPS}
+        reports = [
+            evaluated(model, self.QUERIES, attacks=quick(1, 1), checks=False),
+            evaluate_targeted(model, self.QUERIES, target=int(labels[0]), **few),
+            evaluate_verification(model, self.QUERIES, genuine=4, impostors=4, checks=False, **few),
+        ]
+        for report in reports:
+            (note,) = (note for note in report.notes if "gradient" in note)
+            assert "embeddings have no gradient" in note or "asking for gradients fails" in note
+            assert f"note: {note}" in str(report)
+
+    @pytest.mark.parametrize("model", [network(), lambda images: images.flatten(1)], ids=["module", "function"])
+    def test_of_others_nothing_is_said(self, model):
+        report = evaluated(model, attacks=quick(1, 1))
+        assert not any("gradient" in note for note in report.notes)
 
     def test_a_black_box_is_not_asked_for_what_it_cannot_give(self):
         square = [attack for attack in standard(queries=20) if attack.name == "square"]

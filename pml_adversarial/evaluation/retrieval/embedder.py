@@ -171,10 +171,19 @@ class Embedder:
                 "draw does not depend on it, as these are restored after each call"
             )
 
-    def probe_gradient(self, pixels: Tensor) -> None:
-        """Notes whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass."""
+    def probe_gradient(self, pixels: Tensor) -> list[str]:
+        """Finds out whether the embeddings of pixels ``(n, C, H, W)`` have a gradient. It counts as no pass.
+
+        Returns:
+            What a reader of a report has to know of it.
+        """
         with self.isolated(learns=True):
             self._note_gradient(pixels.detach().clone().requires_grad_())
+        if self.why_none is not None:
+            return [f"asking for gradients fails, so attacks find none ({self.why_none})"]
+        if not self.has_gradient:
+            return ["embeddings have no gradient with respect to the images, so attacks that need one find nothing"]
+        return []
 
     def probe_randomness(self, pixels: Tensor) -> None:
         """Notes whether pixels ``(n, C, H, W)`` have other embeddings in a second call. It counts as no pass.

@@ -265,9 +265,7 @@ class RetrievalTask:
         """
         check_radii(radii, self.norm, self.queries[:1].shape[1:])
         check_silent(self.embed.modules)
-        self.embed.probe_gradient(self.queries[:1])
-        if self.embed.why_none is not None:
-            self.notes.append(f"asking for gradients fails, so attacks find none ({self.embed.why_none})")
+        self.notes.extend(self.embed.probe_gradient(self.queries[:1]))
         self.embed.probe_randomness(self.queries[:_SAMPLE])
         if self.embed.is_random:
             self.notes.append(

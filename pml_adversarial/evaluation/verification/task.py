@@ -54,7 +54,7 @@ class PairTask:
         for images in self.pairs.sets:
             self._read(images)
         self.notes.extend(embed.notes)
-        embed.probe_gradient(self.pairs.first[:1])
+        self.notes.extend(embed.probe_gradient(self.pairs.first[:1]))
         self.clean: tuple[Tensor, Tensor]
         self.scores: PairScores
 
