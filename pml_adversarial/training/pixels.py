@@ -79,8 +79,12 @@ class PixelSpace:
         self._scale = [s / r for s, r in zip(std, ranges, strict=True)]
         self._shift = [(m - least) / r for m, least, r in zip(mean, low, ranges, strict=True)]
 
-    def to_pixels(self, inputs: Tensor) -> Tensor:
+    def to_pixels(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Converts inputs ``(N, ...)`` as the model took them to pixels of the same shape, and checks them.
+
+        Args:
+            inputs: ``(N, ...)``.
+            dtype: of the pixels; None: that of the inputs.
 
         Raises:
             InputError: the inputs are integers, sparse, empty or not finite, or their pixels lie outside [0, 1].
@@ -96,9 +100,9 @@ class PixelSpace:
                 f"The model's inputs are {inputs.layout} of shape {tuple(inputs.shape)}; expected dense pixels, one or "
                 "more per row. Pass images as a dense tensor (N, C, ...)."
             )
-        pixels = self.scaled(inputs)
+        pixels = self.scaled(inputs if dtype in (None, inputs.dtype) else inputs.to(dtype))
         low, high = torch.stack(torch.aminmax(pixels)).tolist() if pixels.numel() else (0.0, 0.0)
-        tolerance = max(_TOLERANCE, 4 * torch.finfo(pixels.dtype).eps)
+        tolerance = max(_TOLERANCE, 4 * torch.finfo(inputs.dtype).eps)
         if not -tolerance <= low <= high <= 1 + tolerance:
             raise InputError(self._explain(inputs, pixels, low, high))
         return pixels.clamp(0, 1)
@@ -109,11 +113,17 @@ class PixelSpace:
             return inputs
         return inputs * self._spread(self._scale, inputs) + self._spread(self._shift, inputs)
 
-    def to_inputs(self, pixels: Tensor) -> Tensor:
-        """Converts pixels ``(N, ...)`` to inputs of the model, of the same shape."""
-        if self._is_identity:
-            return pixels
-        return (pixels - self._spread(self._shift, pixels)) / self._spread(self._scale, pixels)
+    def to_inputs(self, pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Converts pixels ``(N, ...)`` to inputs of the model, of the same shape.
+
+        Args:
+            pixels: in [0, 1].
+            dtype: of the inputs, to which their values are rounded; None: that of the pixels.
+        """
+        inputs = pixels
+        if not self._is_identity:
+            inputs = (pixels - self._spread(self._shift, pixels)) / self._spread(self._scale, pixels)
+        return inputs if dtype in (None, inputs.dtype) else inputs.to(dtype)
 
     def _spread(self, values: Sequence[float], like: Tensor) -> Tensor:
         """One number per channel, in a shape that goes with the inputs."""

@@ -414,7 +414,8 @@ class Replay:
             if inputs.requires_grad:
                 stack.enter_context(checkpoints_take_gradients())
             if self._rows.apart:
-                return self._run(partial(self._take_some, self._pixels.to_inputs(inputs), rows))
+                given = self._pixels.to_inputs(inputs, self._sources.all[0].value.dtype)
+                return self._run(partial(self._take_some, given, rows))
             return self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
 
     def _embed_apart(self, inputs: Tensor, rows: Tensor) -> Tensor:
@@ -444,7 +445,8 @@ class Replay:
         found = []
         for number, held in enumerate(self._sources.all):
             mine = (source == number).nonzero().flatten()
-            own = self._pixels.to_inputs(_unpadded(inputs[mine], held.value)) if len(mine) else inputs[:0]
+            value = held.value
+            own = self._pixels.to_inputs(_unpadded(inputs[mine], value), value.dtype) if len(mine) else inputs[:0]
             outputs = {}
             for step, argument in held.places if len(mine) else ():
                 outputs[step, argument] = self._apply_to(step, value_of, number, own, row[mine])
@@ -494,7 +496,10 @@ class Replay:
             return self._apply(step, changed, some)
 
     def _known(self) -> tuple[Tensor, Tensor | None]:
-        pixels = [self._pixels.to_pixels(_without_graph(source.value)) for source in self._sources.all]
+        pixels = [
+            self._pixels.to_pixels(_without_graph(source.value), _fine(source.value.dtype))
+            for source in self._sources.all
+        ]
         if self._rows.in_order and self._limit is None:
             return pixels[0], None
         starts = torch.tensor([0, *map(len, pixels)]).cumsum(0).to(self._rows.row)
@@ -577,6 +582,11 @@ def _hook(step: Step, outputs: Outputs) -> None:
         hook = (handle.hooks_dict_ref() or {}).get(handle.id)
         if hook is not None and outputs[place].requires_grad:
             outputs[place].register_hook(hook)
+
+
+def _fine(dtype: torch.dtype) -> torch.dtype:
+    """The type in which inputs are attacked. A coarser one could not hold what an attack adds to them."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
 
 
 def _without_graph(value: Tensor) -> Tensor:

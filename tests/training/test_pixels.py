@@ -52,6 +52,18 @@ class TestRoundTrip:
         assert space.to_pixels(inputs).dtype == dtype
         assert space.to_inputs(space.to_pixels(inputs)).dtype == dtype
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_coarse_inputs_as_fine_pixels_and_back(self, dtype):
+        for normalization in (None, IMAGENET):
+            space = PixelSpace(normalization)
+            inputs = space.to_inputs(levels(), dtype)
+            pixels = space.to_pixels(inputs, torch.float32)
+            assert (inputs.dtype, pixels.dtype) == (dtype, torch.float32)
+            torch.testing.assert_close(pixels, levels(), rtol=0, atol=2 * torch.finfo(dtype).eps)
+            again = space.to_inputs(pixels, dtype)
+            inside = (space.scaled(inputs.float()) >= 0) & (space.scaled(inputs.float()) <= 1)
+            assert torch.equal(again[inside], inputs[inside])
+
     def test_gradient_flows_to_the_pixels(self):
         pixels = levels().requires_grad_()
         PixelSpace(IMAGENET).to_inputs(pixels).sum().backward()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pml_adversarial
 from benchmarks.bare import attack_by_hand, small_cnn
 from pml_adversarial import AdversarialLoss, hookimpl
+from pml_adversarial.defenses import HM
 from pml_adversarial.training import monitor, step
 
 PACKAGE = str(Path(pml_adversarial.__file__).parent)
@@ -157,10 +158,39 @@ def test_state_that_forward_changes_and_uses_is_that_of_two_passes(kind):
         torch.testing.assert_close(model.scale, second.scale)
 
 
-def test_state_of_the_wrapped_loss_is_changed_by_its_own_calls_alone():
+@pytest.mark.parametrize("plugins", [[], [HM()]], ids=["default", "HM"])  # HM asks the loss later
+def test_state_of_the_wrapped_loss_is_changed_by_its_own_calls_alone(plugins):
     model, loss, calls = nn.Sequential(nn.Flatten(), nn.Linear(36, 8)), ContrastiveLoss(), torch.zeros(())
     loss.register_forward_hook(lambda *_: calls.add_(1) and None)
-    loss_func = AdversarialLoss(loss, model, warmup=0)
+    loss_func = AdversarialLoss(loss, model, warmup=0, plugins=plugins)
     for step_now in range(3):
         loss_func(model(torch.rand(8, 1, 6, 6)), torch.arange(8) // 2).backward()
         assert calls == step_now + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_coarse_inputs_are_attacked_in_single_precision(dtype, towers):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(36, 8)).to(dtype) for _ in range(towers)]
+    copies, seen = Copies(), []
+    for model in models:
+        model.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    for eps in (1e-4, 1 / 255, 8 / 255):
+        loss_func = AdversarialLoss(MultiSimilarityLoss(), eps=eps, warmup=0, plugins=[copies])
+        images = [(torch.rand(8, 1, 6, 6) * 0.6 + 0.2).to(dtype) for _ in models]
+        embeddings = torch.cat([model(given) for model, given in zip(models, images, strict=True)])
+        loss_func(embeddings, torch.arange(8).repeat(towers) // 2).backward()
+        assert copies.inputs.dtype == torch.float32
+        assert (copies.inputs - torch.cat(images)).abs().max() == pytest.approx(eps, rel=1e-3)
+        assert loss_func.perturbation_linf == pytest.approx(eps, rel=1e-3)
+    assert set(seen) == {dtype}
+
+
+def test_a_warmup_below_what_the_type_resolves_is_no_error():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8)).bfloat16()
+    loss_func = AdversarialLoss(MultiSimilarityLoss(), model, warmup=1000)
+    for _ in range(3):
+        images = (torch.rand(8, 1, 6, 6) * 0.6 + 0.2).bfloat16()
+        loss_func(model(images), torch.arange(8) // 2).backward()
+    assert 0 < loss_func.perturbation_linf < 1e-4
