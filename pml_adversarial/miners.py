@@ -162,7 +162,7 @@ class AdversarialMiner(Wrapper, BaseMiner):
             return self._mined(embeddings, labels, ref_emb, ref_labels)
 
     def _mined(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> IndicesTuple:
-        reference = () if ref_emb is embeddings else (ref_emb, ref_labels)
+        reference = () if ref_emb is embeddings and ref_labels is labels else (ref_emb, ref_labels)
         if not self.training:
             return self.miner(embeddings, labels, *reference)
         ref, of_ref = reference or (None, None)

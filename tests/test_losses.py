@@ -124,6 +124,17 @@ class TestIsTheWrappedLoss:
         torch.testing.assert_close(loss, losses.ContrastiveLoss()(embeddings, labels, tuple(kept)))
 
     @pytest.mark.parametrize("shared", [True, False], ids=["shared labels", "own labels"])
+    @pytest.mark.parametrize("perturb", ["positive", "all"])
+    @pytest.mark.parametrize("name", ["multi-similarity", "contrastive"])
+    def test_with_itself_as_reference_when_eps_is_0(self, name, perturb, shared, model, images, labels):
+        wrapped = LOSSES[name]()
+        loss_func = seed_paper_loss(wrapped, model, attack=NO_BUDGET, perturb=perturb)
+        embeddings, ref_labels = model(images), labels if shared else labels.clone()
+        loss = loss_func(embeddings, labels, ref_emb=embeddings, ref_labels=ref_labels)
+        plain = wrapped(embeddings, labels, ref_emb=embeddings, ref_labels=ref_labels)
+        torch.testing.assert_close(loss, plain)
+
+    @pytest.mark.parametrize("shared", [True, False], ids=["shared labels", "own labels"])
     @pytest.mark.parametrize("perturb", ["anchor", "positive", "negative", "all"])
     @pytest.mark.parametrize("name", ["multi-similarity", "triplet", "contrastive", "NT-Xent", "lifted structure"])
     def test_with_a_reference_of_the_same_model_when_eps_is_0(self, name, perturb, shared, model, images, labels):

@@ -231,3 +231,13 @@ def test_refuses_plans_in_which_rows_are_not_in_their_places(with_reference, mod
     planner.plan = Plan(one, in_place, None, rows) if one_batch is None else Plan(one, one_batch, None)
     with pytest.raises(PlanError, match="expected a plan that replaces rows in place"):
         miner(model(images), labels, *reference)
+
+
+def test_a_reference_that_is_the_batch_with_labels_of_its_own_is_that_of_the_wrapped_miner(model, images, labels):
+    miner = miners.PairMarginMiner(pos_margin=-1.0, neg_margin=10.0)
+    adversarial = AdversarialMiner(miner, model, eps=1e-6, steps=1, warmup=0)
+    embeddings = model(images)
+    expected = miner(embeddings, labels, embeddings, labels.clone())
+    found = adversarial(embeddings, labels, embeddings, labels.clone())
+    assert [len(members) for members in found] == [len(members) for members in expected]
+    assert len(expected[0]) == 16  # a row is a partner of itself

@@ -97,12 +97,13 @@ class Collator:
         queries = None if enqueue_mask is None else ~enqueue_mask.to(embeddings.device)
         num_queries, shared_labels = len(embeddings) if queries is None else int(queries.sum()), False
         order = None if queries is None else (~queries).long().argsort(stable=True)
-        reference = None if ref_emb is embeddings else ref_emb
-        replay = self._replay(embeddings, reference, order, inputs, None if queries is None else num_queries)
+        if ref_emb is embeddings and (ref_labels is None or ref_labels is labels):
+            ref_emb = None  # with labels of its own it is a reference: for PML, a row is then a partner of itself
+        replay = self._replay(embeddings, ref_emb, order, inputs, None if queries is None else num_queries)
         labels = None if labels is None else labels.to(embeddings.device)
         if order is not None:
             embeddings, labels = embeddings[order], None if labels is None else labels[order]
-        if ref_emb is not None and ref_emb is not embeddings:
+        if ref_emb is not None:
             embeddings = torch.cat([embeddings, ref_emb])
             shared_labels = labels is not None and ref_labels is labels
             labels = None if labels is None or ref_labels is None else torch.cat([labels, ref_labels.to(labels.device)])

@@ -150,7 +150,7 @@ class Replay:
         return self.known_rows is None and len(self.inputs) >= count
 
     def keep_modes(self, keep: bool = True) -> None:
-        """Lets the user's own modules keep their mode in the attack, if the model gives other outputs in eval mode."""
+        """Lets the user's own modules keep their mode, where the model gives other outputs in eval mode."""
         self.kept_in_mode = own_modules(*self.modules) if keep else []
 
     @property
@@ -287,6 +287,8 @@ class Replay:
         with preserved(*self.modules), torch.enable_grad():
             try:
                 found = self.embed(inputs, rows)
+            except CaptureError:
+                raise
             except Exception:  # a model may raise anything where arguments do not fit together
                 if may_fail:
                     return False
@@ -415,8 +417,12 @@ class Replay:
                 stack.enter_context(checkpoints_take_gradients())
             if self._rows.apart:
                 given = self._pixels.to_inputs(inputs, self._sources.all[0].value.dtype)
-                return self._run(partial(self._take_some, given, rows))
-            return self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
+                found = self._run(partial(self._take_some, given, rows))
+            else:
+                found = self._embed_among_clean(inputs, self._all_known(inputs.device) if rows is None else rows)
+        if self._attacks and len(found) and torch.is_grad_enabled() and not found.requires_grad:
+            raise self._no_gradient
+        return found
 
     def _embed_apart(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Embeds a chunk, the second time in the backward pass of the caller."""

@@ -809,6 +809,24 @@ class TestCheckRows:
             replay.check_rows(replay.again())
 
 
+class TestNoGradient:
+    def test_in_a_later_step_is_told_in_words(self, model, images):
+        class Cuts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.how = model, [[False]]  # where nothing can see it
+
+            def forward(self, batch):
+                found = self.inner(batch)
+                return found.detach() if self.how[0][0] else found
+
+        module = Cuts()
+        replay = replay_of(module(images))
+        module.how[0][0] = True
+        with pytest.raises(CaptureError, match="no gradient with respect to its inputs"):
+            replay.embed(images.clone().requires_grad_())
+
+
 class TestRefusals:
     def test_the_mode_of_one_submodule(self, moody_model, images):
         embeddings = moody_model.double()(images)
