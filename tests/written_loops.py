@@ -1747,6 +1747,12 @@ def trunk_under_no_grad():
     return Loop(nn.ModuleList([trunk, head]), step)
 
 
+@refused(CaptureError, "Sequential computed under no_grad, or in an earlier step, or that were detached")
+def trunk_that_is_detached():
+    trunk, head, x = net(), nn.Linear(8, 8), images()
+    return Loop(nn.ModuleList([trunk, head]), lambda loss: loss(head(trunk(x).detach()), LABELS))
+
+
 @refused(CaptureError, "not watched")
 def head_named_without_its_trunk():
     trunk, head, x = net(), nn.Linear(8, 8), images()

@@ -266,9 +266,9 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
     value, before = leaf.value, leaf.lost
     if before:
         raise CaptureError(
-            f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, so the "
-            f"inputs stand further back and are not known. To freeze {before}, set requires_grad_(False) on its "
-            "parameters in place of no_grad, and run it in each step. "
+            f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, or that were "
+            f"detached, so the inputs stand further back and are not known. To freeze {before}, set "
+            "requires_grad_(False) on its parameters in place of no_grad or detach, and run it in each step. "
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )

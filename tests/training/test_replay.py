@@ -898,7 +898,7 @@ class TestChoices:
     def test_a_mask_of_rows_stays(self, model, images, keeps):
         embeddings = model(images)
         norms = embeddings.norm(dim=1)
-        mask = norms > {"all": 0, "some": norms.median(), "one": norms.sort().values[-2]}[keeps]
+        mask = norms > {"all": 0.99 * norms.min(), "some": norms.median(), "one": norms.sort().values[-2]}[keeps].item()
         kept = mask.nonzero().flatten()
         with torch.no_grad():
             for layer in (model[1], model[3]):
@@ -938,7 +938,8 @@ class TestChoices:
         ids=["rows", "embedding", "one-hot", "where", "mask", "largest", "strongest part"],
     )
     def test_what_each_row_chooses_of_its_own_follows_the_row(self, model, images, quantised, backwards):
-        codes = torch.randn(5, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        with paused(), torch.no_grad():  # the nearest codes of the first rows change
+            codes = torch.cat([model(images)[:3], model(1 - images)[:2]])
 
         def loop(x):
             e = model(x)
