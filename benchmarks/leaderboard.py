@@ -79,6 +79,8 @@ EXPERIMENTS = (
     "tiny-imagenet-fare-850k",
     "cars-64-plain",
     "cars-64-200k",
+    "cars-64-800k",
+    "cars-64-seed-paper",
     "cars-64-fare",
 )
 """Folders of the results."""
