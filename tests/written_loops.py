@@ -1747,10 +1747,20 @@ def trunk_under_no_grad():
     return Loop(nn.ModuleList([trunk, head]), step)
 
 
-@refused(CaptureError, "Sequential computed under no_grad, or in an earlier step, or that were detached")
-def trunk_that_is_detached():
-    trunk, head, x = net(), nn.Linear(8, 8), images()
-    return Loop(nn.ModuleList([trunk, head]), lambda loss: loss(head(trunk(x).detach()), LABELS))
+@refused(
+    CaptureError, r"Sequential computed under no_grad, or in an earlier step, or that were detached.*perturb_input"
+)
+def features_that_are_detached_before_the_images():
+    class Fuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.of = net(), nn.Linear(8, 8)
+
+        def forward(self, features, x):
+            return self.of(features) + self.net(x)
+
+    trunk, head, x = net(), Fuses(), images()
+    return Loop(nn.ModuleList([trunk, head]), lambda loss: loss(head(trunk(x).detach(), x), LABELS))
 
 
 @refused(CaptureError, "not watched")

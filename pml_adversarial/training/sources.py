@@ -147,8 +147,7 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
     """
     given = step.leaves
     candidates = [number for number, leaf in enumerate(given) if _can_be_perturbed(leaf)]
-    for wanted in (lambda leaf: leaf.value.ndim > 1, lambda leaf: not leaf.lost):  # rather no memory than one
-        candidates = [number for number in candidates if wanted(given[number])] or candidates
+    candidates = [number for number in candidates if given[number].value.ndim > 1] or candidates
     arguments = _arguments(step)
     if name is not None:
         named = {id(leaf) for leaf in leaves({**_by_key(arguments), **arguments}.get(name))}
@@ -268,7 +267,8 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
         raise CaptureError(
             f"{name_of(step)} took features that {before} computed under no_grad, or in an earlier step, or that were "
             f"detached, so the inputs stand further back and are not known. To freeze {before}, set "
-            "requires_grad_(False) on its parameters in place of no_grad or detach, and run it in each step. "
+            "requires_grad_(False) on its parameters in place of no_grad or detach, and run it in each step. If "
+            "they are to be held fixed, name the argument that is perturbed, perturb_input='x'. "
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )

@@ -222,14 +222,16 @@ def step_of(
             summed up from step to step holds no chain of them.
 
     What was detached, such as a memory of earlier embeddings, is held fixed beside tensors of later calls, and where a
-    module takes nothing else that is traced.
+    module takes it beside data.
     """
     trace_of: Callable[[Any], Any] = _recent_argument if recent_only else _argument
     try:
         if not recent_only:
-            traced = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) is Traced]
-            if len(traced) > 1 or (traced and isinstance(function, nn.Module)):
-                trace_of = _beside(traced, isinstance(function, nn.Module))
+            given = tensors_in((args, kwargs))
+            traced = [tensor for tensor in given if type(tensor) is Traced]
+            beside_data = len(traced) < len(given) and isinstance(function, nn.Module) and any(map(_is_data, given))
+            if len(traced) > 1 or (traced and beside_data):
+                trace_of = _beside(traced, beside_data)
         return Step(function, mapped(tuple(args), trace_of), mapped(dict(kwargs), trace_of), in_place)
     except (TypeError, RecursionError):  # a container of a class of its own, or one that holds itself
         return Step(function, tuple(map(trace_of, args)), {k: trace_of(v) for k, v in kwargs.items()}, in_place)
@@ -241,7 +243,12 @@ def _recent_argument(leaf: Any) -> Any:
     return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
 
 
-def _beside(traced: Sequence[Tensor], of_module: bool) -> Callable[[Any], Any]:
+def _is_data(tensor: Tensor) -> bool:
+    """Whether a tensor may be the input that is attacked."""
+    return type(tensor) is Tensor and tensor.is_floating_point() and tensor.ndim > 0
+
+
+def _beside(traced: Sequence[Tensor], beside_data: bool) -> Callable[[Any], Any]:
     """What gives the traces of arguments that are traced."""
     steps = {id(t): steps_to([ref]) for t in traced if isinstance(vars(t).get("origin"), _Weak) and (ref := ref_of(t))}
     detached = {key: found for key, found in steps.items() if any(step.cuts_gradient or step.chosen for step in found)}
@@ -251,7 +258,7 @@ def _beside(traced: Sequence[Tensor], of_module: bool) -> Callable[[Any], Any]:
     first = min((step.number for step in steps_to(live) if step.call is not None), default=None)
     calls = {key: [step for step in found if step.call is not None] for key, found in detached.items()}
     if first is None:
-        fixed = {key: found[-1] for key, found in calls.items() if found} if of_module else {}
+        fixed = {key: found[-1] for key, found in calls.items() if found} if beside_data else {}
     else:
         fixed = {key: found[-1] for key, found in calls.items() if found and found[-1].number < first}
     return lambda leaf: Fixed(leaf, lost=_name(fixed[id(leaf)].function)) if id(leaf) in fixed else _argument(leaf)

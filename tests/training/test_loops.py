@@ -274,14 +274,14 @@ class Recurrent(nn.Module):
 
 
 class Reads(nn.Module):
-    """Reads a memory, which it takes before or after the images."""
+    """Reads a memory, which it takes after the images, or before them."""
 
     def __init__(self):
         super().__init__()
         self.net, self.of = net(), nn.Linear(8, 8)
 
-    def forward(self, x, memory):
-        x, memory = (x, memory) if x.ndim == 4 else (memory, x)
+    def forward(self, first, second):
+        x, memory = (first, second) if first.ndim == 4 else (second, first)
         return self.net(x) + self.of(memory).mean(0)
 
 
@@ -310,17 +310,17 @@ def _queue_that_joins_the_batch(every):
 
 
 KEPT = {
-    "state of a recurrent model": (Recurrent, _state_that_is_detached),
-    "memory": (Reads, _state_that_is_detached),
-    "memory before the images": (Reads, _memory_before_the_images),
-    "its own output": (Reads, _conditioned_on_its_own_output),
-    "queue": (net, _queue_that_joins_the_batch(1)),
-    "queue in every third step": (net, _queue_that_joins_the_batch(3)),
+    "state of a recurrent model": (Recurrent, _state_that_is_detached, {}),
+    "memory": (Reads, _state_that_is_detached, {}),
+    "memory before the images": (Reads, _memory_before_the_images, {"perturb_input": "second"}),
+    "its own output": (Reads, _conditioned_on_its_own_output, {}),
+    "queue": (net, _queue_that_joins_the_batch(1), {}),
+    "queue in every third step": (net, _queue_that_joins_the_batch(3), {}),
 }
 
 
-@pytest.mark.parametrize(("build", "batch"), KEPT.values(), ids=KEPT)
-def test_what_was_detached_in_an_earlier_call_is_held_fixed(build, batch):
+@pytest.mark.parametrize(("build", "batch", "options"), KEPT.values(), ids=KEPT)
+def test_what_was_detached_in_an_earlier_call_is_held_fixed(build, batch, options):
     def trained(wrap):
         torch.manual_seed(0)
         model, state, found = build(), torch.zeros(8, 8), []
@@ -334,7 +334,7 @@ def test_what_was_detached_in_an_earlier_call_is_held_fixed(build, batch):
         return found, loss
 
     plain, _ = trained(lambda loss: loss)
-    found, loss = trained(lambda loss: AdversarialLoss(loss, warmup=0, **NOTHING))
+    found, loss = trained(lambda loss: AdversarialLoss(loss, warmup=0, **NOTHING, **options))
     for mine, expected in zip(found, plain, strict=True):
         assert_close(mine, expected)
     assert loss.num_perturbed == 8
