@@ -17,6 +17,7 @@ from ...attacks.ball import per_image, project
 from ...attacks.objective import Objective, Score
 from ...attacks.pgd import PGD, MomentumPGD
 from ..attacks.square import search_squares
+from ..retrieval.batch import ANSWERS, SAMPLES
 from ..retrieval.distance import Distance
 from ..retrieval.embedder import Embed
 from ..retrieval.gallery import finite_or_zero
@@ -42,6 +43,7 @@ class PairBatch:
         enrolled: ``(n, D)`` their embeddings, as they are compared.
         same: ``(n,)`` bool, whether a pair is genuine.
         norm: of the perturbations, one of `ball.NORMS`.
+        is_random: whether the model gives another answer each time.
     """
 
     embed: Embed
@@ -53,6 +55,7 @@ class PairBatch:
     enrolled: Tensor
     same: Tensor
     norm: str
+    is_random: bool = False
 
     def __getitem__(self, rows: Tensor) -> PairBatch:
         names = ("images", "clean", "enrolled_images", "enrolled", "same")
@@ -82,9 +85,18 @@ class PairBatch:
         found = torch.where(embeddings.isfinite().all(1), found, torch.nan)
         return found.nan_to_num(REJECTED, -REJECTED, REJECTED)
 
+    def mean_similarities(self, images: Tensor) -> Tensor:
+        """The same; of a model that answers at random, the means over `ANSWERS` draws."""
+        draws = ANSWERS if self.is_random else 1
+        return torch.stack([self.similarities(images) for _ in range(draws)]).mean(0)
+
     def objective(self) -> Objective:
-        """The score, as attacks of this package and of torchattacks take it."""
-        return SteadyObjective(self.embed, self.score, self.clean, self.modules)
+        """The score, as attacks of this package and of torchattacks take it.
+
+        Of a model that answers at random, gradients are means over `SAMPLES` draws.
+        """
+        samples = SAMPLES if self.is_random else 1
+        return SteadyObjective(self.embed, self.score, self.clean, self.modules, samples)
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,9 @@ class PairAttack:
     black_box: bool = False
 
     def run(self, batch: PairBatch, eps: float, restart: int) -> tuple[Tensor, Tensor]:
-        """Perturbed first images within eps of the clean ones, and the similarities ``(n,)`` of their pairs."""
+        """Perturbed first images within eps of the clean ones, and the mean similarities ``(n,)`` of their pairs."""
         images = project(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
-        return images, batch.similarities(images)
+        return images, batch.mean_similarities(images)
 
 
 def momentum(batch: PairBatch, eps: float, restart: int, steps: int, random_start: bool = True) -> Tensor:

@@ -25,18 +25,29 @@ Thresholds = dict[float | str, float]
 
 @dataclass(frozen=True, eq=False)
 class Worst:
-    """Of each pair, the similarity ``(n,)`` that is worst so far, and the first image ``(n, C, H, W)`` that has it."""
+    """Of each pair, the similarity ``(n,)`` that is worst so far, and the first image ``(n, C, H, W)`` that has it.
+
+    Of a model that answers at random, the worst is chosen by ``means`` ``(n,)`` over many draws, and the similarity is
+    that of a further draw, which has no part in the choice. Of any other model, ``means`` is None.
+    """
 
     similarities: Tensor
     images: Tensor
+    means: Tensor | None = None
+
+    @property
+    def decisive(self) -> Tensor:
+        """``(n,)`` what the worst is chosen by."""
+        return self.similarities if self.means is None else self.means
 
     def joined(self, other: Worst, same: Tensor) -> Worst:
         """The lower similarity of genuine pairs, which ``same`` ``(n,)`` marks, and the higher one of the others."""
-        lower, higher = other.similarities < self.similarities, other.similarities > self.similarities
+        lower, higher = other.decisive < self.decisive, other.decisive > self.decisive
         taken = torch.where(same, lower, higher)
         return Worst(
             torch.where(taken, other.similarities, self.similarities),
             torch.where(per_image(taken, self.images), other.images, self.images),
+            None if self.means is None else torch.where(taken, other.decisive, self.means),
         )
 
 
@@ -46,10 +57,12 @@ class PairOutcome:
 
     Attributes:
         similarities: of each pair, the worst over all restarts and all smaller eps.
+        decisive: of each pair, what the worst was chosen by, see `Worst`.
         cost: forward passes, backward passes and seconds.
     """
 
     similarities: list[Tensor] = field(default_factory=list)
+    decisive: list[Tensor] = field(default_factory=list)
     cost: list[tuple[float, ...]] = field(default_factory=list)
 
     def joined(self) -> Tensor:
@@ -90,7 +103,8 @@ class PairEvaluator:
         """Runs all attacks; ``advance`` is called after each run of one of them."""
         for rows in self.rows.split(self.batch_size):
             batch = self.task.batch(rows)
-            clean = Worst(self.task.scores[rows].similarities, batch.images)
+            means = batch.mean_similarities(batch.images) if batch.is_random else None
+            clean = Worst(self.task.scores[rows].similarities, batch.images, means)
             worst = dict.fromkeys(self.attacks, clean)
             for eps in self.radii:
                 for attack in self.attacks:
@@ -113,10 +127,14 @@ class PairEvaluator:
             stream = zlib.crc32(repr((attack.name, eps, restart, first_row)).encode())
             with random_stream(self.seed, stream):
                 images, similarities = attack.run(batch, eps, restart)
-            worst = worst.joined(Worst(similarities, images), batch.same)
+                found = Worst(similarities, images)
+                if batch.is_random:
+                    found = Worst(batch.similarities(images), images, similarities)
+            worst = worst.joined(found, batch.same)
             advance()
         outcome = self.outcomes[attack, eps]
         outcome.similarities.append(worst.similarities)
+        outcome.decisive.append(worst.decisive)
         outcome.cost.append(tuple(now - then for now, then in zip(self._spent(), before, strict=True)))
         return worst
 
@@ -164,8 +182,11 @@ class PairEvaluator:
 
     def _worst_scores(self, eps: float) -> PairScores:
         clean = self.task.scores[self.rows]
-        reached = torch.stack([found.joined() for (_, radius), found in self.outcomes.items() if radius == eps])
-        return replace(clean, similarities=torch.where(clean.same, reached.amin(0), reached.amax(0)))
+        found = [outcome for (_, radius), outcome in self.outcomes.items() if radius == eps]
+        decisive = torch.stack([torch.cat(outcome.decisive) for outcome in found])
+        worst = torch.where(clean.same, decisive.argmin(0), decisive.argmax(0))
+        reached = torch.stack([outcome.joined() for outcome in found])
+        return replace(clean, similarities=reached.gather(0, worst.unsqueeze(0)).squeeze(0))
 
 
 def find_thresholds(roc: ROC, rates: Iterable[float]) -> Thresholds:

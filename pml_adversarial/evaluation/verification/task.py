@@ -11,16 +11,19 @@ from torch import Tensor
 from ...errors import InputError
 from ...training.isolation import random_stream
 from ..reports import fingerprints
+from ..retrieval.batch import ANSWERS, SAMPLES
 from ..retrieval.distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
 from ..retrieval.embedder import Embedder, batches, check_finite
 from ..retrieval.gallery import TIE
 from ..retrieval.images import ImageSet
 from ..retrieval.options import to_rows
+from ..retrieval.task import RANDOM
 from .attacks import PairBatch
 from .pairs import PairChoice, Pairs, PairSet
 from .roc import PairScores
 
 _ALIKE = 1e-3  # of the size of embeddings: those of one image differ by less
+_SAMPLE = 16  # images by which it is found out whether the model answers at random
 _SAME_LENGTH = 1.01  # lengths of embeddings that a model normalises differ by less
 _DIFFERENT = 0.5  # percent of EER
 
@@ -55,6 +58,13 @@ class PairTask:
             self._read(images)
         self.notes.extend(embed.notes)
         self.notes.extend(embed.probe_gradient(self.pairs.first[:1]))
+        embed.probe_randomness(self.pairs.first[:_SAMPLE])
+        if embed.is_random:
+            self.notes.append(
+                f"{RANDOM}: gradients are means over {SAMPLES} draws (EOT). The worst attempt on a pair is the one "
+                f"whose mean similarity over {ANSWERS} draws is worst; one more draw of it counts, as in use. So "
+                "some pairs are dodged or impersonated by chance alone. Without attack, each image is embedded once"
+            )
         self.clean: tuple[Tensor, Tensor]
         self.scores: PairScores
 
@@ -132,6 +142,7 @@ class PairTask:
             enrolled=self.distance.vectors(other),
             same=self.same[rows.to(self.same.device)],
             norm=self.norm,
+            is_random=self.embed.is_random,
         )
 
     def _read(self, images: ImageSet) -> None:

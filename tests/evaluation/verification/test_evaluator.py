@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from query_batches import all_norms, images_of, length, network
+from query_batches import Made, all_norms, images_of, length, network
 from some_pairs import LISTED, TIE, rates_by_loops, similarities_by_loops, task_of, verified
 
+from pml_adversarial.evaluation.retrieval.batch import SAMPLES
 from pml_adversarial.evaluation.verification.attacks import PairAttack
 from pml_adversarial.evaluation.verification.evaluator import PairEvaluator, Worst, at_thresholds, find_thresholds
 from pml_adversarial.evaluation.verification.roc import ROC, PairScores
@@ -40,6 +41,58 @@ class TestWorst:
         first = Worst(torch.zeros(2), torch.zeros(2, 1))
         found = first.joined(Worst(torch.full((2,), torch.nan), torch.ones(2, 1)), torch.tensor([True, False]))
         assert found.similarities.tolist() == [0, 0]
+
+    def test_of_a_random_model_the_means_decide(self):
+        same = torch.tensor([True, True, False, False])
+        first = Worst(torch.tensor([0.1, 0.9, 0.1, 0.9]), torch.zeros(4, 1), torch.tensor([0.5, 0.5, 0.5, 0.5]))
+        second = Worst(torch.tensor([0.3, 0.4, 0.3, 0.4]), torch.ones(4, 1), torch.tensor([0.2, 0.8, 0.2, 0.8]))
+        found = first.joined(second, same)
+        assert found.images.flatten().tolist() == [1, 0, 0, 1]
+        assert found.similarities.tolist() == pytest.approx([0.3, 0.9, 0.1, 0.4])
+        assert found.means.tolist() == pytest.approx([0.2, 0.5, 0.5, 0.8])
+
+
+class TestRandomModel:
+    """Noise alone decides what the model says; no image is worse than another one."""
+
+    @staticmethod
+    def evaluated(attacks):
+        task = task_of(Made(lambda images: torch.rand(len(images), 2) + 0 * images.flatten(1)[:, :1]))
+        evaluator = PairEvaluator(task, attacks, (0.02, 0.06), torch.arange(40), 0, 40, False)
+        evaluator.run(lambda: None)
+        return evaluator
+
+    def test_one_draw_counts_and_not_the_worst_of_many(self):
+        evaluator = self.evaluated(tuple(PairAttack(f"still {i}", STILL.perturb, restarts=5) for i in range(6)))
+        assert evaluator.task.embed.is_random
+        clean, attacked = evaluator.task.scores, evaluator._worst_scores(0.06)
+        for kind in (True, False):
+            chosen = clean.same == kind
+            before, after = (scores.similarities[chosen] for scores in (clean, attacked))
+            spread = before.std() / len(before) ** 0.5
+            assert abs(float(after.mean() - before.mean())) < 4 * float(spread)
+
+    def test_what_is_worse_on_average_is_found(self):
+        def grown(batch, eps, restart):
+            return batch.images.clone().fill_(0.5) if restart == 1 else batch.images
+
+        def model(images):
+            near = ((images - 0.5).abs().flatten(1).amax(1) < 0.1).float()
+            angle = near * torch.pi / 2 + 0.1 * torch.randn(len(images))
+            return torch.stack([angle.cos(), angle.sin()], 1)
+
+        attack = PairAttack("grown", grown, 3)
+        evaluator = PairEvaluator(task_of(Made(model)), (attack,), (0.9,), torch.arange(40), 0, 40, False)
+        evaluator.run(lambda: None)
+        found = evaluator.reached["grown", False, 0.9]
+        same = evaluator.task.same
+        assert (found[same].abs() < 0.7).all()
+        assert (found[~same] > 0.7).all()
+
+    def test_gradients_are_means_over_draws(self):
+        batch = task_of(Made(lambda images: images.flatten(1) + torch.rand(1))).batch(torch.arange(4))
+        assert batch.objective().samples == SAMPLES
+        assert task_of().batch(torch.arange(4)).objective().samples == 1
 
 
 class TestRecomputed:

@@ -140,6 +140,15 @@ class TestForms:
         assert report.result(0.06).auc < report.result().auc  # by the black box
         assert {"gradients are there"} <= {check.name for check in report.flagged}
 
+    def test_a_model_that_answers_at_random(self):
+        model = network()
+        options = {"attacks": [NOISE], "steps": 1, "restarts": 1, "square": 0}
+        report = verified(lambda x: model(x + 0.1 * torch.randn_like(x)), **options)
+        (note,) = (note for note in report.notes if "answers at random" in note)
+        assert f"note: {note}" in str(report)
+        assert note in report.to_dict()["notes"]
+        assert not any("answers at random" in note for note in verified(model, **options).notes)
+
     @pytest.mark.parametrize("distance", [*DISTANCES, distances.LpDistance(p=1), distances.SNRDistance()])
     def test_distances(self, distance):
         report = verified(distance=distance)
