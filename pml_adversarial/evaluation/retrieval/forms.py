@@ -69,7 +69,7 @@ def labelled_images(images: Images, role: str) -> LabelledImages:
     """
     if isinstance(images, Mapping):
         images = _pair_of(images, role)
-    if isinstance(images, tuple | list) and (len(images) == 2 or not _holds_items(images)):
+    if isinstance(images, tuple | list) and not _holds_items(images):
         return _from_pair(images, role)
     if isinstance(images, DataLoader):
         return _from_loader(images, role)
@@ -79,8 +79,24 @@ def labelled_images(images: Images, role: str) -> LabelledImages:
 
 
 def _holds_items(images: Sequence[Any]) -> bool:
-    """Whether this is a list of items ``(image, label)``."""
-    return len(images) > 0 and all(isinstance(item, tuple | Mapping) and len(item) >= 2 for item in images)
+    """Whether this is a list of items ``(image, label)``, and not ``(images, labels)``."""
+    if len(images) == 2:  # images of a batch have labels beside them, one of an item has one number
+        return isinstance(images, list) and all(map(_is_item, images))
+    return len(images) > 0 and all(
+        (isinstance(item, tuple | Mapping) and len(item) >= 2) or _is_item(item) for item in images
+    )
+
+
+def _is_item(item: Any) -> bool:
+    """Whether this is a picture with one number."""
+    if isinstance(item, Mapping):
+        return len(item) >= 2
+    is_long = isinstance(item, tuple | list) and len(item) >= 2
+    return (
+        is_long
+        and len(getattr(item[0], "shape", ())) > 1
+        and (isinstance(item[1], int) or (hasattr(item[1], "shape") and not item[1].shape))
+    )
 
 
 def _from_pair(images: Any, role: str) -> LabelledImages:
@@ -194,7 +210,7 @@ def _pair_of(images: Mapping[Any, Any], role: str) -> Any:
 def _split(item: Any, role: str) -> tuple[Any, Any]:
     """Image and label of an item of a data set, or images and labels of a batch."""
     if isinstance(item, Mapping):
-        image, label = (next((key for key in keys if key in item), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS))
+        image, label = _key(item, _IMAGE_KEYS, _is_array), _key(item, _LABEL_KEYS, lambda it: not isinstance(it, str))
         if image is None or label is None:
             raise InputError(
                 f"{role}: an item is a dict with the keys {sorted(map(str, item))}; expected an image under one of "
@@ -209,6 +225,17 @@ def _split(item: Any, role: str) -> tuple[Any, Any]:
         + (f" of length {len(item)}" if isinstance(item, tuple | list | str) else "")
         + f"; {_EXPECTED}."
     )
+
+
+def _key(item: Mapping[Any, Any], keys: Sequence[str], is_usable: Callable[[Any], bool]) -> str | None:
+    """The first key whose value can be used; if there is none, the first that is there."""
+    there = [key for key in keys if key in item]
+    return next((key for key in there if is_usable(item[key])), there[0] if there else None)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether this is a tensor or an array, or some of them, and no picture that has to be converted."""
+    return _is_array(value[0]) if isinstance(value, list | tuple) and value else hasattr(value, "shape")
 
 
 def _stacked(images: Sequence[Any]) -> Tensor:
@@ -251,8 +278,9 @@ def _as_labels(labels: Any, role: str) -> Tensor:
             labels = labels.tolist()
         return torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        shown = f"labels such as {labels[0]!r}" if isinstance(labels, list | tuple) and labels else f"labels {labels!r}"
-        raise InputError(f"{role} has {shown}; expected whole numbers, one per image.") from error
+        first = labels[0] if isinstance(labels, list | tuple) and labels else labels
+        shown = f"such as {first!r}" if isinstance(first, str | int | float) else f"as {type(first).__name__}"
+        raise InputError(f"{role} has labels {shown}; expected whole numbers, one per image.") from error
 
 
 def _no_images(rows: Tensor) -> Tensor:

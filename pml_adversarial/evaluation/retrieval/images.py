@@ -39,9 +39,11 @@ class ImageSet:
         if self.label_sets is not None:
             labels = self.label_sets.unique(dim=0, return_inverse=True)[1]
         if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
+            cure = " Pass labels[:, 0]." if labels.shape == (count, 1) else ""
+            cure = " Pass labels.long(), if they are whole numbers." if labels.is_floating_point() else cure
             raise InputError(
                 f"{role} has labels {labels.dtype} of shape {tuple(labels.shape)} for {count} images; expected one "
-                "whole number per image, or a row of 0 and 1 that says which of several labels it has."
+                f"whole number per image, or a row of 0 and 1 that says which of several labels it has.{cure}"
             )
         self.labels = labels.to(device, torch.long, copy=labels.is_inference())
         most = int(labels.max()) + 1 if self.label_sets is None else self.label_sets.shape[1]

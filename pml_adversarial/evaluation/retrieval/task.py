@@ -123,7 +123,12 @@ class RetrievalTask:
         self._embeddings = check_finite(embeddings)
         self.gallery = Gallery(embeddings, self.items.labels, distance=self.distance)
         if self._relevant is None and self.items.label_sets is None and len(self._searched_classes()) < 2:
-            raise InputError("All items of the gallery have one label; expected two or more, else no item is wrong.")
+            has_junk = len(self._searched_classes()) < len(self.gallery.classes)
+            junk = f" Items of the label {self._junk} are junk; with junk_label=None, it is a label as all others."
+            raise InputError(
+                "All items of the gallery have one label; expected two or more, else no item is wrong."
+                + junk * has_junk
+            )
 
     def set_queries(self, rows: Tensor, embeddings: Tensor) -> None:
         """Uses clean embeddings ``(n, D)`` of the queries ``rows``, and looks for those that lie in the gallery."""

@@ -196,6 +196,8 @@ def _sides(pairs: Pairs) -> tuple[Any, Any] | None:
         pairs = pairs.tensors
     if isinstance(pairs, tuple | list) and len(pairs) == 3 and not _holds_pairs(pairs):
         first, second, same = pairs
+        if isinstance(same, Tensor) and same.is_floating_point() and bool(((same == 0) | (same == 1)).all()):
+            same = same != 0  # as a loss of binary labels takes them
         return (first, same), (second, same)
     if isinstance(pairs, DataLoader) and not isinstance(pairs.dataset, tuple | list) and _holds_pairs(pairs.dataset):
         raise InputError("pairs is a data loader of pairs; expected their data set. Pass loader.dataset.")

@@ -4,6 +4,7 @@ import numpy
 import pytest
 import torch
 from data_sets import Listed
+from PIL import Image
 from query_batches import images_of
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
@@ -120,6 +121,35 @@ class TestForms:
         self.check(
             [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)], images, labels
         )
+
+    def test_a_list_of_two_items_and_a_list_of_lists(self):
+        images, labels = images_of()
+        items = list(zip(images, labels, strict=True))
+        self.check([[image.numpy(), int(label)] for image, label in items], images, labels)
+        of_two = (items[:2], [(images[0], 0), (images[1], 1)], [{"image": images[row], "label": row} for row in (0, 1)])
+        pairs_of_two = ([(images[0], images[1]), (0, 1)], ((images[0], images[1]), (0, 1)), [images[:2], labels[:2]])
+        for given in (*of_two, *pairs_of_two):
+            found = labelled_images(given, "queries")
+            assert found.labels.tolist() == [0, 1]
+            assert torch.equal(found.read(torch.tensor([1, 0])), images[[1, 0]])
+
+    def test_of_several_keys_the_first_that_can_be_used(self):
+        images, labels = images_of()
+        picture = Image.new("L", (6, 6))
+        items = [
+            {"image": picture, "pixel_values": image, "label": "five", "labels": int(label)}
+            for image, label in zip(images, labels, strict=True)
+        ]
+        self.check(items, images, labels)
+        self.check(DataLoader(items, 5, collate_fn=lambda batch: {
+            "image": [picture] * len(batch), "pixel_values": [item["pixel_values"] for item in batch],
+            "label": [item["labels"] for item in batch]}), images, labels)  # fmt: skip
+
+    def test_labels_that_are_pictures_are_not_printed(self):
+        images = images_of()[0]
+        with pytest.raises(InputError, match=r"^queries has labels as Tensor; expected whole") as caught:
+            labelled_images((images, [images[0], "x"]), "queries")
+        assert len(str(caught.value)) < 100
 
     def test_names_of_classes(self):
         images, labels = images_of(6, 3)

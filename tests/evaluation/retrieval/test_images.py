@@ -134,3 +134,12 @@ def test_images_that_span_next_to_nothing_are_said(low, high, is_said, normaliza
     said = f"values of 2 images lie between {low:.3g} and {high:.3g} of a range from 0 to 1"
     assert (said in note) is is_said
     assert ("normalised images" in note) is (normalization is not None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "cure"),
+    [(torch.zeros(4, 1).long(), r"Pass labels\[:, 0\]\."), (torch.zeros(4), r"Pass labels\.long\(\)")],
+)
+def test_labels_of_another_form_have_a_cure(labels, cure):
+    with pytest.raises(InputError, match=rf"several labels it has\. {cure}"):
+        ImageSet((PIXELS, labels), CPU, "queries")

@@ -157,6 +157,12 @@ class TestGallery:
         with pytest.raises(InputError, match="All items of the gallery have one label; expected two or more"):
             task.set_gallery(torch.randn(24, 6))
 
+    def test_of_two_classes_of_which_one_is_junk(self):
+        labels = torch.where(torch.arange(24) % 2 > 0, 1, -1)
+        with pytest.raises(InputError, match="label -1 are junk; with junk_label=None, it is a label as all others"):
+            task_of((images_of()[0], labels)).set_gallery(torch.randn(24, 6))
+        task_of((images_of()[0], labels), junk_label=None).set_gallery(torch.randn(24, 6))
+
 
 class TestKnownEmbeddings:
     def test_of_the_model_are_taken(self):

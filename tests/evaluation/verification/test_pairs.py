@@ -54,6 +54,14 @@ def all_pairs(labels, same):
     return [(i, j) for i, j in itertools.combinations(range(len(labels)), 2) if (labels[i] == labels[j]) == same]
 
 
+def test_same_may_be_floating_point():
+    for kind in (torch.float32, torch.float64):
+        pairs = PairSet((FIRST, SECOND, torch.tensor([1, 0, 1, 0, 0, 1], dtype=kind)), torch.device("cpu"))
+        assert pairs.same.tolist() == [True, False, True, False, False, True]
+    with pytest.raises(InputError, match=r"labels torch\.float32"):
+        PairSet((FIRST, SECOND, torch.tensor([1, 0, 0.5, 0, 0, 1])), torch.device("cpu"))
+
+
 class TestGivenPairs:
     @pytest.mark.parametrize(
         "given",
