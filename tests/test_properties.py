@@ -404,7 +404,7 @@ def check_perturbed(scene):
         close(scene, value, plain)
         return
     pixels = images.detach().clamp(0, 1)[spy.plan.rows]
-    assert spy.adversarial.inputs.dtype == images.dtype
+    assert spy.adversarial.inputs.dtype == torch.promote_types(images.dtype, torch.float32)  # in which it is attacked
     assert ((spy.adversarial.inputs >= 0) & (spy.adversarial.inputs <= 1)).all()
     assert ((spy.adversarial.inputs - pixels).abs() <= EPS + 2 * scene.rounding).all()
     assert loss_func.num_perturbed == len(spy.plan.rows)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 from query_batches import RADIUS, all_norms, both_norms, length
@@ -46,9 +47,14 @@ class TestProject:
             def change(parts):  # what is added, and what is taken away
                 return parts[:6] - parts[6:]
 
+            def slope(parts, centre=centre, wanted=wanted):  # a difference quotient would not be exact enough
+                of_points = 2 * (centre + change(parts) - wanted)
+                return numpy.concatenate([of_points, -of_points])
+
             best = minimize(
                 lambda parts, centre=centre, wanted=wanted: ((centre + change(parts) - wanted) ** 2).sum(),
                 [0.01] * 12,
+                jac=slope,
                 bounds=[*((0, 1 - c) for c in centre), *((0, c) for c in centre)],
                 constraints={"type": "ineq", "fun": lambda parts: eps - parts.sum()},
                 method="SLSQP",

@@ -144,7 +144,7 @@ class TestRecomputed:
         shift, noise = report.attacks
         assert (shift.forward_passes, shift.backward_passes) == (8 * 24, 6 * 24)
         assert (noise.forward_passes, noise.backward_passes) == (24, 0)
-        assert sum(rows) == 2 + 2 * 16 + 24 + 8 * 24 + 24 + 7  # probes, the gallery, the attacks, and the examples
+        assert sum(rows) == 3 + 2 * 16 + 24 + 8 * 24 + 24 + 7  # probes, the gallery, the attacks, and the examples
 
     def test_shift_by_loops(self):
         (images, labels), model = images_of(spread=0.05), network()

@@ -88,7 +88,7 @@ class TestGoesOn:
         resumed = evaluated(tmp_path, model)
         handle.remove()
         assert_same(resumed, evaluated(None, model))
-        probes = 2 + 2 * 16
+        probes = 3 + 2 * 16
         whole = probes + 24 + sum(r.forward_passes for r in resumed.attacks) + 7  # gallery, attacks, examples
         assert (sum(rows) < whole) == bool(kept)
         assert sorted(file.name for file in tmp_path.glob("*.pt")) == [
@@ -99,7 +99,7 @@ class TestGoesOn:
     def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
         model = network()
         first = evaluated(tmp_path, model)
-        handle = interrupt_after(5, model)  # with the one that compares its embeddings with the kept ones
+        handle = interrupt_after(6, model)  # with the one that compares its embeddings with the kept ones
         again = evaluated(tmp_path, model)
         handle.remove()
         assert_same(first, again)

@@ -107,7 +107,7 @@ class TestOfAnEvaluation:
         model, seen = counted()
         report = evaluated(model, progress=True)
         (bar,) = bars
-        embedded, probes, examples = 24, 2 + 2 * 16, 8
+        embedded, probes, examples = 24, 3 + 2 * 16, 8
         attacks = sum(result.forward_passes + result.backward_passes for result in report.attacks)
         assert bar.n == embedded + attacks + examples
         assert bar.n == sum(seen) - probes + sum(result.backward_passes for result in report.attacks)
