@@ -874,6 +874,19 @@ options_case(
     },
     net_of_colours,
 )
+IN_LEVELS = [127.5], [127.5]
+options_case(
+    "normalization_in_levels",
+    InputError,
+    "has the mean 127.5",
+    ("divide both by 255", r"bounds=\(0, 255\)"),
+    lambda cure: (images() - 0.5) / 0.5,  # as (255 images() - 127.5) / 127.5
+    {
+        None: {"normalization": IN_LEVELS},
+        "divide both by 255": {"normalization": ([0.5], [0.5])},
+        r"bounds=\(0, 255\)": {"normalization": IN_LEVELS, "bounds": (0, 255)},
+    },
+)
 options_case(
     "clips_with_three_frames",
     InputError,

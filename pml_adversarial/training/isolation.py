@@ -45,7 +45,11 @@ def preserved(*modules: nn.Module, learns: bool = False) -> Iterator[None]:
         {id(p): p for m in submodules for p in m._parameters.values() if p is not None and not is_lazy(p)}.values()
     )
     states = [(m, vars(m).copy(), m._buffers.copy()) for m in submodules if not _is_scripted(m)]
-    scripted = [(m, m.training, [(b, b.detach().clone()) for b in m.buffers()]) for m in submodules if _is_scripted(m)]
+    scripted = [
+        (m, getattr(m, "training", None), [(b, b.detach().clone()) for b in m.buffers()])
+        for m in submodules
+        if _is_scripted(m)
+    ]
     tensors = [(p, p.requires_grad, p.grad, _bound(p)) for p in parameters]
     queues = ExitStack()
     queues.enter_context(undone_with_values(submodules, learns))
@@ -61,7 +65,10 @@ def preserved(*modules: nn.Module, learns: bool = False) -> Iterator[None]:
         yield
     finally:
         for module, mode, copies in scripted:  # their buffers cannot be exchanged
-            module.training = mode
+            if mode is None:
+                vars(module).pop("training", None)
+            else:
+                module.training = mode
             for buffer, before in copies:
                 buffer.detach().copy_(before)
         for parameter, _, _, (dtype, pointer, *place) in tensors:
@@ -149,10 +156,15 @@ def isolated(*modules: nn.Module, but: Iterable[nn.Module] = (), learns: bool = 
     kept = set(map(id, but))
     with preserved(*modules, learns=learns), torch.enable_grad():
         for submodule in (inner for module in modules for inner in module.modules()):
-            if id(submodule) not in kept:
+            if id(submodule) not in kept and is_training(submodule):
                 submodule.training = False
         freeze(*modules)
         yield
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is in train mode. A scripted module that was frozen (``torch.jit.freeze``) has no mode."""
+    return getattr(module, "training", False)
 
 
 def freeze(*modules: nn.Module) -> None:
@@ -239,7 +251,8 @@ def depends_on_mode(*modules: nn.Module) -> bool:
     The answer comes from the code of each class, so it also covers modules that users write. Scripted modules count as
     dependent, because their code cannot be read.
     """
-    return any(m.training and _reads_training(cast(Hashable, type(m))) for module in modules for m in module.modules())
+    inner = (submodule for module in modules for submodule in module.modules())
+    return any(is_training(m) and _reads_training(cast(Hashable, type(m))) for m in inner)
 
 
 @cache

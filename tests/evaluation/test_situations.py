@@ -195,6 +195,10 @@ def traced():
     return torch.jit.trace(network().eval(), IMAGES)
 
 
+def frozen(freeze=torch.jit.freeze):
+    return freeze(torch.jit.script(network().eval()))
+
+
 MODELS = {
     "function": lambda: (lambda net: lambda images: net(images))(network()),
     "object": Wrapper,
@@ -206,6 +210,9 @@ MODELS = {
     "module dict": lambda: nn.ModuleDict({"trunk": network()[:4], "embedder": network()[4:]}),
     "script": scripted,
     "trace": traced,
+    "frozen script": frozen,
+    "frozen script in a module": lambda: nn.Sequential(nn.Identity(), frozen()),
+    "frozen script in a function": lambda: (lambda net: lambda images: net(images))(frozen()),
 }
 
 
@@ -505,11 +512,13 @@ def without_gradient():
     linear[1].weight.data = weights.T.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for_inference = frozen(torch.jit.optimize_for_inference)
         quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(linear), {nn.Linear}, dtype=torch.qint8)
     return {
         "no gradient given": lambda images: Rounded.apply(images).flatten(1) @ weights,
         "detached": lambda images: images.detach().flatten(1) @ weights,
         "quantised": quantised,
+        "script for inference": for_inference,
         "numpy": lambda images: images.numpy().reshape(len(images), -1) @ weights.numpy(),
     }
 

@@ -338,6 +338,20 @@ class TestOwnModules:
         assert [m.training for m in (model, *model)] == [True, True, True, True, False]
 
 
+@pytest.mark.filterwarnings(r"ignore:.torch\.jit\..*:DeprecationWarning", r"ignore:.torch\.jit\..*:FutureWarning")
+def test_a_frozen_script_has_no_mode_and_gets_none():
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(3, 3)).eval()))
+    model = nn.Sequential(frozen, nn.Dropout())
+    with isolated(model):
+        assert not model[1].training
+    assert model[1].training
+    assert not hasattr(frozen, "training")
+    with preserved(model):
+        model.eval()  # torch gives it a mode
+    assert not hasattr(frozen, "training")
+    assert not depends_on_mode(frozen)
+
+
 def test_data_of_parameters_comes_back():
     linear = nn.Linear(3, 2)
     weight, data, address = linear.weight, linear.weight.detach().clone(), linear.weight.data_ptr()

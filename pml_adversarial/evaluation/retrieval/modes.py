@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...attacks.objective import Objective
-from ...training.isolation import depends_on_mode, freeze, preserved
+from ...training.isolation import depends_on_mode, freeze, is_training, preserved
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def as_deployed(*modules: nn.Module, learns: bool = False) -> Iterator[None]:
     """
     with preserved(*modules, learns=learns), ExitStack() as stack, torch.enable_grad():
         for module in modules:
-            if module.training:
+            if is_training(module):
                 stack.enter_context(_switched(module))
         freeze(*modules)
         yield
@@ -67,7 +67,7 @@ def _switched(module: nn.Module) -> Iterator[None]:
     try:
         module.eval()
     except Exception:  # exported programs refuse it
-        for part in parts:
+        for part in filter(is_training, parts):
             part.training = False
     changed = [(weight, value) for weight, value in weights if not torch.equal(weight, value)]
     try:
