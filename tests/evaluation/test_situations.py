@@ -9,6 +9,7 @@ import pytest
 import torch
 from query_batches import Made, images_of, network
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -199,7 +200,13 @@ def frozen(freeze=torch.jit.freeze):
     return freeze(torch.jit.script(network().eval()))
 
 
+def checkpointed():
+    net = network()
+    return lambda images: checkpoint(net, images, use_reentrant=True)
+
+
 MODELS = {
+    "reentrant checkpoint": checkpointed,
     "function": lambda: (lambda net: lambda images: net(images))(network()),
     "object": Wrapper,
     "method": lambda: Wrapper().encode,

@@ -17,6 +17,7 @@ from ...training.capture import in_order
 from ...training.isolation import depends_on_mode, random_kept, random_stream, seed_all
 from ...training.modules import is_compiled, modules_reached_by, modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
+from ...training.rerun import checkpoints_take_gradients
 from ..runs.sharing import Ranks
 from .images import ImageSet
 from .modes import as_deployed, left_in_train_mode
@@ -95,12 +96,13 @@ class Embedder:
     def isolated(self, learns: bool = False) -> Iterator[None]:
         """Puts the modules into eval mode and freezes them, see `modes.as_deployed`, in plain surroundings.
 
-        The model itself runs under the autocast that surrounded the making of this object.
+        The model itself runs under the autocast that surrounded the making of this object. Gradients pass reentrant
+        activation checkpoints too.
 
         Args:
             learns: see `training.isolation.preserved`.
         """
-        with plain_surroundings(), as_deployed(*self._outermost(), learns=learns):
+        with plain_surroundings(), as_deployed(*self._outermost(), learns=learns), checkpoints_take_gradients():
             yield
 
     def _outermost(self) -> list[nn.Module]:
@@ -139,7 +141,7 @@ class Embedder:
             states.append(states_of_generators())
             return found[-1]
 
-        with plain_surroundings():
+        with plain_surroundings(), checkpoints_take_gradients():
             if self.modules:
                 self.modules = (*self.modules, *self._hidden(run, pixels.detach()))
             else:
