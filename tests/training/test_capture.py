@@ -949,7 +949,7 @@ class TestWhatTheFirstBatchShowed:
     def test_a_switch_with_which_rows_are_mixed(self, images, switch):
         model, capture = self.Net(), InputCapture()
         for _ in range(3):
-            assert inputs_of(capture, model(images)).equal(images)
+            assert inputs_of(capture, model(images, False)).equal(images)
         model.centred = switch == "attribute"
         other = self.Net(True) if switch == "another model" else model
         with pytest.raises(ReplayError, match="embeds some rows"):
