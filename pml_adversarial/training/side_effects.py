@@ -75,14 +75,18 @@ def undone_with_values(modules: Iterable[nn.Module], learns: bool = False) -> It
 
 
 class Values:
-    """What tensors and arrays, and the places of parameters, hold that modules reach. Buffers are left out.
+    """What tensors and arrays, and the places of parameters, hold that modules reach.
+
+    Buffers are left out, also where something else refers to them, as a list in `DistributedDataParallel` does.
 
     Args:
         modules: all submodules too.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._values = _kept(modules, all_values=True).values
+        buffers = {_memory(buffer) for module in modules for buffer in module.buffers(recurse=False)}
+        found = _kept(modules, all_values=True).values
+        self._values = [one for one in found if _memory(one.held) not in buffers]
         self._copies = [_copied(held, to_host=True) for _, _, held in self._values]
         self._parameters = [
             (m._parameters, name, p) for m in modules if _is_open(m) for name, p in m._parameters.items()
@@ -335,6 +339,13 @@ def _has_value(held: Any) -> bool:
     if 0 in [step for step, size in zip(held.stride(), held.shape, strict=True) if size > 1]:
         return False  # an expanded tensor, which torch does not change in place
     return held.untyped_storage().nbytes() >= held.numel() * held.element_size()  # a sharded model frees storages
+
+
+def _memory(held: Any) -> int:
+    """Where its values lie; 0 where they cannot be copied, see `_has_value`."""
+    if not _has_value(held):
+        return 0
+    return held.ctypes.data if isinstance(held, numpy.ndarray) else held.untyped_storage().data_ptr()
 
 
 def _copied(held: Any, to_host: bool) -> Any:

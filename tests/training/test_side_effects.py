@@ -638,6 +638,15 @@ class TestValuesThatForwardChanges:
         assert module.total.tolist() == [1, 1]
         assert Values([module]).changed() == []
 
+    @pytest.mark.parametrize("refer", [lambda b: b, lambda b: b.view(1), lambda b: b.view(1).numpy()])
+    def test_a_buffer_that_a_list_refers_to_too_is_left_out(self, refer):
+        module = Counts("buffer")
+        module.buffers_of_all = [refer(module.buffer)]
+        values = Values([module])
+        module(torch.zeros(2))
+        assert values.changed() == []
+        assert module.buffer == 1
+
     def test_are_put_back_after_an_exception(self):
         module = Counts("tensor")
         with contextlib.suppress(Stop), undone_with_values([module], learns=True):

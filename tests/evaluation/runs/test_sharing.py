@@ -19,7 +19,7 @@ from pml_adversarial.evaluation.runs.sharing import Ranks, _Calls, _wait_for_all
 
 WORKER = Path(worker.__file__)
 WORLDS = (2, 3)
-PROBES = 34  # images that each process embeds to find out what kind of model it has: 2, and twice 16
+PROBES = 35  # images that each process embeds to find out what kind of model it has: 3 of one, and twice 16
 both = pytest.mark.parametrize("world", WORLDS)
 
 
