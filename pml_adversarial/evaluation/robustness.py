@@ -150,8 +150,10 @@ def evaluate_robustness(
             checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device, ranks)
             embedded = partial(_embedded, task, checkpoint, batch_size, ranks, bar)
             task.embed_and_set(asked, batch_size, gallery_embeddings, embedded)
+            gradient = checkpoint.load_or_make("gradient", lambda: embed.gradient)
             if checkpoint.has_loaded:
                 task.check_clean(asked)
+                embed.check_kept_gradient(gradient)
             origin = {**measured(), **provenance.surroundings(embed.device)}
             rows, left_out = task.with_right_item(asked)
             task.note_lengths(rows)

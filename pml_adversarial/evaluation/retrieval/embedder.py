@@ -26,6 +26,8 @@ from .seeds import generators_kept, seeded, states_of_generators
 Embed = Callable[[Tensor], Tensor]
 """Pixels ``(n, C, H, W)`` in [0, 1] -> embeddings ``(n, D)``."""
 
+_SAME_GRADIENT = 0.1  # share of its norm by which a gradient may differ from one run to the next, in half precision
+
 
 class Embedder:
     """A model that takes pixels, checks its embeddings, and counts the images that it embeds, also with gradient.
@@ -43,6 +45,7 @@ class Embedder:
         dtype: of the inputs: that of the parameters, or single precision.
         embedding_dtype: of the embeddings; known after `probe`.
         has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
+        gradient: of the probed images, 0 where there is none; see `probe_gradient`.
         why_none: the error that asking for a gradient gave, in words; None: there was none.
         takes_gradient: whether images that ask for a gradient can be given to the model; see `probe_gradient`.
         is_random: whether the model gives another answer each time; see `probe_randomness`.
@@ -59,6 +62,7 @@ class Embedder:
         self._find_place()
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
+        self.gradient = torch.zeros(())
         self.why_none: str | None = None
         self.is_random = False
         self.seeds: tuple[str, ...] = ()
@@ -212,9 +216,11 @@ class Embedder:
             raise
         except Exception as error:  # such as of numpy, which takes no images that ask for a gradient
             self.has_gradient = self.takes_gradient = False
+            self.gradient = torch.zeros_like(pixels)
             self.why_none = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             self.has_gradient = found is not None
+            self.gradient = torch.zeros_like(pixels) if found is None else found
 
     def tried(self, pixels: Tensor) -> Tensor:
         """Embeddings ``(n, D)`` of pixels ``(n, C, H, W)``; errors say what was given. It counts as no pass."""
@@ -253,6 +259,16 @@ class Embedder:
         embeddings = embeddings if embeddings.is_floating_point() else embeddings.float()
         embeddings = embeddings.to(pixels.device)
         return embeddings if embeddings.requires_grad else embeddings.clone()  # the next call may overwrite them
+
+    def check_kept_gradient(self, kept: Tensor) -> None:
+        """Refuses a gradient from an earlier run that is not the one of `probe_gradient`, apart from rounding."""
+        now = self.gradient.to(kept)
+        if not self.is_random and (kept - now).norm() > _SAME_GRADIENT * max(kept.norm(), now.norm()):
+            raise InputError(
+                f"The kept attacks are those of a model with other gradients: of one query, the gradient had norm "
+                f"{float(kept.norm()):.3g}, and it has {float(now.norm()):.3g} now. Use another folder for resume, or "
+                "delete this one."
+            )
 
     def check_gradient(self, pixels: Tensor) -> None:
         """Refuses a model whose embeddings of pixels ``(n, C, H, W)`` have no gradient."""

@@ -94,6 +94,7 @@ class TestGoesOn:
         assert sorted(file.name for file in tmp_path.glob("*.pt")) == [
             *(f"batch_{number:05d}.pt" for number in range(4)),
             "gallery.pt",
+            "gradient.pt",
         ]
 
     def test_a_finished_run_asks_the_model_only_what_kind_it_is(self, tmp_path):
@@ -207,6 +208,18 @@ class TestBelongsToOneEvaluation:
             InputError, match=r"kept embeddings are not those of this model: a query's differ by .* Use anoth"
         ):
             evaluated(tmp_path, model=lambda images: net(images.flip(-1)))
+
+    def test_another_gradient_of_the_same_embeddings_is_refused(self, tmp_path):
+        net, folders = network().eval(), [tmp_path / "none", tmp_path / "a part"]
+
+        def masked(share):
+            return lambda images: net(share * images + (1 - share) * images.detach())
+
+        for folder, share in zip(folders, (0, 0.5), strict=True):
+            evaluated(folder, model=masked(share))
+            with pytest.raises(InputError, match=r"of a model with other gradients: .* Use another folder for resume"):
+                evaluated(folder, model=net)
+            evaluated(folder, model=masked(share))
 
     def test_another_function_of_the_same_name_is_refused(self, tmp_path):
         own = torch.arange(24)

@@ -105,7 +105,7 @@ class TestSeveralProcesses:
         for found, _ in seen(ran[0] / str(world), world, "resumed"):
             assert found["first"] == ("OSError", "out of luck")
             parts = [f"batch_{number:05d}.pt" for number in range(world)]  # the others' second batches are lost
-            assert found["kept"] == [*parts, "evaluation.json", "gallery.pt"]
+            assert found["kept"] == [*parts, "evaluation.json", "gallery.pt", "gradient.pt"]
             assert found["folders"] == ["parts"]  # the others neither read nor write
             assert without_times(found["report"]) == alone
             assert found["again"] <= PROBES + 16  # whose embeddings are compared with those that were kept
