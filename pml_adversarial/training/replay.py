@@ -48,7 +48,7 @@ from .tracing import paused
 from .tuples import rank_in_group
 from .watch import marks_of, modes_of, submodules_of, switches_of, way_of, way_of_modules, weights_of
 
-ALL = frozenset({"tensor", "list"})
+ALL = frozenset({"tensor", "list", "inner"})
 """What `Replay.picks` is where all that may have rows has them."""
 
 _APART = 0.05  # rows that are embedded together differ by more; an observer of ranges, for quantisation, by less
@@ -233,6 +233,8 @@ class Replay:
         some = known[torch.cat([half, half])[: len(known)]]  # as many rows as the model knows
         with isolated(*self.modules, but=self.kept_in_mode), random_kept(), paused():
             compared = [some] if self._rows.apart else [known, some]
+            if "inner" in self._with_rows:  # the size may be that of the batch by chance
+                compared.append(known[: (len(known) + 1) // 2])
             ways = self._may_pick
             for self.picks in ways:
                 if all(self._is_same(rows, expected, len(ways) > 1) for rows in compared):
@@ -323,7 +325,7 @@ class Replay:
     def _may_pick(self) -> list[frozenset[str]]:
         """Ways to pick rows of what modules took beside the sources: of all first, of nothing last."""
         found = frozenset(self._with_rows) - {""}
-        fewer = [found & {"tensor"}, frozenset[str]()] if found else []
+        fewer = [found - {"inner"}, found & {"tensor"}, frozenset[str]()] if found else []
         return [ALL, *dict.fromkeys(some for some in fewer if some != found)]
 
     @cached_property
@@ -488,7 +490,9 @@ class Replay:
                 return value
             if isinstance(value, list | tuple):
                 return type(value)([value[row] for row in rows.tolist()])
-            return Fixed(value.value[rows]) if isinstance(value, Fixed) else value[rows.cpu().numpy()]
+            if isinstance(value, Fixed):
+                return Fixed(value.value.index_select(value.value.shape.index(count), rows))
+            return value[rows.cpu().numpy()]
 
         def changed(leaf: Any) -> Any:
             if isinstance(leaf, Fixed) and leaf.value is source:
@@ -600,10 +604,15 @@ def _without_graph(value: Tensor) -> Tensor:
 
 
 def _kind_of_rows(value: Any, counts: Container[int]) -> str:
-    """Of an argument that came from outside and has as many rows as inputs: "tensor" or "list"; "" of others."""
+    """Of an argument that came from outside and has as many rows as inputs: "tensor" or "list"; "" of others.
+
+    "inner" are tensors in which rows are another dimension than the first, as in the states of recurrent modules.
+    """
     if isinstance(value, Fixed):
-        held = value.value
-        return "tensor" if held.ndim and len(held) in counts and not isinstance(held, nn.Parameter) else ""
+        having = [d for d, size in enumerate(value.value.shape) if size in counts]
+        if isinstance(value.value, nn.Parameter) or not having:
+            return ""
+        return "tensor" if having[0] == 0 else "inner" if len(having) == 1 else ""
     has_rows = type(value) in (list, tuple) or (isinstance(value, numpy.ndarray) and value.ndim)
     return "list" if has_rows and len(value) in counts else ""
 

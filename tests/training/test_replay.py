@@ -732,6 +732,11 @@ class TestWhatIsToldOfADifference:
         assert "hooks were changed" in found
 
 
+class TakesScale(nn.Linear):
+    def forward(self, batch, scale):
+        return super().forward(batch * scale)
+
+
 class Centred(nn.Module):
     def __init__(self, inner, on):
         super().__init__()
@@ -793,6 +798,28 @@ class TestCheckRows:
             assert replay.picks == picks
             rows = torch.tensor([4, 1])
             torch.testing.assert_close(replay.embed(1 - images[rows], rows), module(1 - images, extra)[rows])
+
+    @pytest.mark.parametrize("state", [torch.rand, torch.zeros])
+    def test_rows_of_another_dimension_are_picked(self, state):
+        class Recurrent(nn.GRU):
+            def forward(self, batch, state):
+                return super().forward(batch, state)[0][:, -1]
+
+        torch.manual_seed(0)
+        module = Recurrent(6, 4, 2, batch_first=True).double()
+        batch, state = torch.rand(8, 5, 6, dtype=torch.double), state(2, 8, 4, dtype=torch.double)
+        replay, rows = replay_of(module(batch, state)), torch.tensor([4, 1, 4])
+        replay.check_rows(replay.again())
+        expected = module(1 - batch, state)[rows]
+        torch.testing.assert_close(replay.embed(1 - batch[rows], rows), expected)
+
+    @pytest.mark.parametrize("scale", [torch.rand, torch.ones])
+    def test_another_dimension_that_has_the_size_by_chance_is_not_picked(self, scale):
+        module = TakesScale(8, 3).double()
+        batch, scale = torch.rand(8, 8, dtype=torch.double), scale(1, 8, dtype=torch.double)
+        replay, rows = replay_of(module(batch, scale)), torch.tensor([4, 1, 4])
+        replay.check_rows(replay.again())
+        torch.testing.assert_close(replay.embed(1 - batch[rows], rows), module(1 - batch, scale)[rows])
 
     @pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda x: (x * 4).round() / 4, lambda x: x.sign()])
     def test_a_model_without_gradient_to_its_inputs(self, model, images, cut):
