@@ -482,6 +482,10 @@ class TestThreads:
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def nothing_compiled_before(self):
+        torch.compiler.reset()  # there is a limit for all compiled modules of a process
+
     def test_a_compiled_module_is_one_step(self, watch, model, images):
         compiled = torch.compile(model, backend="eager")
         output = compiled(images)
