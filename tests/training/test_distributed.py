@@ -173,6 +173,7 @@ class TestCommunication:
         counts = {"c10d::allgather_": 7, "c10d::broadcast_": 4, "c10d::allreduce_": 1}  # the last is DDP's own
         for (kind, *_), names in seen[0]["collectives"].items():
             again = kind == "BatchNorm"  # the context, as seen in eval mode
+            names = [name.replace("_allgather_base_", "allgather_") for name in names]  # torch 2.15 gathers objects so
             assert {name: names.count(name) for name in names} == {**counts, "c10d::allgather_": 7 + again}
 
     @each_rank
