@@ -7,7 +7,7 @@ which tensor an embedding depends on is found by experiment, see `rows`.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError, InputError, ReplayError
+from . import generators
 from .isolation import depends_on_mode, isolated, own_modules, preserved, random_kept, seed_all
 from .nested import mapped, outputs_in, places_in
 from .pixels import PixelSpace
@@ -41,7 +42,7 @@ from .rerun import (
     value_of,
 )
 from .rows import Rows, find_rows
-from .side_effects import undone
+from .side_effects import generators_of, undone
 from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast, steps_to
 from .tracing import paused
@@ -127,7 +128,7 @@ class Replay:
             rows = self._all_known(inputs.device)
         parts = zip(inputs.split(self._chunk), rows.split(self._chunk), strict=True)
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._embed_apart, *part, use_reentrant=False) for part in parts])
+            return torch.cat([checkpoint(self._embeds_apart(), *part, use_reentrant=False) for part in parts])
         return torch.cat([self._embed(*part) for part in parts])
 
     def again(self, seed: int | None = None) -> Tensor:
@@ -138,7 +139,7 @@ class Replay:
         """
         with torch.no_grad(), paused(), preserved(*self.modules, learns=not self.is_told), random_kept():
             if seed is not None:
-                seed_all(seed)
+                self._seed(seed)
             if self._chunk is None or self.takes_rows_beside:  # which rows a chunk takes of these is not known yet
                 return self._run(apply_as_before)
             whole = self._run(recorded)
@@ -278,9 +279,15 @@ class Replay:
 
     def _whole(self, seed: int, read: Callable[[Step, Any], Outputs] = lambda _, given: outputs_in(given)) -> Tensor:
         """``(N, D)`` the clean inputs, embedded again in the present mode."""
-        seed_all(seed)
         with torch.no_grad(), preserved(*self.modules):  # some learn ranges from what they see, in eval mode too
+            self._seed(seed)
             return self._run(lambda step, resolve: apply(step, resolve, read=partial(read, step)))
+
+    def _seed(self, seed: int) -> None:
+        """Seeds the global random number generators, and those that modules hold."""
+        seed_all(seed)
+        for generator in generators_of(self._submodules):
+            generators.seed(generator, seed)
 
     def _is_same(self, rows: Tensor, expected: Tensor, may_fail: bool) -> bool:
         """Whether some rows are embedded as among all."""
@@ -348,6 +355,10 @@ class Replay:
         return tuple(found)
 
     @property
+    def _submodules(self) -> list[nn.Module]:
+        return [inner for outer in self.modules for inner in outer.modules()]
+
+    @property
     def _names(self) -> str:
         return ", ".join(dict.fromkeys(map(name_of, self._calls)))
 
@@ -364,7 +375,7 @@ class Replay:
                     "embeddings would be others now. Compute the loss before you call .eval() or .train()."
                 )
         if self._chunk is not None:
-            for module in [inner for outer in self.modules for inner in outer.modules()]:
+            for module in self._submodules:
                 if isinstance(module, _BatchNorm) and module.training:
                     raise InputError(
                         f"chunk={self._chunk}, and {type(module).__name__} is in train mode, so that it would take its "
@@ -426,10 +437,17 @@ class Replay:
             raise self._no_gradient
         return found
 
-    def _embed_apart(self, inputs: Tensor, rows: Tensor) -> Tensor:
-        """Embeds a chunk, the second time in the backward pass of the caller."""
-        with undone([m for module in self.modules for m in module.modules()]):
-            return self._embed(inputs, rows)
+    def _embeds_apart(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Embeds one chunk; the second time, in the backward pass of the caller, with the same random numbers."""
+        began: list[Any] = []
+
+        def embed(inputs: Tensor, rows: Tensor) -> Tensor:
+            own = generators_of(self._submodules)
+            with undone(self._submodules), generators.begun_at(own, began) if began else nullcontext():
+                began.extend(map(generators.state_of, own))
+                return self._embed(inputs, rows)
+
+        return embed
 
     def _take_some(self, inputs: Tensor, rows: Tensor | None, step: Step, resolve: Resolve) -> Outputs:
         """Takes a step with some rows of the only source alone."""

@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -19,6 +20,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from .generators import GENERATORS, set_state, state_of
 
 OWN = frozenset(vars(nn.Module()))  #: Attributes that belong to torch; they are restored where it matters.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,7 +50,8 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 def undone_with_values(modules: Iterable[nn.Module], learns: bool = False) -> Iterator[None]:
     """As `undone`. Tensors and arrays that forward passes change in place have their values again, too.
 
-    Buffers are left out. The versions of tensors are what they were, so graphs made before can be walked backward.
+    Random number generators that modules hold have their states again. Buffers are left out. The versions of tensors
+    are what they were, so graphs made before can be walked backward.
 
     Args:
         modules: all submodules too.
@@ -58,6 +62,7 @@ def undone_with_values(modules: Iterable[nn.Module], learns: bool = False) -> It
     in_graphs = [] if learns else [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
     _let_go(in_graphs)  # by graphs made before
     copies = [_copied(held, to_host=learns) for _, _, held in keeper.values]
+    generators = keeper.generators_to_now()
     with ExitStack() as stack:
         for tensor in tensors:
             stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))  # type: ignore[attr-defined]
@@ -65,6 +70,8 @@ def undone_with_values(modules: Iterable[nn.Module], learns: bool = False) -> It
             try:
                 yield
             finally:
+                for put_back in generators:
+                    put_back()
                 _let_go(in_graphs)  # by graphs made inside, which have seen other values
                 for found, copied in zip(keeper.values, copies, strict=True):
                     if not learns:
@@ -75,7 +82,7 @@ def undone_with_values(modules: Iterable[nn.Module], learns: bool = False) -> It
 
 
 class Values:
-    """What tensors and arrays, and the places of parameters, hold that modules reach.
+    """What tensors, arrays, random number generators and the places of parameters hold that modules reach.
 
     Buffers are left out, also where something else refers to them, as a list in `DistributedDataParallel` does.
 
@@ -85,8 +92,9 @@ class Values:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         buffers = {_memory(buffer) for module in modules for buffer in module.buffers(recurse=False)}
-        found = _kept(modules, all_values=True).values
-        self._values = [one for one in found if _memory(one.held) not in buffers]
+        keeper = _kept(modules, all_values=True)
+        self._values = [one for one in keeper.values if _memory(one.held) not in buffers]
+        self._generators = keeper.generators_to_now()
         self._copies = [_copied(held, to_host=True) for _, _, held in self._values]
         self._parameters = [
             (m._parameters, name, p) for m in modules if _is_open(m) for name, p in m._parameters.items()
@@ -94,7 +102,7 @@ class Values:
 
     def changed(self) -> list[Callable[[], Any]]:
         """Functions that put back what was changed since. It is remembered for `undone_with_values`."""
-        found: list[Callable[[], Any]] = []
+        found = list(self._generators)
         for one, copied in zip(self._values, self._copies, strict=True):
             if _differs(one.held, copied):
                 one.remember()
@@ -103,6 +111,11 @@ class Values:
             if held.get(name) is not parameter:
                 found.append(partial(held.__setitem__, name, parameter))
         return found
+
+
+def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The random number generators that modules reach. All submodules have to be among them."""
+    return _kept(modules).generators
 
 
 def note_changed_buffers(before: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
@@ -188,6 +201,7 @@ class _Keeper:
     Attributes:
         restore: functions that put things back, the last one first.
         values: the tensors and arrays, each once.
+        generators: of random numbers, each once.
         module: from which one looks now.
         changing: what holds those that are known to change.
     """
@@ -195,11 +209,16 @@ class _Keeper:
     def __init__(self, all_values: bool = False) -> None:
         self.restore: list[Callable[[], Any]] = []
         self.values: list[_Found] = []
+        self.generators: list[Any] = []
         self.module: nn.Module | None = None
         self.changing: Set[int] = _NOTHING
         self._seen: dict[int, Any] = {}
         self._all_values = all_values
         self._classes: tuple[int, ...] = ()
+
+    def generators_to_now(self) -> list[Callable[[], Any]]:
+        """Functions that give the generators the states that they have now."""
+        return [partial(set_state, generator, state_of(generator)) for generator in self.generators]
 
     def keep_parameters(self, module: nn.Module) -> None:
         """Finds the parameters that a module holds itself."""
@@ -237,6 +256,8 @@ class _Keeper:
         elif isinstance(value, tuple):
             self._find_values(value, value)
             self._keep_all(value, depth)
+        elif isinstance(value, GENERATORS):
+            self.generators.append(value)
         elif isinstance(value, partial):
             self._keep_all((value.func, *value.args, *value.keywords.values()), depth)
         elif isinstance(value, MethodType):
@@ -304,7 +325,7 @@ class _Keeper:
 
 _SIMPLE = {type(None), bool, int, float, str, torch.dtype, torch.device}
 _PLAIN = {*_SIMPLE, Tensor, nn.Parameter, numpy.ndarray}  # most attributes are, so they go first
-_LEAVES = (Tensor, ModuleType, type, str, bytes, int, float, complex)
+_LEAVES = (Tensor, ModuleType, type, str, bytes, int, float, complex, random.SystemRandom)
 
 
 def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[str]) -> None:
