@@ -10,6 +10,7 @@ import torch
 from pytorch_metric_learning import losses, miners
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from written_loops import LABELS, images, net
 
@@ -1179,6 +1180,19 @@ def hook_of_the_backward_pass_of_the_model(wrap, cure):
     model, x = with_a_backward_hook(net()), images()
     model = model if cure in (None, "inputs=x") else nn.Sequential(model)
     return wrap(loss_of_pml(), model)(model(x), LABELS, **{"inputs": x} if cure == "inputs=x" else {}), [model]
+
+
+@case(CaptureError, "went through BackwardHookFunction", "on the modules that stand inside of the model")
+def hook_of_the_backward_pass_of_all_modules(wrap, cure):
+    model = nn.Sequential(net())
+    if cure:
+        with_a_backward_hook(model[0])
+        return wrap(loss_of_pml(), model)(model(images()), LABELS), [model]
+    handle = register_module_full_backward_hook(lambda module, given, found: None)
+    try:
+        return wrap(loss_of_pml(), model)(model(images()), LABELS), [model]
+    finally:
+        handle.remove()
 
 
 @case(CaptureError, "Linear took features that went through", "put the module that has the hook into another")

@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 
 from .generators import GENERATORS, set_state, state_of
 
 OWN = frozenset(vars(nn.Module()))  #: Attributes that belong to torch; they are restored where it matters.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_OF_ALL: list[dict[int, Any]] = [getattr(nn_module, f"_global{name}") for name in _HOOKS]
+_PACKAGE = __name__.split(".")[0]
 _DEPTH = 3  # of what lies in one another: containers, objects, functions
 _NOTHING: Set[int] = frozenset()
 _changing: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
@@ -161,6 +164,11 @@ def _kept(modules: Iterable[nn.Module], all_values: bool = False) -> _Keeper:
         if all_values or keeper.changing:
             keeper.keep_parameters(module)
             keeper.keep_class(type(module))
+    keeper.module, keeper.changing = None, _NOTHING
+    for hooks in _HOOKS_OF_ALL:
+        for hook in hooks.values():
+            if not getattr(hook, "__module__", "").startswith(_PACKAGE):
+                keeper.keep(hook, _DEPTH)
     return keeper
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from ..errors import CaptureError, InputError
 from .isolation import preserved, random_kept
@@ -297,6 +298,11 @@ def own_function(tensor: Tensor) -> str | None:
 
 def call_inside(function: str) -> str:
     """What helps against an autograd function that stands where it is not seen, in words."""
+    if function == "BackwardHookFunction" and nn_module._global_backward_hooks:
+        return (
+            "It is that of register_module_full_backward_hook, for all modules: register the hook on the modules that "
+            "stand inside of the model, with register_full_backward_hook."
+        )
     if function == "BackwardHookFunction":
         return (
             "It is that of register_full_backward_hook: put the module that has the hook into another one, "

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pml_adversarial.training.side_effects import Values, keep_graphs, note_changed_buffers, undone, undone_with_values
 
@@ -439,6 +440,18 @@ class TestHooks:
             run()
             assert kept() == [1, 1]
         assert kept() == [1]
+
+    @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+    def test_what_a_hook_of_all_modules_kept_is_undone(self, module, leave, register):
+        seen = ["before"]
+        handle = register(lambda *_: seen.append("a call") and None)
+        try:
+            with leave(module):
+                module(torch.rand(2, 2))
+                assert len(seen) > 1
+        finally:
+            handle.remove()
+        assert seen == ["before"]
 
     def test_hooks_stand_as_they_stood(self, module, leave):
         module.register_forward_hook(appends_to_closure()[0])
