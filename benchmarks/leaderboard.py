@@ -80,7 +80,7 @@ EXPERIMENTS = (
     "cars-64-plain",
     "cars-64-200k",
     "cars-64-800k",
-    "cars-64-seed-paper",
+    "cars-64-published",
     "cars-64-fare",
 )
 """Folders of the results."""
@@ -123,6 +123,7 @@ def backbone(protocol: Mapping[str, Any]) -> str:
     start = protocol["pretrained"]
     parts = [protocol["backbone"], *([f"from {start}"] if start else [])]
     parts += ["starts as thresholds"] if protocol["thresholds"] else []
+    parts += ["BatchNorm frozen"] if protocol.get("frozen_batchnorm") else []
     return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from pml_adversarial.training.side_effects import Values, generators_of, undone,
 DRAWS = {
     "torch": (torch.Generator, lambda g, n: torch.rand(n, generator=g)),
     "Generator of NumPy": (numpy.random.default_rng, lambda g, n: torch.from_numpy(g.random(n))),
-    "bits of NumPy": (numpy.random.PCG64, lambda g, n: torch.from_numpy(g.random_raw(n).astype(float) / 2**64)),
+    "bits of NumPy": (numpy.random.PCG64, lambda g, n: torch.from_numpy(numpy.random.Generator(g).random(n))),
     "RandomState of NumPy": (numpy.random.RandomState, lambda g, n: torch.from_numpy(g.rand(n))),
     "Python": (random.Random, lambda g, n: torch.tensor([g.random() for _ in range(n)])),
 }
