@@ -123,7 +123,7 @@ def test_left_out_normalisation_is_asked_for(monkeypatch, loop):
 @pytest.mark.parametrize(
     "loop",
     [
-        partial(public_loops.logits_and_features, dropout=0.5),
+        partial(public_loops.logits_and_features, dropout=0.2),  # at 0.5 a row of zeros is not rare
         partial(public_loops.half_without_labels, precision=torch.bfloat16),
     ],
     ids=["dropout", "bfloat16"],
