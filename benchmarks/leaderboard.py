@@ -80,6 +80,7 @@ EXPERIMENTS = (
     "cars-64-plain",
     "cars-64-200k",
     "cars-64-800k",
+    "cars-64-batchnorm",
     "cars-64-published",
     "cars-64-fare",
 )
