@@ -12,11 +12,20 @@ from pml_adversarial.cli.leaderboard import MARK  # noqa: E402
 from pml_adversarial.evaluation.reports.leaderboard import add, entries, tables  # noqa: E402
 
 
+def in_nine_digits(value):
+    """Versions of SciPy differ in the last digits of an interval."""
+    if isinstance(value, dict):
+        return {name: in_nine_digits(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [in_nine_digits(part) for part in value]
+    return round(value, 9) if isinstance(value, float) else value
+
+
 def test_entries_are_those_of_the_committed_runs(tmp_path):
     found = json.loads(json.dumps(list(leaderboard.entries())))
     assert len(found) > 100
-    held = {entry["source"]: entry for entry in entries(leaderboard.BOARD)}
-    assert all(held[entry["source"]] == entry for entry in found)
+    held = {entry["source"]: in_nine_digits(entry) for entry in entries(leaderboard.BOARD)}
+    assert all(held[entry["source"]] == in_nine_digits(entry) for entry in found)
     for entry in found:
         assert (leaderboard.BOARD / add(entry, tmp_path).relative_to(tmp_path)).exists()  # no two of one name
 
