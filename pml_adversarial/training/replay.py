@@ -128,7 +128,8 @@ class Replay:
             rows = self._all_known(inputs.device)
         parts = zip(inputs.split(self._chunk), rows.split(self._chunk), strict=True)
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._embeds_apart(), *part, use_reentrant=False) for part in parts])
+            own = generators_of(self._submodules)
+            return torch.cat([checkpoint(self._embeds_apart(own), *part, use_reentrant=False) for part in parts])
         return torch.cat([self._embed(*part) for part in parts])
 
     def again(self, seed: int | None = None) -> Tensor:
@@ -437,12 +438,11 @@ class Replay:
             raise self._no_gradient
         return found
 
-    def _embeds_apart(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _embeds_apart(self, own: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """Embeds one chunk; the second time, in the backward pass of the caller, with the same random numbers."""
         began: list[Any] = []
 
         def embed(inputs: Tensor, rows: Tensor) -> Tensor:
-            own = generators_of(self._submodules)
             with undone(self._submodules), generators.begun_at(own, began) if began else nullcontext():
                 began.extend(map(generators.state_of, own))
                 return self._embed(inputs, rows)
