@@ -31,6 +31,9 @@ PHOTOS = {
 ZIPPED = ("cars", "tiny-imagenet")
 """Data that is read from a .zip file, or a folder, with a folder of photographs for each class."""
 
+PHOTOGRAPHS = tuple(dict.fromkeys([*PHOTOS, *ZIPPED]))
+"""All data of photographs; each has the size that is asked for."""
+
 SIDE = 224  # of photographs
 _SMALL = {"cars": 64, "tiny-imagenet": 32}
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -222,7 +225,7 @@ class Rotated:
 
 def side(name: str, file: Path | None) -> int:
     """Of the photographs of some data, unless asked otherwise; 0 where it has its own size."""
-    if name not in {*PHOTOS, *ZIPPED}:
+    if name not in PHOTOGRAPHS:
         return 0
     return SIDE if file is None else _SMALL.get(name, SIDE)
 
@@ -248,8 +251,8 @@ def load(
         raise InputError(f"--file {file} is for omniglot, {' and '.join(ZIPPED)}; {name} is not read from one file.")
     if file is None and name == "tiny-imagenet":
         raise InputError("tiny-imagenet is read from --file: a .zip file, or a folder, with a folder for each class.")
-    if size and name not in {*PHOTOS, *ZIPPED}:
-        known = ", ".join(dict.fromkeys([*PHOTOS, *ZIPPED]))
+    if size and name not in PHOTOGRAPHS:
+        known = ", ".join(PHOTOGRAPHS)
         raise InputError(f"--size {size} is for photographs ({known}); images of {name} stay as they are.")
     if file is not None and name in ZIPPED:
         return _halves(*read_classes(file, size or side(name, file)))

@@ -32,6 +32,7 @@ from pml_adversarial.defenses.hard_rows import HardRows
 from pml_adversarial.evaluation.attacks.as_json import description
 
 from . import miners
+from .data import PHOTOGRAPHS
 from .protocol import Protocol
 
 Miner = Callable[..., Any]
@@ -200,7 +201,7 @@ def _half_the_steps(protocol: Protocol) -> dict[str, Any]:
 
 
 def _seed_paper(protocol: Protocol) -> dict[str, Any]:
-    eps = 0.01 if protocol.eps <= 8 / 255 else protocol.eps  # the paper's, for photographs
+    eps = 0.01 if protocol.data in PHOTOGRAPHS else protocol.eps  # the paper's
     attack = protocol.pgd(eps=eps, alpha=2 * eps / 5, steps=5, random_start=True)
     return {"attack": attack, "perturb": "positive", "tuples_per_anchor": 1, "keep_clean": False, **_METHOD_ALONE}
 

@@ -14,6 +14,7 @@ import torchattacks
 from pml_adversarial.errors import InputError
 
 from .backbones import IMAGENET_WEIGHTS
+from .data import PHOTOGRAPHS
 
 PRECISIONS, SCHEDULES, AVERAGES = ("float32", "bfloat16"), ("constant", "cosine"), ("", "ema", "swa")
 TUNED = ("all", "head", "lora")
@@ -31,7 +32,7 @@ HELPED: dict[str, dict[str, Any]] = {
         "thresholds": True,
         "preset_eps": 77 / 255,
     },
-    **{name: {"rotations": False} for name in ("cub", "cars", "sop", "tiny-imagenet")},
+    **{name: {"rotations": False} for name in PHOTOGRAPHS},
 }
 """What ``helped`` means for some data instead, chosen by training alphabets that were held out."""
 
