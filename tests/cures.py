@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from written_loops import LABELS, images, net
+from written_loops import LABELS, images, net, quietly
 
 from pml_adversarial.errors import CaptureError, InputError, ReplayError
 
@@ -485,7 +485,7 @@ def features_of_an_earlier_step(wrap, cure):
     of_features = cure == "inputs=features"
     loss_func = wrap(loss_of_pml(), head, bounds=(-5, 5)) if of_features else wrap(loss_of_pml())
     kept = trunk(x)
-    for _ in range(3):  # other steps
+    for _ in range(9):  # other steps
         given = trunk(others)
         loss_func(head(given), LABELS, **{"inputs": given} if of_features else {})
     features = trunk(x) if cure == "run it in each step" else kept
@@ -497,6 +497,90 @@ def head_is_named_alone(wrap, cure):
     trunk, head, x = net(), nn.Linear(8, 8), images()
     loss_func = wrap(loss_of_pml(), {r"\[trunk, head\]": [trunk, head], "or none": None}.get(cure, head))
     return loss_func(head(trunk(x)), LABELS), [trunk, head]
+
+
+class Keeps(nn.Module):
+    """Keeps its features as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = net(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.features = self.first(x)
+        return self.second(self.features)
+
+
+class GivesBoth(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x), self.model.features
+
+
+@case(
+    CaptureError,
+    "cat took a tensor .* was made of the inputs too",
+    "let a module return what the loop takes",
+    "inputs=x",
+)
+def features_that_the_model_keeps_beside_what_it_gives(wrap, cure):
+    model, x = Keeps(), images()
+    both = GivesBoth(model)
+    if cure == "let a module return what the loop takes":
+        return wrap(loss_of_pml(), both)(torch.cat(both(x), 1), LABELS), [model]
+    loss_func = wrap(loss_of_pml(), (lambda x: torch.cat(both(x), 1)) if cure else model)
+    return loss_func(torch.cat([model(x), model.features], 1), LABELS, **{"inputs": x} if cure else {}), [model]
+
+
+@case(CaptureError, "by a module that is not named", r"\[first, second\]", "or none")
+def one_of_two_branches_is_named(wrap, cure):
+    first, second, x = net(), net(), images()
+    loss_func = wrap(loss_of_pml(), {r"\[first, second\]": [first, second], "or none": None}.get(cure, first))
+    return loss_func(torch.cat([first(x), second(x)], 1), LABELS), [first, second]
+
+
+def length(x):
+    return x.norm(dim=1, keepdim=True)
+
+
+@case(CaptureError, "by a function of TorchScript", "write functions in plain torch")
+def scripted_function_of_the_embeddings(wrap, cure):
+    model, x = net(), images()
+    scripted = quietly(torch.jit.trace, length, torch.rand(8, 8))
+    loss_func, embeddings = wrap(loss_of_pml(), model), model(x)
+    return loss_func(embeddings * (length if cure else scripted)(embeddings), LABELS), [model]
+
+
+class Length(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        length = x.norm(dim=1, keepdim=True)
+        ctx.save_for_backward(x, length)
+        return length
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, length = ctx.saved_tensors
+        return gradient * x / length
+
+
+class TimesLength(nn.Module):
+    def forward(self, x):
+        return x * Length.apply(x)
+
+
+@case(CaptureError, "by Length, a function of autograd", "inside of a module, as a last layer", "inputs=x")
+def own_function_of_the_embeddings_beside_them(wrap, cure):
+    model, x = net(), images()
+    if cure == "inside of a module, as a last layer":
+        whole = nn.Sequential(model, TimesLength())
+        return wrap(loss_of_pml(), whole)(whole(x), LABELS), [model]
+    loss_func = wrap(loss_of_pml(), nn.Sequential(model, TimesLength()).forward if cure else model)
+    embeddings = model(x)
+    return loss_func(embeddings * Length.apply(embeddings), LABELS, **{"inputs": x} if cure else {}), [model]
 
 
 @case(CaptureError, "before the loss was made", "make the loss before the forward pass")
@@ -610,6 +694,39 @@ def ids_of_words_with_a_mask(wrap, cure):
     model = Masked()
     loss_func = wrap(loss_of_pml(), model, **({"at": model.embedding, **INNER} if cure else {}))
     return loss_func(model(IDS, mask=torch.tensor([[1, 1, 1, 0]] * 4 + [[1, 1, 0, 0]] * 4)), LABELS), [model]
+
+
+@case(InputError, "mask: float32", "at=model.embedding", "perturb_input='mask'")
+def ids_of_words_with_a_mask_of_floating_point(wrap, cure):
+    model = Masked()
+    options = {
+        "at=model.embedding": {"at": model.embedding, **INNER},
+        "perturb_input='mask'": {"perturb_input": "mask"},
+    }
+    loss_func = wrap(loss_of_pml(), model, **options.get(cure, {}))
+    return loss_func(model(IDS, mask=torch.tensor([[1, 1, 1, 0.0]] * 4 + [[1, 1, 0, 0]] * 4)), LABELS), [model]
+
+
+class Located(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = net(), nn.Linear(2, 8)
+
+    def forward(self, image, place):
+        image = image if image.is_floating_point() else image.float() / 255
+        return self.embed(image) + self.place(place)
+
+
+@case(
+    InputError,
+    r"image: uint8 \(8, 1, 6, 6\), place: float32 \(8, 2\)",
+    r"images.float\(\) / 255",
+    "perturb_input='place'",
+)
+def images_of_bytes_beside_a_place(wrap, cure):
+    model, x, place = Located(), (images() * 255).to(torch.uint8), images(3, 8, (2,))
+    loss_func = wrap(loss_of_pml(), model, **({"perturb_input": "place"} if cure == "perturb_input='place'" else {}))
+    return loss_func(model(x.float() / 255 if cure == r"images.float\(\) / 255" else x, place), LABELS), [model]
 
 
 @case(CaptureError, "ran 2 times", "once for each of its inputs", "a module that runs once")

@@ -1965,3 +1965,139 @@ def two_losses_of_residual_adapters_on_features_of_a_frozen_model():
 
     two = (losses.MultiSimilarityLoss, losses.MultiSimilarityLoss)
     return Loop(nn.ModuleList([frozen, adapters]), step, losses=two)
+
+
+# Frozen parts, and what modules give beside embeddings
+
+
+def frozen_model_and_a_layer_without_weights(name, layer):
+    def build():
+        trunk, head, x = net().requires_grad_(False), nn.Linear(8, 8), images()
+        return Loop(nn.ModuleList([trunk, head]), lambda loss: loss(head(layer(trunk(x))), LABELS), x=x)
+
+    build.__name__ = f"frozen_model_and_{name}"
+    return shape(in_order=True)(build)
+
+
+frozen_model_and_a_layer_without_weights("a_threshold", nn.ReLU())
+frozen_model_and_a_layer_without_weights("normalisation", nn.BatchNorm1d(8, affine=False).eval())
+frozen_model_and_a_layer_without_weights("nothing", nn.Identity())
+
+
+@shape(in_order=True)
+def many_frozen_blocks_called_one_by_one():
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(36, 36), nn.Tanh()) for _ in range(20)]).requires_grad_(False)
+    head, x = nn.Linear(36, 8), images()
+
+    def step(loss):
+        features = x.flatten(1)
+        for block in blocks:
+            features = features + block(features)
+        return loss(head(features), LABELS)
+
+    return Loop(nn.ModuleList([blocks, head]), step, x=x)
+
+
+@shape()
+def three_losses_of_heads_on_normalised_features_of_a_frozen_model():
+    trunk, heads, x = net().requires_grad_(False), nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]), images()
+
+    def step(*losses):
+        features = trunk(x)
+        found = [loss(head(functional.normalize(features)), LABELS) for loss, head in zip(losses, heads, strict=True)]
+        return sum(found)
+
+    return Loop(nn.ModuleList([trunk, heads]), step, losses=(losses.MultiSimilarityLoss,) * 3)
+
+
+@shape()
+def many_small_crops_through_a_frozen_model():
+    trunk, head = net().requires_grad_(False), nn.Linear(8, 8)
+    crops = [images(seed, rows=4) for seed in range(10)]
+
+    def step(loss):
+        return loss(head(torch.cat([trunk(crop) for crop in crops])), (torch.arange(4) // 2).repeat(10))
+
+    return Loop(nn.ModuleList([trunk, head]), step)
+
+
+class Beside(nn.Module):
+    """Gives something that is made of the embeddings beside them."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.net, self.made = net(), made
+
+    def forward(self, x):
+        embeddings = self.net(x)
+        return embeddings, self.made(embeddings)
+
+
+def beside(name, made, use):
+    def build():
+        model, x = Beside(made), images()
+        return Loop(model, lambda loss: loss(use(*model(x)), LABELS), x=x)
+
+    build.__name__ = f"model_that_gives_{name}"
+    return shape(in_order=True)(build)
+
+
+beside("a_mask", lambda e: e > 0, lambda e, mask: e * mask)
+beside("indices", lambda e: e.topk(3, 1).indices, lambda e, first: torch.cat([e, e.gather(1, first)], 1))
+beside("indices_of_other_length", lambda e: torch.tensor([3, 1, 0, 2]), lambda e, order: e[:, order])
+beside("complex_numbers", torch.fft.fft, lambda e, found: e + found.real)
+
+
+@shape()
+def order_that_the_model_gives():
+    model, x = Beside(lambda e: torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])), images()
+
+    def step(loss):
+        embeddings, order = model(x)
+        return loss(embeddings[order], LABELS[order])
+
+    return Loop(model, step)
+
+
+@shape()
+def augmentation_by_a_module_under_no_grad():
+    model, x, smaller = net(size=9), images(), nn.AvgPool2d(2)
+
+    def step(loss):
+        with torch.no_grad():
+            given = smaller(x)
+        return loss(model(given), LABELS)
+
+    return Loop(model, step)
+
+
+class Ensemble(nn.ModuleList):
+    """A list of modules that can be called."""
+
+    def forward(self, x):
+        return sum(module(x) for module in self)
+
+
+@shape(in_order=True)
+def list_of_modules_with_a_forward_of_its_own():
+    model, x = Ensemble([net(), net()]), images()
+    return Loop(model, lambda loss: loss(model(x), LABELS), x=x)
+
+
+@shape(in_order=True)
+def soft_labels_of_prototypes_beside():
+    model, prototypes, x = net(), nn.Parameter(torch.randn(8, 4) / 4), images()
+    model.register_parameter("prototypes", prototypes)
+    mixed = torch.rand(4, 8).softmax(0).T
+
+    def step(loss):
+        return loss(torch.cat([model(x), mixed @ prototypes.T], 1), LABELS)
+
+    return Loop(model, step, x=x)
+
+
+@shape(in_order=True)
+def token_of_the_loop_beside():
+    model, token, x = net(), nn.Parameter(torch.randn(1, 4) / 4), images()
+    model.register_parameter("token", token)
+    return Loop(model, lambda loss: loss(torch.cat([model(x), token.expand(8, 4)], 1), LABELS), x=x)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError, ReplayError
+from .graph import call_inside, own_function
 from .isolation import check_compiled
 from .modules import modules_run_by
 from .pixels import PixelSpace
 from .replay import ALL, Replay, difference, tolerance
-from .sources import Choice, call_inside, own_function
+from .sources import Choice
 from .trace import Call, Fixed, Ref
 from .tracing import Traced, lost_of, ref_of, step_of
 from .watch import Watch
@@ -165,6 +166,8 @@ class InputCapture:
         if known.keeps_modes:
             replay.keep_modes()
         if form not in self._forms or switched or _is_due(self._count, known.steps, beside):
+            if form not in self._forms:
+                replay.check_beside([embeddings] if reference is None else [embeddings, reference])
             given = embeddings.detach() if reference is None else torch.cat([embeddings, reference]).detach()
             given = given if order is None else given[order]
             again = replay.again(seed=0)
@@ -289,7 +292,7 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
     Raises:
         CaptureError: it is no module, sequence of modules, or dict with a "trunk".
     """
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList | nn.ModuleDict):
+    if isinstance(model, nn.Module) and not holds_alone(model):
         return (model,)
     if isinstance(model, Mapping | nn.ModuleDict):
         named = cast(Mapping[str, nn.Module], model)
@@ -306,6 +309,11 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
             "modules in forward order, or the models dict of a PML trainer."
         )
     return modules
+
+
+def holds_alone(module: nn.Module) -> bool:
+    """Whether a module is a list or a dict of modules, and cannot be called."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward
 
 
 def in_order(model: Models) -> Callable[..., Any]:

@@ -216,6 +216,10 @@ class Replay:
             self._run(compare)
         return found[0] if found else "What was done to the outputs"
 
+    def check_beside(self, embeddings: Sequence[Tensor]) -> None:
+        """Checks what is held fixed beside what is followed, see `Sources.check_beside`."""
+        self._sources.check_beside(self._steps, embeddings)
+
     def check_rows(self, again: Tensor) -> None:
         """Checks that inputs can be embedded without those of the other rows, in another order, and have a gradient.
 

@@ -152,7 +152,9 @@ def _held(
 
     It is tried for all numbers at once that the same function gave, so that a loop over rows does not cost much.
     """
-    of_embeddings = {s: s.chosen for s in steps if s.chosen and any(r.place not in r.step.chosen for r in s.refs)}
+    of_embeddings = {
+        s: s.chosen for s in steps if s.chosen and (s.call or any(r.place not in r.step.chosen for r in s.refs))
+    }
     alike: dict[tuple[str, int], list[Step]] = {}
     for step, chosen in of_embeddings.items():
         for place in chosen:

@@ -367,7 +367,10 @@ def _has_value(held: Any) -> bool:
         return False
     if 0 in [step for step, size in zip(held.stride(), held.shape, strict=True) if size > 1]:
         return False  # an expanded tensor, which torch does not change in place
-    return held.untyped_storage().nbytes() >= held.numel() * held.element_size()  # a sharded model frees storages
+    try:
+        return held.untyped_storage().nbytes() >= held.numel() * held.element_size()  # a sharded model frees storages
+    except NotImplementedError:  # it stands for tensors of several models or rows, inside of torch.func.vmap
+        return False
 
 
 def _memory(held: Any) -> int:

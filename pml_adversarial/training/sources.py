@@ -6,15 +6,15 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from ..errors import CaptureError, InputError
+from .graph import call_inside, is_made_of, is_of_data, nodes_of, own_function
 from .isolation import preserved, random_kept
 from .nested import leaves
 from .rerun import apply, checkpoints_take_gradients, name_of, value_of
@@ -98,6 +98,38 @@ class Sources:
         """The number of the argument that an output of a module comes from, or `INNER`."""
         return self._origins.get((step, place))
 
+    def check_beside(self, steps: Sequence[Step], embeddings: Sequence[Tensor]) -> None:
+        """Looks at tensors with gradient that steps took beside what is followed. They are held fixed.
+
+        Args:
+            steps: all steps of the trace.
+            embeddings: what it leads to, with their graph.
+
+        Raises:
+            CaptureError: one of them was made of what is perturbed, and not by a step of the trace.
+        """
+        fixed = [(step, leaf.value) for step in steps for leaf in step.leaves if self._is_beside(leaf)]
+        if not fixed:
+            return
+        without = [value.grad_fn for _, value in fixed]
+        others = {node for one in embeddings for node in nodes_of(one, without)}
+        inputs = [source.value for source in self.all]
+        for step, value in fixed:
+            made = is_made_of(value, inputs, others)
+            if made:
+                raise CaptureError(_of_the_inputs(step, value))
+            if made is None:
+                logger.warning(
+                    f"Beside what is followed, {name_of(step)} took a tensor {tuple(value.shape)} that was computed "
+                    "with gradient, of data with as many rows as the inputs. It is held fixed. If it was made of the "
+                    "inputs, perturbed rows have the clean one: let a module return it, or name all modules, "
+                    "AdversarialLoss(loss, [first, second]), or none."
+                )
+
+    def _is_beside(self, leaf: Any) -> bool:
+        is_followed = not isinstance(leaf, Fixed) or isinstance(leaf.value, nn.Parameter) or leaf.value.grad_fn is None
+        return not is_followed and self.holding(leaf) is None
+
     def _found(self, refs: Sequence[Ref]) -> list[Source]:
         values: dict[int, Tensor] = {}
         places: dict[int, dict[tuple[Step, int], None]] = {}
@@ -166,15 +198,48 @@ def _origin_of(step: Step, place: int, name: str | None) -> tuple[int, Fixed | N
         candidates = [number for number in candidates if number in depends] or candidates
     if not candidates:
         return 0, None
+    chosen = given[candidates[0]]
     if len({id(given[number].value) for number in candidates}) > 1:
-        _tell_choice(step, arguments, given[candidates[0]])
-    return candidates[0], given[candidates[0]]
+        _tell_choice(step, arguments, chosen)
+    elif name is None and any(_is_data_of_whole_numbers(leaf, chosen.value) for leaf in given):
+        raise InputError(
+            f"{name_of(step)} took {_listed(arguments)}; the whole numbers look like the data, which cannot be "
+            f"perturbed as they are, and floating point is only what stands beside them. {_cure_for(given)} If "
+            f"{_name_in(arguments, chosen)} is to be perturbed, say so: perturb_input={_name_in(arguments, chosen)!r}."
+        )
+    return candidates[0], chosen
 
 
 def _can_be_perturbed(leaf: Any) -> bool:
     if not isinstance(leaf, Fixed) or isinstance(leaf.value, nn.Parameter):
         return False
     return leaf.value.is_floating_point() and leaf.value.ndim > 0
+
+
+def _is_data_of_whole_numbers(leaf: Any, chosen: Tensor) -> bool:
+    """Whether an argument may be what is embedded, such as images in uint8, and the one that can be perturbed not."""
+    if not isinstance(leaf, Fixed) or leaf.value.is_floating_point() or leaf.value.dtype is torch.bool:
+        return False
+    is_as_large = leaf.value.ndim > 1 and len(leaf.value) == len(chosen) and leaf.value.numel() >= chosen.numel()
+    return is_as_large and (leaf.value.is_complex() or bool((leaf.value > 1).any()))  # 0 and 1 are a mask
+
+
+def _cure_for(given: Sequence[Any]) -> str:
+    """What to do about data without gradient, by its type."""
+    types = {leaf.value.dtype for leaf in given if isinstance(leaf, Fixed) and not leaf.value.is_floating_point()}
+    if torch.uint8 in types:
+        return "Convert images with `images.float() / 255` before they enter the model."
+    if any(kind.is_complex for kind in types):
+        return (
+            "Pass complex numbers as pairs of real ones, model(torch.view_as_real(x)), and let the model begin with "
+            "torch.view_as_complex."
+        )
+    if types:
+        return (
+            "Whole numbers, such as token ids, have no gradient. Perturb what they become, such as the token "
+            "embeddings: AdversarialLoss(loss, model, at=model.embedding, bounds=(low, high))."
+        )
+    return "Pass the inputs yourself: loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
 
 
 def _arguments(step: Step) -> dict[str, Any]:
@@ -216,6 +281,10 @@ def _form(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
+def _name_in(arguments: Mapping[str, Any], chosen: Any) -> str:
+    return next(name for name, value in _by_key(arguments).items() if any(leaf is chosen for leaf in leaves(value)))
+
+
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -224,7 +293,7 @@ def _tell_choice(step: Step, arguments: Mapping[str, Any], chosen: Any) -> None:
     if not isinstance(function, nn.Module) or function in _told:
         return
     _told.add(function)
-    name = next(name for name, value in _by_key(arguments).items() if any(leaf is chosen for leaf in leaves(value)))
+    name = _name_in(arguments, chosen)
     logger.warning(
         f"{name_of(step)} took {_listed(arguments)}. {name} is perturbed, and the others are held fixed. Choose with "
         f"perturb_input={name!r}."
@@ -273,12 +342,14 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
             "To perturb the features themselves, pass them: loss_func(embeddings, labels, inputs=features), with "
             "AdversarialLoss(loss, head, bounds=(low, high))."
         )
+    if value.grad_fn is None:
+        return
     if function := own_function(value):
         raise CaptureError(
             f"{name_of(step)} took features that went through {function}, a function of autograd in Python, and it is "
             f"not known what it does. {call_inside(function)}"
         )
-    if value.grad_fn is not None and not _is_data(value):
+    if not is_of_data(value):
         raise CaptureError(
             f"{name_of(step)} took features that were computed with gradient, by modules that are not watched or "
             "before the loss was made, or by the loop with parameters of its own, as in model(x + prompt). Name all "
@@ -288,44 +359,24 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
         )
 
 
-def own_function(tensor: Tensor) -> str | None:
-    """The name of an autograd function in Python that led to a tensor, before any other that it hides."""
-    for node in _nodes(tensor):
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return type(node).__name__.removesuffix("Backward")
-    return None
-
-
-def call_inside(function: str) -> str:
-    """What helps against an autograd function that stands where it is not seen, in words."""
-    if function == "BackwardHookFunction" and nn_module._global_backward_hooks:
-        return (
-            "It is that of register_module_full_backward_hook, for all modules: register the hook on the modules that "
-            "stand inside of the model, with register_full_backward_hook."
+def _of_the_inputs(step: Step, value: Tensor) -> str:
+    if function := own_function(value):
+        how = f"by {function}, a function of autograd in Python, of which is not known what it does. "
+        cure = call_inside(function)
+    else:
+        how = (
+            "in a way that is not followed: by a module that is not named, by a function of TorchScript, or inside of "
+            "a module, where a hook or an attribute kept it. "
         )
-    if function == "BackwardHookFunction":
-        return (
-            "It is that of register_full_backward_hook: put the module that has the hook into another one, "
-            "nn.Sequential(model), and call that."
+        cure = (
+            "Name all modules, AdversarialLoss(loss, [first, second]), or none; let a module return what the loop "
+            "takes; and write functions in plain torch."
         )
-    return "Call it inside of a module, as a last layer of the model."
-
-
-def _is_data(tensor: Tensor) -> bool:
-    """Whether a tensor was computed of data alone, such as images that need gradient and were flipped."""
-    of = [node.variable for node in _nodes(tensor) if hasattr(node, "variable")]
-    return all(leaf.shape == tensor.shape and not isinstance(leaf, nn.Parameter) for leaf in of)
-
-
-def _nodes(tensor: Tensor) -> Iterator[Any]:
-    """The nodes of autograd's graph, those nearest to the tensor first."""
-    todo, seen = [tensor.grad_fn], set[Any]()
-    while todo:
-        node: Any = todo.pop(0)
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            todo += [following for following, _ in node.next_functions]
+    return (
+        f"Beside what is followed, {name_of(step)} took a tensor {tuple(value.shape)} that was made of the inputs too, "
+        f"{how}The perturbed rows would have the clean one. {cure} Or make a function of what the loop does: "
+        "loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
+    )
 
 
 def _check_rows(step: Step, value: Tensor, output: Tensor) -> None:
@@ -381,21 +432,5 @@ def _nothing_to_perturb(steps: Sequence[Step], choice: Choice) -> CaptureError |
             "pass the inputs yourself, loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
         )
     arguments = "; ".join(f"{name_of(step)} took {_listed(_arguments(step))}" for step in calls if not step.refs)
-    types = {leaf.value.dtype for step in calls for leaf in step.leaves if isinstance(leaf, Fixed)}
-    if torch.uint8 in types:
-        cure = "Convert images with `images.float() / 255` before they enter the model."
-    elif any(kind.is_complex for kind in types):
-        cure = (
-            "Pass complex numbers as pairs of real ones, model(torch.view_as_real(x)), and let the model begin with "
-            "torch.view_as_complex."
-        )
-    elif types:
-        cure = (
-            "Whole numbers, such as token ids, have no gradient. Perturb what they become, such as the token "
-            "embeddings: AdversarialLoss(loss, model, at=model.embedding, bounds=(low, high))."
-        )
-    else:
-        cure = (
-            "Pass the inputs yourself: loss_func(embeddings, labels, inputs=x), with AdversarialLoss(loss, function)."
-        )
+    cure = _cure_for([leaf for step in calls for leaf in step.leaves])
     return InputError(f"{arguments}; expected a tensor of floating point, with one row for each input. {cure}")

@@ -60,6 +60,8 @@ class Step:
         number: grows from step to step.
         autocast: device -> type, where autocast was on.
         cuts_gradient: whether no gradient flows from the outputs back to the arguments.
+        first_frozen: in which generation the first of the steps was taken that led to it, where all of them were
+            without gradient, see `tracing.Kept`; None: others led to it.
         hooks: (place of an output, handle of a hook that the user registered on it).
         random_state: before the step, where a `Watch` wanted to know it.
         call: what is known of the call of a module; None for a function.
@@ -74,6 +76,7 @@ class Step:
         "call",
         "chosen",
         "cuts_gradient",
+        "first_frozen",
         "function",
         "hooks",
         "in_place",
@@ -87,6 +90,7 @@ class Step:
         self.args, self.kwargs = tuple(args), dict(kwargs)
         self.autocast = autocast()
         self.cuts_gradient = False
+        self.first_frozen: int | None = None
         self.hooks: list[tuple[int, RemovableHandle]] = []
         self.random_state: RandomState | None = None
         self.call: Call | None = None

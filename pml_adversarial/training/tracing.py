@@ -6,7 +6,8 @@ module: its call is one step of the trace.
 
 A tensor with gradient holds its trace, as it holds its graph. A number, or a tensor without gradient, holds it weakly,
 so that sums and memories that live for long do not grow; the steps themselves stay for the present iteration and the
-last one. What a module gives under ``no_grad`` is only marked with the name of the module.
+last one. Those of frozen modules stay for some more, since one iteration may have many of them, and several losses.
+What a module gives under ``no_grad`` is only marked with the name of the module.
 """
 
 from __future__ import annotations
@@ -41,25 +42,47 @@ class WantsTraces(Protocol):
     seen: dict[str, set[str]]
 
 
+class Kept:
+    """Steps that gave tensors without gradient, which hold them weakly. They stay while these and the next are kept.
+
+    Attributes:
+        steps: those of the present generation.
+        older: those of the one before.
+        generation: how often ``steps`` was begun.
+        calls: number of outermost calls of modules since then.
+        losses: number of losses since then.
+        size: bytes of what these modules took.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.older: list[Step] = []
+        self.generation = self.calls = self.losses = self.size = 0
+
+    def begin(self, given: Iterable[Tensor], calls: int, losses: int) -> None:
+        """Begins with the call of a module, in another generation after so many calls or losses."""
+        self.calls += 1
+        if self.calls > calls or self.losses >= losses:
+            self.older, self.steps = self.steps, []
+            self.generation += 1
+            self.calls, self.losses, self.size = 1, 0, 0
+        self.size += sum(tensor.numel() * tensor.element_size() for tensor in given)
+
+
 class Here(threading.local):
     """Of this thread.
 
     Attributes:
         paused: whether nothing is noted, inside a module or a replay.
         inner: see `Call`; None outside of modules.
-        recent: steps that gave tensors without gradient, which hold them weakly.
-        older: those before the last loss.
-        calls: number of outermost calls since ``recent`` was begun.
-        generation: how often ``recent`` was begun.
-        after_loss: whether a loss was computed since the last call.
+        frozen: steps of modules without gradient, and what was made of these alone.
+        brief: other steps that gave tensors without gradient, such as what was detached, and losses.
     """
 
     def __init__(self) -> None:
         self.paused = False
         self.inner: dict[nn.Module, list[Any]] | None = None
-        self.recent: list[Step] = []
-        self.older: list[Step] = []
-        self.calls, self.generation, self.after_loss = 0, 0, False
+        self.frozen, self.brief = Kept(), Kept()
 
 
 here = Here()
@@ -120,9 +143,20 @@ class Traced(Tensor):
 
 
 class _Weak(NamedTuple):
+    """A trace that others keep.
+
+    Attributes:
+        step: what made the tensor.
+        place: which of its outputs this is.
+        name: of the step.
+        kept: who keeps it.
+        generation: in which the first of the steps was taken that led to it.
+    """
+
     step: weakref.ref[Step]
     place: int
     name: str
+    kept: Kept
     generation: int
 
 
@@ -239,8 +273,9 @@ def step_of(
 
 def _recent_argument(leaf: Any) -> Any:
     origin = vars(leaf).get("origin") if type(leaf) is Traced else None
-    is_older = isinstance(origin, _Weak) and origin.generation != here.generation
-    return Fixed(leaf, lost=lost_of(leaf) or "an operation") if is_older else _argument(leaf)
+    if isinstance(origin, _Weak) and origin.generation < origin.kept.generation - (origin.kept is here.frozen):
+        return Fixed(leaf, lost=lost_of(leaf) or "an operation")
+    return _argument(leaf)
 
 
 def _is_data(tensor: Tensor) -> bool:
@@ -251,7 +286,7 @@ def _is_data(tensor: Tensor) -> bool:
 def _beside(traced: Sequence[Tensor], beside_data: bool) -> Callable[[Any], Any]:
     """What gives the traces of arguments that are traced."""
     steps = {id(t): steps_to([ref]) for t in traced if isinstance(vars(t).get("origin"), _Weak) and (ref := ref_of(t))}
-    detached = {key: found for key, found in steps.items() if any(step.cuts_gradient or step.chosen for step in found)}
+    detached = {key: found for key, found in steps.items() if any(map(_cuts, found))}
     if not detached:
         return _argument
     live = [ref for t in traced if id(t) not in detached and (ref := ref_of(t)) is not None]
@@ -262,6 +297,10 @@ def _beside(traced: Sequence[Tensor], beside_data: bool) -> Callable[[Any], Any]
     else:
         fixed = {key: found[-1] for key, found in calls.items() if found and found[-1].number < first}
     return lambda leaf: Fixed(leaf, lost=_name(fixed[id(leaf)].function)) if id(leaf) in fixed else _argument(leaf)
+
+
+def _cuts(step: Step) -> bool:
+    return step.cuts_gradient or (step.call is None and bool(step.chosen))
 
 
 def _argument(leaf: Any) -> Any:
@@ -276,12 +315,18 @@ def note(tensor: Tensor, made_by: Ref) -> None:
     """From now on, operations on the tensor are noted."""
     if isinstance(tensor, nn.Parameter):
         return
+    step = made_by.step
     if tensor.requires_grad and tensor.ndim:  # sums of losses are often kept, beyond their backward pass
         _mark(tensor, made_by)
+        return
+    made_of = [ref.step.first_frozen for ref in step.refs]
+    if tensor.requires_grad or step.cuts_gradient or None in made_of or (step.call is None and step.chosen):
+        kept, first = here.brief, here.brief.generation
     else:
-        here.recent.append(made_by.step)
-        name = _name(made_by.step.function)
-        _mark(tensor, _Weak(weakref.ref(made_by.step), made_by.place, name, here.generation))
+        kept, first = here.frozen, min((one for one in made_of if one is not None), default=here.frozen.generation)
+        step.first_frozen = first
+    kept.steps.append(step)
+    _mark(tensor, _Weak(weakref.ref(step), made_by.place, _name(step.function), kept, first))
 
 
 def _mark(tensor: Tensor, origin: Any) -> None:

@@ -40,7 +40,8 @@ from .tracing import (
 _PLAIN = {bool, int, float, str, type(None)}
 _SHORT, _NOT_KEPT = 16, object()
 _OF_MODULES = frozenset(vars(nn.Module()))
-_CALLS_WITHOUT_LOSS = 8  # after as many, traces of tensors without gradient are given up
+_FEW_CALLS = 8  # after as many, traces of tensors without gradient are given up
+_MANY_CALLS, _LOSSES, _LARGE = 64, 4, 2**26  # those of frozen modules stay longer, if they hold fewer bytes than this
 _kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -81,7 +82,8 @@ class Watch:
         """Forgets what was seen. Traces without gradient are given up when the next module runs."""
         for names in self.seen.values():
             names.clear()
-        here.after_loss = True
+        here.brief.losses += 1
+        here.frozen.losses += 1
 
 
 def _begin(module: nn.Module, args: Sequence[Any]) -> None:
@@ -135,12 +137,13 @@ def _note_compiled(module: nn.Module) -> Callable[[], None]:
 
 def _start(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Noting:
     threads.add(threading.get_ident())
-    here.calls += 1
-    if here.after_loss or here.calls > _CALLS_WITHOUT_LOSS:
-        here.older, here.recent = here.recent, []
-        here.generation += 1
-        here.calls, here.after_loss = 1, False
-    return _Noting(module, args, kwargs, _kind_of(module))
+    given = _tensors_of((args, kwargs))
+    here.brief.begin(given, _FEW_CALLS, 1)
+    if here.frozen.size > _LARGE:
+        here.frozen.begin(given, _FEW_CALLS, 1)
+    else:
+        here.frozen.begin(given, _MANY_CALLS, _LOSSES)
+    return _Noting(module, args, kwargs, given, _kind_of(module))
 
 
 class _Noting:
@@ -149,10 +152,11 @@ class _Noting:
     Lists, dicts and other containers among them are copied, as the module may take items out, or put others in.
     """
 
-    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kind: str) -> None:
-        self.module, self.kind = module, kind
+    def __init__(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor], kind: str
+    ) -> None:
+        self.module, self.kind, self.given = module, kind, given
         self.args, self.kwargs = _copied(args), _copied(kwargs)
-        self.given = _tensors_of((args, kwargs))
         self.versions = [version_of(tensor) for tensor in self.given]
         wants = wants_state()
         self.random_state = random_state() if wants else None
@@ -198,9 +202,10 @@ class _Noting:
             if any(map(_is_followed, found)):
                 _tell("not watched", name)
         elif not torch.is_grad_enabled():
-            _tell("without gradient", name)
-            for tensor in self._new(found):
-                mark_lost(tensor, name)
+            if self._is_model(found):
+                _tell("without gradient", name)
+                for tensor in self._new(found):
+                    mark_lost(tensor, name)
         else:
             self._note(name, output, found)
 
@@ -218,7 +223,9 @@ class _Noting:
 
     def _is_model(self, found: list[Tensor]) -> bool:
         """Whether a module is more than a step of preparing data, such as a transform of images."""
-        if any(tensor.requires_grad for tensor in found) or next(self.module.parameters(), None) is not None:
+        if self.traced or any(tensor.requires_grad for tensor in found):
+            return True
+        if next(self.module.parameters(), None) is not None:
             return True
         return any(watch.known is not None and id(self.module) in watch.known for watch in watches)
 
@@ -239,8 +246,11 @@ class _Noting:
         call.inner = {m: [o.detach() if isinstance(o, Tensor) else o for o in given] for m, given in self.inner.items()}
         call.changed = any(version_of(t) != before for t, before in zip(self.given, self.versions, strict=True))
         new = set(map(id, self._new(found)))
+        lengths = {len(tensor) for tensor in found if _is_followed(tensor)}
         for place, tensor in enumerate(found):
-            if _is_followed(tensor) and id(tensor) in new:
+            if tensor.ndim and len(tensor) in lengths and id(tensor) in new:
+                if not _is_followed(tensor):  # a mask, or indices, beside embeddings
+                    step.chosen[place] = tensor.detach()
                 note(tensor, Ref(step, place))
 
 
@@ -250,8 +260,8 @@ def _works_in_place(module: nn.Module) -> bool:
 
 
 def _is_followed(output: Tensor) -> bool:
-    """Whether what is done to an output of a module is noted: not to a number, such as a loss, or to indices."""
-    return output.ndim > 0 and output.is_floating_point()
+    """Whether a module that gives this is noted: not where it gives a number, such as a loss, or indices alone."""
+    return output.ndim > 0 and (output.is_floating_point() or output.is_complex())
 
 
 def _tensors_of(arguments: Any) -> list[Tensor]:

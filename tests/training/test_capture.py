@@ -105,6 +105,17 @@ class TestWatchedModels:
         assert replay.inputs.equal(images)
         assert replay.modules == (model,)
 
+    @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+    def test_a_container_with_a_forward_of_its_own_is_one_module(self, kind):
+        class Ensemble(kind):
+            def forward(self, x):
+                return x
+
+        held = [nn.Identity()] if kind is nn.ModuleList else {"trunk": nn.Identity(), "embedder": nn.Identity()}
+        model = Ensemble(held)
+        assert modules_of(model) == (model,)
+        assert in_order(model) is model
+
     @pytest.mark.parametrize("container", [list, tuple, nn.ModuleList])
     def test_sequence(self, images, container):
         modules = trunk_and_embedder()

@@ -236,6 +236,33 @@ class TestWithoutGradient:
             assert lost_of(tensor).strip("_") == name
             assert lost_of(tensor * 2) == lost_of(tensor)
 
+    def test_its_trace_is_lost_after_two_losses_where_the_inputs_are_large(self, watch, model):
+        inputs = torch.rand(4, *[64] * 4)
+        large = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 2)).requires_grad_(False)
+        features = large(inputs)
+        for _ in range(2):
+            assert ref_of(features) is not None
+            watch.forget()
+            large(inputs)
+        assert ref_of(features) is None
+
+    @pytest.mark.parametrize("through", [lambda e: e, lambda e: 0.5 * e], ids=["as it is", "scaled"])
+    def test_its_trace_is_lost_after_some_losses(self, watch, model, images, through):
+        total = features = through(model.requires_grad_(False)(images))
+        seen = weakref.ref(ref_of(features).step)
+        for _ in range(20):
+            watch.forget()
+            total = total + through(model(images))
+        assert ref_of(features) is None
+        assert seen() is None
+
+    def test_its_trace_leads_back_over_the_losses_of_one_step(self, watch, model, images):
+        features = model.requires_grad_(False)(images)
+        for _ in range(4):
+            watch.forget()
+            assert names_of(features * 2) == [*names_of(features), "mul"]
+            model(images)
+
     def test_its_trace_is_lost_where_no_loss_is_computed_for_long(self, watch, model, images):
         mask = model(images) > 0
         for _ in range(100):

@@ -102,12 +102,20 @@ class TestOutputsOfModules:
         assert torch.equal(kept[0], first)
         assert torch.equal(kept[1], second)
 
-    def test_that_need_no_gradient_are_traced_where_they_are_of_floating_point(self, watch, model, images):
+    def test_that_need_no_gradient_are_traced_too(self, watch, model, images):
         outer = Returns(model, lambda e: (e, e.argmax(1), e.detach()))
-        live, number, detached = outer(images)
-        assert [type(live), type(number), type(detached)] == [Traced, torch.Tensor, Traced]
-        assert (ref_of(live).place, ref_of(detached).place) == (0, 2)
-        assert ref_of(live).step is ref_of(detached).step
+        found = outer(images)
+        assert [type(output) for output in found] == [Traced] * 3
+        assert [ref_of(output).place for output in found] == [0, 1, 2]
+        (step,) = {ref_of(output).step for output in found}
+        assert step.chosen[1].equal(found[1])
+
+    def test_that_are_whole_numbers_alone_are_plain(self, watch, model, images):
+        assert type(Returns(model, lambda e: e.argmax(1))(images)) is torch.Tensor
+
+    def test_that_are_whole_numbers_of_another_length_are_plain(self, watch, model, images):
+        _, numbers = Returns(model, lambda e: (e, torch.arange(3)))(images)
+        assert type(numbers) is torch.Tensor
 
     def test_that_are_scalars_are_plain(self, watch, model, images, labels):
         loss_func = nn.CrossEntropyLoss()
@@ -567,3 +575,23 @@ class TestWeights:
         assert weights_of(submodules_of(linear)) == before
         change(linear)
         assert weights_of(submodules_of(linear)) != before
+
+
+class TestFunctionsOfTorchFunc:
+    @pytest.mark.parametrize("wants_state", [False, True])
+    def test_run_as_without_a_watch(self, watch, model, images, wants_state):
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+
+        def gradient(image):
+            return torch.func.grad(lambda p: torch.func.functional_call(model, p, (image[None],)).sum())(parameters)
+
+        def run():
+            ensemble = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (images,)))(stacked)
+            return [ensemble, *torch.func.vmap(gradient)(images).values()]
+
+        watch.wants_state = wants_state
+        with paused():
+            expected = run()
+        for found, value in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, value)

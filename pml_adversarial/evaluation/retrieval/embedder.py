@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, InputError
-from ...training.capture import in_order
+from ...training.capture import holds_alone, in_order
 from ...training.isolation import depends_on_mode, random_kept, random_stream, seed_all
 from ...training.modules import is_compiled, modules_reached_by, modules_run_by
 from ...training.pixels import Bounds, Normalization, PixelSpace
@@ -329,6 +329,8 @@ def _inside(model: Any) -> Any:
     """The same without `DistributedDataParallel`, which sends buffers to other processes in each call."""
     if isinstance(model, DistributedDataParallel):
         return model.module
+    if isinstance(model, nn.Module) and not holds_alone(model):
+        return model
     if isinstance(model, Mapping | nn.ModuleDict):
         return {name: _inside(model[name]) for name in model}
     return [_inside(part) for part in model] if isinstance(model, list | tuple | nn.ModuleList) else model

@@ -35,6 +35,17 @@ class TestEmbedder:
             assert model.passes == 1
         assert model.passes == 0
 
+    @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+    def test_a_container_with_a_forward_of_its_own_is_called(self, kind):
+        class Negated(kind):
+            def forward(self, x):
+                (first, second) = self.values() if isinstance(self, nn.ModuleDict) else self
+                return first(x) - second(x)
+
+        parts, pixels = [network(), network(seed=1)], images_of()[0]
+        model = Negated(parts if kind is nn.ModuleList else dict(zip(("trunk", "embedder"), parts, strict=True))).eval()
+        assert torch.equal(Embedder(model)(pixels), model(pixels))
+
     def test_pixels_are_normalised_per_channel(self):
         pixels = torch.rand(5, 3, 2, 2)
         found = Embedder(nn.Flatten(), ([0.1, 0.2, 0.3], [0.5, 0.4, 0.25]))(pixels).reshape(5, 3, 2, 2)
