@@ -256,7 +256,7 @@ class AdversarialLoss(Wrapper, ModuleWithRecords):
                 return loss(embeddings, labels, indices_tuple, enqueue_mask=enqueue_mask)
             given = (indices_tuple,) if ref_emb is None else (indices_tuple, ref_emb, ref_labels)
             return call(loss, embeddings, labels, *given)
-        _check_gradient(embeddings, self.loss)
+        _check_gradient(embeddings, ref_emb, self.loss)
         if enqueue_mask is not None:
             loss_calls.check_mask(enqueue_mask, loss, embeddings, indices_tuple)
             loss = loss_calls.Enqueuing(loss)
@@ -308,11 +308,12 @@ def _check_not_adversarial(loss: nn.Module) -> None:
         )
 
 
-def _check_gradient(embeddings: Tensor, loss: nn.Module) -> None:
+def _check_gradient(embeddings: Tensor, reference: Tensor | None, loss: nn.Module) -> None:
     if not isinstance(embeddings, Tensor):
         raise InputError(f"embeddings are {type(embeddings).__name__}; expected the tensor that the model returned.")
-    if torch.is_grad_enabled() and ref_of(embeddings) and any(p.requires_grad for p in loss.parameters()):
-        return  # the model is frozen, and the loss learns
+    learns = any(p.requires_grad for p in loss.parameters()) or getattr(reference, "requires_grad", False)
+    if torch.is_grad_enabled() and ref_of(embeddings) and learns:
+        return  # their model is frozen, and the loss or the model of the reference learns
     if not torch.is_grad_enabled() or not embeddings.requires_grad:
         found = "embeddings without gradient" if torch.is_grad_enabled() else "a call under no_grad or inference_mode"
         raise InputError(

@@ -2101,3 +2101,14 @@ def token_of_the_loop_beside():
     model, token, x = net(), nn.Parameter(torch.randn(1, 4) / 4), images()
     model.register_parameter("token", token)
     return Loop(model, lambda loss: loss(torch.cat([model(x), token.expand(8, 4)], 1), LABELS), x=x)
+
+
+@shape()
+def frozen_images_and_a_reference_of_texts_that_learns():
+    seen, table, head, x = net().requires_grad_(False), nn.Embedding(10, 8), nn.Linear(8, 8), images()
+    model = nn.ModuleList([seen, table, head])
+
+    def step(loss):
+        return loss(seen(x), LABELS, ref_emb=head(table(torch.arange(8))), ref_labels=LABELS)
+
+    return Loop(model, step, model=[seen, table, head], losses=(losses.ContrastiveLoss,))

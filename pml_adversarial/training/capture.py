@@ -237,9 +237,10 @@ class InputCapture:
         if seen["with gradient"]:
             return (
                 f"{seen['with gradient']} ran with gradient since this loss was made, and these embeddings were not "
-                "made of what it returned, or in a way that cannot be followed, such as through a PackedSequence. If "
-                "they are older than the loss, make the loss before the forward pass; if they were made of something "
-                f"else, pass what the model returned; or {_OPEN_DOOR}"
+                "made of what it returned, or in a way that cannot be followed: inside of it, where a hook or an "
+                "attribute kept them, or through a PackedSequence, TorchScript or torch.func.vmap. If they are older "
+                "than the loss, make the loss before the forward pass; if they were made of something else, pass what "
+                f"the model returned; or {_OPEN_DOOR}"
             )
         if seen["not watched"]:
             return self._another(seen["not watched"])
@@ -247,7 +248,8 @@ class InputCapture:
         return (
             f"{ran} module ran with gradient since this loss was made, as far as can be seen. Make the loss before the "
             "forward pass. If the model is compiled by model.compile(), name it, AdversarialLoss(loss, model), after "
-            f"it was compiled. Where neither helps, {_OPEN_DOOR}"
+            "it was compiled. If torch.compile compiles the whole step, let it compile the model alone. Where none "
+            f"helps, {_OPEN_DOOR}"
         )
 
 

@@ -191,9 +191,11 @@ def _check_rows(of: str, embeddings: Tensor | None, name: str, labels: Tensor | 
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
         raise InputError(f"{of} {_form(embeddings)}; expected a tensor of one row per input, (N, D).")
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]):
+        views = " A loss of two views is recognised by its names: forward(embeddings, ref_emb)."
+        is_view = isinstance(labels, Tensor) and labels.shape == embeddings.shape
         raise InputError(
             f"{name} {_form(labels)} for {of} of shape {tuple(embeddings.shape)}; expected a tensor of one label per "
-            f"row, ({len(embeddings)},)."
+            f"row, ({len(embeddings)},).{views if is_view else ''}"
         )
 
 

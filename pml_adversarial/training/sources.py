@@ -352,9 +352,10 @@ def _check_leaf(step: Step, leaf: Fixed) -> None:
     if not is_of_data(value):
         raise CaptureError(
             f"{name_of(step)} took features that were computed with gradient, by modules that are not watched or "
-            "before the loss was made, or by the loop with parameters of its own, as in model(x + prompt). Name all "
-            "modules, AdversarialLoss(loss, [trunk, head]), or none, and make the loss before the forward pass. Of "
-            "what the loop does itself, make a function: loss_func(embeddings, labels, inputs=x), with "
+            "before the loss was made, inside of a module, where a hook or an attribute kept them, or by the loop with "
+            "parameters of its own, as in model(x + prompt). Name all modules, AdversarialLoss(loss, [trunk, head]), "
+            "or none, make the loss before the forward pass, and let a module return what the loop takes. Of what the "
+            "loop does itself, make a function: loss_func(embeddings, labels, inputs=x), with "
             "AdversarialLoss(loss, lambda x: model(x + prompt))."
         )
 

@@ -150,6 +150,11 @@ class TestWrongForms:
         with pytest.raises(InputError, match=rf"embeddings of shape {shape}; expected .* \(N, D\)"):
             seed_paper_loss(losses.TripletMarginLoss(), whole)(whole(images), labels)
 
+    def test_another_view_in_place_of_labels_is_told_how_it_is_recognised(self, model, images):
+        embeddings = model(images)
+        with pytest.raises(InputError, match=r"labels of shape .* forward\(embeddings, ref_emb\)"):
+            seed_paper_loss(losses.TripletMarginLoss(), model)(embeddings, embeddings.detach())
+
     def test_embeddings_without_rows_or_dimensions(self, labels):
         model = nn.Sequential(nn.Linear(8, 1), Sum())
         with pytest.raises(InputError, match=r"embeddings of shape \(\)"):
