@@ -81,6 +81,7 @@ EXPERIMENTS = (
     "cars-64-200k",
     "cars-64-800k",
     "cars-64-batchnorm",
+    "cars-64-batchnorm-1000k",
     "cars-64-published",
     "cars-64-fare",
 )
