@@ -84,6 +84,7 @@ EXPERIMENTS = (
     "cars-64-batchnorm-1000k",
     "cars-64-published",
     "cars-64-fare",
+    "cars-64-fare-1000k",
 )
 """Folders of the results."""
 
