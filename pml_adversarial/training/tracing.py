@@ -51,7 +51,7 @@ class Kept:
         generation: how often ``steps`` was begun.
         calls: number of outermost calls of modules since then.
         losses: number of losses since then.
-        size: bytes of what these modules took.
+        size: bytes of what these modules took, where this counts.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,13 @@ class Kept:
         self.older: list[Step] = []
         self.generation = self.calls = self.losses = self.size = 0
 
-    def begin(self, given: Iterable[Tensor], calls: int, losses: int) -> None:
+    def begin(self, calls: int, losses: int) -> None:
         """Begins with the call of a module, in another generation after so many calls or losses."""
         self.calls += 1
         if self.calls > calls or self.losses >= losses:
             self.older, self.steps = self.steps, []
             self.generation += 1
             self.calls, self.losses, self.size = 1, 0, 0
-        self.size += sum(tensor.numel() * tensor.element_size() for tensor in given)
 
 
 class Here(threading.local):

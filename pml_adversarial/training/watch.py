@@ -138,11 +138,9 @@ def _note_compiled(module: nn.Module) -> Callable[[], None]:
 def _start(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Noting:
     threads.add(threading.get_ident())
     given = _tensors_of((args, kwargs))
-    here.brief.begin(given, _FEW_CALLS, 1)
-    if here.frozen.size > _LARGE:
-        here.frozen.begin(given, _FEW_CALLS, 1)
-    else:
-        here.frozen.begin(given, _MANY_CALLS, _LOSSES)
+    here.brief.begin(_FEW_CALLS, 1)
+    here.frozen.begin(*((_FEW_CALLS, 1) if here.frozen.size > _LARGE else (_MANY_CALLS, _LOSSES)))
+    here.frozen.size += sum(tensor.numel() * tensor.element_size() for tensor in given)
     return _Noting(module, args, kwargs, given, _kind_of(module))
 
 

@@ -94,7 +94,7 @@ class TestIsMadeOf:
         x = images()
         assert is_made_of(make(), [x], set(nodes_of(flat(x) @ WEIGHT))) is False
 
-    def test_perhaps_where_the_graph_was_freed(self):
+    def test_not_seen_where_the_graph_was_freed(self):
         x = images()
         found = flat(x) @ WEIGHT
         found.sum().backward()
