@@ -305,7 +305,7 @@ class TestCost:
         passes, _ = self.spent(images, labels, attack=NO_BUDGET)
         assert passes == []
 
-    def test_one_more_in_a_hundred_steps(self, images, labels):
+    def test_those_of_the_check_in_each_hundredth_step(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
         loss_func = seed_paper_loss(losses.TripletMarginLoss(), model, attack=NO_BUDGET)
         passes, spent = counting(model), {}
@@ -315,7 +315,7 @@ class TestCost:
             loss_func(embeddings, labels)
             spent[step] = passes.taken()
         checked = {step: found for step, found in spent.items() if found}
-        assert checked == {1: [self.AGAIN, self.ASKED], 100: [self.AGAIN], 200: [self.AGAIN]}
+        assert checked == {step: [self.AGAIN, self.ASKED] for step in (1, 100, 200)}
 
     def test_the_check_is_due_again_in_the_first_step_of_each_form(self, images, labels):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
@@ -692,6 +692,33 @@ class TestOptions:
         for second, found in ((None, "NoneType"), (model(images)[:7], r"\(7, 4\)")):
             with pytest.raises(InputError, match=f"second view is {found}"):
                 seed_paper_loss(wrapped, model)(model(images), second)
+
+    def test_a_loss_of_ones_own_may_have_other_names_for_labels(self, model, images, labels):
+        class Own(losses.ContrastiveLoss):
+            def forward(self, embeddings, targets, indices_tuple=None, ref_emb=None, ref_labels=None):
+                return super().forward(embeddings, targets, indices_tuple, ref_emb, ref_labels)
+
+        found, expected = (seed_paper_loss(kind(), model) for kind in (Own, losses.ContrastiveLoss))
+        assert found(model(images), labels) == expected(model(images), labels)
+        assert found.num_perturbed == len(images)
+
+    def test_clusters_in_place_of_tuples_are_passed_as_labels(self, model, images, labels):
+        class Manifold(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.loss = losses.ManifoldLoss(l=4, K=int(labels.max()) + 1)
+
+            def forward(self, embeddings, labels):
+                return self.loss(embeddings, indices_tuple=labels)
+
+        wrapped = Manifold()
+        with pytest.raises(
+            PlanError, match=r"ManifoldLoss, pass them as labels, to a module whose forward\(embeddings"
+        ):
+            seed_paper_loss(wrapped.loss, model)(model(images), indices_tuple=labels)
+        loss_func = seed_paper_loss(wrapped, model)
+        assert loss_func(model(images), labels) != wrapped(model(images), labels)
+        assert loss_func.num_perturbed == len(images)
 
 
 CHANGES = {

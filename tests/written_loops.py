@@ -917,6 +917,66 @@ def checkpointing_in_the_loop():
     return Loop(nn.ModuleList([model, head]), step)
 
 
+class Packs(nn.Module):
+    """Takes sequences in the order of their lengths, the longest first, as torch wants them by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(self.rnn(packed)[1][0][-1])
+
+
+@shape()
+def sequences_in_the_order_of_their_lengths():
+    model, x, lengths = Packs(), images(shape=(6, 6)), torch.tensor([6, 6, 5, 4, 4, 3, 2, 1])
+    return Loop(model, lambda loss: loss(model(x, lengths), LABELS))
+
+
+@shape(options={"perturb": "positive"})
+def some_sequences_in_the_order_of_their_lengths():
+    model, x, lengths = Packs(), images(shape=(6, 6)), torch.tensor([6, 6, 5, 4, 4, 3, 2, 1])
+    order = torch.tensor([5, 1, 2, 6]), torch.tensor([4, 0, 3, 7]), torch.tensor([0, 6, 7, 1])
+    return Loop(model, lambda loss: loss(model(x, lengths), LABELS, order), losses=(losses.TripletMarginLoss,))
+
+
+@shape()
+def numbers_of_rows_as_a_range():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.table = net(), nn.Embedding(20, 8)
+
+        def forward(self, x, numbers):
+            return self.net(x) + self.table(torch.tensor(list(numbers)))
+
+    model, x = Looks(), images()
+    return Loop(model, lambda loss: loss(model(x, range(5, 13)), LABELS))
+
+
+@shape()
+def rotated_as_complex_numbers():
+    model, angles, x = net(), torch.rand(8, 4) * 6, images()
+
+    def step(loss):
+        turned = torch.view_as_complex(model(x).reshape(8, 4, 2)) * torch.polar(torch.ones(8, 4), angles)
+        return loss(torch.view_as_real(turned).flatten(1), LABELS)
+
+    return Loop(model, step)
+
+
+@shape()
+def circular_convolution_with_features():
+    model, other, x = net(), torch.randn(8), images()
+
+    def step(loss):
+        return loss(torch.fft.irfft(torch.fft.rfft(model(x)) * torch.fft.rfft(other), n=8), LABELS)
+
+    return Loop(model, step)
+
+
 @shape(in_order=True)
 def fake_quantisation_with_ranges_that_are_found():
     quantised = torch.ao.quantization.FakeQuantize(quant_min=0, quant_max=255)

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float)
     add("--schedule", choices=SCHEDULES)
     add("--augment", type=float, help="how much to change training images at random: 0, or 1 for Omniglot's")
+    add("--mixed", action=either, help="blend each training image with another one; for FARE")
     add("--rotations", action=either, help="quarter turns of a class are further classes")
     add("--thresholds", action=either, help="the first convolution starts as thresholds of pixels")
     add("--train-eps", type=float, help="radius of training attacks, in 255ths")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from pml_adversarial.errors import InputError
 from pml_adversarial.training.isolation import random_stream
 
-from .data import Part, Rotated
+from .data import Part, Rotated, mixed
 from .protocol import Protocol
 
 _OWN = 1 << 40  # a stream of random numbers that neither the attack nor the loop draws from
@@ -54,7 +54,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         """Images ``(P K, C, H, W)`` and labels ``(P K,)`` from 0 on."""
         with random_stream(self.seed + _OWN, step):
             rows = self._drawn()
-            return self.images.pixels(rows, self.protocol.augment), self.labels[rows]
+            pixels = self.images.pixels(rows, self.protocol.augment)
+            return mixed(pixels) if self.protocol.mixed else pixels, self.labels[rows]
 
     def rows(self, step: int) -> Tensor:
         """``(P K,)`` which images, turned ones counted as further ones, are those of a step."""

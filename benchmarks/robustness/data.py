@@ -123,6 +123,11 @@ def mirrored(pixels: Tensor) -> Tensor:
     return torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
 
 
+def mixed(pixels: Tensor) -> Tensor:
+    """Each image ``(N, C, S, S)`` blended with another of the batch, in any proportion (mixup, arXiv 1710.09412)."""
+    return _blended(pixels, pixels[torch.randperm(len(pixels))], torch.rand(len(pixels), 1, 1, 1))
+
+
 def coloured(pixels: Tensor, strength: float) -> Tensor:
     """Images ``(N, 3, S, S)`` with other brightness, contrast and saturation, each image in an order of its own.
 

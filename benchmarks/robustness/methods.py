@@ -86,12 +86,15 @@ class Method:
         """Refuses a protocol that the method cannot be trained with.
 
         Raises:
-            InputError: there is no trained network to begin with.
+            InputError: there is no trained network to begin with, or images without labels do not suit the method.
         """
         if self.needs_start and not protocol.pretrained:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
         if self.needs_start and protocol.head:
             raise InputError(f"{self.said}: begins with a trained network, and a --head is not trained. Leave it out.")
+
+        if protocol.mixed and not self.original:
+            raise InputError(f"{self.said}: uses labels, and blended images have none. Leave out --mixed.")
 
     def recipe(self, protocol: Protocol) -> dict[str, Any]:
         """Loss, miner, plugins and options in JSON's types: whoever changes one of them trains anew."""

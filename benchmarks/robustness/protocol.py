@@ -81,6 +81,7 @@ class Protocol:
         schedule: of the learning rate, "constant" or "cosine" (down to 0).
         augment: how much training images are changed at random; 0: not at all, 1: as `benchmarks.omniglot` does.
             Photographs know only whether.
+        mixed: whether each training image is blended with another one, for methods that use no labels.
         rotations: whether quarter turns of a class are further classes.
         thresholds: whether the first convolution starts as thresholds of pixels, see `backbones.start_as_thresholds`.
         eps: l-inf radius of training attacks, in pixels of [0, 1].
@@ -112,6 +113,7 @@ class Protocol:
     weight_decay: float = 0.0
     schedule: str = "constant"
     augment: float = 0.0
+    mixed: bool = False
     rotations: bool = False
     thresholds: bool = False
     eps: float = 77 / 255

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.checks import check_number
+from ..errors import PluginError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.isolation import preserved
 from ..training.plan import Plan
+from ..training.rerun import recomputed_in
 
 _ASKED_BY_COMPILE = "The .grad attribute of a Tensor that is not a leaf"  # torch.compile looks at it
 
@@ -60,8 +62,18 @@ class AWP:
         weights = _weights(batch.replay.modules)
         moved = _moved(weights, _gradients(value, adversarial.embeddings, weights), batch.strength * self.gamma)
         rows = batch.local(batch.own(plan.rows, plan.rows))
-        with preserved(*batch.replay.modules), _exchanged(batch.replay.modules, weights, moved):
-            embeddings = batch.replay.embed(adversarial.inputs, rows)  # BatchNorm has seen these rows already
+
+        @contextmanager
+        def at_worst() -> Iterator[None]:
+            with (
+                preserved(*batch.replay.modules),  # BatchNorm has seen these rows already
+                _exchanged(batch.replay.modules, weights, moved),
+                recomputed_in(lambda: at_worst),
+            ):
+                yield
+
+        with at_worst():
+            embeddings = batch.replay.embed(adversarial.inputs, rows)
         return ask(self, replace(adversarial, embeddings=batch.gather_copies(embeddings, plan.rows)))
 
 
@@ -76,7 +88,15 @@ def _gradients(value: Tensor, embeddings: Tensor, weights: Sequence[Tensor]) -> 
     (of_rows,) = torch.autograd.grad(value, embeddings, retain_graph=True, allow_unused=True)
     if of_rows is None or not weights:
         return [None] * len(weights)
-    return torch.autograd.grad(embeddings, weights, of_rows, allow_unused=True)
+    try:
+        return torch.autograd.grad(embeddings, weights, of_rows, allow_unused=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PluginError(
+            f"AWP takes the gradient of the loss in the weights by torch.autograd.grad, which raises: {error} If the "
+            "model uses activation checkpoints, expected checkpoint(..., use_reentrant=False); else leave out AWP."
+        ) from error
 
 
 def _moved(weights: Iterable[Tensor], gradients: Iterable[Tensor | None], gamma: float) -> list[Tensor]:

@@ -39,11 +39,13 @@ class _Known:
 
     Attributes:
         picks: that of the replay.
+        sorts: likewise.
         keeps_modes: whether modules keep their mode in the attack.
         steps: how many there were.
     """
 
     picks: frozenset[str] = ALL
+    sorts: bool = False
     keeps_modes: bool = False
     steps: int = 0
 
@@ -78,9 +80,10 @@ class InputCapture:
         """The way from inputs to embeddings, and to those of a reference after them, in another order if one is given.
 
         In the first step, whenever the form of the loop changes, and each `CHECK_EVERY` steps it is checked that it
-        leads to the embeddings that were given. For a new form it is checked, too, that each row can be embedded
-        without the others. What a model makes of rows may depend on the values of other arguments that have rows, such
-        as lengths. So if there are any, this is checked again, also in the 2nd, 4th, 8th ... step of a form.
+        leads to the embeddings that were given, and that each row can be embedded without the others. Training may
+        change this: a part that mixes rows may begin with weights of 0. What a model makes of rows may depend on the
+        values of other arguments that have rows, such as lengths. So if there are any, this is checked again, also in
+        the 2nd, 4th, 8th ... step of a form.
 
         Args:
             pixels: how inputs become pixels.
@@ -162,7 +165,7 @@ class InputCapture:
         switched, form, beside = replay.was_switched, replay.form, replay.takes_rows_beside
         known = self._forms.get(form, _Known())
         known.steps += 1
-        replay.picks = known.picks
+        replay.picks, replay.sorts = known.picks, known.sorts
         if known.keeps_modes:
             replay.keep_modes()
         if form not in self._forms or switched or _is_due(self._count, known.steps, beside):
@@ -175,15 +178,14 @@ class InputCapture:
             apart = difference(again, given)
             if apart > limit and (replay.is_told or difference(replay.again(seed=1), again) <= limit):
                 raise ReplayError(_what_differs(replay, apart, limit, switched, told))
-            if form not in self._forms or switched or beside:
-                replay.check_rows(again)
+            replay.check_rows(again)
             if apart > limit and told:
                 logger.warning(
                     "The model draws random numbers, so it cannot be checked whether inputs=... are those of the "
                     "embeddings, in their order."
                 )
             if apart <= limit or told:
-                known.picks, known.keeps_modes = replay.picks, bool(replay.kept_in_mode)
+                known.picks, known.sorts, known.keeps_modes = replay.picks, replay.sorts, bool(replay.kept_in_mode)
                 self._forms[form] = known
         self._watch.wants_state = form not in self._forms or _is_due(self._count + 1, known.steps + 1, beside)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -37,12 +38,13 @@ from .rerun import (
     module_of,
     name_of,
     output_replaced,
+    recomputed_in,
     recorded,
     rerun,
     value_of,
 )
 from .rows import Rows, find_rows
-from .side_effects import generators_of, undone
+from .side_effects import Attributes, generators_of, undone
 from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast, steps_to
 from .tracing import paused
@@ -74,6 +76,7 @@ class Replay:
         inputs: ``(P, ...)`` in [0, 1], the inputs of the rows whose inputs are known, in order.
         known_rows: ``(P,)`` these rows; None where they are the first ones.
         picks: which other arguments, with as many rows as the inputs, belong to them row by row.
+        sorts: whether rows are embedded in the order of the batch, which packed sequences may want.
         kept_in_mode: modules that keep their mode in the attack, see `keep_modes`.
 
     Raises:
@@ -105,8 +108,9 @@ class Replay:
         self._find_swapped()
         self._sources = Sources(self._steps, results, choice)
         self._at = choice.at
-        self.picks, self._attacks = ALL, False
+        self.picks, self.sorts, self._attacks = ALL, False, False
         self.kept_in_mode: list[nn.Module] = []
+        self._raised = ""
         self._held: Held = {}
         self._rows: Rows = find_rows(self._steps, self._run, self._sources, self._is_plain, may_mix_from)
         self._held = self._rows.held
@@ -122,6 +126,12 @@ class Replay:
         Returns:
             ``(K, D)``.
         """
+        if rows is None or not self.sorts:
+            return self._embed_in_order(inputs, rows)
+        order = rows.argsort(stable=True)
+        return self._embed_in_order(inputs[order], rows[order])[order.argsort()]
+
+    def _embed_in_order(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
         if self._chunk is None or len(inputs) <= self._chunk:
             return self._embed(inputs, rows)
         if rows is None:
@@ -223,8 +233,9 @@ class Replay:
     def check_rows(self, again: Tensor) -> None:
         """Checks that inputs can be embedded without those of the other rows, in another order, and have a gradient.
 
-        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row, and whether
-        the model gives other outputs in eval mode. If so, the user's own modules keep their mode in the attack.
+        It finds out, too, whether arguments that have as many rows as the inputs belong to them row by row, whether
+        rows have to stay in order, and whether the model gives other outputs in eval mode. If so, the user's own
+        modules keep their mode in the attack.
 
         Args:
             again: ``(N, D)`` the clean inputs, embedded again in the model's own mode.
@@ -242,11 +253,11 @@ class Replay:
             if "inner" in self._with_rows:  # the size may be that of the batch by chance
                 compared.append(known[: (len(known) + 1) // 2])
             ways = self._may_pick
-            for self.picks in ways:
+            for self.sorts, self.picks in product((False, True), ways):
                 if all(self._is_same(rows, expected, len(ways) > 1) for rows in compared):
                     return
             if difference(self._whole(seed=1), self._whole(seed=2)) > _APART:
-                self.picks = ALL  # the model draws random numbers, in eval mode too
+                self.sorts, self.picks = False, ALL  # the model draws random numbers, in eval mode too
                 return
         raise ReplayError(
             f"{self._names} embeds some rows of the batch otherwise than all of them, in eval mode too; expected a "
@@ -255,6 +266,7 @@ class Replay:
             "loss_func(embeddings, labels, inputs=x.transpose(0, 1)), with AdversarialLoss(loss, lambda x: "
             "model(x.transpose(0, 1))). If the model mixes rows, as graphs do, let a module of your own do that part, "
             "whose forward(embeddings, labels) then calls the loss: AdversarialLoss(that module, rest of the model)."
+            f"{self._raised}"
         )
 
     def _in_eval_mode(self, again: Tensor) -> Tensor:
@@ -303,8 +315,9 @@ class Replay:
                 found = self.embed(inputs, rows)
             except CaptureError:
                 raise
-            except Exception:  # a model may raise anything where arguments do not fit together
+            except Exception as error:  # a model may raise anything where arguments do not fit together
                 if may_fail:
+                    self._raised = f" With some rows it raised: {error}"
                     return False
                 raise
             if not found.requires_grad or self._gradient(found, inputs) is None:
@@ -431,6 +444,8 @@ class Replay:
         self._attacks = inputs.requires_grad
         with ExitStack() as stack:
             stack.enter_context(paused())
+            if torch.is_grad_enabled():
+                stack.enter_context(recomputed_in(Attributes(self._submodules).changed))
             if inputs.requires_grad:
                 stack.enter_context(checkpoints_take_gradients())
             if self._rows.apart:
@@ -510,10 +525,12 @@ class Replay:
             """Of an argument with one row for each input, the rows that belong to the inputs."""
             if rows is None or _kind_of_rows(value, {count}) not in self.picks:
                 return value
-            if isinstance(value, list | tuple):
-                return type(value)([value[row] for row in rows.tolist()])
+            if isinstance(value, list | tuple | range):
+                kind = tuple if isinstance(value, tuple) else list
+                return kind([value[row] for row in rows.tolist()])
             if isinstance(value, Fixed):
-                return Fixed(value.value.index_select(value.value.shape.index(count), rows))
+                chosen = rows.to(value.value.device)  # lengths stay on the CPU
+                return Fixed(value.value.index_select(value.value.shape.index(count), chosen))
             return value[rows.cpu().numpy()]
 
         def changed(leaf: Any) -> Any:
@@ -524,7 +541,8 @@ class Replay:
 
         if self._sources.at(step, INNER) != number:
             return self._apply(step, changed, some)
-        with output_replaced(self._at, inputs):  # type: ignore[arg-type]
+        replaced = partial(output_replaced, self._at, inputs)  # type: ignore[arg-type]
+        with replaced(), recomputed_in(lambda: replaced):
             return self._apply(step, changed, some)
 
     def _known(self) -> tuple[Tensor, Tensor | None]:
@@ -635,7 +653,7 @@ def _kind_of_rows(value: Any, counts: Container[int]) -> str:
         if isinstance(value.value, nn.Parameter) or not having:
             return ""
         return "tensor" if having[0] == 0 else "inner" if len(having) == 1 else ""
-    has_rows = type(value) in (list, tuple) or (isinstance(value, numpy.ndarray) and value.ndim)
+    has_rows = type(value) in (list, tuple, range) or (isinstance(value, numpy.ndarray) and value.ndim)
     return "list" if has_rows and len(value) in counts else ""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .nested import mapped, outputs_in, tensors_in
@@ -117,20 +118,56 @@ def recorded(step: Step, resolve: Resolve) -> Outputs:
 @contextmanager
 def checkpoints_take_gradients() -> Iterator[None]:
     """Inside, reentrant activation checkpoints are others, since ``torch.autograd.grad`` cannot pass reentrant ones."""
-    kind: Any = CheckpointFunction
-    own = kind.__dict__.get("apply")
 
-    def other(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    def apply_other(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    kind.apply = staticmethod(other)
+    with _exchanged(CheckpointFunction, "apply", staticmethod(apply_other)):
+        yield
+
+
+@contextmanager
+def recomputed_in(context: Callable[[], Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
+    """Lets activation checkpoints of the forward passes inside compute again, in the backward pass, in a context.
+
+    Args:
+        context: is asked when a checkpoint computes for the first time, and gives what makes the context of later ones.
+    """
+    frame: Any = checkpoints._CheckpointFrame  # of torch: there is one for each checkpoint that is not reentrant
+    make, call = frame.__init__, CheckpointFunction.apply
+
+    def make_other(self: Any, compute_again: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        make(self, _within(context(), compute_again), *args, **kwargs)
+
+    def call_other(function: Callable[..., Any], *args: Any) -> Any:
+        again = _within(context(), function)
+        turns = iter([function])
+        return call(lambda *given: next(turns, again)(*given), *args)
+
+    with _exchanged(frame, "__init__", make_other), _exchanged(CheckpointFunction, "apply", staticmethod(call_other)):
+        yield
+
+
+def _within(context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with context():
+            return function(*args)
+
+    return call
+
+
+@contextmanager
+def _exchanged(kind: Any, name: str, other: Any) -> Iterator[None]:
+    """Inside, a class has another attribute."""
+    own = vars(kind).get(name)
+    setattr(kind, name, other)
     try:
         yield
     finally:
         if own is None:
-            del kind.apply
+            delattr(kind, name)
         else:
-            kind.apply = own
+            setattr(kind, name, own)
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def _take_changed(
     resolve: Resolve,
 ) -> Outputs:
     """Takes a step with other values in the chosen rows of what is perturbed."""
-    if step.cuts_gradient or not any(output.is_floating_point() for output in before[step]):
+    if step.cuts_gradient or not any(map(_may_change, before[step])):
         return before[step]
     if step.call is None:
         return apply(step, resolve)
@@ -226,9 +226,13 @@ def _differ(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _changed(output: Tensor, rows: Tensor, change: Change) -> Tensor:
-    if not (output.is_floating_point() and output.ndim and len(output) == len(rows)):
+    if not (_may_change(output) and output.ndim and len(output) == len(rows)):
         return output
     return torch.where(rows.view(-1, *[1] * (output.ndim - 1)), change(output), output)
+
+
+def _may_change(output: Tensor) -> bool:
+    return output.is_floating_point() or output.is_complex()
 
 
 def _takes_some(run: Run, count: int) -> bool:

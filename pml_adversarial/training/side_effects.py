@@ -11,7 +11,7 @@ import random
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -114,6 +114,37 @@ class Values:
             if held.get(name) is not parameter:
                 found.append(partial(held.__setitem__, name, parameter))
         return found
+
+
+class Attributes:
+    """What modules have now as attributes, apart from torch's own.
+
+    Args:
+        modules: all submodules too.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._held = [(vars(m), {name: value for name, value in vars(m).items() if name not in OWN}) for m in modules]
+
+    def changed(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes a context in which those that are others by now are what they are now. Afterwards all are restored."""
+        changed = [
+            (held, {name: value for name, value in held.items() if name not in OWN and before.get(name) is not value})
+            for held, before in self._held
+        ]
+
+        @contextmanager
+        def as_now() -> Iterator[None]:
+            kept = [(held, {name: value for name, value in held.items() if name not in OWN}) for held, _ in self._held]
+            for held, values in changed:
+                held.update(values)
+            try:
+                yield
+            finally:
+                for held, values in kept:
+                    _put_back(held, values, OWN)
+
+        return as_now
 
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Any]:

@@ -56,7 +56,9 @@ def checked_tuples(indices_tuple: Any, num_anchors: int, num_partners: int) -> I
         found = [f"{m.dtype} {tuple(m.shape)}" if isinstance(m, Tensor) else type(m).__name__ for m in members]
         raise PlanError(
             f"indices_tuple is {', '.join(found)}; expected torch.long tensors of one dimension, (anchors, positives, "
-            "negatives) of one length or (anchors, positives, anchors, negatives) of two, as PML's miners return them."
+            "negatives) of one length or (anchors, positives, anchors, negatives) of two, as PML's miners return them. "
+            "If they are something else to your loss, such as the clusters of ManifoldLoss, pass them as labels, to a "
+            "module whose forward(embeddings, labels) calls loss(embeddings, indices_tuple=labels)."
         )
     limits = [num_anchors if name == "anchor" else num_partners for name in MEMBERS[len(members)]]
     outside = [((m < 0) | (m >= limit)).any() for m, limit in zip(members, limits, strict=True)]

@@ -24,6 +24,7 @@ from benchmarks.robustness.data import (  # noqa: E402
     coloured,
     load,
     mirrored,
+    mixed,
     read_classes,
     shifted,
 )
@@ -151,6 +152,15 @@ class TestAugmentation:
                 before = changes[number](before, of_image[number])
             torch.testing.assert_close(image, before, rtol=0, atol=1e-5)
         assert len({*map(tuple, orders)}) > 3
+
+    def test_mixed(self, pixels):
+        torch.manual_seed(0)
+        found = mixed(pixels)
+        torch.manual_seed(0)
+        others, shares = torch.randperm(9).tolist(), torch.rand(9).tolist()
+        for image, before, other, share in zip(found, pixels, others, shares, strict=True):
+            torch.testing.assert_close(image, share * before + (1 - share) * pixels[other])
+        assert sorted(others) == list(range(9))
 
 
 class TestFirstWeights:
@@ -383,6 +393,12 @@ class TestOriginal:
     def test_has_no_head(self, method, weights, part, tmp_path):
         with pytest.raises(InputError, match="a --head is not trained"):
             trained(method, part, tmp_path, pretrained=str(weights), head=5)
+
+    def test_blended_images_are_for_methods_without_labels(self, weights, part, tmp_path):
+        training, _ = trained("fare", part, tmp_path, pretrained=str(weights), mixed=True)
+        assert training.passed.steps > 0
+        with pytest.raises(InputError, match=r"uses labels.*Leave out --mixed"):
+            trained("preset-ms", part, tmp_path / "other", mixed=True)
 
     def test_the_gallery_keeps_the_embeddings_of_the_start(self, weights, tmp_path):
         photographs(tmp_path / "set", ["001", "002", "003", "004"], size=(16, 16))

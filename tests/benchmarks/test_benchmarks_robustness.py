@@ -160,6 +160,12 @@ class TestBatches:
         assert torch.equal(plain[1], moved[1])
         assert not (plain[0] == moved[0]).all((1, 2, 3)).any()
 
+    def test_images_are_mixed_if_asked(self, part):
+        plain, mixed = (Batches(part, Protocol(**TINY, steps=1, mixed=asked), 0)[0] for asked in (False, True))
+        assert torch.equal(plain[1], mixed[1])
+        assert not torch.equal(plain[0], mixed[0])
+        assert torch.equal(mixed[0], Batches(part, Protocol(**TINY, steps=1, mixed=True), 0)[0][0])
+
     def test_workers_read_the_same(self, part):
         batches = Batches(part, Protocol(**TINY, steps=1, augment=1.0), 0)
         ahead = batches.after(1, workers=2)

@@ -10,11 +10,22 @@ from one_step import PEERS_PGD, Spy, step
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from pml_adversarial import AdversarialLoss, InputError
+from pml_adversarial import AdversarialLoss, InputError, PluginError
 from pml_adversarial.defenses.awp import AWP
 from pml_adversarial.defenses.ics import ICS
 from pml_adversarial.defenses.trades import TRADES
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner, use_reentrant=False):
+        super().__init__()
+        self.inner, self.use_reentrant = inner, use_reentrant
+
+    def forward(self, features):
+        return checkpoint(self.inner, features, use_reentrant=self.use_reentrant)
+
 
 TRIPLET = partial(losses.TripletMarginLoss, margin=0.2, reducer=MeanReducer())
 ALL = {"perturb": "all", "tuples_per_anchor": None}
@@ -134,6 +145,28 @@ class TestAround:
         plain, _ = step(model, images, labels, AWP(0.05), loss=TRIPLET(), **ALL)
         found, _ = step(compiled, images, labels, AWP(0.05), loss=TRIPLET(), **ALL)
         assert found.records.loss_after == pytest.approx(plain.records.loss_after, rel=1e-5)
+
+    @pytest.mark.parametrize("how", ["chunk", "checkpoint", "chunk and checkpoint"])
+    def test_what_is_computed_again_is_computed_with_the_worst_weights(self, how, model, images, labels):
+        def gradients(network, **options):
+            for weight in model.parameters():
+                weight.grad = None
+            loss_func = AdversarialLoss(
+                TRIPLET(), network, attack=PEERS_PGD, keep_clean=False, plugins=[AWP(0.5)], warmup=0, seed=0, **options
+            )
+            value = loss_func(network(images), labels)
+            value.backward()
+            return value.detach(), [weight.grad for weight in model.parameters()]
+
+        expected = gradients(model)
+        found = gradients(Checkpointed(model) if "checkpoint" in how else model, chunk=5 if "chunk" in how else None)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+    def test_reentrant_checkpoints_are_refused(self, model, images, labels):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(36, 36), Checkpointed(nn.Linear(36, 4), use_reentrant=True))
+        with pytest.raises(PluginError, match="use_reentrant=False"):
+            step(network, images, labels, AWP(), loss=TRIPLET(), **ALL)
 
     def test_by_name(self, model, images, labels):
         loss_func, _ = step(model, images, labels, "awp", loss=TRIPLET())

@@ -980,6 +980,24 @@ class TestWhatTheFirstBatchShowed:
             replay_of(capture, model(images))
         assert next(passes) == 60 + 2
 
+    def test_rows_that_are_mixed_after_some_training(self, images):
+        class Gated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.gate = nn.Linear(36, 4), nn.Parameter(torch.zeros(()))
+
+            def forward(self, images):
+                found = self.linear(images.flatten(1))
+                return found + self.gate * found.mean(0)
+
+        model, capture = Gated(), InputCapture()
+        replay_of(capture, model(images))
+        model.gate.data.fill_(1)
+        for _ in range(CHECK_EVERY - 2):
+            replay_of(capture, model(images))
+        with pytest.raises(ReplayError, match="embeds some rows"):
+            replay_of(capture, model(images))
+
     def test_a_flag_says_which_of_two_inputs_counts(self, images):
         class Streams(nn.Module):
             def __init__(self):

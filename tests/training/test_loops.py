@@ -12,6 +12,7 @@ import torch
 from pytorch_metric_learning import losses
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import checkpoint
 from written_loops import LABELS, REFUSED, SHAPES, Shape, images, net
 
 from pml_adversarial import AdversarialLoss, AdversarialMiner, CaptureError, ReplayError, hookimpl
@@ -391,3 +392,51 @@ def test_a_batch_of_one_image_is_perturbed_where_it_is_compared_with_weights(mak
     loss_func(model(images(rows=1)), LABELS[:1]).backward()
     assert loss_func.num_perturbed == 1
     assert loss_func.loss_after > loss_func.loss_before
+
+
+class Conditioned(nn.Module):
+    """Its forward leaves something of the images in a layer, which an activation checkpoint computes with."""
+
+    class Layer(nn.Linear):
+        condition: torch.Tensor
+        last: torch.Tensor
+
+        def forward(self, features):
+            self.last = features.detach()
+            return features + (super().forward(features) * self.condition).tanh()
+
+    def __init__(self, checkpoints):
+        super().__init__()
+        self.flatten, self.checkpoints = nn.Sequential(nn.Flatten(), nn.Linear(36, 8)), checkpoints
+        self.layer, self.head = self.Layer(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.layer.condition = 6 * (x.flatten(1)[:, :8] - 0.5)
+        features = self.flatten(x)
+        if self.checkpoints is not None:
+            return self.head(checkpoint(self.layer, features, **self.checkpoints))
+        return self.head(self.layer(features))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_compute_again_with_what_the_same_pass_left(reentrant, chunk):
+    def gradients(checkpoints, chunk=None):
+        torch.manual_seed(0)
+        model = Conditioned(checkpoints)
+        other = lambda objective: lambda x, labels: (x + 0.2 * torch.sin(30 * x)).clamp(0, 1)  # noqa: E731
+        loss = AdversarialLoss(
+            losses.ContrastiveLoss(), model, attack=other, keep_clean=False, guard=False, chunk=chunk
+        )
+        embeddings = model(images())
+        left = model.layer.condition
+        value = loss(embeddings, LABELS)
+        value.backward()
+        assert model.layer.condition is left
+        assert len(model.layer.last) == 8
+        return value.detach(), [p.grad for p in model.parameters()]
+
+    expected = gradients(None)
+    found = gradients({"use_reentrant": reentrant}, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,5 +1,6 @@
 """Steps of a trace are taken again as they were taken, or with other arguments."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from pml_adversarial.training.rerun import (
     checkpoints_take_gradients,
     name_of,
     output_replaced,
+    recomputed_in,
     rerun,
     value_of,
 )
@@ -289,3 +291,28 @@ class TestNames:
             assert name_of(step_of(model(images))) == "Sequential"
         assert name_of(step_of(functional.normalize(model(images)))) == "normalize"
         assert name_of(Step(object(), (), {})) == "a function"
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_compute_again_in_a_context(self, model, images, reentrant):
+        calls, module = [], Checkpointed(model, reentrant)
+
+        @contextlib.contextmanager
+        def noted():
+            calls.append("in")
+            try:
+                yield
+            finally:
+                calls.append("out")
+
+        def asked():
+            calls.append("asked")
+            return noted
+
+        with recomputed_in(asked):
+            output = module(images.clone().requires_grad_())
+        assert calls == ["asked"]
+        for _ in range(2):
+            output.sum().backward(retain_graph=True)
+        assert calls == ["asked", *["in", "out"] * 2]
+        module(images.clone().requires_grad_()).sum().backward()
+        assert len(calls) == 5, "it is over"

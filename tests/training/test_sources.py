@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pml_adversarial.errors import CaptureError, InputError
 from pml_adversarial.training.pixels import PixelSpace
@@ -273,6 +274,19 @@ class TestAt:
         given, rows = torch.rand(3, 4), torch.tensor([5, 5, 0])
         tail = (lambda f: f) if outermost else torch.tanh
         torch.testing.assert_close(replay.embed(given, rows), functional.normalize(tail(6 * given - 3)))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_inside_of_a_checkpoint(self, inner, images, reentrant):
+        class Checkpoints(nn.Sequential):
+            def forward(self, features):
+                return checkpoint(super().forward, features, use_reentrant=reentrant)
+
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 36), Checkpoints(inner, nn.Tanh()))
+        replay = Replay([ref_of(model(images))], PixelSpace(bounds=(-3, 3)), choice=Choice(at=inner))
+        given, rows = replay.inputs.clone().requires_grad_(), torch.tensor([5, 5, 0])
+        found, expected = replay.embed(given[rows], rows), torch.tanh(6 * given[rows] - 3)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*[torch.autograd.grad(some.square().sum(), given)[0] for some in (found, expected)])
 
     def test_with_whole_numbers_as_inputs(self, watch):
         table = nn.Embedding(9, 4)
