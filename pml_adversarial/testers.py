@@ -265,6 +265,7 @@ class AdversarialTester(_Proxy):
                 own=torch.searchsorted(items, queries) if split.includes_queries and not leave_one_out else None,
                 distance=_distance_of(self.tester),
                 gallery_embeddings=split.item_embeddings[items.to(split.item_embeddings.device)],
+                junk_label=None,  # PML knows none
                 share=False,  # a tester of PML runs in each process, or in one
                 **self._options,
             )

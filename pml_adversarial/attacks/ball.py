@@ -16,7 +16,8 @@ NORMS = ("Linf", "L2", "L1", "L0", "patch")
 
 "Linf", "L2" and "L1" are lengths in pixels of [0, 1]. In "L0", eps positions may change in any way, all channels of a
 position together. In "patch", one square of side eps may change in any way. Images ``(M, C, H, W)`` have channels;
-in rows ``(M, D)`` and ``(M, H, W)`` each value is a position of its own.
+in clips, ``(M, C, T, H, W)`` or ``(M, T, C, H, W)``, a position lies in one frame, and a square in all frames. In rows
+``(M, D)`` and ``(M, H, W)`` each value is a position of its own.
 """
 
 COUNTS = ("L0", "patch")
@@ -73,6 +74,24 @@ def _shortened(difference: Tensor, allowed: Tensor, eps: float) -> Tensor:
     return kept.reshape(difference.shape) * difference.sign()
 
 
+def channel_dim(shape: Sequence[int]) -> int | None:
+    """The axis of the channels of an image or clip of a shape without the batch; None: each value is a position.
+
+    Raises:
+        InputError: of a clip it cannot be told.
+    """
+    if len(shape) < 3:
+        return None
+    fitting = [axis for axis in dict.fromkeys((0, len(shape) - 3)) if len(shape) == 3 or shape[axis] in _CHANNELS]
+    if len(fitting) != 1:
+        raise InputError(
+            f"Of clips of the shape {tuple(shape)} it cannot be told which axis holds the channels, and in norm='L0' "
+            "those of a position change together; expected (C, T, H, W) or (T, C, H, W) with 1, 3 or 4 channels and "
+            "another number of frames. In norm='patch' it makes no difference."
+        )
+    return fitting[0]
+
+
 def check_channels_first(shape: Sequence[int], norm: str) -> None:
     """Refuses an image of a shape such as (224, 224, 3) where the channels of a position count as one.
 
@@ -92,21 +111,29 @@ def chosen(weights: Tensor, eps: float, norm: str) -> Tensor:
     """Where ``(M, ...)`` may change, as bool that goes with them: in "L0" or "patch", where most of the weight is."""
     check_channels_first(weights.shape[1:], norm)
     if norm == "L0":
-        positions = weights.sum(1, keepdim=True) if weights.ndim > 3 else weights
-        flat = positions.flatten(1)
-        best = flat.topk(min(int(eps), flat.shape[1]), sorted=False).indices
-        return torch.zeros_like(flat, dtype=torch.bool).scatter(1, best, True).reshape(positions.shape)
+        channels = channel_dim(weights.shape[1:])
+        positions = weights if channels is None else weights.sum(1 + channels, keepdim=True)
+        return _largest(positions, eps)
     sides = _sides(weights, eps)
     plane = weights.reshape(len(weights), -1, *_plane(weights)).sum(1, keepdim=True)
     best = avg_pool2d(plane.float(), sides, stride=1).flatten(1).argmax(1)
     return _squares(best, weights, sides)
 
 
+def _largest(positions: Tensor, eps: float) -> Tensor:
+    """Bool in the shape ``(M, ...)`` of the positions: the eps largest of each image."""
+    flat = positions.flatten(1)
+    best = flat.topk(min(int(eps), flat.shape[1]), sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, best, True).reshape(positions.shape)
+
+
 def chosen_at_random(like: Tensor, eps: float, norm: str) -> Tensor:
     """Random positions that may change in "L0" or "patch", in the form of `chosen`."""
     check_channels_first(like.shape[1:], norm)
     if norm == "L0":
-        return chosen(torch.rand_like(like[:, :1] if like.ndim > 3 else like), eps, norm)
+        channels = channel_dim(like.shape[1:])
+        values = torch.rand_like(like if channels is None else like.narrow(1 + channels, 0, 1))
+        return _largest(values, eps)
     sides = _sides(like, eps)
     corners = math.prod(whole - side + 1 for whole, side in zip(_plane(like), sides, strict=True))
     return _squares(torch.randint(corners, (len(like),), device=like.device), like, sides)

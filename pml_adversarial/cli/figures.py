@@ -65,7 +65,7 @@ def query_panel(
                     found = gallery.nearest(model(image.unsqueeze(0)), targets, _NEIGHBOURS)[0].tolist()
                 first, *cells = row[half * width : (half + 1) * width]
                 _show(first, image, _QUERY, f"{name}\n{('clean', 'attacked')[half]}: {int(labels[query])}")
-                for cell, item in zip(cells, found, strict=True):
+                for cell, item in zip(cells, [item for item in found if item >= 0], strict=False):
                     colour = _RIGHT if labels[item] == labels[query] else _WRONG
                     _show(cell, images[item], colour, str(int(labels[item])))
     figure.suptitle(

@@ -28,7 +28,7 @@ from .attacks.square import square_attack
 from .reports import binomial
 from .reports.results import AttackResult, Check, decode_flags
 from .retrieval.batch import SAMPLES, QueryBatch
-from .retrieval.gallery import TIE, Gallery, Targets, finite_or_zero
+from .retrieval.gallery import Gallery, Targets, finite_or_zero
 from .retrieval.options import largest_radius
 from .retrieval.task import RetrievalTask
 from .runs.sharing import Ranks
@@ -583,7 +583,8 @@ def _decided(batch: QueryBatch, precision: float) -> Tensor:
     exact = margin(*vectors)
     rounded = [margin(*(vectors * (1 + precision * (torch.rand_like(vectors) - 0.5)))) for _ in range(_DRAWS)]
     change = (torch.stack(rounded) - exact).abs().amax(0)
-    return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps * batch.gallery.tie / TIE)], 1)
+    size = batch.gallery.distance.scale(batch.gallery.embeddings)
+    return torch.stack([exact, change.clamp(min=8 * torch.finfo(exact.dtype).eps * size)], 1)
 
 
 def _stream(name: str) -> int:

@@ -133,7 +133,7 @@ class Evaluator:
         ordered = torch.cat([*some, choose_queries(labels, broken, _EXAMPLES)]).tolist()
         chosen = torch.tensor([*dict.fromkeys(ordered)][:_EXAMPLES], device=labels.device)
         part, perturbed = batch[chosen], worst.images[chosen]
-        gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery) - 1)
+        gallery, count = self.task.gallery, min(_NEIGHBOURS, len(self.task.gallery))
         return {
             "eps": worst.eps[chosen.cpu()],
             "queries": rows[chosen],
@@ -237,6 +237,7 @@ class Evaluator:
         )
 
     def _neighbours(self, query: int, items: Tensor) -> tuple[Neighbour, ...]:
+        items = items[items >= 0]
         pixels = self.task.items[items].cpu() if self.task.items.has_images else [None] * len(items)
         labels, targets = self.task.items.labels, self.task.targets(items.new_tensor([query]))
         right = targets.is_right(labels)[0, items].tolist()

@@ -14,7 +14,7 @@ from ..attacks.checks import check_choice, check_whole
 from ..errors import InputError
 from ..training.isolation import random_stream
 from ..training.pixels import Bounds, Normalization
-from .attacks.as_json import to_json
+from .attacks.as_json import code_of, to_json
 from .attacks.kinds import RetrievalAttack
 from .attacks.preparation import prepared
 from .checks import passes_of_checks, run_checks
@@ -147,7 +147,9 @@ def evaluate_robustness(
         with embed.isolated():
             asked = task.rows(subset)
             measured = cache(partial(fingerprints.of_task, task, asked, gallery_embeddings))
-            checkpoint = Checkpoint(resume, lambda: {**settings, **measured()}, embed.device, ranks)
+            answers = {"precision": embed.precision, "at_random": embed.is_random, "model_notes": list(embed.notes)}
+            code = {"code": code_of(members)}
+            checkpoint = Checkpoint(resume, lambda: {**settings, **measured(), **answers, **code}, embed.device, ranks)
             embedded = partial(_embedded, task, checkpoint, batch_size, ranks, bar)
             task.embed_and_set(asked, batch_size, gallery_embeddings, embedded)
             gradient = checkpoint.load_or_make("gradient", lambda: embed.gradient)

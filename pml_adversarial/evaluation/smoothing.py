@@ -68,7 +68,8 @@ class Certificate:
     The settings are those of `certify`.
 
     Attributes:
-        radius: ``(Q,)`` certified radius, in l2 of pixels in [0, 1]; 0: nothing is certified.
+        radius: ``(Q,)`` certified radius, in l2 of pixels in [0, 1]; 0: nothing is certified. Infinite where the query
+            finds no wrong item.
         radius_lipschitz: ``(Q,)`` radius from the Lipschitz constant of the embedding alone, for comparison.
         right: ``(Q,)`` bool, whether the smoothed model seems right without perturbation. This is an estimate.
         has_right_item: ``(Q,)`` bool, whether the gallery holds a right item. Queries without one count in no share.
@@ -249,11 +250,15 @@ def certify(
         with progress_bar(progress, int(has_right_item.sum()), "certify") as bar:
             for place in has_right_item.nonzero().flatten().tolist():
                 query = int(rows[place])
+                is_right, is_wrong = _right_and_wrong(task, rows[[place]])
+                if not is_wrong.any():
+                    right[place], radius[place], lipschitz[place] = True, torch.inf, torch.inf
+                    bar.update()
+                    continue
                 with random_stream(seed, query):
                     image = task.queries[[query]]
                     chosen_on = _embed_noisy(embed, image, sigma, selection_samples, batch_size)
                     sample = _embed_noisy(embed, image, sigma, samples, batch_size)
-                is_right, is_wrong = _right_and_wrong(task, rows[[place]])
                 mean = sample.mean(0)
                 right[place] = (items[is_right] @ mean).amax() > (items[is_wrong] @ mean).amax() + _ROUNDING
                 smallest = _smallest_radii(chosen_on, sample, items[is_right], items[is_wrong], alpha, block)

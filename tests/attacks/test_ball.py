@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 
 from pml_adversarial.attacks.ball import chosen, chosen_at_random, per_image, project, radius_text, sparse_direction
 from pml_adversarial.errors import InputError
+from pml_adversarial.evaluation.retrieval.options import largest_radius
 
 
 class TestProject:
@@ -97,8 +98,7 @@ class TestProject:
         held = project(1 - clean, clean, 2, norm)
         assert held.shape == clean.shape
         changed = (held != clean).flatten(1).sum(1)
-        channels = clean[0].numel() // clean[0, 0].numel() if len(shape) > 3 else 1
-        frames = 3 if len(shape) == 5 else 1
+        channels, frames = (3, 2 if len(shape) == 5 else 1) if len(shape) > 3 else (1, 1)
         if norm != "L1":
             sides = 2 if len(shape) == 2 else 4
             assert changed.unique().tolist() == [2 * channels if norm == "L0" else sides * channels * frames]
@@ -157,7 +157,7 @@ class TestChannelsLast:
             chosen_at_random(clean, 2, norm)
 
     @all_norms
-    @pytest.mark.parametrize("shape", [(3, 8, 8), (64, 4, 4), (2, 3, 4), (16, 1, 3), (8, 8, 2), (8, 3), (5, 8, 8, 3)])
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (64, 4, 4), (2, 3, 4), (16, 1, 3), (8, 8, 2), (8, 3), (5, 3, 8, 8)])
     def test_all_others_are_taken(self, norm, shape):
         clean = torch.rand(2, *shape)
         assert project(1 - clean, clean, RADIUS[norm], norm).shape == clean.shape
@@ -166,6 +166,31 @@ class TestChannelsLast:
     def test_are_taken_where_each_value_counts(self, norm):
         clean = torch.rand(2, 8, 8, 3)
         assert (project(1 - clean, clean, RADIUS[norm], norm) != clean).any()
+
+
+class TestClips:
+    """In "L0", the channels of one place in one frame change together, whichever axis holds them."""
+
+    @pytest.mark.parametrize(("shape", "axis"), [((5, 3, 6, 7), 1), ((3, 5, 6, 7), 0), ((1, 16, 6, 7), 0)])
+    @pytest.mark.parametrize("at_random", [True, False])
+    def test_channels_change_together(self, shape, axis, at_random):
+        clean = torch.rand(4, *shape)
+        if at_random:
+            changed = chosen_at_random(clean, 2, "L0").expand(clean.shape)
+        else:
+            changed = project(1 - clean, clean, 2, "L0") != clean
+        together = changed.movedim(1 + axis, 1)
+        assert torch.equal(together.any(1), together.all(1))
+        assert together.any(1).flatten(1).sum(1).tolist() == [2] * 4
+        assert largest_radius("L0", shape) == math.prod(shape) / shape[axis]
+
+    @pytest.mark.parametrize("shape", [(3, 3, 6, 7), (3, 1, 6, 7), (5, 2, 6, 7), (5, 8, 8, 3)])
+    def test_channels_that_cannot_be_told(self, shape):
+        clean = torch.rand(2, *shape)
+        for ask in (lambda: project(1 - clean, clean, 2, "L0"), lambda: largest_radius("L0", shape)):
+            with pytest.raises(InputError, match=r"it cannot be told which axis.*norm='patch'"):
+                ask()
+        assert project(1 - clean, clean, 2, "patch").shape == clean.shape
 
 
 class TestSparseDirection:

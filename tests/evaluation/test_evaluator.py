@@ -14,6 +14,7 @@ from pml_adversarial.evaluation.attacks.gradients import (
 )
 from pml_adversarial.evaluation.attacks.kinds import GalleryAttack, QueryAttack
 from pml_adversarial.evaluation.evaluator import choose_queries
+from pml_adversarial.evaluation.suites import quick
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,17 @@ class TestStrongestAttempt:
                 torch.allclose(example.perturbed, tried[(*name, restart)][example.query], atol=1e-6)
                 for restart in range(2)
             )
+
+    def test_examples_show_items_alone_that_a_query_may_find(self):
+        images, labels = images_of()[0], torch.arange(24) // 2
+        ignored = (torch.arange(24)[:, None] - torch.arange(24)).abs() > 2
+        report = evaluate_robustness(
+            network(), (images, labels), eps=0.02, attacks=quick(2, 1), ignore=ignored, checks=False
+        )
+        for example in report.examples:
+            for item in (*example.before, *example.after):
+                assert 0 < abs(item.item - example.query) <= 2
+        assert {len(example.before) for example in report.examples} <= {2, 3, 4}
 
     def test_some_examples_show_queries_that_withstood(self):
         margin = QueryAttack("margin", gradient_attack(margin_score, 8))

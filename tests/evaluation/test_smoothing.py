@@ -335,6 +335,15 @@ class TestCertify:
         assert found.recall_at_1() == found.smoothed_recall_at_1 == pytest.approx(2 / 3)
         assert (found.to_dict()["num_queries"], found.to_dict()["left_out"]) == (3, 1)
 
+    def test_a_query_that_finds_no_wrong_item_is_right_at_all_radii(self):
+        ignored = torch.zeros(4, 4, dtype=torch.bool)
+        ignored[0] = TWO_SIDES[1] != TWO_SIDES[1][0]
+        found = certified(HalfSpace(), TWO_SIDES, TWO_SIDES, ignore=ignored)
+        assert found.right[0]
+        assert found.radius[0] == found.radius_lipschitz[0] == math.inf
+        assert found.radius[1:].isfinite().all()
+        assert found.recall_at_1(100) == pytest.approx(1 / 4)
+
     def test_ties_count_against_the_query(self):
         """Right and wrong item coincide, on the side of the query."""
         items = at(0.9, 0.9, 0.1), torch.tensor([1, 0, 0])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torchattacks
@@ -20,6 +21,7 @@ from .kinds import GalleryAttack, QueryAttack, RetrievalAttack
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (QueryAttack, GalleryAttack)}
 _MODULES = (gradients, square)
 _THEIRS = f"{torchattacks.__name__}."
+_DEPTH = 8  # to which functions are looked for in one another
 _GIVEN_LATER = ("eps", "norm", "seed", "n_classes", "eot_iter")  # see `gradients.classifier_attack`
 
 
@@ -96,6 +98,42 @@ def description(value: object) -> str:
     if value is None or isinstance(value, str | int | float):
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def code_of(attacks: Iterable[RetrievalAttack]) -> list[str]:
+    """The SHA-256 of the code of all functions that each attack holds, of which `description` gives the names alone."""
+    return [hashlib.sha256("".join(_codes(attack, _DEPTH)).encode()).hexdigest() for attack in attacks]
+
+
+def _codes(value: Any, depth: int) -> Iterator[str]:
+    if isinstance(value, CodeType):
+        plain = [
+            sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant  # has no order of its own
+            for constant in value.co_consts
+            if not isinstance(constant, CodeType)
+        ]
+        yield f"{value.co_code.hex()} {value.co_names} {plain}"
+    if depth:
+        for part in _parts(value):
+            yield from _codes(part, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What an attack or a function consists of, as far as it decides what is done."""
+    if isinstance(value, tuple | list):
+        return value
+    if isinstance(value, CodeType):
+        return value.co_consts
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, FunctionType):
+        return value.__code__, value.__defaults__, *(cell.cell_contents for cell in value.__closure__ or ())
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, type):
+        return ()
+    own = [getattr(value, one.name) for one in fields(value)] if is_dataclass(value) else []
+    return [type(value).__call__, *own] if callable(value) else own
 
 
 def _call(name: str, arguments: Iterable[str]) -> str:

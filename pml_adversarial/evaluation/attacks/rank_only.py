@@ -47,7 +47,7 @@ def irrelevance_score(batch: QueryBatch, restart: int, *, listed: int) -> Score:
 
     def score(queries: Tensor) -> Tensor:
         items = batch.gallery.nearest(queries, batch.targets, listed)
-        right = is_right.gather(1, items)
+        right = is_right.gather(1, items.clamp(min=0)) & (items >= 0)
         return -(right * weights[: items.shape[1]]).sum(1) * right[:, 0]
 
     return score

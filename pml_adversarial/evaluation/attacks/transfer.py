@@ -19,6 +19,7 @@ from ...attacks.ball import project, radius_text
 from ...attacks.checks import check_steps, check_whole
 from ...attacks.objective import Score
 from ...errors import InputError
+from ...training.modules import modules_reached_by
 from ...training.pixels import Bounds, Normalization
 from ..retrieval.batch import QueryBatch
 from ..retrieval.embedder import Embedder
@@ -139,7 +140,8 @@ def transfer_attack(
     check_steps(steps, error=InputError)
     check_whole("restarts", restarts)
     embed = Embedder(surrogate, normalization, bounds)
-    tensors = (value for module in embed.modules for value in module.state_dict().values())
+    modules = embed.modules or modules_reached_by(surrogate)
+    tensors = (value for module in modules for value in module.state_dict().values())
     digest = digest_of(tensor for tensor in tensors if isinstance(tensor, Tensor))
     perturb = _OnSurrogate(gradient_attack(score, steps), embed, digest)
     return QueryAttack(name, perturb, restarts, black_box=True, needs_items=True, passes=1)

@@ -132,7 +132,7 @@ class PMLDistance(Distance):
 
     def scale(self, vectors: Tensor) -> float:
         """The largest similarity within a few of the vectors."""
-        few = vectors[torch.linspace(0, len(vectors) - 1, min(_SAMPLE, len(vectors))).long()]
+        few = vectors[torch.linspace(0, len(vectors) - 1, min(_SAMPLE, len(vectors)), dtype=torch.float64).long()]
         return float(self.to_all(few, few).abs().amax())
 
 
@@ -157,11 +157,10 @@ def find_distance(distance: Any) -> Distance:
         return _BY_NAME[distance]()
     from pytorch_metric_learning import distances
 
-    if type(distance) is distances.CosineSimilarity:
-        return Cosine()
-    if type(distance) is distances.DotProductSimilarity:
+    is_plain = getattr(distance, "p", None) == 2 and getattr(distance, "power", None) == 1
+    if is_plain and type(distance) in (distances.CosineSimilarity, distances.DotProductSimilarity):
         return Cosine() if distance.normalize_embeddings else InnerProduct()
-    if type(distance) is distances.LpDistance and distance.p == 2 and distance.power == 1:
+    if is_plain and type(distance) is distances.LpDistance:
         return Euclidean(bool(distance.normalize_embeddings))
     if isinstance(distance, distances.BaseDistance) and not isinstance(distance, distances.BatchedDistance):
         return PMLDistance(distance)

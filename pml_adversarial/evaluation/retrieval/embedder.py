@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from typing import Any
 
@@ -42,7 +42,8 @@ class Embedder:
             registering them, are found by `probe`.
         device: of the modules' parameters or buffers.
         space: converts pixels to the model's inputs.
-        dtype: of the inputs: that of the parameters, or single precision.
+        dtype: of the inputs: single precision, or that of the images if it is higher; if the model does not take it,
+            that of the first parameter, or that of the images; known after `probe`.
         embedding_dtype: of the embeddings; known after `probe`.
         has_gradient: whether embeddings have a gradient with respect to the images; see `probe_gradient`.
         gradient: of the probed images, 0 where there is none; see `probe_gradient`.
@@ -58,8 +59,8 @@ class Embedder:
         self._call = _callable(model)
         self._joined = self._call if type(self._call) is nn.Sequential and self._call is not _inside(model) else None
         self.modules: tuple[nn.Module, ...] = _known_modules(self._call)
-        self.dtype = torch.float32
         self._find_place()
+        self.dtype = self._stored_in or torch.float32
         self.embedding_dtype = torch.float32
         self.has_gradient = self.takes_gradient = True
         self.gradient = torch.zeros(())
@@ -78,7 +79,7 @@ class Embedder:
         if any(is_lazy(tensor) for tensor in tensors):
             raise InputError("The model has weights without a shape (lazy modules); expected one that was called once.")
         self.device = next((t.device for t in tensors), torch.device("cpu"))
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
+        self._stored_in = next((t.dtype for t in tensors if t.is_floating_point()), None)
 
     @property
     def not_finite(self) -> int:
@@ -131,11 +132,22 @@ class Embedder:
 
         Args:
             pixels: some images.
-            dtype: of the images as they were given, for a model that has no weights which say what it takes.
+            dtype: of the images as they were given.
 
         Raises:
             InputError: the model fails on the images, or does not return one embedding per image.
         """
+        given, modules = dtype if dtype.is_floating_point else torch.float32, self.modules
+        types = (torch.promote_types(given, torch.float32), given, self._stored_in or given)
+        for self.dtype in dict.fromkeys(types[:-1]):
+            with suppress(InputError):
+                return self._probe(pixels)
+            self.modules = modules
+        self.dtype = types[-1]
+        self._probe(pixels)
+
+    def _probe(self, pixels: Tensor) -> None:
+        """Embeds pixels in the present type."""
         found: list[Tensor] = []
         states: list[dict[str, Any]] = []
 
@@ -149,7 +161,6 @@ class Embedder:
             if self.modules:
                 self.modules = (*self.modules, *self._hidden(run, pixels.detach()))
             else:
-                self.dtype = dtype if dtype.is_floating_point else torch.float32
                 self.modules = modules_run_by(run, pixels.detach(), as_deployed)
                 self._find_place()
         with self.isolated(learns=True), torch.no_grad(), random_kept():

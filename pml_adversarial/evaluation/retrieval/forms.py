@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import (
 )
 
 from ...errors import InputError
+from .options import to_tensor
 
 Images = Any
 """Labelled images with pixels in [0, 1]:
@@ -129,7 +131,10 @@ def _from_loader(loader: Any, role: str) -> LabelledImages:
         return _from_pair((torch.cat(images), torch.cat(labels)), role)
     if loader.batch_sampler is None:
         return _from_dataset(dataset, role)
-    chosen = sorted({row for batch in loader.batch_sampler for row in batch}) if _may_leave_out(loader) else None
+    chosen = None
+    if _may_leave_out(loader):
+        sampler = deepcopy(loader.batch_sampler, {id(dataset): dataset})  # the user's own is not advanced
+        chosen = sorted({row for batch in sampler for row in batch})
     return _from_dataset(dataset, role, chosen, None if loader.collate_fn is default_collate else loader.collate_fn)
 
 
@@ -140,15 +145,15 @@ def _from_dataset(
         return _from_pair(dataset.tensors[:2], role)
     index = list(range(len(dataset))) if chosen is None else chosen
 
+    def item(row: int) -> tuple[Any, Any]:
+        found = dataset[index[row]]
+        return _split(found, role) if collate is None else _collated(found, collate, f"{role}, item {index[row]}")
+
     def read(rows: Tensor) -> Any:
-        items = [dataset[index[row]] for row in rows.tolist()]
-        if collate is not None:
-            return _batch_of(_split(collate(items), role)[0], role)
-        return _stacked([_split(item, role)[0] for item in items])
+        return _stacked([item(row)[0] for row in rows.tolist()])
 
     def carried(row: int) -> Any:
-        item = dataset[index[row]]
-        return _split(item, role)[1] if collate is None else _split(collate([item]), role)[1][0]
+        return item(row)[1]
 
     known = _listed_labels(dataset)
     try:
@@ -160,6 +165,25 @@ def _from_dataset(
         return LabelledImages(read, labels, len(index), is_read_anew=True, classes=_names(dataset, role))
     labels = labels[torch.tensor(index, dtype=torch.long)]
     return LabelledImages(read, labels, len(index), is_read_anew=True, carried=carried, classes=_names(dataset, role))
+
+
+def _collated(item: Any, collate: Callable[[list[Any]], Any], role: str) -> tuple[Any, Any]:
+    """Image and label of an item as a batch of it alone has them, so that they do not depend on other items."""
+    try:
+        batch = collate([item])
+    except Exception as error:  # a function of the user may raise anything
+        raise InputError(
+            f"{role}: collate_fn fails on this item alone, with {type(error).__name__}: {error}. Expected items that "
+            "it takes one by one, or (images, labels)."
+        ) from error
+    images, labels = _split(batch, role)
+    images = _batch_of(images, role)
+    if not len(images) == len(labels) == 1:
+        raise InputError(
+            f"{role}: collate_fn gives {len(images)} images and {len(labels)} labels for this item alone; expected one "
+            "of each. Pass (images, labels), or a function of one image that embeds all that is made of it."
+        )
+    return images[0], labels[0]
 
 
 def _names(dataset: Any, role: str) -> Sequence[str]:
@@ -242,7 +266,7 @@ def _stacked(images: Sequence[Any]) -> Tensor:
     images = [torch.as_tensor(image) if type(image).__module__ == "numpy" else image for image in images]
     if not all(isinstance(image, Tensor) and image.shape == images[0].shape for image in images):
         kinds = {f"a tensor {tuple(i.shape)}" if isinstance(i, Tensor) else type(i).__name__ for i in images}
-        found = ", ".join(sorted(kinds))
+        found = ", ".join(sorted(kinds)[:3]) + (", ..." if len(kinds) > 3 else "")
         raise InputError(f"found {found}; expected tensors (C, H, W) of one size. Add ToTensor and a resize.")
     return torch.stack(list(images))
 
@@ -253,10 +277,8 @@ def _batch_of(images: Any, role: str) -> Tensor:
 
 
 def _as_tensor(images: Any, role: str) -> Tensor:
-    if type(images).__module__ == "numpy" and not images.dtype.isnative:
-        images = images.astype(images.dtype.newbyteorder("="))
     try:
-        return torch.as_tensor(images)
+        return to_tensor(images)
     except (TypeError, ValueError, RuntimeError) as error:
         found = getattr(images, "dtype", type(images).__name__)
         raise InputError(f"{role} has images of {found}; expected numbers, such as float32.") from error
@@ -274,9 +296,7 @@ def _as_labels(labels: Any, role: str) -> Tensor:
     try:
         if isinstance(labels, list | tuple) and labels and all(isinstance(label, Tensor) for label in labels):
             return torch.stack(list(labels))
-        if str(getattr(labels, "dtype", "")) == "object":
-            labels = labels.tolist()
-        return torch.as_tensor(labels)
+        return to_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         first = labels[0] if isinstance(labels, list | tuple) and labels else labels
         shown = f"such as {first!r}" if isinstance(first, str | int | float) else f"as {type(first).__name__}"

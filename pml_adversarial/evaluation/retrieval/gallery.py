@@ -13,7 +13,7 @@ from ...training.numeric import unit_length
 from .distance import Cosine, Distance
 from .embedder import batches
 
-TIE = 1e-6  #: Similarities that differ by less of their scale count as equal: rounding alone makes such differences.
+TIE = 1e-6  #: Similarities that differ by less of their scale count as equal, in single precision: see `tie_of`.
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,11 @@ class ReplacedItems(NamedTuple):
 
     items: Tensor
     embeddings: Tensor
+
+
+def tie_of(dtype: torch.dtype) -> float:
+    """By how much of their scale rounding alone makes similarities differ that are computed in a type."""
+    return TIE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
 
 
 class Ranking(NamedTuple):
@@ -132,7 +137,7 @@ class Gallery:
     def __init__(self, embeddings: Tensor, labels: Tensor, block: int = 8192, distance: Distance | None = None) -> None:
         self.distance = Cosine() if distance is None else distance
         self.embeddings = self.distance.vectors(finite_or_zero(embeddings.detach()))
-        self.tie = TIE * self.distance.scale(self.embeddings)
+        self.tie = tie_of(self.embeddings.dtype) * self.distance.scale(self.embeddings)
         self.labels = labels
         self.block = block
         self.classes, self.columns, self.class_sizes = labels.unique(return_inverse=True, return_counts=True)
@@ -214,11 +219,11 @@ class Gallery:
         return Ranking(right.similarities, wrong.similarities, self.num_right(targets), self.tie)
 
     def nearest(self, queries: Tensor, targets: Targets, count: int) -> Tensor:
-        """``(Q, count)`` indices of the nearest items, nearest first."""
+        """``(Q, count)`` indices of the nearest items, nearest first; -1 where a query may find no more items."""
         head = _Head.empty(queries, self.embeddings.dtype)
         for rows, similarities, _ in self._blocks(queries, targets, None):
             head = head.joined(similarities, rows, count)
-        return head.items
+        return head.items.masked_fill(head.similarities == -torch.inf, -1)
 
     def _heads(
         self, queries: Tensor, targets: Targets, depth: int, replaced: ReplacedItems | None

@@ -90,9 +90,9 @@ class ImageSet:
         if not self.has_images:
             return None
         self.space = PixelSpace(bounds=space.bounds)
-        rows = torch.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).long()
+        rows = torch.linspace(0, len(self) - 1, min(_SAMPLE, len(self)), dtype=torch.float64).long()
         some = self._read(rows)
-        if some.ndim == 4 and space.channels not in (1, some.shape[1]):
+        if some.ndim == 4 and space.channels not in (1, *some.shape[1:]):
             raise InputError(
                 f"{self.role}: images have {some.shape[1]} channels, and normalization or bounds has {space.channels}; "
                 "expected one number per channel, or one for all."

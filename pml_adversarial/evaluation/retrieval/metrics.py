@@ -90,7 +90,7 @@ def effective_rank(embeddings: Tensor) -> float:
     """
     count, dimension = embeddings.shape
     if min(count, dimension) > _LARGEST_GRAM:
-        embeddings = embeddings[torch.linspace(0, count - 1, _LARGEST_GRAM).long()]
+        embeddings = embeddings[torch.linspace(0, count - 1, _LARGEST_GRAM, dtype=torch.float64).long()]
     if len(embeddings) < dimension:
         wide = embeddings.double()
         products = wide @ wide.T

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
-from ...attacks.ball import COUNTS, check_channels_first
+from ...attacks.ball import COUNTS, channel_dim, check_channels_first
 from ...attacks.ball import NORMS as NORMS
 from ...errors import InputError
 
@@ -68,8 +69,10 @@ def largest_radius(norm: str, shape: Sequence[int]) -> float:
     values = math.prod(shape)
     if norm == "patch":
         return min(shape[-2:])
-    positions = math.prod(shape[1:]) if len(shape) > 2 else values
-    return {"Linf": 1, "L2": math.sqrt(values), "L1": values, "L0": positions}[norm]
+    if norm == "L0":
+        channels = channel_dim(shape)
+        return values if channels is None else values // shape[channels]
+    return {"Linf": 1, "L2": math.sqrt(values), "L1": values}[norm]
 
 
 def check_radii(radii: Iterable[float], norm: str, shape: Sequence[int]) -> None:
@@ -196,12 +199,27 @@ def _asked(mask: Any, rows: Tensor, name: str) -> Any:
         ) from error
 
 
+def to_tensor(values: Any) -> Tensor:
+    """A tensor of numbers in any form: a tensor, an array of any layout, a column of a table, a list.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: these are no numbers.
+    """
+    if isinstance(values, Tensor) or not hasattr(values, "__array__"):
+        return torch.as_tensor(values)
+    array = numpy.asarray(values)
+    if array.dtype.kind == "O":
+        return torch.as_tensor(array if array.ndim > 1 else array.tolist())  # a list of labels, but not of images
+    wide = numpy.dtype("i8") if array.dtype.kind == "u" and array.dtype.itemsize > 1 else array.dtype
+    return torch.as_tensor(numpy.require(array, wide.newbyteorder("="), ["C", "W"]))
+
+
 def to_embeddings(embeddings: Any) -> Tensor:
     """A tensor ``(G, D)`` from a tensor, an array, or a list of rows."""
     try:
         if isinstance(embeddings, list | tuple) and all(isinstance(part, Tensor) for part in embeddings):
             return torch.stack(list(embeddings)).detach()
-        return torch.as_tensor(embeddings).detach()
+        return to_tensor(embeddings).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"gallery_embeddings is {type(embeddings).__name__}; expected a tensor or an array (G, D)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..runs.sharing import check_silent
 from .batch import ANSWERS, SAMPLES, QueryBatch
-from .copies import find_copies
+from .copies import Copies
 from .distance import Cosine, Distance, Euclidean, find_distance
 from .embedder import Embedder, batches, check_finite, embed_all
 from .forms import Images
@@ -52,7 +52,7 @@ class Search:
             "own": own if own is None or isinstance(own, str) else to_whole_numbers(own, "own"),
             "ignore": description_of_mask(self.ignore),
             "relevant": description_of_mask(self.relevant),
-            "junk_label": self.junk_label,
+            "junk_label": int(self.junk_label) if isinstance(self.junk_label, Integral) else self.junk_label,
         }
 
 
@@ -88,7 +88,7 @@ class RetrievalTask:
         self.notes: list[str] = []
         self._queries_are_gallery = gallery is None
         self._ignore, self._relevant, self._junk = search.ignore, search.relevant, search.junk_label
-        if self._junk is not None and (isinstance(self._junk, bool) or not isinstance(self._junk, int)):
+        if self._junk is not None and (isinstance(self._junk, bool) or not isinstance(self._junk, Integral)):
             raise InputError(f"junk_label={self._junk!r}; expected a whole number, or None.")
         self._read(queries, gallery)
         self._note_junk()
@@ -209,10 +209,12 @@ class RetrievalTask:
         given = (given.clone() if given.is_inference() else given).to(self.embed.device)
         with torch.no_grad():
             dimension = self.embed(self.queries[:1]).shape[1]
-        if given.ndim != 2 or given.shape[1] != dimension or not given.is_floating_point():
+        if not given.is_floating_point() and not given.is_complex():
+            given = given.float()  # as those that the model gives, such as codes
+        if given.ndim != 2 or given.shape[1] != dimension or given.is_complex():
             raise InputError(
                 f"gallery_embeddings are {given.dtype} {tuple(given.shape)}; expected ({len(self.items)}, {dimension}) "
-                "in floating point, as the model gives them."
+                "real numbers, as the model gives them."
             )
         self._stored_in = given.dtype
         if self.items.has_images and len(given) == len(self.items):
@@ -411,7 +413,7 @@ class RetrievalTask:
 
     def _copies(self, rows: Tensor) -> Tensor:
         """``(n,)`` index of an item that a query may find and that has its image; -1: there is none."""
-        seek = partial(find_copies, self.queries, self.items, self.gallery, self._stored_in)
+        seek = Copies(self.queries, self.items, self.gallery, self._stored_in)
         return torch.cat([seek(part, self.clean[part], self.targets(part)) for part in rows.split(256)])
 
     def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
@@ -449,4 +451,4 @@ class RetrievalTask:
 
 def _some_of(total: int) -> Tensor:
     """A few indices below ``total``, spread evenly."""
-    return torch.linspace(0, total - 1, min(_SAMPLE, total)).long()
+    return torch.linspace(0, total - 1, min(_SAMPLE, total), dtype=torch.float64).long()

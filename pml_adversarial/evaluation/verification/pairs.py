@@ -33,6 +33,7 @@ class PairChoice:
     indices: Sequence[Sequence[int]] | Tensor | None = None
     genuine: int | None = None
     impostors: int | None = None
+    junk_label: int | None = JUNK
 
 
 class PairSet:
@@ -100,9 +101,11 @@ class PairSet:
             raise InputError("pairs has several labels per image; expected one, so that a pair is genuine or is not.")
         if choice.indices is None:
             self.protocol = "drawn pairs"
-            named = (labels != JUNK).nonzero().squeeze(1)
-            if len(named) < len(labels):
-                self.notes.append(f"{len(labels) - len(named)} images of the label {JUNK} are junk and in no pair")
+            junk = choice.junk_label
+            is_junk = torch.zeros_like(labels, dtype=torch.bool) if junk is None else labels == junk
+            named = (~is_junk).nonzero().squeeze(1)
+            if is_junk.any():
+                self.notes.append(f"{int(is_junk.sum())} images of the label {junk} are junk and in no pair")
             self.indices = named[draw_pairs(labels[named], choice.genuine, choice.impostors, seed)]
         else:
             _check_unchosen(PairChoice(None, choice.genuine, choice.impostors))
@@ -120,7 +123,7 @@ class PairSet:
         if not 0 < genuine < len(self.same):
             raise InputError(
                 f"There are {genuine} genuine and {len(self.same) - genuine} impostor pairs; expected one of each at "
-                "least."
+                f"least.{''.join(f' Note: {note}.' for note in self.notes)}"
             )
 
 
@@ -262,7 +265,8 @@ def _as_indices(indices: Any, total: int) -> Tensor:
 
 
 def _check_unchosen(choice: PairChoice) -> None:
-    given = [name for name, value in vars(choice).items() if value is not None]
+    nothing = PairChoice()
+    given = [name for name, value in vars(choice).items() if value is not getattr(nothing, name)]
     if given:
         raise InputError(
             f"{' and '.join(given)} would change nothing, as the pairs are given; expected labelled images, from which "

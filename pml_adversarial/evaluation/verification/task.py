@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..reports import fingerprints
 from ..retrieval.batch import ANSWERS, SAMPLES
 from ..retrieval.distance import Cosine, Distance, Euclidean, InnerProduct, find_distance
 from ..retrieval.embedder import Embedder, batches, check_finite
-from ..retrieval.gallery import TIE
+from ..retrieval.gallery import tie_of
 from ..retrieval.images import ImageSet
 from ..retrieval.options import to_rows
 from ..retrieval.task import RANDOM
@@ -115,10 +116,10 @@ class PairTask:
 
     def rows(self, subset: Sequence[int] | Tensor | int | None, seed: int) -> Tensor:
         """Indices ``(A,)`` of the pairs to attack: all, those of a list, or so many of each kind, drawn at random."""
-        if isinstance(subset, int) and not isinstance(subset, bool) and subset > 0:
+        if isinstance(subset, Integral) and not isinstance(subset, bool) and subset > 0:
             with random_stream(seed, -3):
                 kinds = (torch.where(self.same.cpu() == kind)[0] for kind in (True, False))
-                return torch.cat([kind[torch.randperm(len(kind))[:subset]] for kind in kinds]).sort().values
+                return torch.cat([kind[torch.randperm(len(kind))[: int(subset)]] for kind in kinds]).sort().values
         rows = to_rows(subset, len(self.pairs))
         genuine = int(self.same.cpu()[rows].sum())
         if not 0 < genuine < len(rows):
@@ -183,8 +184,9 @@ class PairTask:
 
     def _tie(self) -> float:
         """What rounding may change, on the scale of similarities."""
-        size = self.distance.scale(self.distance.vectors(torch.cat(self.clean)))
-        return TIE * (size**2 if isinstance(self.distance, InnerProduct) else size)
+        vectors = self.distance.vectors(torch.cat(self.clean))
+        size = self.distance.scale(vectors)
+        return tie_of(vectors.dtype) * (size**2 if isinstance(self.distance, InnerProduct) else size)
 
     def _similarities(self, distance: Distance, batch_size: int) -> Tensor:
         """``(P,)`` of all pairs without attack, in double precision."""

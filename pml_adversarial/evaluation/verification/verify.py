@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,15 @@ from ...training.pixels import Bounds, Normalization
 from ..reports import provenance
 from ..retrieval.distance import find_distance
 from ..retrieval.embedder import Embedder, plain_surroundings
-from ..retrieval.options import check_probability, check_radii, settings_of_inputs, to_radii, to_seed, to_whole_numbers
+from ..retrieval.options import (
+    JUNK,
+    check_probability,
+    check_radii,
+    settings_of_inputs,
+    to_radii,
+    to_seed,
+    to_whole_numbers,
+)
 from ..runs.progress import progress_bar
 from .attacks import QUERIES, RESTARTS, STEPS, PairAttack, pair_attacks
 from .checks import run_pair_checks
@@ -33,6 +42,7 @@ def evaluate_verification(
     indices: Sequence[Sequence[int]] | Tensor | None = None,
     genuine: int | None = None,
     impostors: int | None = None,
+    junk_label: int | None = JUNK,
     subset: Sequence[int] | Tensor | int | None = None,
     far: float | Iterable[float] = (1e-2, 1e-3, 1e-4),
     norm: str = "Linf",
@@ -64,6 +74,7 @@ def evaluate_verification(
         indices: with labelled images, ``(P, 2)``: the indices of the first and of the second image of each pair.
         genuine: with labelled images and no ``indices``, how many genuine pairs are drawn; None: all.
         impostors: in the same way, how many impostor pairs are drawn; None: as many as genuine ones.
+        junk_label: with labelled images and no ``indices``, the label of images that are in no pair; None: all are.
         subset: indices of the pairs to attack, or a number, so many of each kind; None: all. Thresholds and results
             without attack are those of all pairs nevertheless.
         far: false accept rates for which thresholds are set. One below ``1 / impostor pairs`` cannot be measured.
@@ -89,12 +100,17 @@ def evaluate_verification(
     radii, rates = to_radii(eps, norm), _to_rates(far)
     suite, members = _suite(steps, restarts, square, attacks)
     embed = Embedder(model, normalization, bounds)
+    if isinstance(subset, Integral):
+        subset = subset if isinstance(subset, bool) else int(subset)
+    else:
+        subset = None if subset is None else to_whole_numbers(subset, "subset")
     settings: dict[str, Any] = {
         "eps": list(radii),
         "far": list(rates),
         "genuine": genuine,
         "impostors": impostors,
-        "subset": subset if subset is None or isinstance(subset, int) else to_whole_numbers(subset, "subset"),
+        "junk_label": junk_label,
+        "subset": subset,
         "norm": norm,
         "distance": find_distance(distance).name,
         "attacks": [attack.name for attack in members],
@@ -108,7 +124,7 @@ def evaluate_verification(
         "batch_size": batch_size,
     }
     with plain_surroundings(), random_stream(seed, -1):
-        task = PairTask(embed, pairs, norm, distance, PairChoice(indices, genuine, impostors), seed)
+        task = PairTask(embed, pairs, norm, distance, PairChoice(indices, genuine, impostors, junk_label), seed)
         check_radii(radii, norm, task.pairs.first[:1].shape[1:])
         rows = task.rows(subset, seed)
         with embed.isolated():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from query_batches import images_of
 
-from pml_adversarial.evaluation.retrieval.copies import find_copies
+from pml_adversarial.evaluation.retrieval.copies import Copies
 from pml_adversarial.evaluation.retrieval.gallery import Gallery, Targets
 from pml_adversarial.evaluation.retrieval.images import ImageSet
 
@@ -17,13 +17,13 @@ def embed(images):
     return images.flatten(1)[:, :8]
 
 
-def found(gallery_images, embeddings=None, own=None, stored_in=torch.float32):
+def found(gallery_images, embeddings=None, own=None, stored_in=torch.float32, embed=embed):
     labels = torch.zeros(len(embeddings) if gallery_images is None else len(gallery_images), dtype=torch.long)
     queries, items = ImageSet((IMAGES, LABELS), CPU, "queries"), ImageSet((gallery_images, labels), CPU, "gallery")
     embeddings = embed(gallery_images) if embeddings is None else embeddings
     rows = torch.arange(len(IMAGES))
     targets = Targets(LABELS, torch.full((len(IMAGES),), -1) if own is None else own)
-    return find_copies(queries, items, Gallery(embeddings, labels), stored_in, rows, embed(IMAGES), targets).tolist()
+    return Copies(queries, items, Gallery(embeddings, labels), stored_in)(rows, embed(IMAGES), targets).tolist()
 
 
 EXPECTED = [{5: 0, 0: 1, 17: 2, 3: 3}.get(query, -1) for query in range(24)]
@@ -62,3 +62,12 @@ def test_items_that_are_left_out_do_not_count():
     assert found(torch.cat([IMAGES[ORDER], OTHERS]), own=own) == [
         -1 if query == 5 else e for query, e in enumerate(EXPECTED)
     ]
+
+
+def test_among_many_items_with_the_same_embedding():
+    """As of codes of few bits. All are compared by their pixels."""
+    others = images_of(60, seed=8)[0]
+    gallery = torch.cat([others, (IMAGES[ORDER] * 255).round() / 255])
+    codes = lambda images: (embed(images) > 0.99).float() + 1  # noqa: E731
+    assert len(codes(gallery).unique(dim=0)) < 8
+    assert found(gallery, embed=codes) == [-1 if e < 0 else 60 + e for e in EXPECTED]

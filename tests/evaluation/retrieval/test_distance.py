@@ -147,6 +147,17 @@ class TestOfPML:
         assert found.scale(vectors) == pytest.approx(largest, rel=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"p": 1}, {"power": 2}, {"p": 3, "power": 2}])
+@pytest.mark.parametrize("kind", [distances.CosineSimilarity, distances.DotProductSimilarity, distances.LpDistance])
+def test_options_of_pml_that_change_similarities_are_kept(kind, options):
+    distance = kind(**options)
+    found, queries, items = find_distance(distance), some(4).double(), some(5, 1).double()
+    sign = 1 if distance.is_inverted else -1
+    torch.testing.assert_close(
+        found.to_all(found.vectors(queries), found.vectors(items)), sign * distance(queries, items)
+    )
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "distance",

@@ -14,10 +14,40 @@ from pml_adversarial.evaluation.retrieval.embedder import Embedder, batches, che
 from pml_adversarial.evaluation.retrieval.images import ImageSet
 
 
+class To(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, images):
+        return images.to(self.dtype)
+
+
 class TestEmbedder:
     def test_gives_what_the_model_gives(self):
         model, pixels = network().eval(), images_of()[0]
         assert torch.equal(Embedder(model)(pixels), model(pixels))
+
+    @pytest.mark.parametrize(
+        ("before", "weights", "given", "expected"),
+        [
+            (nn.Identity(), torch.float32, torch.float32, torch.float32),
+            (nn.Identity(), torch.bfloat16, torch.float32, torch.bfloat16),
+            (nn.Identity(), torch.float64, torch.float32, torch.float64),
+            (nn.Identity(), torch.float32, torch.float16, torch.float32),
+            (To(torch.bfloat16), torch.bfloat16, torch.float32, torch.float32),
+            (To(torch.float64), torch.float64, torch.float16, torch.float32),
+        ],
+    )
+    @pytest.mark.parametrize("hidden", [True, False])
+    def test_inputs_are_in_the_highest_precision_that_the_model_takes(self, before, weights, given, expected, hidden):
+        """A model that casts after its own normalisation gets what it gets in use."""
+        model = nn.Sequential(before, nn.Flatten(), nn.Linear(36, 4).to(weights))
+        if hidden and (isinstance(before, nn.Identity) and weights != torch.float32):
+            pytest.skip("nor does the function take such images")
+        embed = Embedder((lambda images: model(images)) if hidden else model)
+        embed.probe(images_of()[0][:1], given)
+        assert embed.dtype == expected
 
     def test_state_that_the_model_changes_is_as_it_was(self):
         class Counting(nn.Flatten):

@@ -6,7 +6,15 @@ import torch
 from data_sets import Listed
 from PIL import Image
 from query_batches import images_of
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.forms import labelled_images
@@ -52,6 +60,51 @@ class TestForms:
         for given in (TensorDataset(images, labels), pairs(images, labels), of_dicts):
             self.check(DataLoader(given, 7, shuffle=True), images, labels)
         self.check(DataLoader(of_dicts, 5, collate_fn=collate), images, labels)
+
+    def test_collate_functions_see_each_item_alone(self):
+        """What they make of a batch may depend on the other items: they sort, pad or normalise."""
+        images, labels = images_of()
+
+        def longest_first(items):
+            items = sorted(items, key=lambda item: -float(item[0].sum()))
+            return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+        def centred(items):
+            found = torch.stack([image for image, _ in items])
+            return found - found.mean(0) * (len(items) > 1), [label for _, label in items]
+
+        for collate in (longest_first, centred):
+            self.check(DataLoader(pairs(images, labels), 7, collate_fn=collate), images, labels)
+
+    @pytest.mark.parametrize(
+        ("collate", "message"),
+        [
+            (lambda items: (torch.stack([items[0][0]] * 2), [items[0][1]]), "item 0: collate_fn gives 2 images and 1"),
+            (lambda items: default_collate([]), "item 0: collate_fn fails on this item alone, with IndexError"),
+        ],
+        ids=["two crops", "items left out"],
+    )
+    def test_collate_functions_that_do_not_keep_items(self, collate, message):
+        with pytest.raises(InputError, match=f"queries, {message}"):
+            labelled_images(DataLoader(pairs(*images_of()), 7, collate_fn=collate), "queries")
+
+    def test_the_sampler_is_not_advanced(self):
+        images, labels = images_of()
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(pairs(images, labels), 2, sampler=SubsetRandomSampler([3, 20, 8], generator=generator))
+        before = generator.get_state()
+        self.check(loader, images[[3, 8, 20]], labels[[3, 8, 20]])
+        assert torch.equal(generator.get_state(), before)
+
+    @pytest.mark.parametrize("kind", ["u2", "u4", "u8", ">i8", "reversed", "table"])
+    def test_labels_in_any_array(self, kind):
+        images, labels = images_of()
+        given = labels.numpy()
+        if kind == "table":
+            given = pytest.importorskip("pandas").Series(given, index=range(5, 29))
+        else:
+            given = given[::-1].copy()[::-1] if kind == "reversed" else given.astype(kind)
+        self.check((images, given), images, labels)
 
     def test_a_loader_that_leaves_out_images(self):
         images, labels = images_of()

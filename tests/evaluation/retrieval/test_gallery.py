@@ -52,6 +52,20 @@ class TestTies:
             assert all(values.eq(0).all() for name, values in found.items() if name != "recall_at_8")
             assert (gallery.margin(collapsed[:count], targets) >= 0).all()
 
+    def test_are_as_wide_as_the_precision_of_the_embeddings(self):
+        """All directions are nearly one, so similarities differ by some 1e-7."""
+        embeddings = 1 + 3e-4 * some(40, dimension=16).double()
+        labels = (embeddings - embeddings.mean(0)).sign()[:, 0].long()
+        by_hand = torch.nn.functional.normalize(embeddings)
+        similar = (by_hand @ by_hand.T).fill_diagonal_(-2)
+        expected = labels[similar.argmax(1)] == labels
+        assert 0 < expected.sum() < 40
+        gallery = Gallery(embeddings, labels)
+        found = measured(gallery, embeddings, gallery.leave_one_out())["recall_at_1"]
+        assert torch.equal(found == 1, expected)
+        coarse = Gallery(embeddings.float(), labels)
+        assert not measured(coarse, embeddings.float(), coarse.leave_one_out())["recall_at_1"].any()
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_an_embedding_that_is_not_finite_finds_nothing(self, bad):
         embeddings, labels = torch.eye(4).repeat_interleave(2, 0), torch.arange(8) // 2
@@ -83,6 +97,14 @@ class TestNearest:
         assert Gallery(some(4), torch.arange(4)).nearest(
             some(2, 1), Targets(*torch.tensor([[0, 1], [0, 1]])), 3
         ).shape == (2, 3)
+
+    def test_none_that_a_query_may_not_find(self):
+        embeddings, own = some(4), torch.tensor([0, 1])
+        ignored = torch.tensor([[False, True, False, False], [True, False, True, True]])
+        found = Gallery(embeddings, torch.arange(4)).nearest(embeddings[:2], Targets(own, own, ignored), 3)
+        assert sorted(found[0].tolist()) == [-1, 2, 3]
+        assert found[0, 2] == -1
+        assert found[1].tolist() == [-1, -1, -1]
 
 
 class TestHardest:

@@ -192,9 +192,7 @@ class TestKnownEmbeddings:
     @pytest.mark.parametrize("shape", [(24, 7), (24,), (24, 6, 1), (24, 1, 6)])
     def test_of_another_are_refused(self, shape):
         found = ", ".join(map(str, shape))
-        message = (
-            rf"gallery_embeddings are torch.float32 \({found},?\); expected \(24, 6\) in floating point, as the model"
-        )
+        message = rf"gallery_embeddings are torch.float32 \({found},?\); expected \(24, 6\) real numbers, as the model"
         with pytest.raises(InputError, match=message):
             task_of(images_of(seed=1)).check_embeddings(torch.rand(shape))
 

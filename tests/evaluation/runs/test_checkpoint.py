@@ -17,6 +17,8 @@ from query_batches import embedded, images_of, network
 
 from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation import evaluate_robustness
+from pml_adversarial.evaluation.attacks.kinds import QueryAttack
+from pml_adversarial.evaluation.attacks.transfer import transfer_attack
 from pml_adversarial.evaluation.suites import quick
 
 ATTACKS = quick(steps=4, restarts=2)
@@ -179,7 +181,7 @@ class TestBelongsToOneEvaluation:
             ({"subset": [1, 2]}, "subset, queries"),
             ({"keep_attacked": False}, "keep_attacked"),
             ({"normalization": ([0.0], [1.0])}, "normalization"),
-            ({"attacks": ATTACKS[:1]}, "attacks, attack_settings"),
+            ({"attacks": ATTACKS[:1]}, "attacks, attack_settings, code"),
             ({"attacks": quick(steps=5, restarts=2)}, "attack_settings"),
             ({"attacks": quick(steps=4, restarts=3)}, "attack_settings"),
             ({"model": network(6)}, "model"),
@@ -226,6 +228,39 @@ class TestBelongsToOneEvaluation:
         evaluated(tmp_path, ignore=lambda rows: (rows[:, None] - own).abs() == 1)
         with pytest.raises(InputError, match="another evaluation: ignored_items differ"):
             evaluated(tmp_path, ignore=lambda rows: (rows[:, None] - own).abs() == 2)
+
+    @pytest.mark.parametrize("change", ["parts in train mode", "random numbers", "autocast"])
+    def test_a_model_that_answers_otherwise_is_refused(self, tmp_path, change):
+        net = torch.nn.Sequential(*network(), torch.nn.Dropout(0.5)).eval()
+        evaluated(tmp_path, model=lambda images: net(images))
+        noisy = change == "random numbers"
+        net[-1].training = change == "parts in train mode"
+        named = {"parts in train mode": "at_random", "random numbers": "at_random", "autocast": "precision"}[change]
+        with (
+            torch.autocast("cpu", enabled=change == "autocast"),
+            pytest.raises(InputError, match=f"another evaluation: .*{named}.* differ"),
+        ):
+            evaluated(tmp_path, model=lambda images: net(images) + noisy * torch.randn(len(images), 1))
+
+    def test_an_attack_with_other_code_is_refused(self, tmp_path):
+        def attack(sign):
+            code = "lambda batch, eps, restart: batch.images {} eps * batch.images.sign()"
+            return QueryAttack("own", eval(code.format(sign)))
+
+        evaluated(tmp_path, attacks=[attack("+")])
+        evaluated(tmp_path, attacks=[attack("+")])
+        with pytest.raises(InputError, match="another evaluation: code differ"):
+            evaluated(tmp_path, attacks=[attack("-")])
+
+    def test_another_surrogate_in_a_function_is_refused(self, tmp_path):
+        def attack(seed):
+            net = network(seed)
+            return transfer_attack(lambda images: net(images), steps=2)
+
+        evaluated(tmp_path, attacks=[attack(1)])
+        evaluated(tmp_path, attacks=[attack(1)])
+        with pytest.raises(InputError, match="another evaluation: attack_settings"):
+            evaluated(tmp_path, attacks=[attack(2)])
 
     def test_one_changed_image_among_few_is_noticed(self, tmp_path):
         evaluated(tmp_path)

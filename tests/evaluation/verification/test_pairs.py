@@ -253,6 +253,15 @@ def test_junk_is_in_no_drawn_pair():
     assert pairs.notes == ["3 images of the label -1 are junk and in no pair"]
     assert set(pairs.indices.flatten().tolist()) == {0, 2, 5, 6}
     assert torch.equal(pairs.same, labels[pairs.indices[:, 0]] == labels[pairs.indices[:, 1]])
+    with_all = PairSet((images_of(7)[0], labels), CPU, choice=PairChoice(junk_label=None))
+    assert set(with_all.indices.flatten().tolist()) == set(range(7))
+    assert not with_all.notes
+
+
+def test_junk_is_named_where_no_pairs_are_left():
+    labels = torch.tensor([1, 1, -1, -1])
+    with pytest.raises(InputError, match=r"0 impostor pairs.*2 images of the label -1 are junk"):
+        PairSet((images_of(4)[0], labels), CPU)
 
 
 def test_a_list_of_items():
