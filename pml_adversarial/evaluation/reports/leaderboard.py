@@ -23,6 +23,8 @@ Entry = Mapping[str, Any]
 MIN_QUERIES = 100
 """Fewer queries say too little: the interval of a rate near one half would be wider than 20 points."""
 
+_SPLIT = 40  # characters of a split that tell two entries of a model apart
+
 
 @dataclass(frozen=True)
 class Model:
@@ -107,18 +109,28 @@ def add(entry: Entry, board: Path, replace: bool = False) -> Path:
         The file.
 
     Raises:
-        InputError: there is an entry of that name already, and it shall not be replaced.
+        InputError: there is an entry of that name or of this report already, and it shall not be replaced.
     """
     trained = f"trained at {radius_text(entry['train_eps'])}" if entry["train_eps"] else "no attack"
     run = trained, f"{entry['passes']} passes", f"seed {entry['seed']}"
     parts = (entry["data"], entry["method"], entry["backbone"], *run)
-    name = "--".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
-    path = board / entry["threat_model"] / f"{name}.json"
+    folder = board / entry["threat_model"]
+    path = _file(folder, *parts)
+    if path.exists() and _read(path)["split"] != entry["split"]:
+        path = _file(folder, *parts, entry["split"][:_SPLIT])
     if path.exists() and not replace:
         raise InputError(f"{path} is there already. Replace it with --force, or give the model another name or seed.")
+    if digest := entry["report_sha256"]:
+        for other in folder.glob("*.json"):
+            if other != path and digest in other.read_text(encoding="utf-8"):
+                raise InputError(f"This report is there already, as {other}. Delete that entry, or add another report.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _file(folder: Path, *parts: str) -> Path:
+    return folder / ("--".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts) + ".json")
 
 
 def entries(board: Path) -> list[dict[str, Any]]:

@@ -103,10 +103,26 @@ class TestBoard:
         with pytest.raises(InputError, match=r"is there already.*--force"):
             add(entry, tmp_path)
         add(entry, tmp_path, replace=True)
-        add({**entry, "seed": 4}, tmp_path)
-        add({**entry, "train_eps": 4 / 255}, tmp_path)
-        add({**entry, "train_eps": 0}, tmp_path)
+        for number, other in enumerate(({"seed": 4}, {"train_eps": 4 / 255}, {"train_eps": 0})):
+            add({**entry, **other, "report_sha256": f"of report {number}"}, tmp_path)
         assert len(entries(tmp_path)) == 4
+
+    def test_another_split_is_another_entry(self, report, tmp_path):
+        first = add(entry_of(saved(report, tmp_path), MODEL), tmp_path)
+        other = entry_of(saved(replace(report, notes=("another",)), tmp_path), replace(MODEL, split="5 to 9; 0 to 4"))
+        second = add(other, tmp_path)
+        assert second.name == first.name.replace(".json", "--5-to-9-0-to-4.json")
+        assert [entry["split"] for entry in entries(tmp_path)] == ["5 to 9; 0 to 4", MODEL.split]
+        with pytest.raises(InputError, match=f"{second.name} is there already"):
+            add(other, tmp_path)
+        assert add(other, tmp_path, replace=True) == second
+
+    def test_a_report_is_added_once(self, report, tmp_path):
+        path = saved(report, tmp_path)
+        first = add(entry_of(path, MODEL), tmp_path / "board")
+        for again in (False, True):
+            with pytest.raises(InputError, match=f"This report is there already, as .*{first.name}"):
+                add(entry_of(path, replace(MODEL, seed=4)), tmp_path / "board", replace=again)
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(InputError, match="holds no entries"):
