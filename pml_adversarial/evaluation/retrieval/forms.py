@@ -32,8 +32,8 @@ Images = Any
   image has; then images that share a label are right for each other.
 - a data set or a list of items ``(image (C, H, W), label)``, or of dicts that have an image and a label. Of longer
   items the first two entries are taken;
-- a data loader of such a data set, which is read in the order of the data set. Its ``collate_fn`` is given one item at a
-  time, so that an image does not depend on the batch that it is in;
+- a data loader of such a data set, which is read in the order of the data set. Its ``collate_fn`` is given one item at
+  a time, so that an image does not depend on its batch;
 - as a gallery, ``(None, labels)``: items that are known by their embeddings alone.
 """
 
