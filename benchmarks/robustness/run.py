@@ -194,7 +194,7 @@ def _brief(report: Report) -> dict[str, Any]:
     kept = report.to_dict()
     for part in (*kept["attacks"], *kept["worst"]):
         part.pop("robust_flags")
-    return {key: value for key, value in kept.items() if key not in ("settings", "clean_flags")}
+    return {key: value for key, value in kept.items() if key not in ("settings", "clean_flags", "queries")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -155,6 +155,7 @@ class Evaluator:
             "num_classes": self.task.num_classes,
             "clean": means(clean),
             "clean_flags": robust_flags(clean),
+            "queries": tuple(rows.tolist()),
             "chance": self.task.gallery.chance(self.task.targets(rows)).mean().item(),
             "attacks": self.attack_results(batches),
             "worst": self.worst_cases(batches, labels),

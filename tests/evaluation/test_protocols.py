@@ -157,6 +157,7 @@ class TestIgnored:
         mask[5] |= LABELS[5] == OTHER_LABELS
         found = evaluated(gallery=(OTHERS, OTHER_LABELS), ignore=mask)
         assert (found.num_queries, found.left_out) == (23, 1)
+        assert found.queries == tuple(row for row in range(24) if row != 5)
         shares = []
         for i in range(24):
             searched = [j for j in range(30) if not mask[i, j]]
@@ -257,7 +258,7 @@ class TestVectors:
         assert report.clean_flags == wanted
         assert {result.target for result in report.attacks} == {"query"}
         assert "promote is left out: it needs images of the gallery, and there are none" in report.notes
-        assert [neighbour.image for example in report.examples for neighbour in example.before] == [None] * 8 * 3
+        assert [neighbour.image for example in report.examples for neighbour in example.before] == [None] * 8 * 4
         assert "item 0" in report_page(report)
 
     def test_numpy_vectors(self):

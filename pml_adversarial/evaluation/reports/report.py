@@ -35,7 +35,8 @@ class Report(Results, Saved):
         for part in (*lists["attacks"], *lists["worst"]):
             part["intervals"] = self._intervals(part["measures"])
         intervals = {"kind": INTERVAL, "confidence": CONFIDENCE, "clean": self._intervals(self.clean)}
-        return {"schema": self.SCHEMA, **kept, **lists, "notes": list(self.notes), "intervals": intervals}
+        plain = {"notes": list(self.notes), "queries": list(self.queries), "intervals": intervals}
+        return {"schema": self.SCHEMA, **kept, **lists, **plain}
 
     def _intervals(self, measures: Measures) -> dict[str, list[float]]:
         return {name: list(interval) for name, interval in self.intervals(measures).items()}
@@ -51,7 +52,8 @@ class Report(Results, Saved):
         for part in (found, *found["attacks"], *found["worst"]):
             del part["intervals"]  # they follow from the numbers
         lists = {key: tuple(kind(**part) for part in found[key]) for key, kind in _LISTS.items()}
-        report = cls(**{**found, **lists, "notes": tuple(found["notes"])})
+        plain = {name: tuple(found.get(name, ())) for name in ("notes", "queries")}
+        report = cls(**{**found, **lists, **plain})
         check_results(report)
         return report
 

@@ -155,6 +155,7 @@ class Results:
         provenance: what was measured, and where: fingerprints of the model, the queries and the gallery (see the module
             `fingerprints`), the device, threads and flags of torch, the time and the command (see `provenance`).
         notes: what else a reader has to know, such as attacks that were left out, and why.
+        queries: indices of the queries that were evaluated, in the order of ``clean_flags`` and ``attacked``.
         clean_flags: one character per query: "1" if the nearest item is right without attack, "0" if not.
         examples: some queries with the items that they find. They are not saved as JSON.
         attacked: eps -> ``(Q, C, H, W)`` perturbed queries: of each, the one that succeeded, or the strongest attempt.
@@ -181,6 +182,7 @@ class Results:
     notes: tuple[str, ...] = ()
     examples: tuple[Example, ...] = field(default=(), repr=False)
     attacked: Mapping[float, Tensor] | None = field(default=None, repr=False)
+    queries: tuple[int, ...] = field(default=(), repr=False)
 
     def worst_case(self, eps: float, measure: str = "recall_at_1", target: str = "query") -> float:
         """A measure at one eps, where each query meets the attack that is worst for it; eps 0 is without attack.

@@ -33,6 +33,8 @@ def check_results(report: Results) -> None:
         value = getattr(report, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise _wrong(f"{name} is {value!r}, no number of queries, items or classes")
+    if len(set(report.queries)) not in (0, report.num_queries) or len(report.queries) > report.num_queries:
+        raise _wrong(f"queries holds {len(set(report.queries))} indices for {report.num_queries} queries")
     _check_keys(report.settings, _SETTINGS, "settings")
     _check_keys(report.provenance, ("threads", *_MEASURED), "provenance")
     for name in _MEASURED:

@@ -81,6 +81,8 @@ CHANGES = {
     "the suite standard-v2 is not that of the attacks margin, shift": lambda found: found.update(suite="standard-v2"),
     "the suite custom": lambda found: found["settings"]["attack_settings"].pop(),
     "num_queries is 0": lambda found: found.update(num_queries=0),
+    "queries holds 39 indices for 40": lambda found: found["queries"].pop(),
+    "queries holds 40 indices for 40": lambda found: found["queries"].append(found["queries"][0]),
     "left_out is 1.5": lambda found: found.update(left_out=1.5),
     "chance is 2": lambda found: found.update(chance=2),
     "provenance has no threads": lambda found: found["provenance"].pop("threads"),
