@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ class PixelSpace:
                 f"{given} has {self.channels} channels, and of the inputs {tuple(like.shape)} "
                 f"{'no dimension' if not fitting else 'more than one dimension'} has as many; expected one mean and "
                 "one std per channel, and channel_dim=... where it cannot be told, such as channel_dim=-3 for clips "
-                "(N, T, C, H, W)."
+                "(N, T, C, H, W). To an evaluation, pass pixels in [0, 1] and a function that normalises them, such as "
+                "lambda images: model((images - mean) / std)."
             )
         return fitting[0]
 
@@ -189,10 +191,15 @@ def is_overshoot(low: float, high: float) -> bool:
     return -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT and (low < 0 or high > 1)
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is one number, which may be a tensor or an array without dimensions."""
+    return isinstance(value, Real) or getattr(value, "ndim", None) == 0
+
+
 def _numbers(pair: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Two numbers, or two lists of as many, as tuples; empty ones where it is something else."""
     try:
-        one, other = ([float(part)] if isinstance(part, int | float) else [float(v) for v in part] for part in pair)
+        one, other = ([float(part)] if is_number(part) else [float(v) for v in part] for part in pair)
         if len(one) == len(other) and all(map(math.isfinite, (*one, *other))):
             return tuple(one), tuple(other)
     except (TypeError, ValueError):

@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 
@@ -191,3 +192,10 @@ def test_levels_with_their_bounds_and_means_at_the_ends_are_taken():
     assert space.to_pixels(torch.tensor([[(51 - 123.675) / 58.395]])).item() == pytest.approx(0.2)
     for mean in (0.0, 1.0):
         PixelSpace(((mean,), (1 / 255,)))
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.int64, torch.tensor, float])
+def test_bounds_in_any_type_of_number(kind):
+    inputs = torch.rand(2, 3, 4, 4) * 4 - 2
+    expected = PixelSpace(bounds=(-2, 2)).to_pixels(inputs)
+    assert torch.equal(PixelSpace(bounds=(kind(-2), kind(2))).to_pixels(inputs), expected)

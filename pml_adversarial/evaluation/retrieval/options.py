@@ -15,6 +15,7 @@ from torch import Tensor
 from ...attacks.ball import COUNTS, channel_dim, check_channels_first
 from ...attacks.ball import NORMS as NORMS
 from ...errors import InputError
+from ...training.pixels import is_number
 
 JUNK = -1  #: Label of items that are never found, as in Market-1501.
 
@@ -127,7 +128,7 @@ def to_whole_numbers(values: Any, name: str) -> list[int]:
 
 def as_numbers(pair: Any) -> list[float | list[float]]:
     """Two numbers, or two lists of numbers, in types that JSON knows."""
-    return [float(part) if isinstance(part, int | float) else [float(value) for value in part] for part in pair]
+    return [float(part) if is_number(part) else [float(value) for value in part] for part in pair]
 
 
 def description_of_mask(mask: Any) -> str | None:
