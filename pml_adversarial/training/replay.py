@@ -33,7 +33,7 @@ from .rerun import (
     Take,
     apply,
     apply_as_before,
-    checkpoints_take_gradients,
+    checkpoints_of,
     holding,
     module_of,
     name_of,
@@ -44,7 +44,7 @@ from .rerun import (
     value_of,
 )
 from .rows import Rows, find_rows
-from .side_effects import Attributes, generators_of, undone
+from .side_effects import generators_of, undone
 from .sources import INNER, Choice, Sources
 from .trace import Fixed, Ref, Step, autocast, steps_to
 from .tracing import paused
@@ -445,9 +445,7 @@ class Replay:
         with ExitStack() as stack:
             stack.enter_context(paused())
             if torch.is_grad_enabled():
-                stack.enter_context(recomputed_in(Attributes(self._submodules).changed))
-            if inputs.requires_grad:
-                stack.enter_context(checkpoints_take_gradients())
+                stack.enter_context(checkpoints_of(self._submodules, inputs.requires_grad))
             if self._rows.apart:
                 given = self._pixels.to_inputs(inputs, self._sources.all[0].value.dtype)
                 found = self._run(partial(self._take_some, given, rows))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .nested import mapped, outputs_in, tensors_in
+from .side_effects import OWN, restore_attributes
 from .trace import Fixed, Ref, Step, autocast
 
 Outputs = Sequence[Tensor]
@@ -146,6 +148,42 @@ def recomputed_in(context: Callable[[], Callable[[], AbstractContextManager[Any]
 
     with _exchanged(frame, "__init__", make_other), _exchanged(CheckpointFunction, "apply", staticmethod(call_other)):
         yield
+
+
+@contextmanager
+def checkpoints_of(modules: Iterable[nn.Module], take_gradients: bool) -> Iterator[None]:
+    """Lets activation checkpoints compute again with the attributes that modules had when they computed first.
+
+    The forward passes inside may have set them. Afterwards attributes are what they were.
+
+    Args:
+        modules: all submodules too.
+        take_gradients: whether reentrant ones are others, see `checkpoints_take_gradients`.
+    """
+    held = list(map(vars, modules))
+    before = list(map(dict, held))
+
+    def state() -> Callable[[], AbstractContextManager[None]]:
+        return partial(_with_attributes, held, [_changed(now, was) for now, was in zip(held, before, strict=True)])
+
+    with recomputed_in(state), checkpoints_take_gradients() if take_gradients else nullcontext():
+        yield
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in now.items() if name not in OWN and before.get(name) is not value}
+
+
+@contextmanager
+def _with_attributes(held: Sequence[dict[str, Any]], others: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    before = [{name: value for name, value in attributes.items() if name not in OWN} for attributes in held]
+    for attributes, values in zip(held, others, strict=True):
+        attributes.update(values)
+    try:
+        yield
+    finally:
+        for attributes, values in zip(held, before, strict=True):
+            restore_attributes(attributes, values, OWN)
 
 
 def _within(context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:

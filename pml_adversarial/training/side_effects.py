@@ -11,7 +11,7 @@ import random
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -114,37 +114,6 @@ class Values:
             if held.get(name) is not parameter:
                 found.append(partial(held.__setitem__, name, parameter))
         return found
-
-
-class Attributes:
-    """What modules have now as attributes, apart from torch's own.
-
-    Args:
-        modules: all submodules too.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._held = [(vars(m), {name: value for name, value in vars(m).items() if name not in OWN}) for m in modules]
-
-    def changed(self) -> Callable[[], AbstractContextManager[None]]:
-        """Makes a context in which those that are others by now are what they are now. Afterwards all are restored."""
-        changed = [
-            (held, {name: value for name, value in held.items() if name not in OWN and before.get(name) is not value})
-            for held, before in self._held
-        ]
-
-        @contextmanager
-        def as_now() -> Iterator[None]:
-            kept = [(held, {name: value for name, value in held.items() if name not in OWN}) for held, _ in self._held]
-            for held, values in changed:
-                held.update(values)
-            try:
-                yield
-            finally:
-                for held, values in kept:
-                    _put_back(held, values, OWN)
-
-        return as_now
 
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -315,7 +284,7 @@ class _Keeper:
     def _keep_attributes(self, owner: Any, depth: int) -> None:
         held, left_out = vars(owner), OWN if isinstance(owner, nn.Module) else frozenset()
         kept = {name: held[name] for name in held.keys() - left_out}
-        self.restore.append(partial(_put_back, held, kept, left_out))
+        self.restore.append(partial(restore_attributes, held, kept, left_out))
         self._find_values(owner, kept.values())
         self._keep_all(kept.values(), depth)
 
@@ -367,7 +336,8 @@ _PLAIN = {*_SIMPLE, Tensor, nn.Parameter, numpy.ndarray}  # most attributes are,
 _LEAVES = (Tensor, ModuleType, type, str, bytes, int, float, complex, random.SystemRandom)
 
 
-def _put_back(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[str]) -> None:
+def restore_attributes(held: dict[str, Any], kept: dict[str, Any], left_out: frozenset[str]) -> None:
+    """Gives the attributes ``held`` of an object again what they were, but for some."""
     for name in held.keys() - kept.keys() - left_out:
         del held[name]
     held.update(kept)
