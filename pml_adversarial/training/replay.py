@@ -7,7 +7,7 @@ which tensor an embedding depends on is found by experiment, see `rows`.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -442,10 +442,8 @@ class Replay:
 
     def _embed(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
         self._attacks = inputs.requires_grad
-        with ExitStack() as stack:
-            stack.enter_context(paused())
-            if torch.is_grad_enabled():
-                stack.enter_context(checkpoints_of(self._submodules, inputs.requires_grad))
+        modules = self._submodules if torch.is_grad_enabled() else []
+        with paused(), checkpoints_of(modules, inputs.requires_grad) if modules else nullcontext():
             if self._rows.apart:
                 given = self._pixels.to_inputs(inputs, self._sources.all[0].value.dtype)
                 found = self._run(partial(self._take_some, given, rows))
