@@ -301,7 +301,14 @@ def _method(method: FixedContext | None, **keywords: Any) -> FixedContext:
 
 
 def _check_not_adversarial(loss: nn.Module) -> None:
-    if any(isinstance(module, AdversarialLoss) for module in loss.modules()):
+    inside = [module for module in loss.modules() if isinstance(module, Wrapper)]
+    if not all(isinstance(module, AdversarialLoss) for module in inside):
+        raise InputError(
+            "loss holds an AdversarialMiner, which cannot perturb what an AdversarialLoss has perturbed already; "
+            "expected plain miners inside of the loss. Mine in the loop, before the loss: loss_func(embeddings, "
+            "labels, miner(embeddings, labels))."
+        )
+    if inside:
         raise InputError(
             "loss holds an AdversarialLoss already; expected a loss to be made adversarial. Perturb several roles "
             "with perturb=(...), add methods with plugins=[...], or add up several AdversarialLoss."

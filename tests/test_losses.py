@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from pml_adversarial import (
     AdversarialLoss,
+    AdversarialMiner,
     AttackError,
     CaptureError,
     FixedContext,
@@ -984,6 +985,11 @@ class TestBadInput:
             AdversarialLoss(miners.BatchHardMiner(), model)
         with pytest.raises(InputError, match="holds an AdversarialLoss already"):
             AdversarialLoss(losses.MultipleLosses([AdversarialLoss(losses.TripletMarginLoss(), model)]), model)
+        mining = AdversarialMiner(miners.BatchHardMiner(), model)
+        memory = losses.CrossBatchMemory(losses.TripletMarginLoss(), 4, 64, miner=mining)
+        for holder in (losses.MultipleLosses([losses.TripletMarginLoss()], [mining]), memory):
+            with pytest.raises(InputError, match=r"holds an AdversarialMiner.*Mine in the loop"):
+                AdversarialLoss(holder, model)
         with pytest.raises(CaptureError, match="'trunk'"):
             AdversarialLoss(losses.TripletMarginLoss(), {"net": model})
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchattacks.attack import Attack as TorchAttack
 
 from ..errors import AttackError
-from .ball import per_image
+from .ball import COUNTS, NORMS, per_image
 from .objective import Attack, AttackFactory, Objective
 
 logger = logging.getLogger("pml_adversarial")
@@ -33,6 +33,7 @@ class Learns(Protocol):
 
 _SCALED = ("eps", "alpha")
 _OUTSIDE = 1e-5
+_DIMENSIONS = 4  # of images (M, C, H, W)
 
 _GATED_BY_SUCCESS = (torchattacks.APGD, torchattacks.CW, torchattacks.Square)
 """Attacks that spend their whole budget, but return a row unchanged unless it was misclassified."""
@@ -59,6 +60,17 @@ def budget(factory: AttackFactory) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
+def norm_of(factory: AttackFactory) -> str:
+    """The norm of the factory's ``eps``, as far as its default ``norm``, or the name of its class, tells it."""
+    parameter = inspect.signature(factory).parameters.get("norm")
+    if parameter is not None and parameter.default in NORMS:
+        return str(parameter.default)
+    kind: Any = factory
+    while isinstance(kind, partial):
+        kind = kind.func
+    return "L2" if getattr(kind, "__name__", "").endswith("L2") else "Linf"
+
+
 def check(factory: AttackFactory) -> None:
     """Checks that a factory can be called, can raise a score, and has options that fit."""
     if not callable(factory) or isinstance(factory, TorchAttack):
@@ -76,7 +88,7 @@ def check(factory: AttackFactory) -> None:
         raise AttackError(f"The attack cannot be made: {error}. Check its name and its options.") from error
     if any(value < 0 for value in found.values()):
         raise AttackError(f"The attack has {found}; expected numbers from 0 on, in pixels of [0, 1].")
-    if found.get("eps", 0.0) > 1:
+    if found.get("eps", 0.0) > 1 and norm_of(factory) == "Linf":
         logger.warning("eps=%g, but pixels are in [0, 1]: for 8 of 256 levels write eps=8/255.", found["eps"])
 
 
@@ -99,6 +111,8 @@ def build(factory: AttackFactory, objective: Objective, strength: float = 1.0) -
     if full.get("eps", 1.0) * strength == 0 or objective.is_satisfied:
         return unchanged
     scaled = {name: value * strength for name, value in full.items()} if strength < 1 else {}
+    if "eps" in scaled and norm_of(factory) in COUNTS:
+        scaled["eps"] = max(1, round(scaled["eps"]))
     attack = factory(objective, **scaled)
     if not callable(attack):
         raise AttackError(
@@ -127,8 +141,14 @@ def run(attack: Attack, inputs: Tensor, labels: Tensor, objective: Objective | N
     """
     if attack is unchanged or (objective is not None and objective.is_satisfied):  # attacks that `build` did not make
         return inputs
-    perturbed: Any = attack(inputs.clone(), labels)  # a clone: what it changes in place has to count as changed
-    name = type(attack.attack if isinstance(attack, _BestTried) else attack).__name__
+    inner = attack.attack if isinstance(attack, _BestTried) else attack
+    name, given = type(inner).__name__, inputs.clone()  # a clone: what it changes in place has to count as changed
+    if isinstance(inner, TorchAttack) and objective is not None and inputs.ndim != _DIMENSIONS:
+        with objective.taking(inputs.shape):  # these attacks count on images
+            perturbed: Any = attack(given.reshape(len(inputs), 1, 1, -1), labels)
+        perturbed = perturbed.reshape(inputs.shape) if isinstance(perturbed, Tensor) else perturbed
+    else:
+        perturbed = attack(given, labels)
     if not isinstance(perturbed, Tensor) or perturbed.shape != inputs.shape:
         found = tuple(perturbed.shape) if isinstance(perturbed, Tensor) else type(perturbed).__name__
         raise AttackError(f"{name} returned {found}; expected inputs of the shape {tuple(inputs.shape)}.")

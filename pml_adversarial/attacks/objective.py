@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ class Objective(nn.Module):
         self.satisfied: Callable[[Tensor], Tensor] | None = getattr(score, "satisfied", None)
         self.has_gradient: Tensor | None = None
         self.best_inputs: Tensor | None = None
+        self._shape: torch.Size | None = None
         self.training = False  # torchattacks "restores" train mode, in all submodules, where it found it
 
     def __repr__(self) -> str:
@@ -129,22 +131,31 @@ class Objective(nn.Module):
                 f"The attack asked about {len(inputs)} of {len(self.clean)} perturbed rows; expected all of them, as a "
                 "score knows rows by their places. Use an attack that moves the whole batch, such as PGD."
             )
-        score = self.score(inputs)
+        score = self.score(inputs if self._shape is None else inputs.reshape(self._shape))
         self._keep_better(inputs.detach(), score.detach())
         logits: Tensor = _Logits.apply(score - self.clean_score)
         return logits
 
-    def score(self, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
+    def score(self, inputs: Tensor, rows: Tensor | None = None, alone: bool = True) -> Tensor:
         """The score itself ``(K,)``, in single precision at least, for attacks that need no classifier.
 
         Args:
             inputs: ``(K, ...)`` perturbed inputs.
             rows: ``(K,)`` the rows that they belong to; None: all ``M`` rows in their order. The other rows have the
                 embeddings that the last call with ``rows`` gave them, at first the clean ones, and cost no pass.
+            alone: whether ``backward`` gives a gradient to the inputs alone, and not to what the loop made with them
+                and beside them, such as weights that are no model's. ``torch.autograd.grad`` does not need this.
 
         Raises:
             AttackError: the score has another shape than ``(M,)`` or ``()``.
         """
+        if not alone or not (inputs.requires_grad and torch.is_grad_enabled()):
+            return self._scored(inputs, rows)
+        leaf = inputs.detach().requires_grad_()
+        score: Tensor = _OfInputsAlone.apply(inputs, [self._scored(leaf, rows), leaf])
+        return score
+
+    def _scored(self, inputs: Tensor, rows: Tensor | None) -> Tensor:
         if inputs.requires_grad:
             inputs.register_hook(partial(self._watch_gradient, rows))
         embeddings = self._embed(inputs) if rows is None else self._embed(inputs, rows)
@@ -153,6 +164,15 @@ class Objective(nn.Module):
         embeddings = self._latest.index_copy(0, rows, embeddings.to(self._latest.dtype))
         self._latest = embeddings.detach()
         return self._per_row(self._score(embeddings))[rows]
+
+    @contextmanager
+    def taking(self, shape: torch.Size) -> Iterator[None]:
+        """Inside, the model gets what it is called with in another shape ``(M, ...)``."""
+        self._shape = shape
+        try:
+            yield
+        finally:
+            self._shape = None
 
     def mean_score(self, inputs: Tensor) -> Tensor:
         """The mean of `score` over ``samples`` draws."""
@@ -188,6 +208,23 @@ class Objective(nn.Module):
         if score.dtype in (torch.float16, torch.bfloat16):
             score = score.float()
         return score if score.ndim else score.expand(count)
+
+
+class _OfInputsAlone(torch.autograd.Function):
+    """A score, whose backward pass gives a gradient to the inputs, and to no other leaf of its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, held: list[Tensor]) -> Tensor:
+        ctx.held = held
+        return held[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        score, leaf = ctx.held
+        if not score.requires_grad:
+            return None, None
+        return torch.autograd.grad(score, leaf, gradient, retain_graph=True, allow_unused=True)[0], None
 
 
 class _Logits(torch.autograd.Function):

@@ -189,7 +189,7 @@ def ascent(objective: Objective, points: Tensor, rows: Tensor | None = None) -> 
 
 
 def _ascent_of_one_draw(objective: Objective, points: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    score = objective.score(points, rows)
+    score = objective.score(points, rows, alone=False)
     (gradient,) = torch.autograd.grad(score.sum(), points)
     return score, gradient
 

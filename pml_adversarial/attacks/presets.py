@@ -44,13 +44,14 @@ def attack_of(attack: AttackFactory | None = None, eps: float | None = None, ste
         AttackError: a value cannot be used, or the factory does not take it, or sets it itself.
     """
     wanted: dict[str, Any] = {}
+    if attack is not None:
+        adapter.check(attack)
     if eps is not None:
-        wanted["eps"] = check_eps(eps)
+        wanted["eps"] = check_eps(eps, "Linf" if attack is None else adapter.norm_of(attack))
     if steps is not None:
         wanted["steps"] = check_steps(steps)
     if attack is None:
         return preset(**{**_DEFAULT, **wanted}) if wanted else PRESET
-    adapter.check(attack)
     for name, value in wanted.items():
         _check_is_free(attack, name, value)
     return partial(attack, **wanted) if wanted else attack

@@ -52,15 +52,22 @@ class AWP:
 
     @hookimpl(wrapper=True, tryfirst=True)
     def pml_adversarial_training_loss(
-        self, batch: Batch, plan: Plan, adversarial: Adversarial, ask: Callable[[Any, Adversarial], Tensor]
+        self,
+        wrapped: nn.Module,
+        batch: Batch,
+        plan: Plan,
+        adversarial: Adversarial,
+        ask: Callable[[Any, Adversarial], Tensor],
     ) -> Generator[None, Tensor, Tensor]:
         """What the other plugins minimise, at the weights that are worst for it."""
-        value = yield
         unperturbed = adversarial.inputs is adversarial.clean_inputs
         if not torch.is_grad_enabled() or unperturbed or not batch.strength * self.gamma:
-            return value
+            return (yield)
         weights = _weights(batch.replay.modules)
-        moved = _moved(weights, _gradients(value, adversarial.embeddings, weights), batch.strength * self.gamma)
+        with preserved(wrapped):  # a memory meets this batch once, below
+            value = yield
+            gradients = list(_gradients(value, adversarial.embeddings, weights))
+        moved = _moved(weights, gradients, batch.strength * self.gamma)
         rows = batch.local(batch.own(plan.rows, plan.rows))
 
         @contextmanager

@@ -343,7 +343,8 @@ class Replay:
             f"{self._names} has no gradient with respect to its inputs: inside of it or in the loop, something is "
             "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
             "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
-            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high))."
+            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high)). To a miner, pass the embeddings without "
+            "detach; it mines without gradient."
         )
 
     @property
@@ -502,7 +503,8 @@ class Replay:
                 number = self._sources.holding(leaf)
                 if number is None:
                     return resolve(leaf)
-                return given[number].among(leaf.value, given[number].inputs, mine)
+                found = given[number]
+                return found.among(leaf.value, _with_graph_of(leaf.value, found.inputs, found.row), mine)
 
             return self._apply(step, changed)
         outputs = list(step.call.outputs)
@@ -531,8 +533,7 @@ class Replay:
 
         def changed(leaf: Any) -> Any:
             if isinstance(leaf, Fixed) and leaf.value is source:
-                wants_gradient = leaf.value.requires_grad and torch.is_grad_enabled() and not inputs.requires_grad
-                return inputs.detach().requires_grad_() if wants_gradient else inputs
+                return _with_graph_of(source, inputs, rows)
             return resolve(some(leaf))
 
         if self._sources.at(step, INNER) != number:
@@ -633,6 +634,14 @@ def _hook(step: Step, outputs: Outputs) -> None:
 def _fine(dtype: torch.dtype) -> torch.dtype:
     """The type in which inputs are attacked. A coarser one could not hold what an attack adds to them."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def _with_graph_of(source: Tensor, inputs: Tensor, rows: Tensor | None) -> Tensor:
+    """Inputs ``(K, ...)`` that are rows of the source, changed by constants: what made the source learns from them."""
+    if not source.requires_grad or not torch.is_grad_enabled() or inputs.requires_grad:
+        return inputs
+    of_rows = source if rows is None else source.index_select(0, rows)
+    return inputs + (of_rows - of_rows.detach())
 
 
 def _without_graph(value: Tensor) -> Tensor:

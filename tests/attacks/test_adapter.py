@@ -9,7 +9,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss
 from seed_paper import seed_paper_loss
 from torch import nn
 
-from pml_adversarial import AttackError, hookimpl
+from pml_adversarial import AttackError, attacks, hookimpl
 from pml_adversarial.attacks.adapter import budget, build, check, check_warmup, run, unchanged
 from pml_adversarial.attacks.objective import Objective
 from pml_adversarial.attacks.presets import SEED_PAPER
@@ -373,6 +373,39 @@ class TestEveryTorchattack:
             check(Deeper)
 
 
+class Rows:
+    """What is no images: a table, and sounds."""
+
+    def __init__(self, shape):
+        generator = torch.Generator().manual_seed(3)
+        self.inputs = torch.rand(6, *shape, generator=generator)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(self.inputs[0].numel(), 5), nn.Tanh())
+        self.targets = torch.rand(6, 5, generator=generator)
+
+    def score(self, embeddings):
+        return (embeddings - self.targets).square().sum(1)
+
+    def attacked(self, factory):
+        with torch.no_grad():
+            objective = Objective(self.model, self.score, self.model(self.inputs), [self.model])
+        with random_stream(0, 0):
+            return run(build(factory, objective), self.inputs, objective.labels, objective)
+
+
+class TestWhatIsNoImage:
+    @pytest.mark.parametrize("shape", [(7,), (1, 40), (4, 3, 5, 5)])
+    @pytest.mark.parametrize("name", ["APGD", "CW", "FGSM", "FFGSM", "MIFGSM", "PGD", "PGDL2", "Square"])
+    def test_is_attacked_too(self, name, shape):
+        options, norm, limit = IN_TRAINING[name]
+        batch = Rows(shape)
+        found = batch.attacked(partial(getattr(torchattacks, name), **options))
+        assert found.shape == batch.inputs.shape
+        with torch.no_grad():
+            rise = batch.score(batch.model(found)) - batch.score(batch.model(batch.inputs))
+        assert (rise > 0).all()
+        assert size_of(found - batch.inputs, norm) <= limit + 1e-5
+
+
 class TestForeign:
     """An attack from elsewhere is any callable; this one knows nothing of torchattacks."""
 
@@ -547,6 +580,20 @@ class TestCheck:
         check(partial(torchattacks.PGD, eps=8))
         assert "eps=8/255" in caplog.text
 
+    @pytest.mark.parametrize(
+        "factory",
+        [
+            partial(torchattacks.PGDL2, eps=2.0),
+            partial(torchattacks.APGD, norm="L2", eps=2.0),
+            partial(attacks.PGD, eps=3.0, norm="L1", steps=2),
+            partial(attacks.PGD, eps=5, norm="L0", steps=2),
+            attacks.Autocast(partial(attacks.PGD, eps=2.0, norm="L2", steps=2)),
+        ],
+    )
+    def test_does_not_warn_of_a_radius_in_another_norm(self, factory, caplog):
+        check(factory)
+        assert not caplog.text
+
 
 class TestBuild:
     @pytest.mark.parametrize(
@@ -561,6 +608,12 @@ class TestBuild:
     def test_scales_defaults_too(self, batch):
         attack = build(torchattacks.PGD, batch.objective(), 0.5)
         assert (attack.eps, attack.alpha) == pytest.approx((4 / 255, 1 / 255))
+
+    @pytest.mark.parametrize("norm", ["L0", "patch"])
+    def test_counts_of_pixels_stay_whole(self, norm, batch):
+        factory = partial(attacks.PGD, eps=4, norm=norm, steps=2)
+        found = [build(factory, batch.objective(), strength).eps for strength in (0.01, 0.3, 0.5, 0.9, 1.0)]
+        assert found == [1, 1, 2, 4, 4]
 
     def test_the_perturbation_shrinks_with_it(self, batch):
         found = batch.attacked(PGD, strength=0.5)

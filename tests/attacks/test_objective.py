@@ -249,3 +249,30 @@ class TestMemory:
         shapes, leaves = self.kept_in_a_pass(chain, torch.rand(self.ROWS, 1, 3, 3))
         assert (self.ROWS, self.HIDDEN) in shapes
         assert len(leaves) == 5
+
+
+class TestOtherLeaves:
+    """An attack may call ``backward``; what the loop made beside the inputs gets no gradient of it."""
+
+    @pytest.mark.parametrize("ask", ["logits", "score"])
+    def test_get_no_gradient(self, ask):
+        scale, model = torch.tensor(2.0, requires_grad=True), nn.Linear(3, 4)
+        inputs, clean = torch.rand(5, 3), torch.rand(5, 4)
+        objective = Objective(lambda x: model(x) * scale, lambda e: e.square().sum(1), clean)
+        found = inputs.clone().requires_grad_()
+        (objective(found)[:, 0] if ask == "logits" else objective.score(found)).sum().backward()
+        assert scale.grad is None
+        assert all(weight.grad is None for weight in model.parameters())
+        by_hand = inputs.clone().requires_grad_()
+        score = (model(by_hand) * scale).square().sum(1)
+        if ask == "score":
+            score.sum().backward()
+            torch.testing.assert_close(found.grad, by_hand.grad)
+        assert found.grad.abs().sum() > 0
+        assert not objective.zero_gradient.any()
+
+    def test_where_no_gradient_reaches_the_inputs(self):
+        objective = Objective(lambda x: x.detach() * 2, lambda e: e.sum(1), torch.zeros(5, 3))
+        found = torch.rand(5, 3, requires_grad=True)
+        objective.score(found).sum().backward()
+        assert found.grad is None

@@ -207,6 +207,11 @@ class TestOnAWrapper:
             ({"eps": 0.02, "steps": 2}, attacks.preset(0.02, steps=2)),
             ({"attack": torchattacks.PGD, "eps": 0.02, "steps": 2}, partial(torchattacks.PGD, eps=0.02, steps=2)),
             ({"attack": attacks.NFGSM, "eps": 0.02}, partial(attacks.NFGSM, eps=0.02)),
+            ({"attack": torchattacks.PGDL2, "eps": 2.0}, partial(torchattacks.PGDL2, eps=2.0)),
+            (
+                {"attack": partial(attacks.PGD, norm="L0", steps=2), "eps": 3},
+                partial(attacks.PGD, norm="L0", steps=2, eps=3),
+            ),
             (
                 {"attack": attacks.Autocast(torchattacks.PGD), "eps": 0.02},
                 attacks.Autocast(partial(torchattacks.PGD, eps=0.02)),
@@ -234,6 +239,8 @@ class TestOnAWrapper:
         [
             ({"eps": 8}, r"eps=8; expected a number above 0 and up to 1"),
             ({"eps": 0.1, "steps": 0}, r"steps=0; expected a whole number"),
+            ({"attack": torchattacks.PGD, "eps": 2.0}, r"eps=2.0; expected a number above 0 and up to 1"),
+            ({"attack": partial(attacks.PGD, norm="L0"), "eps": 2.5}, r"eps=2.5; expected a whole number"),
             ({"attack": torchattacks.PGD, "eps": -0.1}, r"eps=-0.1; expected a number above 0"),
             ({"attack": torchattacks.PGD, "steps": 1.5}, r"steps=1.5; expected a whole number"),
             ({"attack": torchattacks.FGSM, "steps": 2}, r"steps=2 was given, and attack=FGSM takes no keyword steps"),

@@ -146,6 +146,23 @@ class TestAround:
         found, _ = step(compiled, images, labels, AWP(0.05), loss=TRIPLET(), **ALL)
         assert found.records.loss_after == pytest.approx(plain.records.loss_after, rel=1e-5)
 
+    @pytest.mark.parametrize("before", [[], ["est"]])
+    def test_a_memory_meets_each_batch_once(self, before, model, images, labels):
+        memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, memory_size=64)
+        by_hand = copy.deepcopy(memory)
+        options = {} if before else {"keep_clean": False}
+        loss_func = AdversarialLoss(
+            memory, model, attack=PEERS_PGD, plugins=[*before, AWP(0.05), spy := Spy()], warmup=0, **options
+        )
+        for _ in range(3):
+            value = loss_func(model(images), labels)
+            perturbed = spy.adversarial.inputs.detach()
+            if not before:
+                moved = worst(model, lambda network, x=perturbed: copy.deepcopy(by_hand)(network(x), labels), 0.05)
+                torch.testing.assert_close(value, by_hand(moved(perturbed), labels), rtol=1e-4, atol=1e-6)
+                assert memory.queue_idx == by_hand.queue_idx
+        assert memory.queue_idx == 3 * len(images)
+
     @pytest.mark.parametrize("how", ["chunk", "checkpoint", "chunk and checkpoint"])
     def test_what_is_computed_again_is_computed_with_the_worst_weights(self, how, model, images, labels):
         def gradients(network, **options):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torchattacks
 from pytorch_metric_learning import losses
 from torch import nn
+from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 from written_loops import LABELS, REFUSED, SHAPES, Shape, images, net
@@ -440,3 +442,55 @@ def test_checkpoints_compute_again_with_what_the_same_pass_left(reentrant, chunk
     expected = gradients(None)
     found = gradients({"use_reentrant": reentrant}, chunk)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_clean", [True, False])
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_what_made_the_inputs_learns_from_perturbed_rows_too(is_leaf, keep_clean):
+    """Learned inputs and prompts: a perturbed row is the row and a constant."""
+
+    def gradient(wrap):
+        torch.manual_seed(0)
+        model, learned = net(), torch.full((8, 1, 6, 6), 0.01, requires_grad=True)
+        x = learned + images().detach() if not is_leaf else (images() + 0.01).requires_grad_()
+        return wrap(model, x), (x if is_leaf else learned)
+
+    change = lambda objective: lambda x, labels: (x + 0.1).clamp(0, 1)  # noqa: E731
+
+    def ours(model, x):
+        loss = AdversarialLoss(losses.ContrastiveLoss(), model, attack=change, keep_clean=keep_clean, guard=False)
+        return loss(model(x), LABELS)
+
+    def by_hand(model, x):
+        copies = model(x + ((x + 0.1).clamp(0, 1) - x).detach())
+        if not keep_clean:
+            return losses.ContrastiveLoss()(copies, LABELS)
+        return losses.ContrastiveLoss()(torch.cat([model(x), copies]), LABELS.repeat(2))
+
+    (value, leaf), (expected, its_leaf) = gradient(ours), gradient(by_hand)
+    torch.testing.assert_close(value, expected)
+    found = [torch.autograd.grad(v, w)[0] for v, w in ((value, leaf), (expected, its_leaf))]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attack", [torchattacks.CW, "backward"])
+def test_weights_beside_the_model_have_no_gradient_of_the_attack(attack):
+    """Also where the attack calls ``backward``, as CW of torchattacks does."""
+    model, scale, weights = net(), torch.ones(8, requires_grad=True), torch.eye(8).requires_grad_()
+
+    def backward(objective):
+        def run(x, labels):
+            given = x.clone().requires_grad_()
+            functional.cross_entropy(objective(given), labels).backward()
+            return (x + 0.1 * given.grad.sign()).clamp(0, 1)
+
+        return run
+
+    loss = AdversarialLoss(
+        losses.TripletMarginLoss(2.0), model, attack=backward if attack == "backward" else attack, guard=False
+    )
+    value = loss(functional.linear(model(images()) * scale, weights), LABELS)
+    assert scale.grad is weights.grad is None
+    value.backward()
+    assert scale.grad.any()
+    assert weights.grad.any()
