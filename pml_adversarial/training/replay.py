@@ -343,8 +343,8 @@ class Replay:
             f"{self._names} has no gradient with respect to its inputs: inside of it or in the loop, something is "
             "computed under no_grad, detached, or rounded. To freeze a part of the model, set requires_grad_(False) "
             "on its parameters in place of no_grad and detach. To perturb what the frozen part gives, name it: "
-            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high)). To a miner, pass the embeddings without "
-            "detach; it mines without gradient."
+            "AdversarialLoss(loss, model, at=model.frozen, bounds=(low, high)). To a miner, pass the embeddings "
+            "without detach; it mines without gradient."
         )
 
     @property
