@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -433,16 +434,27 @@ def _check_kind(tester: Any) -> None:
         )
 
 
+_OF_FAISS = {0: "inner_product", 1: "euclidean"}
+"""The number of a metric in faiss -> the name of the distance; embeddings of length 1 rank alike by both."""
+
+_ANY_DIMENSION = 8
+
+
 def _distance_of(tester: Any) -> Any:
     """How a tester's nearest neighbours are found: by its own distance, or as faiss does it."""
     knn = tester.accuracy_calculator.knn_func
     distance = getattr(knn, "distance", None)
     if distance is not None:
         return distance
-    if tester.normalize_embeddings:
-        return "cosine"
-    index = getattr(getattr(knn, "index_init_fn", None), "__name__", "IndexFlatL2")
-    return "inner_product" if index == "IndexFlatIP" else "euclidean"
+    metric = None
+    with suppress(Exception):  # a function of the user may raise anything; other functions have no index
+        metric = knn.index_init_fn(_ANY_DIMENSION).metric_type
+    if metric not in _OF_FAISS:
+        raise InputError(
+            f"The accuracy calculator finds neighbours by {knn!r}, and it is not known by which distance. Expected "
+            "knn_func=FaissKNN() with an index of L2 distance or inner product, or CustomKNN(a distance of PML)."
+        )
+    return "cosine" if tester.normalize_embeddings else _OF_FAISS[metric]
 
 
 def _radii(eps: float | Iterable[float], norm: str) -> tuple[float, ...]:

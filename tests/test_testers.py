@@ -18,7 +18,7 @@ from pytorch_metric_learning.testers import (
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
+from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
@@ -732,6 +732,29 @@ class TestErrors:
         tester = wrapped(accuracy_calculator=own)
         assert tester.normalize_embeddings
         assert agrees_with_pml(tester.test(data, 3, trunk, embedder)["val"])
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize(("metric", "name"), [("IP", "inner_product"), ("L2", "euclidean")])
+    def test_the_metric_is_that_of_the_index(self, data, trunk, embedder, metric, name, normalize):
+        faiss = pytest.importorskip("faiss")
+        own = calculator()
+        own.knn_func = FaissKNN(index_init_fn=lambda size: getattr(faiss, f"IndexFlat{metric}")(size))
+        tester = wrapped(normalize_embeddings=normalize, accuracy_calculator=own)
+        assert agrees_with_pml(tester.test(data, 3, trunk, embedder)["val"])
+        expected = "cosine" if normalize else name
+        assert {report.settings["distance"] for report in tester.reports.values()} == {expected}
+
+    @pytest.mark.parametrize("kind", ["another metric", "a function"])
+    def test_a_distance_that_is_not_known_is_refused(self, data, trunk, embedder, kind):
+        faiss, own = pytest.importorskip("faiss"), calculator()
+        known = FaissKNN()
+        own.knn_func = (
+            FaissKNN(index_init_fn=lambda size: faiss.IndexFlat(size, faiss.METRIC_L1))
+            if kind == "another metric"
+            else lambda *given: known(*given)
+        )
+        with pytest.raises(InputError, match=r"not known by which distance.*CustomKNN"):
+            wrapped(accuracy_calculator=own).test(data, 3, trunk, embedder)
 
     def test_equal_lengths_or_a_cosine_will_do(self, data, trunk, embedder):
         class Unit(nn.Module):

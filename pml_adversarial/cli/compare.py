@@ -28,6 +28,8 @@ def compare(reports: tuple[Path, ...], eps: str | None, page: Path | None, names
     """
     if len(reports) < 2:
         raise refused("REPORTS", f"only {reports[0]}; expected the reports of two or more models.")
+    if len({path.resolve() for path in reports}) < len(reports):
+        raise refused("REPORTS", "one is given twice; expected the reports of different models.")
     if page is not None and page.exists() and not force:
         raise refused("--page", f"{page} is there already; choose another file, or replace it with --force.")
     called = _names(reports, names)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from unicodedata import normalize
+from zipfile import is_zipfile
 
 import numpy
 import torch
@@ -19,8 +20,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from ..errors import InputError
+from ..evaluation.retrieval.options import JUNK
 
 _NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # which Pillow names, but does not decode by itself
+_JUNK = str(JUNK)  # the name of a folder, or a label of an npz
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "query", "queries", "gallery"}
 _ROUNDING = 1e-4  # by which floating-point images may leave [0, 1]
 
@@ -68,6 +71,8 @@ def split_by_class(images: Tensor, labels: Tensor, train_classes: Iterable[int])
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images of named classes, read one at a time: ``dataset[i]`` is pixels ``(C, H, W)`` in [0, 1] and a label.
 
+    The name "-1" is no class: its images are junk, with the label -1, which no query finds.
+
     Args:
         read: row -> image.
         names: the class of each row.
@@ -79,8 +84,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self, read: Callable[[int], Tensor], names: Sequence[str], classes: Sequence[str] | None = None, note: str = ""
     ) -> None:
         self.read, self.names, self.note = read, [normalize("NFC", name) for name in names], note
-        self.classes = tuple(sorted(set(self.names)) if classes is None else classes)
-        number = {name: label for label, name in enumerate(self.classes)}
+        self.classes = tuple(sorted({*self.names} - {_JUNK}) if classes is None else classes)
+        number = {_JUNK: JUNK, **{name: label for label, name in enumerate(self.classes)}}
         self.labels = torch.tensor([number[name] for name in self.names])
 
     def __len__(self) -> int:
@@ -146,24 +151,24 @@ def same_classes(
         InputError: no query has both a right and a wrong item to find.
     """
     searched = queries if gallery is None else gallery
-    if len(set(searched.names)) < 2:
+    if len(searched.classes) < 2:
         raise InputError(
             f"All {len(searched)} images that are searched are of one class, {searched.names[0]!r}; expected two or "
             "more, since retrieval needs right and wrong items."
         )
     if gallery is None:
-        if int(queries.labels.bincount().max()) < 2:
+        if int(queries.labels[queries.labels != JUNK].bincount().max()) < 2:
             raise InputError(
                 f"There is one image of each of the {len(queries)} classes, so a query has nothing right to find. "
                 "Add more images of each class, or a gallery of its own."
             )
         return queries, None
-    if not set(queries.names) & set(gallery.names):
+    if not set(queries.classes) & set(gallery.classes):
         raise InputError(
             f"No class of the queries ({_some(queries.classes)}) is in the gallery ({_some(gallery.classes)}). Classes "
             "are compared by the names of their folders, or by the labels of the npz."
         )
-    classes = sorted({*queries.names, *gallery.names})
+    classes = sorted({*queries.classes, *gallery.classes})
     return queries.with_classes(classes), gallery.with_classes(classes)
 
 
@@ -257,6 +262,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _from_npz(path: Path) -> LabelledImages:
     expected = "expected one that numpy.savez(path, images=..., labels=...) wrote"
+    if not is_zipfile(path):
+        raise InputError(f"{path} is no npz, which is a zip file; {expected}.")
     try:
         with path.open("rb") as opened, numpy.load(opened, allow_pickle=False) as file:
             names = file.files

@@ -87,6 +87,7 @@ class TestPage:
         (["one.json", "nowhere.json"], "does not exist"),
         (["one.json", "broken.json"], "Error: broken.json holds no report"),
         (["one.json"], "only one.json; expected the reports of two or more models"),
+        (["one.json", "one.json"], "one is given twice"),
         ([], "Missing argument 'REPORTS...'"),
         (["one.json", "two.json", "--names", "a"], "expected 2 different names with commas"),
         (["one.json", "two.json", "--names", "a,a"], "expected 2 different names with commas"),

@@ -312,7 +312,7 @@ class TestRefusals:
             (["--model", "weights.pt"], "holds weights only"),
             (["--network", "nets:make"], "is a whole model; expected no network"),
             (["--queries", "nowhere"], "There is no nowhere; expected a folder"),
-            (["--queries", "nets.py"], "cannot be read as an npz"),
+            (["--queries", "nets.py"], "nets.py is no npz, which is a zip file"),
             (["--queries", "empty"], "no subfolders (0 images"),
             (["--queries", "photos/class 0"], "no subfolders (6 images"),
             (["--queries", "photos/class 0/00.png"], "is a single image; expected a folder"),

@@ -259,12 +259,12 @@ class TestNpz:
     @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
     def test_no_npz(self, tmp_path, content):
         (tmp_path / "a.npz").write_bytes(content)
-        with pytest.raises(InputError, match=r"a\.npz cannot be read as an npz"):
+        with pytest.raises(InputError, match=r"a\.npz is no npz, which is a zip file"):
             images_from(tmp_path / "a.npz")
 
     def test_npy(self, tmp_path):
         numpy.save(tmp_path / "a.npy", LABELS)
-        with pytest.raises(InputError, match=r"a\.npy cannot be read as an npz"):
+        with pytest.raises(InputError, match=r"a\.npy is no npz, which is a zip file"):
             images_from(tmp_path / "a.npy")
 
     @pytest.mark.parametrize("option", [{"size": 4}, {"shape": (4, 4)}, {"grayscale": True}])
@@ -314,3 +314,23 @@ class TestSameClasses:
     def test_nothing_to_be_found(self, tmp_path, queries, gallery, message):
         with pytest.raises(InputError, match=message):
             same_classes(of(tmp_path, "q", *queries), gallery and of(tmp_path, "g", *gallery))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_the_label_minus_1_is_junk(kind, tmp_path):
+    """As in Market-1501, and as `evaluate_robustness` takes it."""
+    if kind == "npz":
+        labels = numpy.array([3, -1, 7, 3, 7, -1])
+        numpy.savez(tmp_path / "a.npz", images=numpy.zeros((6, 4, 4), numpy.uint8), labels=labels)
+        found = images_from(tmp_path / "a.npz")
+        assert found.labels.tolist() == [0, -1, 1, 0, 1, -1]
+    else:
+        for number, name in enumerate(["-1/a.png", "3/a.png", "3/b.png", "7/a.png"]):
+            write(tmp_path / "set" / name, pixels_of(number))
+        found = images_from(tmp_path / "set")
+        assert found.labels.tolist() == [-1, 0, 0, 1]
+    assert found.classes == ("3", "7")
+    queries, gallery = same_classes(found, found)
+    assert queries.classes == gallery.classes == ("3", "7")
+    assert torch.equal(queries.labels, found.labels)
+    assert same_classes(found)[0].labels.min() == -1

@@ -749,6 +749,7 @@ HONEST = {
     "adversarial": (conv, True),
     "batchnorm": (partial(conv, batchnorm=True), False),
     "smooth": (smooth, False),
+    "max-pooling first": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), conv()), False),
 }
 
 

@@ -101,6 +101,15 @@ class TestQueriesWithinTheGallery:
         assert "own='same': 0 of 24 queries have" in evaluated(own="same", **images).notes[0]
         assert evaluated(own="same", **images).clean_flags == evaluated(**images).clean_flags
 
+    @pytest.mark.parametrize("images", [IMAGES, None])
+    def test_own_items_that_are_ignored_too(self, images):
+        """As by the mask of re-identification, which covers images of the same person by the same camera."""
+        options = {"gallery": (images, LABELS), "ignore": torch.eye(24, dtype=torch.bool)}
+        options |= {"gallery_embeddings": EMBEDDED} if images is None else {}
+        found = evaluated(own="same", **options)
+        assert "own='same': 24 of 24 queries have their image in the gallery" in " ".join(found.notes)
+        assert found.clean_flags == evaluated(**options).clean_flags
+
     def test_a_second_copy_is_told(self):
         twice = torch.cat([IMAGES, IMAGES]), torch.cat([LABELS, LABELS])
         for own in ("same", range(24)):

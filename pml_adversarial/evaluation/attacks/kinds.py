@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,15 +56,7 @@ class QueryAttack:
 
     def run(self, batch: QueryBatch, eps: float, restart: int, depth: int) -> AttackOutcome:
         """Attacks all queries of a batch and ranks what the perturbed queries find, down to ``depth``."""
-        found = self.perturb(batch, eps, restart)
-        if not isinstance(found, Tensor) or found.shape != batch.images.shape:
-            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(
-                f"The attack {self.name} returned {shown}; expected perturbed queries {tuple(batch.images.shape)}."
-            )
-        if not found.isfinite().all():
-            raise InputError(f"The attack {self.name} returned NaN or infinite pixels; expected finite ones.")
-        images = project(found, batch.images, eps, batch.norm)
+        images = held_to_budget(self.name, lambda: self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         with torch.no_grad():
             embeddings = batch.embed(images)
         shift = batch.gallery.shift(embeddings, batch.clean)
@@ -73,6 +66,25 @@ class QueryAttack:
 
         more, is_finite = map(ranking, batch.more_answers(images)), embeddings.isfinite().all(1)
         return AttackOutcome(images, ranking(embeddings), shift, more, is_finite)
+
+
+def held_to_budget(name: str, perturb: Callable[[], Any], images: Tensor, eps: float, norm: str) -> Tensor:
+    """What an attack makes of images ``(n, C, H, W)``, within their balls and [0, 1]. They stay as they are.
+
+    Raises:
+        InputError: the attack returned something else than as many finite images.
+    """
+    clean = images.clone()
+    found = perturb()
+    if not isinstance(found, Tensor) or found.shape != clean.shape:
+        shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"The attack {name} returned {shown}; expected perturbed images {tuple(clean.shape)}.")
+    if not found.isfinite().all():
+        raise InputError(f"The attack {name} returned NaN or infinite pixels; expected finite ones.")
+    held = project(found, clean, eps, norm)
+    if not torch.equal(images, clean):  # the attack changed them in place
+        images.copy_(clean)
+    return held
 
 
 @dataclass(frozen=True)

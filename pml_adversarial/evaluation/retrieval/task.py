@@ -144,8 +144,8 @@ class RetrievalTask:
                 f"The embeddings have one dimension, and by {self.distance.name} they are 1 or -1. Expected more "
                 "dimensions, or distance='euclidean', if they are searched so."
             )
-        found = self._copies(rows)
         if self.own_by_image:
+            found = self._copies(rows, everywhere=True)
             self.own = self.own.index_copy(0, rows, found)
             self.notes.append(
                 f"own='same': {int((found >= 0).sum())} of {len(rows)} queries have their image in the gallery, and do "
@@ -156,7 +156,7 @@ class RetrievalTask:
                     "own='same': no query has its embedding among those of the gallery. Expected the model's own "
                     "embeddings, or own as indices; where the gallery holds no query, leave own out."
                 )
-            found = self._copies(rows)
+        found = self._copies(rows)
         self.in_gallery[rows] = found >= 0
         if self.in_gallery.any():
             count = int(self.in_gallery.sum())
@@ -411,10 +411,25 @@ class RetrievalTask:
                 "another model, pass gallery=(None, labels)."
             )
 
-    def _copies(self, rows: Tensor) -> Tensor:
-        """``(n,)`` index of an item that a query may find and that has its image; -1: there is none."""
+    def _copies(self, rows: Tensor, everywhere: bool = False) -> Tensor:
+        """``(n,)`` index of an item that has a query's image; -1: there is none.
+
+        Args:
+            rows: ``(n,)`` which queries.
+            everywhere: whether it may be an item that the query may not find.
+        """
         seek = Copies(self.queries, self.items, self.gallery, self._stored_in)
-        return torch.cat([seek(part, self.clean[part], self.targets(part)) for part in rows.split(256)])
+        none = torch.full_like(self.own, -1)
+        return torch.cat(
+            [
+                seek(
+                    part,
+                    self.clean[part],
+                    Targets(self.queries.labels[part], none[part]) if everywhere else self.targets(part),
+                )
+                for part in rows.split(256)
+            ]
+        )
 
     def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
         device, count, is_gallery = self.embed.device, len(self.queries), self._queries_are_gallery

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...attacks.ball import per_image, project
 from ...attacks.objective import Objective, Score
 from ...attacks.pgd import PGD, MomentumPGD
+from ..attacks.kinds import held_to_budget
 from ..attacks.square import search_squares
 from ..retrieval.batch import ANSWERS, SAMPLES
 from ..retrieval.distance import Distance
@@ -117,7 +118,7 @@ class PairAttack:
 
     def run(self, batch: PairBatch, eps: float, restart: int) -> tuple[Tensor, Tensor]:
         """Perturbed first images within eps of the clean ones, and the mean similarities ``(n,)`` of their pairs."""
-        images = project(self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
+        images = held_to_budget(self.name, lambda: self.perturb(batch, eps, restart), batch.images, eps, batch.norm)
         return images, batch.mean_similarities(images)
 
 

@@ -56,13 +56,21 @@ class TestQueryAttack:
         outcome = QueryAttack("cheat", lambda batch, eps, restart: batch.images + 9).run(batch, 0.05, 0, 6)
         assert (outcome.images - batch.images).abs().max() <= 0.05 + 1e-6
 
+    def test_also_where_it_changes_the_images_in_place(self, batch):
+        clean = batch.images.clone()
+
+        attack = QueryAttack("cheat", lambda batch, eps, restart: batch.images.add_(9))
+        outcome = attack.run(batch, 0.05, 0, 6)
+        assert torch.equal(batch.images, clean)
+        assert (outcome.images - clean).abs().max() <= 0.05 + 1e-6
+
     @pytest.mark.parametrize(
         ("made", "shown"), [(lambda images: images[:3], r"\(3, 1, 6, 6\)"), (lambda images: None, "NoneType")]
     )
     def test_what_are_no_queries_is_refused(self, batch, made, shown):
         attack = QueryAttack("odd", lambda batch, eps, restart: made(batch.images))
         with pytest.raises(
-            InputError, match=rf"attack odd returned {shown}; expected perturbed queries \(24, 1, 6, 6\)"
+            InputError, match=rf"attack odd returned {shown}; expected perturbed images \(24, 1, 6, 6\)"
         ):
             attack.run(batch, 0.05, 0, 6)
 

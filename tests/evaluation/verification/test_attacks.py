@@ -10,6 +10,7 @@ from query_batches import RADIUS, Made, all_norms, images_of, length, network
 from some_pairs import LISTED, SIMILARITIES, similarities_by_loops, task_of
 from torch import nn
 
+from pml_adversarial.errors import InputError
 from pml_adversarial.evaluation.retrieval.distance import find_distance
 from pml_adversarial.evaluation.verification.attacks import (
     REJECTED,
@@ -107,6 +108,27 @@ class TestAttacks:
         batch = batch_of()
         images, _ = PairAttack("far", lambda batch, eps, restart: batch.images + 1).run(batch, 0.05, 0)
         assert torch.allclose(images, (batch.images + 0.05).clamp(max=1))
+
+    def test_also_where_it_changes_the_images_in_place(self):
+        batch = batch_of()
+        clean = batch.images.clone()
+        attack = PairAttack("far", lambda batch, eps, restart: batch.images.add_(1))
+        for _ in range(2):
+            images, _ = attack.run(batch, 0.05, 0)
+            assert torch.equal(batch.images, clean)
+            assert torch.allclose(images, (clean + 0.05).clamp(max=1))
+
+    @pytest.mark.parametrize(
+        ("made", "shown"),
+        [
+            (lambda x: x[:1], r"\(1, "),
+            (lambda x: None, "NoneType"),
+            (lambda x: x * torch.nan, "NaN or infinite pixels"),
+        ],
+    )
+    def test_what_are_no_images_is_refused(self, made, shown):
+        with pytest.raises(InputError, match=f"attack odd returned {shown}"):
+            PairAttack("odd", lambda batch, eps, restart: made(batch.images)).run(batch_of(), 0.05, 0)
 
     def test_a_restart_starts_elsewhere(self):
         batch = batch_of()
