@@ -749,7 +749,6 @@ HONEST = {
     "adversarial": (conv, True),
     "batchnorm": (partial(conv, batchnorm=True), False),
     "smooth": (smooth, False),
-    "max-pooling first": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), conv()), False),
 }
 
 
