@@ -224,12 +224,17 @@ class RetrievalTask:
     def targets(self, rows: Tensor) -> Targets:
         """What the queries ``rows`` should find."""
         ignored = to_mask(self._ignore, rows, (len(self.queries), len(self.items)), "ignore")
-        if self._junk is not None and bool((junk := self.items.labels == self._junk).any()):
-            ignored = junk.expand(len(rows), -1) if ignored is None else ignored | junk
+        if (junk := self._is_junk(rows)) is not None:
+            ignored = junk if ignored is None else ignored | junk
         relevant = to_mask(self._relevant, rows, (len(self.queries), len(self.items)), "relevant")
         if relevant is None and self.queries.label_sets is not None and self.items.label_sets is not None:
             relevant = (self.queries.label_sets[rows].float() @ self.items.label_sets.T.float()) > 0
         return Targets(self.queries.labels[rows], self.own[rows], ignored, relevant)
+
+    def _is_junk(self, rows: Tensor) -> Tensor | None:
+        """``(n, G)`` bool, for each of some queries which items are junk; None: there is no junk."""
+        junk = None if self._junk is None else self.items.labels == self._junk
+        return junk.expand(len(rows), -1) if junk is not None and bool(junk.any()) else None
 
     def mask_digests(self, rows: Tensor) -> dict[str, str]:
         """The SHA-256 of what ``ignore`` and ``relevant`` give for the queries ``rows``, if they are functions."""
@@ -416,20 +421,16 @@ class RetrievalTask:
 
         Args:
             rows: ``(n,)`` which queries.
-            everywhere: whether it may be an item that the query may not find.
+            everywhere: whether it may be an item that ``ignore`` covers.
         """
         seek = Copies(self.queries, self.items, self.gallery, self._stored_in)
-        none = torch.full_like(self.own, -1)
-        return torch.cat(
-            [
-                seek(
-                    part,
-                    self.clean[part],
-                    Targets(self.queries.labels[part], none[part]) if everywhere else self.targets(part),
-                )
-                for part in rows.split(256)
-            ]
-        )
+
+        def targets(rows: Tensor) -> Targets:
+            if not everywhere:
+                return self.targets(rows)
+            return Targets(self.queries.labels[rows], torch.full_like(rows, -1), self._is_junk(rows))
+
+        return torch.cat([seek(part, self.clean[part], targets(part)) for part in rows.split(256)])
 
     def _own(self, own: Sequence[int] | Tensor | str | None) -> Tensor:
         device, count, is_gallery = self.embed.device, len(self.queries), self._queries_are_gallery
