@@ -92,7 +92,6 @@ class Method:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
         if self.needs_start and protocol.head:
             raise InputError(f"{self.said}: begins with a trained network, and a --head is not trained. Leave it out.")
-
         if protocol.mixed and not self.original:
             raise InputError(f"{self.said}: uses labels, and blended images have none. Leave out --mixed.")
 

@@ -170,13 +170,17 @@ def checkpoints_of(modules: Iterable[nn.Module], take_gradients: bool) -> Iterat
         yield
 
 
+def _not_of_torch(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in OWN}
+
+
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in now.items() if name not in OWN and before.get(name) is not value}
+    return {name: value for name, value in _not_of_torch(now).items() if before.get(name) is not value}
 
 
 @contextmanager
 def _with_attributes(held: Sequence[dict[str, Any]], others: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    before = [{name: value for name, value in attributes.items() if name not in OWN} for attributes in held]
+    before = list(map(_not_of_torch, held))
     for attributes, values in zip(held, others, strict=True):
         attributes.update(values)
     try:
