@@ -224,7 +224,16 @@ class _OfInputsAlone(torch.autograd.Function):
         score, leaf = ctx.held
         if not score.requires_grad:
             return None, None
-        return torch.autograd.grad(score, leaf, gradient, retain_graph=True, allow_unused=True)[0], None
+        return torch.autograd.grad(score, leaf, gradient, retain_graph=_is_retained(), allow_unused=True)[0], None
+
+
+def _is_retained() -> bool:
+    """Whether the backward pass that is running was called with ``retain_graph=True``; True where torch cannot tell.
+
+    Compiled models may refuse a graph that is kept without need: they reuse its memory.
+    """
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # not in torch 2.4
+    return asked is None or asked()
 
 
 class _Logits(torch.autograd.Function):

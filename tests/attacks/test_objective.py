@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pml_adversarial import AdversarialLoss, AttackError
-from pml_adversarial.attacks.objective import Objective
+from pml_adversarial.attacks.objective import Objective, _is_retained
 
 SCORES = torch.cat([-torch.logspace(6, -6, 400), torch.zeros(1), torch.logspace(-6, 6, 400)])
 
@@ -270,6 +270,34 @@ class TestOtherLeaves:
             torch.testing.assert_close(found.grad, by_hand.grad)
         assert found.grad.abs().sum() > 0
         assert not objective.zero_gradient.any()
+
+    def test_two_backward_passes_of_a_retained_graph(self):
+        model = nn.Linear(3, 4)
+        objective = Objective(model, lambda e: e.square().sum(1), torch.rand(5, 4))
+        found = torch.rand(5, 3, requires_grad=True)
+        score = objective.score(found).sum()
+        score.backward(retain_graph=True)
+        once = found.grad.clone()
+        score.backward()
+        torch.testing.assert_close(found.grad, 2 * once)
+
+    def test_the_graph_is_kept_where_it_is_retained_alone(self):
+        asked = []
+
+        class Watched(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, inputs):
+                return inputs.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                asked.append(_is_retained())
+                return gradient
+
+        objective = Objective(Watched.apply, lambda e: e.square().sum(1), torch.rand(5, 3))
+        for retain in (True, False):
+            objective.score(torch.rand(5, 3, requires_grad=True)).sum().backward(retain_graph=retain)
+        assert asked == [True, not hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")]
 
     def test_where_no_gradient_reaches_the_inputs(self):
         objective = Objective(lambda x: x.detach() * 2, lambda e: e.sum(1), torch.zeros(5, 3))
