@@ -82,6 +82,7 @@ EXPERIMENTS = (
     "cars-64-800k",
     "cars-64-batchnorm",
     "cars-64-batchnorm-1000k",
+    "cars-64-mixed-1000k",
     "cars-64-published",
     "cars-64-fare",
     "cars-64-fare-1000k",
@@ -103,6 +104,8 @@ def entry(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
     protocol, report = run["protocol"], run["report"]
     data, split = SETS[protocol["data"]]
     name, paper = NAMES[run["method"]]
+    if protocol.get("mixed"):
+        name += ", on blended images"
     if Evaluation(**run["evaluation"]).keeps_gallery(METHODS[run["method"]]):
         name += ", in the gallery of the start"
     attacked = METHODS[run["method"]].options is not None

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tuned", choices=TUNED, help="which weights are trained; lora: low-rank changes")
     add("--average", choices=AVERAGES, help="average the weights of training steps")
     add("--compiled", action=either, help="compile networks")
+    add("--smooth", action=either, help="train with SiLU in place of ReLU")
     add("--validation-classes", type=int, help="search so many held-out training classes in place of the test classes")
     add("--eps", type=float, nargs="+", help="radii of the evaluation, in 255ths")
     add("--suite", nargs="+", default=["standard"], help="standard, quick, or names of attacks")

@@ -69,10 +69,12 @@ class Block(nn.Module):
             nn.BatchNorm2d(after),
         )
         self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        self.activation = nn.ReLU()
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, before, H, W)`` -> ``(N, after, H / stride, W / stride)``."""
-        return torch.relu(self.convolutions(images) + self.shortcut(images))
+        found: Tensor = self.activation(self.convolutions(images) + self.shortcut(images))
+        return found
 
 
 def slim_resnet(shape: Shape = (3, 32, 32)) -> nn.Sequential:
@@ -228,6 +230,15 @@ def build(name: str, shape: Shape, pretrained: str = "", head: int = 0) -> nn.Mo
         return trunk
     features = num_dimensions(trunk, torch.zeros(1, *shape))
     return nn.Sequential(OrderedDict(trunk=trunk, head=nn.Linear(features, head)))
+
+
+def smooth(network: nn.Module) -> nn.Module:
+    """The same network with SiLU in place of each ReLU (Xie et al., "Smooth Adversarial Training", arXiv 2006.14536)."""
+    for module in network.modules():
+        for name, part in module.named_children():
+            if isinstance(part, nn.ReLU | nn.ReLU6):
+                setattr(module, name, nn.SiLU())
+    return network
 
 
 def num_dimensions(network: nn.Module, images: Tensor) -> int:

@@ -100,6 +100,7 @@ class Protocol:
         average: whether the weights of training steps are averaged: "ema" (exponentially), "swa" (those of the last
             quarter, equally), "" (not).
         compiled: whether networks are compiled by torch.compile.
+        smooth: whether the network that is trained has SiLU in place of ReLU, see `backbones.smooth`.
     """
 
     data: str
@@ -129,6 +130,7 @@ class Protocol:
     tuned: str = "all"
     average: str = ""
     compiled: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         positive = ("classes", "per_class", "attack_steps", "learning_rate", "eps", "alpha", "preset_eps", "head_rate")

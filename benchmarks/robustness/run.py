@@ -18,7 +18,7 @@ from pml_adversarial import InputError, Report, evaluate_robustness
 from .data import Part
 from .methods import Method
 from .protocol import Protocol
-from .train import Passed, Training, build_for, start_for
+from .train import Passed, Training, build_for, original_for
 
 RUN, MODEL, CHECKPOINT, TRAINING = "run.json", "model.pt", "checkpoint.pt", "training.json"
 
@@ -141,7 +141,7 @@ class Bench:
         model.load_state_dict(torch.load(folder / MODEL, map_location=self.device, weights_only=True))
         kept = folder / self.evaluation.folder()
         keeps_gallery = self.evaluation.keeps_gallery(method)
-        original = start_for(self.protocol, self.shape()).to(self.device).eval() if keeps_gallery else None
+        original = original_for(self.protocol, self.shape()).to(self.device) if keeps_gallery else None
         report = self.evaluation.measure(model.eval(), self.searched, kept, self.progress, original)
         report.save_json(folder / "report.json")
         report.save_html(folder / "report.html")

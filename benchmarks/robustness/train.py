@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pml_adversarial import AdversarialLoss
 from pml_adversarial.defenses.atta import ATTA
 from pml_adversarial.training.isolation import preserved, random_stream
 
-from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, num_dimensions, start_as_thresholds
+from .backbones import IMAGENET_WEIGHTS, Shape, build, load_weights, num_dimensions, smooth, start_as_thresholds
 from .batches import Batches
 from .data import Part
 from .lora import merged, tune
@@ -76,7 +76,8 @@ def counted(model: nn.Module, passed: Passed) -> Iterator[None]:
 def build_for(protocol: Protocol, shape: Shape) -> nn.Module:
     """The network of a protocol, with random weights or torchvision's."""
     of_torchvision = protocol.pretrained if protocol.pretrained == IMAGENET_WEIGHTS else ""
-    return build(protocol.backbone, shape, of_torchvision, protocol.head)
+    network = build(protocol.backbone, shape, of_torchvision, protocol.head)
+    return smooth(network) if protocol.smooth else network
 
 
 def start_for(protocol: Protocol, shape: Shape) -> nn.Module:
@@ -85,6 +86,11 @@ def start_for(protocol: Protocol, shape: Shape) -> nn.Module:
     if protocol.pretrained not in ("", IMAGENET_WEIGHTS):
         load_weights(network.get_submodule("trunk") if protocol.head else network, Path(protocol.pretrained))
     return network
+
+
+def original_for(protocol: Protocol, shape: Shape) -> nn.Module:
+    """The network at the start as it was trained: frozen, in eval mode, and with its own activations."""
+    return start_for(replace(protocol, smooth=False), shape).eval().requires_grad_(False)
 
 
 def averaged(name: str, model: nn.Module) -> AveragedModel | None:
@@ -159,7 +165,7 @@ class Training:
             if self.protocol.thresholds:
                 start_as_thresholds(self.model, images)
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
-            self.original = deepcopy(self.model).eval().requires_grad_(False) if self.method.original else None
+            self.original = original_for(self.protocol, tuple(images.shape[1:])) if self.method.original else None
             self.called = torch.compile(self.model) if self.protocol.compiled else self.model
             size = num_dimensions(self.model, images.to(self.device)) if self.method.proxies else 0
             made_for = self.batches.num_classes, size
