@@ -60,6 +60,7 @@ NAMES = {
     "start": ("the network at the start", ""),
     "fare": ("FARE", "arXiv 2402.12336"),
     "fare-one-step": ("FARE, 1 step", "arXiv 2402.12336"),
+    "fare-ms-one-step": ("FARE with MultiSimilarityLoss, 1 step", "arXiv 2402.12336"),
     "fare-clean": ("FARE with clean rows", "arXiv 2402.12336"),
 }
 """Method of `METHODS` -> its name on the page, and its paper."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..attacks.checks import check_number
+from ..attacks.checks import check_choice, check_number
 from ..attacks.objective import Score
 from ..errors import PlanError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.numeric import unit_length
-from ..training.plan import Plan, attackable_rows, clean_loss, replace_rows
+from ..training.plan import Plan, attackable_rows, clean_loss, consecutive, replace_rows
 from .est import displaced
 
 
@@ -31,18 +32,27 @@ class FARE:
 
     Args:
         clean_weight: weight of the mean ``|f(x) - f_0(x)|^2`` of the clean rows, which is added. The paper has 0.
-        loss_weight: weight of the wrapped loss of the clean batch, which is added. It compares rows with references by
-            their labels, so labels must be passed too. The paper has 0: then the wrapped loss does not count.
+        loss_weight: weight of the wrapped loss, which is added; it needs labels. The paper has 0: then the wrapped loss
+            does not count.
+        loss_with: what the wrapped loss compares the clean rows with, "references" or "copies". Copies are the
+            perturbed rows: all pairs of clean and perturbed rows count, as without this plugin.
         normalize: whether embeddings are brought to unit length first, as most retrieval does it. The paper does not.
 
     Raises:
-        InputError: a weight is no finite number from 0 on.
+        InputError: a weight is no finite number from 0 on, or `loss_with` is something else.
     """
 
-    def __init__(self, clean_weight: float = 0.0, loss_weight: float = 0.0, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        clean_weight: float = 0.0,
+        loss_weight: float = 0.0,
+        normalize: bool = True,
+        loss_with: str = "references",
+    ) -> None:
         self.clean_weight = check_number("clean_weight", clean_weight)
         self.loss_weight = check_number("loss_weight", loss_weight)
         self.normalize = normalize
+        self.loss_with = check_choice("loss_with", loss_with, ("references", "copies"))
 
     @hookimpl
     def pml_adversarial_plan(self, batch: Batch) -> Plan:
@@ -73,7 +83,23 @@ class FARE:
         loss = self._shift(adversarial.embeddings, targets[plan.rows]).mean()
         if self.clean_weight:
             loss = loss + self.clean_weight * self._shift(rows, targets).mean()
-        return loss + self.loss_weight * clean_loss(wrapped, batch) if self.loss_weight else loss
+        return loss + self.loss_weight * self._wrapped(wrapped, batch, plan, adversarial) if self.loss_weight else loss
+
+    def _wrapped(
+        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
+    ) -> Tensor:
+        if self.loss_with == "references":
+            return clean_loss(wrapped, batch)
+        if batch.labels is None or batch.indices_tuple is not None:
+            found = "no labels" if batch.labels is None else "tuples, which name references"
+            raise PlanError(
+                f"FARE(loss_with='copies') found {found}; expected labels and no tuples: "
+                "loss_func(model(images), labels, ref_emb=original(images), ref_labels=labels)."
+            )
+        copies = consecutive(batch.num_rows, batch.num_rows + len(plan), plan.rows.device)
+        seen = torch.cat([consecutive(0, batch.num_queries, copies.device), copies])
+        loss: Tensor = Plan(plan.rows, seen, None).evaluate(wrapped, batch, adversarial.embeddings)
+        return loss
 
     @hookimpl
     def pml_adversarial_record(self, adversarial: Adversarial) -> Mapping[str, Any]:

@@ -84,6 +84,33 @@ class TestTheFormula:
         expected = loss(model(images), labels, None, original(images), labels)
         assert with_loss.loss.item() == pytest.approx((alone.loss + 2 * expected).item(), rel=1e-5)
 
+    def test_the_wrapped_loss_of_rows_and_copies(self, model, original, images, labels):
+        loss, plugin = losses.MultiSimilarityLoss(), FARE(loss_weight=2.0, loss_with="copies")
+        _, with_loss = step(model, original, images, plugin, labels, loss)
+        _, alone = step(model, original, images, FARE(), labels, loss)
+        torch.testing.assert_close(with_loss.adversarial.inputs, alone.adversarial.inputs)
+        both = torch.cat([model(images), model(alone.adversarial.inputs)])
+        expected = 2 * loss(both, torch.cat([labels, labels])) + alone.loss
+        torch.testing.assert_close(with_loss.loss, expected)
+        found = torch.autograd.grad(with_loss.loss, list(model.parameters()))
+        expected = (2 * loss(both, torch.cat([labels, labels]))).backward
+        for weight in model.parameters():
+            weight.grad = None
+        expected()
+        alone.loss.backward()
+        for one, weight in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(one, weight.grad, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("labelled", [False, True])
+    def test_what_the_copies_need(self, labelled, model, original, images, labels):
+        plugin = FARE(loss_weight=1.0, loss_with="copies")
+        loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[plugin], warmup=0)
+        given = {"indices_tuple": (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]))} if labelled else {}
+        given.update({"labels": labels, "ref_labels": labels} if labelled else {})
+        found = "tuples, which name references" if labelled else "no labels"
+        with pytest.raises(PlanError, match=rf"{found}; expected labels and no tuples: loss_func\(model\(images\), labels"):
+            loss_func(model(images), ref_emb=original(images).detach(), **given)
+
 
 class TestAround:
     def test_training_brings_it_near_the_original(self, model, original, images):
@@ -119,3 +146,7 @@ class TestAround:
     def test_what_is_no_weight(self, name, weight):
         with pytest.raises(InputError, match=rf"{name}=.*expected a number from 0 on"):
             FARE(**{name: weight})
+
+    def test_what_the_loss_compares_with(self):
+        with pytest.raises(InputError, match="loss_with='both'.*references"):
+            FARE(loss_with="both")
