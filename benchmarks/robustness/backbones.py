@@ -233,7 +233,7 @@ def build(name: str, shape: Shape, pretrained: str = "", head: int = 0) -> nn.Mo
 
 
 def smooth(network: nn.Module) -> nn.Module:
-    """The same network with SiLU in place of each ReLU (Xie et al., "Smooth Adversarial Training", arXiv 2006.14536)."""
+    """The same network with SiLU in place of ReLU (Xie et al., "Smooth Adversarial Training", arXiv 2006.14536)."""
     for module in network.modules():
         for name, part in module.named_children():
             if isinstance(part, nn.ReLU | nn.ReLU6):

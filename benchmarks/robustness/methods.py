@@ -92,7 +92,7 @@ class Method:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
         if self.needs_start and protocol.head:
             raise InputError(f"{self.said}: begins with a trained network, and a --head is not trained. Leave it out.")
-        if protocol.mixed and not self.original:
+        if protocol.mixed and self._uses_labels(protocol):
             raise InputError(f"{self.said}: uses labels, and blended images have none. Leave out --mixed.")
 
     def recipe(self, protocol: Protocol) -> dict[str, Any]:
@@ -129,6 +129,9 @@ class Method:
         warmup = None if self.warmup is None and steps else int((self.warmup or 0.0) * steps)
         options = {"warmup": warmup, "seed": seed, **self.options(protocol)}
         return AdversarialLoss(loss, model, plugins=self.plugins(protocol), **options)
+
+    def _uses_labels(self, protocol: Protocol) -> bool:
+        return not self.original or any(plugin.loss_weight for plugin in self.plugins(protocol))
 
     def _loss(self, classes: int, dimensions: int) -> nn.Module:
         return self.loss(classes, dimensions) if self.proxies else self.loss()

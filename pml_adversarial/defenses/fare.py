@@ -85,15 +85,13 @@ class FARE:
             loss = loss + self.clean_weight * self._shift(rows, targets).mean()
         return loss + self.loss_weight * self._wrapped(wrapped, batch, plan, adversarial) if self.loss_weight else loss
 
-    def _wrapped(
-        self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial
-    ) -> Tensor:
+    def _wrapped(self, wrapped: Callable[..., Tensor], batch: Batch, plan: Plan, adversarial: Adversarial) -> Tensor:
         if self.loss_with == "references":
             return clean_loss(wrapped, batch)
         if batch.labels is None or batch.indices_tuple is not None:
-            found = "no labels" if batch.labels is None else "tuples, which name references"
+            found = "no labels of rows and references" if batch.labels is None else "tuples, which name references"
             raise PlanError(
-                f"FARE(loss_with='copies') found {found}; expected labels and no tuples: "
+                f"FARE(loss_with='copies') found {found}; expected both labels and no tuples: "
                 "loss_func(model(images), labels, ref_emb=original(images), ref_labels=labels)."
             )
         copies = consecutive(batch.num_rows, batch.num_rows + len(plan), plan.rows.device)

@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # the benchmarks are not installed
 
 from benchmarks.robustness import __main__ as command  # noqa: E402
 from benchmarks.robustness import lora, train  # noqa: E402
-from benchmarks.robustness.backbones import build, load_weights, slim_resnet  # noqa: E402
+from benchmarks.robustness.backbones import build, load_weights, slim_resnet, smooth  # noqa: E402
 from benchmarks.robustness.data import (  # noqa: E402
     SmallPhotographs,
     coloured,
@@ -359,6 +359,19 @@ class TestTuned:
             Protocol(**SLIM, tuned="head")
 
 
+class TestSmooth:
+    def test_a_block_by_hand(self):
+        network = smooth(slim_resnet()).eval()
+        images, silu = torch.rand(2, 3, 16, 16), nn.functional.silu
+        first, norm, _, second, last = network[0].convolutions
+        inside = last(second(silu(norm(first(images)))))
+        torch.testing.assert_close(network[0](images), silu(inside + network[0].shortcut(images)))
+
+    def test_other_activations(self):
+        network = smooth(nn.Sequential(nn.ReLU6(), nn.Sequential(nn.ReLU(inplace=True)), nn.Tanh()))
+        assert [type(m) for m in network.modules() if not isinstance(m, nn.Sequential)] == [nn.SiLU, nn.SiLU, nn.Tanh]
+
+
 class TestOriginal:
     @pytest.fixture
     def weights(self, tmp_path):
@@ -397,8 +410,21 @@ class TestOriginal:
     def test_blended_images_are_for_methods_without_labels(self, weights, part, tmp_path):
         training, _ = trained("fare", part, tmp_path, pretrained=str(weights), mixed=True)
         assert training.passed.steps > 0
-        with pytest.raises(InputError, match=r"uses labels.*Leave out --mixed"):
-            trained("preset-ms", part, tmp_path / "other", mixed=True)
+        for method in ("preset-ms", "fare-ms-one-step"):
+            with pytest.raises(InputError, match=r"uses labels.*Leave out --mixed"):
+                trained(method, part, tmp_path / "other", mixed=True, pretrained=str(weights))
+
+    def test_smooth_is_the_trained_network_alone(self, weights, part, tmp_path):
+        training, model = trained("fare-ms-one-step", part, tmp_path, pretrained=str(weights), smooth=True)
+        kinds = [{type(m) for m in network.modules()} & {nn.ReLU, nn.SiLU} for network in (model, training.original)]
+        assert kinds == [{nn.SiLU}, {nn.ReLU}]
+        original = slim_resnet()
+        load_weights(original, weights)
+        images, labels = training.batches[0]
+        torch.testing.assert_close(training._references(images, labels)[0], original.eval()(images))
+        again = build_for(training.protocol, (3, 16, 16)).eval()
+        again.load_state_dict(model.state_dict())
+        torch.testing.assert_close(again(images), model(images))
 
     def test_the_gallery_keeps_the_embeddings_of_the_start(self, weights, tmp_path):
         photographs(tmp_path / "set", ["001", "002", "003", "004"], size=(16, 16))

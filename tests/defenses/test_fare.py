@@ -86,29 +86,26 @@ class TestTheFormula:
 
     def test_the_wrapped_loss_of_rows_and_copies(self, model, original, images, labels):
         loss, plugin = losses.MultiSimilarityLoss(), FARE(loss_weight=2.0, loss_with="copies")
-        _, with_loss = step(model, original, images, plugin, labels, loss)
-        _, alone = step(model, original, images, FARE(), labels, loss)
-        torch.testing.assert_close(with_loss.adversarial.inputs, alone.adversarial.inputs)
-        both = torch.cat([model(images), model(alone.adversarial.inputs)])
-        expected = 2 * loss(both, torch.cat([labels, labels])) + alone.loss
-        torch.testing.assert_close(with_loss.loss, expected)
-        found = torch.autograd.grad(with_loss.loss, list(model.parameters()))
-        expected = (2 * loss(both, torch.cat([labels, labels]))).backward
-        for weight in model.parameters():
-            weight.grad = None
-        expected()
-        alone.loss.backward()
-        for one, weight in zip(found, model.parameters(), strict=True):
-            torch.testing.assert_close(one, weight.grad, rtol=1e-4, atol=1e-6)
+        _, spy = step(model, original, images, plugin, labels, loss)
+        unit = nn.functional.normalize
+        copies = model(spy.adversarial.inputs)
+        expected = (unit(copies) - unit(original(images)).detach()).square().sum(1).mean()
+        expected = expected + 2 * loss(torch.cat([model(images), copies]), torch.cat([labels, labels]))
+        torch.testing.assert_close(spy.loss, expected)
+        found = torch.autograd.grad(spy.loss, list(model.parameters()))
+        for one, other in zip(found, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("labelled", [False, True])
     def test_what_the_copies_need(self, labelled, model, original, images, labels):
         plugin = FARE(loss_weight=1.0, loss_with="copies")
         loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[plugin], warmup=0)
-        given = {"indices_tuple": (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]))} if labelled else {}
-        given.update({"labels": labels, "ref_labels": labels} if labelled else {})
-        found = "tuples, which name references" if labelled else "no labels"
-        with pytest.raises(PlanError, match=rf"{found}; expected labels and no tuples: loss_func\(model\(images\), labels"):
+        given = {"labels": labels}
+        if labelled:
+            triplets = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+            given.update(ref_labels=labels, indices_tuple=triplets)
+        found = "tuples, which name references" if labelled else "no labels of rows and references"
+        with pytest.raises(PlanError, match=rf"{found}; expected both labels and no tuples: loss_func\(model"):
             loss_func(model(images), ref_emb=original(images).detach(), **given)
 
 
@@ -148,5 +145,5 @@ class TestAround:
             FARE(**{name: weight})
 
     def test_what_the_loss_compares_with(self):
-        with pytest.raises(InputError, match="loss_with='both'.*references"):
+        with pytest.raises(InputError, match=r"loss_with='both'.*references"):
             FARE(loss_with="both")
