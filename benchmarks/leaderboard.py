@@ -61,6 +61,7 @@ NAMES = {
     "fare": ("FARE", "arXiv 2402.12336"),
     "fare-one-step": ("FARE, 1 step", "arXiv 2402.12336"),
     "fare-ms-one-step": ("FARE with MultiSimilarityLoss, 1 step", "arXiv 2402.12336"),
+    "fare-clean-one-step": ("FARE with clean rows, 1 step", "arXiv 2402.12336"),
     "fare-clean": ("FARE with clean rows", "arXiv 2402.12336"),
 }
 """Method of `METHODS` -> its name on the page, and its paper."""

@@ -316,6 +316,7 @@ METHODS: dict[str, Method] = {
         _fare("FARE with 1 step, and the loss of rows and copies", loss_weight=0.5, loss_with="copies"),
         options=_with_steps(1),
     ),
+    "fare-clean-one-step": replace(_fare("FARE with 1 step, clean rows too", clean_weight=1.0), options=_with_steps(1)),
     "fare-clean": _fare("FARE, clean rows too", clean_weight=1.0),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
     "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),
