@@ -85,9 +85,11 @@ EXPERIMENTS = (
     "cars-64-batchnorm",
     "cars-64-batchnorm-1000k",
     "cars-64-mixed-1000k",
+    "cars-64-smooth",
     "cars-64-published",
     "cars-64-fare",
     "cars-64-fare-1000k",
+    "cars-64-fare-clean",
 )
 """Folders of the results."""
 
@@ -131,6 +133,7 @@ def backbone(protocol: Mapping[str, Any]) -> str:
     start = protocol["pretrained"]
     parts = [protocol["backbone"], *([f"from {start}"] if start else [])]
     parts += ["starts as thresholds"] if protocol["thresholds"] else []
+    parts += ["SiLU for ReLU"] if protocol.get("smooth") else []
     parts += ["BatchNorm frozen"] if protocol.get("frozen_batchnorm") else []
     return ", ".join(parts)
 
