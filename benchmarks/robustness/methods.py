@@ -92,6 +92,8 @@ class Method:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
         if self.needs_start and protocol.head:
             raise InputError(f"{self.said}: begins with a trained network, and a --head is not trained. Leave it out.")
+        if protocol.smooth and not self.trains:
+            raise InputError(f"{self.said}: is not trained, and other activations would break it. Leave out --smooth.")
         if protocol.mixed and self._uses_labels(protocol):
             raise InputError(f"{self.said}: uses labels, and blended images have none. Leave out --mixed.")
 

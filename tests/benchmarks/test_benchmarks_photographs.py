@@ -414,6 +414,10 @@ class TestOriginal:
             with pytest.raises(InputError, match=r"uses labels.*Leave out --mixed"):
                 trained(method, part, tmp_path / "other", mixed=True, pretrained=str(weights))
 
+    def test_what_is_not_trained_keeps_its_activations(self, weights, part, tmp_path):
+        with pytest.raises(InputError, match=r"is not trained.*Leave out --smooth"):
+            trained("start", part, tmp_path, pretrained=str(weights), smooth=True)
+
     def test_smooth_is_the_trained_network_alone(self, weights, part, tmp_path):
         training, model = trained("fare-ms-one-step", part, tmp_path, pretrained=str(weights), smooth=True)
         kinds = [{type(m) for m in network.modules()} & {nn.ReLU, nn.SiLU} for network in (model, training.original)]
