@@ -165,6 +165,8 @@ class Training:
                 start_as_thresholds(self.model, images)
             self.model.to(self.device, memory_format=torch.channels_last)  # faster for pooling and convolution
             self.original = original_for(self.protocol, tuple(images.shape[1:])) if self.method.original else None
+            if self.original is not None:
+                self.original.to(self.device, memory_format=torch.channels_last)
             self.called = torch.compile(self.model) if self.protocol.compiled else self.model
             size = num_dimensions(self.model, images.to(self.device)) if self.method.proxies else 0
             made_for = self.batches.num_classes, size

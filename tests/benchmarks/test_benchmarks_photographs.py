@@ -422,6 +422,8 @@ class TestOriginal:
         training, model = trained("fare-ms-one-step", part, tmp_path, pretrained=str(weights), smooth=True)
         kinds = [{type(m) for m in network.modules()} & {nn.ReLU, nn.SiLU} for network in (model, training.original)]
         assert kinds == [{nn.SiLU}, {nn.ReLU}]
+        for network in (training.model, training.original):  # both on the device, as it takes least time
+            assert network[0].convolutions[0].weight.is_contiguous(memory_format=torch.channels_last)
         original = slim_resnet()
         load_weights(original, weights)
         images, labels = training.batches[0]
