@@ -86,7 +86,8 @@ class Method:
         """Refuses a protocol that the method cannot be trained with.
 
         Raises:
-            InputError: there is no trained network to begin with, or images without labels do not suit the method.
+            InputError: there is no trained network to begin with, or it would not be trained and has other activations,
+                or images without labels do not suit the method.
         """
         if self.needs_start and not protocol.pretrained:
             raise InputError(f"{self.said}: begins with a trained network; give its weights with --pretrained FILE.")
@@ -257,6 +258,10 @@ def _fare(said: str, **options: Any) -> Method:
     return replace(_beside_preset(said, ("fare", "FARE", options)), original=True)
 
 
+def _fare_one_step(said: str, **options: Any) -> Method:
+    return replace(_fare(said, **options), options=_with_steps(1))
+
+
 _PRESET: dict[str, Any] = {"options": _preset, "warmup": 0.5}
 _OWN_COPIES = {"raises": "hardness", "tuples_per_anchor": 1}
 METHODS: dict[str, Method] = {
@@ -313,12 +318,11 @@ METHODS: dict[str, Method] = {
     ),
     "start": Method("the network at the start", multi_similarity, trains=False),
     "fare": _fare("arXiv 2402.12336: FARE"),
-    "fare-one-step": replace(_fare("FARE with 1 step of 2.5 eps"), options=_with_steps(1)),
-    "fare-ms-one-step": replace(
-        _fare("FARE with 1 step, and the loss of rows and copies", loss_weight=0.5, loss_with="copies"),
-        options=_with_steps(1),
+    "fare-one-step": _fare_one_step("FARE with 1 step of 2.5 eps"),
+    "fare-ms-one-step": _fare_one_step(
+        "FARE with 1 step, and the loss of rows and copies", loss_weight=0.5, loss_with="copies"
     ),
-    "fare-clean-one-step": replace(_fare("FARE with 1 step, clean rows too", clean_weight=1.0), options=_with_steps(1)),
+    "fare-clean-one-step": _fare_one_step("FARE with 1 step, clean rows too", clean_weight=1.0),
     "fare-clean": _fare("FARE, clean rows too", clean_weight=1.0),
     "one-step": _saving("preset-both with 1 step of 2.5 eps", lambda p: attacks.preset(p.preset_eps, 1)),
     "two-steps": _saving("preset-both with 2 steps", lambda p: attacks.preset(p.preset_eps, 2)),

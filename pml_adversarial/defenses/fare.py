@@ -34,9 +34,9 @@ class FARE:
         clean_weight: weight of the mean ``|f(x) - f_0(x)|^2`` of the clean rows, which is added. The paper has 0.
         loss_weight: weight of the wrapped loss, which is added; it needs labels. The paper has 0: then the wrapped loss
             does not count.
+        normalize: whether embeddings are brought to unit length first, as most retrieval does it. The paper does not.
         loss_with: what the wrapped loss compares the clean rows with, "references" or "copies". Copies are the
             perturbed rows: all pairs of clean and perturbed rows count, as without this plugin.
-        normalize: whether embeddings are brought to unit length first, as most retrieval does it. The paper does not.
 
     Raises:
         InputError: a weight is no finite number from 0 on, or `loss_with` is something else.

@@ -96,15 +96,15 @@ class TestTheFormula:
         for one, other in zip(found, torch.autograd.grad(expected, list(model.parameters())), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
-    @pytest.mark.parametrize("labelled", [False, True])
-    def test_what_the_copies_need(self, labelled, model, original, images, labels):
+    @pytest.mark.parametrize("with_tuples", [False, True])
+    def test_what_the_copies_need(self, with_tuples, model, original, images, labels):
         plugin = FARE(loss_weight=1.0, loss_with="copies")
         loss_func = AdversarialLoss(losses.ContrastiveLoss(), model, attack=PEERS_PGD, plugins=[plugin], warmup=0)
         given = {"labels": labels}
-        if labelled:
+        if with_tuples:
             triplets = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
             given.update(ref_labels=labels, indices_tuple=triplets)
-        found = "tuples, which name references" if labelled else "no labels of rows and references"
+        found = "tuples, which name references" if with_tuples else "no labels of rows and references"
         with pytest.raises(PlanError, match=rf"{found}; expected both labels and no tuples: loss_func\(model"):
             loss_func(model(images), ref_emb=original(images).detach(), **given)
 
