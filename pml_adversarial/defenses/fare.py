@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attacks.checks import check_choice, check_number
 from ..attacks.objective import Score
-from ..errors import PlanError
+from ..errors import InputError, PlanError
 from ..plugins.hookspecs import hookimpl
 from ..training.batch import Adversarial, Batch
 from ..training.numeric import unit_length
@@ -39,7 +39,7 @@ class FARE:
             perturbed rows: all pairs of clean and perturbed rows count, as without this plugin.
 
     Raises:
-        InputError: a weight is no finite number from 0 on, or `loss_with` is something else.
+        InputError: a weight is no finite number from 0 on, `loss_with` is something else, or it has no effect.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class FARE:
         self.loss_weight = check_number("loss_weight", loss_weight)
         self.normalize = normalize
         self.loss_with = check_choice("loss_with", loss_with, ("references", "copies"))
+        if loss_with == "copies" and not loss_weight:
+            raise InputError(
+                "loss_with is 'copies', but the wrapped loss does not count: loss_weight is 0. Set loss_weight, such as "
+                "FARE(loss_weight=0.5, loss_with='copies'), or leave out loss_with."
+            )
 
     @hookimpl
     def pml_adversarial_plan(self, batch: Batch) -> Plan:

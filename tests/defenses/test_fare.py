@@ -147,3 +147,7 @@ class TestAround:
     def test_what_the_loss_compares_with(self):
         with pytest.raises(InputError, match=r"loss_with='both'.*references"):
             FARE(loss_with="both")
+
+    def test_copies_for_a_loss_that_does_not_count_are_refused(self):
+        with pytest.raises(InputError, match=r"loss_weight is 0.*FARE\(loss_weight=0.5, loss_with='copies'\)"):
+            FARE(loss_with="copies")
