@@ -55,8 +55,8 @@ class FARE:
         self.loss_with = check_choice("loss_with", loss_with, ("references", "copies"))
         if loss_with == "copies" and not loss_weight:
             raise InputError(
-                "loss_with is 'copies', but the wrapped loss does not count: loss_weight is 0. Set loss_weight, such as "
-                "FARE(loss_weight=0.5, loss_with='copies'), or leave out loss_with."
+                "loss_with is 'copies', but the wrapped loss does not count: loss_weight is 0. Set loss_weight, such "
+                "as FARE(loss_weight=0.5, loss_with='copies'), or leave out loss_with."
             )
 
     @hookimpl
