@@ -39,7 +39,8 @@ class FARE:
             perturbed rows: all pairs of clean and perturbed rows count, as without this plugin.
 
     Raises:
-        InputError: a weight is no finite number from 0 on, `loss_with` is something else, or it has no effect.
+        InputError: a weight is no finite number from 0 on, `loss_with` is something else, or "copies" without a
+            `loss_weight`.
     """
 
     def __init__(
